@@ -1,0 +1,62 @@
+# make demo   set up, then transcribe the example clips with several models
+# make test   set up, then check style, types, layers and behaviour
+# make bench  set up, then measure
+#
+# Each sets up .venv by itself and touches nothing else; all that it needs is Python 3.10
+# or later. PYTHON=python3.12 chooses which.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types layers unit bench clean
+
+demo: .venv/demo
+	$(BIN)/python examples/multilingual.py
+	$(BIN)/python examples/ab_test.py
+
+test: lint types layers unit
+
+lint: .venv/test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# The examples import each other as programs do, not as a package: hence two runs of
+# mypy. This mode of pyright looks only in the environment of the first python in PATH.
+types: .venv/test
+	$(BIN)/mypy whispercache tests benchmarks
+	$(BIN)/mypy examples
+	PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes whispercache --ignoreexternal
+
+layers: .venv/test
+	$(BIN)/lint-imports
+
+unit: .venv/test
+	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
+
+bench: .venv/bench
+	$(BIN)/python benchmarks/hit_path.py
+	$(BIN)/python benchmarks/switch.py
+
+clean:
+	rm -rf .venv .coverage .coverage.* .hypothesis .import_linter_cache \
+	    .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "whispercache needs Python 3.10 or later; try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1' # the first with --group
+	@touch $@
+
+.venv/demo: .venv/pip pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	@touch $@
+
+.venv/test: .venv/pip pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[demo]' --group test
+	@touch $@
+
+.venv/bench: .venv/pip pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[demo]' --group bench
+	@touch $@
