@@ -1,0 +1,271 @@
+"""
+Every exception of whispercache.
+
+::
+
+    WhisperCacheError
+    ├── UnknownModel(…, LookupError)            resolve: no such size, hub name or path
+    ├── UnsupportedComputeType(…, ValueError)   resolve: the device lacks that type
+    ├── DeviceUnavailable(…, RuntimeError)      resolve: no such device, or no driver
+    ├── ModelTooLarge(…, MemoryError)           admit: can never fit
+    ├── LeaseTimeout(…, TimeoutError)           wait: not served in time
+    ├── TooManyWaiters                          wait: refused at the door
+    ├── LoadFailed                              load: the original error is its cause
+    │   └── CorruptModel                        load: the files themselves are broken
+    ├── AudioError(…, ValueError)               use: the audio cannot be decoded
+    └── CacheClosed(…, RuntimeError)            any time after close()
+
+Each message is one line: what, for which model, the numbers with their units, what to
+do next. The same data are attributes, and every exception pickles.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AudioError",
+    "CacheClosed",
+    "CorruptModel",
+    "DeviceUnavailable",
+    "LeaseTimeout",
+    "LoadFailed",
+    "ModelTooLarge",
+    "TooManyWaiters",
+    "UnknownModel",
+    "UnsupportedComputeType",
+    "WhisperCacheError",
+    "format_bytes",
+]
+
+_KIB = 1024
+_MIB = 1024**2
+_GIB = 1024**3
+
+
+def format_bytes(n_bytes: int) -> str:
+    """
+    *n_bytes* for people to read: ``"1.5 GiB"``, ``"144.1 MiB"``, ``"512 B"``.
+    """
+    for unit, size in (("GiB", _GIB), ("MiB", _MIB), ("KiB", _KIB)):
+        if abs(n_bytes) >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes} B"
+
+
+class WhisperCacheError(Exception):
+    """
+    Base of everything that whispercache raises on purpose.
+    """
+
+
+class UnknownModel(WhisperCacheError, LookupError):
+    """
+    The name is no known size, and no directory with a model is there.
+
+    Attributes:
+        model: The name or path that was asked for.
+        reason: What was looked for, and what to ask for instead.
+    """
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(model, reason)
+        self.model = model
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"unknown model {self.model!r}: {self.reason}"
+
+
+class UnsupportedComputeType(WhisperCacheError, ValueError):
+    """
+    The device has no arithmetic for this compute type, or no such type exists.
+
+    Attributes:
+        compute_type: What was asked for.
+        device: The device, for example ``"cpu"`` or ``"cuda:0"``.
+        supported: What that device does support, sorted.
+    """
+
+    def __init__(
+        self, compute_type: str, device: str, supported: tuple[str, ...]
+    ) -> None:
+        super().__init__(compute_type, device, supported)
+        self.compute_type = compute_type
+        self.device = device
+        self.supported = supported
+
+    def __str__(self) -> str:
+        return (
+            f"compute type {self.compute_type!r} is not supported on {self.device}; "
+            f"use one of {', '.join(self.supported)}, or 'default'"
+        )
+
+
+class DeviceUnavailable(WhisperCacheError, RuntimeError):
+    """
+    The device does not exist here, or its driver or libraries cannot be used.
+
+    Attributes:
+        device: The device that was asked for.
+        reason: What is missing, and how to mend it.
+    """
+
+    def __init__(self, device: str, reason: str) -> None:
+        super().__init__(device, reason)
+        self.device = device
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"device {self.device!r} cannot be used: {self.reason}"
+
+
+class ModelTooLarge(WhisperCacheError, MemoryError):
+    """
+    The request can never be served, so it fails at once and evicts nothing.
+
+    Attributes:
+        model: The model, as text.
+        device: The device whose memory is too small.
+        needed_bytes: What loading and one call would take there.
+        capacity_bytes: What the cache could use there at the most.
+        reason: What bounds the capacity, and what to do.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        device: str,
+        needed_bytes: int,
+        capacity_bytes: int,
+        reason: str,
+    ) -> None:
+        super().__init__(model, device, needed_bytes, capacity_bytes, reason)
+        self.model = model
+        self.device = device
+        self.needed_bytes = needed_bytes
+        self.capacity_bytes = capacity_bytes
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} needs {format_bytes(self.needed_bytes)} on {self.device}, "
+            f"of which at most {format_bytes(self.capacity_bytes)} can be had: "
+            f"{self.reason}"
+        )
+
+
+class LeaseTimeout(WhisperCacheError, TimeoutError):
+    """
+    The lease, or the eviction, was not granted within its ``timeout_s``.
+
+    A load that was already running goes on; its model will be there next time.
+
+    Attributes:
+        model: The model, as text.
+        waited_s: Seconds waited.
+        position: Place in the queue when time ran out; 1 was next. 0 for an eviction.
+    """
+
+    def __init__(self, model: str, waited_s: float, position: int) -> None:
+        super().__init__(model, waited_s, position)
+        self.model = model
+        self.waited_s = waited_s
+        self.position = position
+
+    def __str__(self) -> str:
+        if not self.position:
+            return (
+                f"{self.model} did not leave within {self.waited_s:.2f} s; release the "
+                "leases on it, or consume or close its segments"
+            )
+        return (
+            f"{self.model} could not be had within {self.waited_s:.2f} s "
+            f"(place {self.position} in the queue); release leases sooner, "
+            "raise the limit, or wait longer with timeout_s"
+        )
+
+
+class TooManyWaiters(WhisperCacheError):
+    """
+    ``max_waiting`` requests wait already; this one was refused at the door.
+
+    Attributes:
+        model: The model, as text.
+        waiting: How many requests wait.
+    """
+
+    def __init__(self, model: str, waiting: int) -> None:
+        super().__init__(model, waiting)
+        self.model = model
+        self.waiting = waiting
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} was refused: {self.waiting} requests wait already; "
+            "try again later, or raise max_waiting"
+        )
+
+
+class LoadFailed(WhisperCacheError):
+    """
+    The model could not be downloaded or loaded; ``__cause__`` tells more.
+
+    Attributes:
+        model: The model, as text.
+        reason: What happened, and what to do.
+    """
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(model, reason)
+        self.model = model
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot load {self.model}: {self.reason}"
+
+
+class CorruptModel(LoadFailed):
+    """
+    A model's files are truncated, or are not what they should be.
+
+    Attributes:
+        model: Path of the file or directory.
+        reason: What is wrong with it.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"the model in {self.model} is broken: {self.reason}; "
+            "delete it and download or convert it again"
+        )
+
+
+class AudioError(WhisperCacheError, ValueError):
+    """
+    The audio could not be opened or decoded. No model was loaded for it.
+
+    Attributes:
+        audio: Path of the audio, or what kind of object it was.
+        reason: What the decoder said.
+    """
+
+    def __init__(self, audio: str, reason: str) -> None:
+        super().__init__(audio, reason)
+        self.audio = audio
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"cannot decode audio {self.audio}: {self.reason}; "
+            "give a file that FFmpeg reads, or float32 samples (mono, 16 kHz)"
+        )
+
+
+class CacheClosed(WhisperCacheError, RuntimeError):
+    """
+    The cache was closed, before the request or while it waited.
+    """
+
+    def __init__(
+        self, reason: str = "the cache is closed; make a new ModelCache"
+    ) -> None:
+        super().__init__(reason)

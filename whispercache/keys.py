@@ -1,0 +1,299 @@
+"""
+Resolve: what was asked for becomes a `ModelKey`, one per model in memory.
+
+``"large"``, ``"large-v3"`` and ``"Systran/faster-whisper-large-v3"`` are one model,
+``"cuda"`` is ``"cuda:0"``, ``"int8"`` is what the device really computes in, and a path
+is its real path. Nothing here needs a model, a driver or CTranslate2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from .errors import UnknownModel, UnsupportedComputeType
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+__all__ = [
+    "ALIASES",
+    "COMPUTE_TYPES",
+    "FETCH_OPTIONS",
+    "MODELS",
+    "TYPICAL_COMPUTE_TYPES",
+    "ModelKey",
+    "OptionValue",
+    "canonical_device",
+    "canonical_model",
+    "canonical_options",
+    "effective_compute_type",
+    "is_directory",
+]
+
+OptionValue = str | int | float | bool | None
+
+MODELS: Mapping[str, str] = MappingProxyType(
+    {
+        **{
+            size: f"Systran/faster-whisper-{size}"
+            for size in (
+                *("tiny.en", "tiny", "base.en", "base", "small.en", "small"),
+                *("medium.en", "medium", "large-v1", "large-v2", "large-v3"),
+            )
+        },
+        **{
+            f"distil-{size}": f"Systran/faster-distil-whisper-{size}"
+            for size in ("small.en", "medium.en", "large-v2", "large-v3")
+        },
+        "distil-large-v3.5": "distil-whisper/distil-large-v3.5-ct2",
+        "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
+    }
+)
+"""
+Canonical names of the known models, and their repositories on the model hub.
+
+Source: faster_whisper/utils.py, ``_MODELS``, 1.2.1; a test compares the two.
+"""
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {"large": "large-v3", "turbo": "large-v3-turbo"}
+)
+_BY_REPOSITORY = {repository.lower(): name for name, repository in MODELS.items()}
+
+COMPUTE_TYPES = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "int16",
+    "int8_float32",
+    "int8_float16",
+    "int8_bfloat16",
+)
+"""
+The types that a loaded model can be in: the effective ones.
+"""
+
+TYPICAL_COMPUTE_TYPES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "cpu": frozenset({"float32", "int8_float32"}),
+        "cuda": frozenset(set(COMPUTE_TYPES) - {"int16"}),
+    }
+)
+"""
+What an x86 CPU without MKL and a GPU since Ampere support, by kind of device.
+
+For tables about machines that are not here; a cache asks CTranslate2 instead.
+"""
+
+_LOAD_DEFAULTS: dict[str, OptionValue] = {
+    "cpu_threads": 0,
+    "num_workers": 1,
+    "download_root": None,
+    "revision": None,
+    "flash_attention": False,
+    "max_queued_batches": 0,
+    "tensor_parallel": False,
+}
+_HUB_OPTIONS = {"download_root", "revision"}
+FETCH_OPTIONS: Mapping[str, OptionValue] = MappingProxyType(
+    {"local_files_only": False, "use_auth_token": None}
+)
+"""
+Load options that say how to get the files, and do not change the model.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKey:
+    """
+    What makes two requests the same model in memory.
+
+    Attributes:
+        model: Canonical name, hub repository, or real path of a directory.
+        device: ``"cpu"`` or ``"cuda:N"``.
+        compute_type: Effective type, one of `COMPUTE_TYPES`.
+        options: Load options that differ from their defaults, sorted by name.
+    """
+
+    model: str
+    device: str
+    compute_type: str
+    options: tuple[tuple[str, OptionValue], ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.model}/{self.device}/{self.compute_type}"
+        if self.options:
+            text += "?" + "&".join(f"{name}={value}" for name, value in self.options)
+        return text
+
+    @property
+    def num_workers(self) -> int:
+        """
+        Calls that the model runs at the same time.
+        """
+        return int(dict(self.options).get("num_workers") or 1)
+
+
+def is_directory(model: str) -> bool:
+    """
+    Whether a canonical model name is a directory, not a name on the model hub.
+    """
+    return os.path.isabs(model)
+
+
+def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
+    """
+    The one name of a model: a known size, a hub repository, or a real path.
+
+    A directory of that name wins over the hub, as in faster-whisper, provided that
+    there is a model in it.
+
+    Raises:
+        UnknownModel: no such size, or the directory is missing or holds no model.
+    """
+    name = os.fspath(name_or_path)
+    if not name.strip():
+        raise UnknownModel(name, "give a size such as 'base', or a directory")
+    path = os.path.expanduser(name)
+    if os.path.isfile(os.path.join(path, "model.bin")):
+        return os.path.realpath(path)
+    known = ALIASES.get(name, name)
+    if known in MODELS:
+        return known
+    if os.path.isdir(path):
+        raise UnknownModel(
+            name,
+            "the directory holds no model.bin; convert the model for CTranslate2 "
+            "with ct2-transformers-converter",
+        )
+    if os.path.exists(path):
+        raise UnknownModel(name, "this is a file; give the directory of the model")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return _BY_REPOSITORY.get(name.lower(), name)
+    if os.sep in name or name.startswith((".", "~")):
+        raise UnknownModel(name, "no such directory")
+    near = difflib.get_close_matches(name, [*MODELS, *ALIASES], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UnknownModel(
+        name,
+        f"{hint}known sizes are {', '.join([*MODELS, *ALIASES])}; or give a hub "
+        "repository ('owner/name') or a directory",
+    )
+
+
+def canonical_device(device: str, device_index: OptionValue = 0) -> str:
+    """
+    ``"auto"``, ``"cpu"`` or ``"cuda:N"``; ``"cuda"`` is the card of *device_index*.
+
+    Raises:
+        TypeError: *device_index* is not one number.
+        ValueError: the device is none of these.
+    """
+    if isinstance(device_index, bool) or not isinstance(device_index, int):
+        raise TypeError(
+            f"device_index must be one integer, not {device_index!r}: one model over "
+            "several cards is not supported; ask for 'cuda:0' and 'cuda:1' separately"
+        )
+    match = re.fullmatch(r"(auto|cpu)|cuda(?::(\d+))?", device)
+    if not match or device_index < 0:
+        raise ValueError(
+            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not {device!r}"
+        )
+    if match[1]:
+        return match[1]
+    if match[2] and device_index not in (0, int(match[2])):
+        raise ValueError(
+            f"device {device!r} and device_index={device_index} name two cards"
+        )
+    return f"cuda:{int(match[2] or device_index)}"
+
+
+def canonical_options(
+    model: str, options: Mapping[str, object]
+) -> tuple[tuple[str, OptionValue], ...]:
+    """
+    Load options that differ from faster-whisper's defaults, sorted by name.
+
+    Options that only say how to fetch the files (`FETCH_OPTIONS`) are left out, and the
+    hub's are for a directory.
+
+    Raises:
+        TypeError: faster-whisper has no such load option, or its value is not plain.
+        ValueError: ``files=`` was given.
+    """
+    kept: list[tuple[str, OptionValue]] = []
+    for name, given in sorted(options.items()):
+        value = os.fspath(given) if isinstance(given, os.PathLike) else given
+        if name == "files":
+            if value is None:
+                continue
+            raise ValueError(
+                "files= is not supported: CTranslate2 keeps a second copy of such a "
+                "model for its whole life; write the files to a directory instead"
+            )
+        if name in FETCH_OPTIONS:
+            continue
+        if name not in _LOAD_DEFAULTS:
+            raise TypeError(f"WhisperModel has no load option {name!r}")
+        if not isinstance(value, OptionValue):
+            raise TypeError(f"load option {name} must be plain, not {value!r}")
+        if value == _LOAD_DEFAULTS[name] or (
+            name in _HUB_OPTIONS and is_directory(model)
+        ):
+            continue
+        kept.append((name, value))
+    return tuple(kept)
+
+
+def effective_compute_type(
+    requested: str, saved: str, device: str, supported: Collection[str]
+) -> str:
+    """
+    The type that CTranslate2 will really compute in.
+
+    Args:
+        requested: ``"default"``, ``"auto"``, ``"int8"`` or one of `COMPUTE_TYPES`.
+        saved: The type of the weights in model.bin, one of `COMPUTE_TYPES`.
+        device: ``"cpu"`` or ``"cuda:N"``.
+        supported: What ``ctranslate2.get_supported_compute_types(device)`` says.
+
+    Raises:
+        UnsupportedComputeType: no such type, or not on this device.
+
+    Source: CTranslate2 src/types.cc:156-295 @ 0d8bcd3; compared with what real models
+    report, for every pair of types, by a test.
+    """
+    available = frozenset(supported) & frozenset(COMPUTE_TYPES) | {"float32"}
+    if requested == "default":
+        return saved if saved in available else _fallback(saved, available)
+    if requested == "auto":
+        preferred = ("int8_float16", "int8_float32", "float16", "int16", "float32")
+        return next(name for name in preferred if name in available)
+    if requested == "int8":
+        float_type = re.sub(r"^int8_", "", saved)
+        named = f"int8_{float_type if 'float' in float_type else 'float32'}"
+        return named if named in available else _fallback(named, available)
+    if requested not in available:
+        raise UnsupportedComputeType(requested, device, tuple(sorted(available)))
+    return requested
+
+
+def _fallback(compute_type: str, available: Collection[str]) -> str:
+    """
+    What takes the place of a type that the device lacks.
+    """
+    ladder = {
+        "int8_float16": ("int8_float32", "float16"),
+        "int8_float32": ("float16",),
+        "int8_bfloat16": ("int8_float32", "bfloat16"),
+        "int16": ("int8_float32",),
+    }
+    for name in ladder.get(compute_type, ()):
+        if name in available:
+            return name
+    return "float32"
