@@ -1,0 +1,243 @@
+"""
+Micro Whisper models, built from nothing: half a megabyte, milliseconds to load.
+
+The decoder is a Markov chain. Its layers add next to nothing to the token's own
+embedding, and the output layer maps each token to the next one of a script, so a model
+answers its text to any audio. A test can tell by the answer which model gave it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ctranslate2.specs import WhisperSpec
+from faster_whisper.tokenizer import _LANGUAGE_CODES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ctranslate2.specs.attention_spec import MultiHeadAttentionSpec
+    from ctranslate2.specs.common_spec import LayerNormSpec, LinearSpec
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float16]
+
+__all__ = ["build_micro"]
+
+_END_S = 2.0
+_POSITIONS = {"encoder": 1500, "decoder": 448}
+_LANGUAGES = [code for code in _LANGUAGE_CODES if code != "yue"]
+# Word timestamps: words are as many encoder frames (20 ms) long each.
+_WORD_FRAMES = 8
+_FIRST_WORD = 5
+# What the layers add; zeros would be merged into one tensor on saving.
+_QUIET = 1e-3
+
+
+def _characters() -> list[str]:
+    """
+    The character of each byte in byte-level BPE: itself, or one from 256 on.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    codes = {byte: 256 + place for place, byte in enumerate(others)}
+    return [chr(codes.get(byte, byte)) for byte in range(256)]
+
+
+_CHARACTERS = _characters()
+
+
+def build_micro(
+    directory: Path,
+    text: str = "hello world",
+    *,
+    english: bool = False,
+    quantization: str | None = None,
+    d_model: int = 32,
+    layers: int = 2,
+) -> Path:
+    """
+    Write a model that answers *text* to every window, and return its directory.
+
+    Args:
+        directory: Where to; made if it is missing.
+        text: Different words, divided by spaces; fewer than *d_model* less 10.
+        english: Build an English-only model, else one that always detects English.
+        quantization: What to save the weights in; float16 if None.
+        d_model: Width, a multiple of 8.
+        layers: Layers of encoder and decoder each.
+    """
+    words = [f" {word}" for word in text.split()]
+    if not words or len(set(words)) != len(words):
+        raise ValueError("the text needs words, each of them once")
+    tokens, special = _vocabulary(words, english=english)
+    builder = _Builder(d_model)
+    spec = builder.spec(layers, mels=80)
+    ids = {token: number for number, token in enumerate(tokens)}
+    chain = _chain(ids, words, english=english)
+    decoder = spec.decoder
+    decoder.embeddings.weight, decoder.projection.weight = builder.script(
+        len(tokens), chain, (ids[_visible(words[-1])], ids["<|endoftext|>"])
+    )
+    spec.register_vocabulary(tokens)
+    spec.config.suppress_ids = []
+    spec.config.suppress_ids_begin = [ids["<|endoftext|>"]]
+    spec.config.lang_ids = [ids[f"<|{code}|>"] for code in _LANGUAGES]
+    spec.config.alignment_heads = [[layers - 1, 0]]
+    spec.validate()
+    spec.optimize(quantization=quantization)
+    directory.mkdir(parents=True, exist_ok=True)
+    spec.save(str(directory))
+    tokenizer = json.dumps(_tokenizer(tokens, special), ensure_ascii=False)
+    (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    return directory
+
+
+class _Builder:
+    """
+    Fills a specification with noise of one width.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        self._width = d_model
+        self._random = np.random.default_rng(0)
+
+    def spec(self, layers: int, mels: int) -> WhisperSpec:
+        width, heads = self._width, max(1, self._width // 64)
+        spec = WhisperSpec(layers, heads, layers, heads)
+        for name, stack in (("encoder", spec.encoder), ("decoder", spec.decoder)):
+            scale = 0.02 if name == "encoder" else _QUIET
+            positions = self._noise(_POSITIONS[name], width, scale=scale)
+            if name == "encoder":
+                steps = np.arange(len(positions))
+                positions[steps, np.minimum(steps // _WORD_FRAMES, width - 1)] = 20
+            stack.position_encodings.encodings = positions
+            self._norm(stack.layer_norm)
+            for layer in stack.layer:
+                self._attention(layer.self_attention, (3 * width, width), scale)
+                if name == "decoder":
+                    rows = (width, 2 * width, width)
+                    self._attention(layer.attention, rows, scale)
+                    self._align(layer.attention.linear)
+                self._norm(layer.ffn.layer_norm)
+                self._linear(layer.ffn.linear_0, 4 * width, width)
+                self._linear(layer.ffn.linear_1, width, 4 * width, scale)
+        for conv, inputs in ((spec.encoder.conv1, mels), (spec.encoder.conv2, width)):
+            conv.weight, conv.bias = self._noise(width, inputs, 3), self._noise(width)
+        return spec
+
+    def script(
+        self, vocabulary: int, chain: dict[int, int], last: tuple[int, int]
+    ) -> tuple[Array, Array]:
+        """
+        Embeddings and output layer that lead each token of *chain* to the next.
+
+        After the last word comes a timestamp or, where those are suppressed, the end of
+        the text, the runner-up. The end is aligned to audio like a word after the last.
+        """
+        if len(chain) > self._width:
+            raise ValueError(f"the text is too long for a width of {self._width}")
+        embeddings = self._noise(vocabulary, self._width, scale=_QUIET)
+        projection = self._noise(vocabulary, self._width)
+        for axis, (token, following) in enumerate(chain.items()):
+            embeddings[token] = 0
+            embeddings[token, axis] = 4
+            projection[following, axis] = 8
+            if token == last[0]:
+                projection[last[1], axis] = 7
+            if following == last[1]:
+                embeddings[following] = embeddings[token]
+        return embeddings, projection
+
+    def _attention(
+        self, spec: MultiHeadAttentionSpec, rows: tuple[int, ...], scale: float
+    ) -> None:
+        self._norm(spec.layer_norm)
+        for linear, outputs in zip(spec.linear, rows, strict=True):
+            self._linear(linear, outputs, self._width, scale)
+
+    def _align(self, linear: list[LinearSpec]) -> None:
+        """
+        Let each word attend to a stretch of the audio of its own, one after the other.
+        """
+        for each, shift in zip(linear, (0, _FIRST_WORD), strict=False):
+            axes = np.arange(self._width - shift)
+            each.weight[axes + shift, axes] += 1.5
+
+    def _linear(
+        self, spec: LinearSpec, rows: int, columns: int, scale: float = 0.02
+    ) -> None:
+        spec.weight = self._noise(rows, columns, scale=scale)
+        spec.bias = self._noise(rows, scale=scale)
+
+    def _norm(self, spec: LayerNormSpec) -> None:
+        spec.gamma = 1 + self._noise(self._width, scale=_QUIET)
+        spec.beta = self._noise(self._width, scale=_QUIET)
+
+    def _noise(self, *shape: int, scale: float = 0.02) -> Array:
+        return (self._random.standard_normal(shape) * scale).astype(np.float16)
+
+
+def _chain(ids: dict[str, int], words: list[str], *, english: bool) -> dict[int, int]:
+    """
+    Which token follows which.
+    """
+    spoken = [_visible(word) for word in words]
+    script = ["<|0.00|>", *spoken, f"<|{_END_S:.2f}|>", "<|endoftext|>"]
+    pairs = [
+        ("<|startoftranscript|>", script[0] if english else "<|en|>"),
+        ("<|transcribe|>", script[0]),
+        ("<|translate|>", script[0]),
+        ("<|notimestamps|>", script[1]),
+        *itertools.pairwise(script),
+    ]
+    return {ids[token]: ids[following] for token, following in pairs}
+
+
+def _vocabulary(words: list[str], *, english: bool) -> tuple[list[str], list[str]]:
+    """
+    All tokens in Whisper's order, and the special ones among them.
+    """
+    tokens = list(dict.fromkeys([*_CHARACTERS, *map(_visible, words)]))
+    # CTranslate2 takes a model for multilingual if it has the empty token.
+    tokens += [] if english else [""]
+    special = ["<|endoftext|>", "<|startoftranscript|>"]
+    special += [f"<|{code}|>" for code in _LANGUAGES]
+    special += ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>"]
+    special += ["<|nospeech|>", "<|notimestamps|>"]
+    stamps = [f"<|{step * 0.02:.2f}|>" for step in range(1501)]
+    return tokens + special + stamps, special
+
+
+def _visible(text: str) -> str:
+    """
+    *text* as byte-level BPE writes it: each byte a printable character.
+    """
+    return "".join(_CHARACTERS[byte] for byte in text.encode())
+
+
+def _tokenizer(tokens: list[str], special: list[str]) -> dict[str, object]:
+    """
+    A tokenizer.json without merges.
+    """
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": tokens.index(token), "content": token, **flags, "special": True}
+        for token in special
+    ]
+    texts = tokens[: tokens.index("<|endoftext|>")]
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {**level, "use_regex": True},
+        "decoder": {**level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: number for number, token in enumerate(texts)},
+            "merges": [],
+        },
+    }
