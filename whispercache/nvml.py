@@ -1,0 +1,125 @@
+"""
+NVML through nvidia-ml-py: how much of a card is free, whoever holds the rest.
+
+It needs no CUDA context and sees all processes. Nothing is imported or initialised
+before the first question, and where NVML cannot tell, the answer is None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from .cuda import CudaError
+
+if TYPE_CHECKING:
+    from .cuda import Driver
+
+__all__ = ["Card", "card_memory", "driver_version", "find_card", "nvml_problem"]
+
+
+class Card(NamedTuple):
+    """
+    A GPU as NVML knows it, and whether it is surely the one that CUDA means.
+    """
+
+    nvml: ModuleType
+    handle: object
+    is_exact: bool
+
+
+def find_card(driver: Driver, ordinal: int) -> Card | None:
+    """
+    What NVML knows as the GPU that CUDA calls *ordinal*, or None.
+
+    The two count differently, so the UUID is the bridge; its prefix tells a card from a
+    slice of one, and NVML wants it exact. Where UUIDs fail (WSL2) the PCI slot serves.
+    """
+    nvml = _nvml()
+    if not isinstance(nvml, ModuleType):
+        return None
+    by_uuid = nvml.nvmlDeviceGetHandleByUUID
+    by_slot = nvml.nvmlDeviceGetHandleByPciBusId
+    # A whole card goes by the first of these names, a slice by the second.
+    for lookup, prefix, name_of in (
+        (by_uuid, "GPU-", driver.uuid),
+        (by_uuid, "MIG-", driver.uuid),
+        (by_slot, "", driver.pci_bus_id),
+    ):
+        with contextlib.suppress(CudaError, nvml.NVMLError):
+            handle = lookup(prefix + name_of(ordinal))
+            return Card(nvml, handle, is_exact=lookup is by_uuid)
+    return None
+
+
+def card_memory(card: Card) -> tuple[int, int] | None:
+    """
+    Total and free bytes, or None where NVML does not support the question.
+
+    Raises:
+        CudaError: The card is gone: no other source could be trusted.
+    """
+    nvml = card.nvml
+    try:
+        # The first version of the structure: what the second calls used is unclear
+        # about the bytes that the driver keeps for itself.
+        memory = nvml.nvmlDeviceGetMemoryInfo(card.handle)
+    except (nvml.NVMLError_GpuIsLost, nvml.NVMLError_ResetRequired) as error:
+        msg = f"NVML says {error}; reset the card or restart the machine"
+        raise CudaError(msg) from error
+    except nvml.NVMLError:
+        return None
+    return int(memory.total), int(memory.free)
+
+
+def driver_version() -> str | None:
+    """
+    The NVIDIA driver's version, such as ``"580.95.05"``; None where NVML cannot tell.
+    """
+    nvml = _nvml()
+    if not isinstance(nvml, ModuleType):
+        return None
+    try:
+        return str(nvml.nvmlSystemGetDriverVersion())
+    except nvml.NVMLError:
+        return None
+
+
+def nvml_problem() -> str | None:
+    """
+    Why NVML cannot be used here, in one line, or None if it can.
+    """
+    nvml = _nvml()
+    return nvml if isinstance(nvml, str) else None
+
+
+_starting = threading.Lock()
+
+
+def _nvml() -> ModuleType | str:
+    """
+    The binding with NVML initialised, or why it cannot be used.
+
+    Initialised once, for the rest of the process: that costs milliseconds, a reading
+    some 10 µs.
+    """
+    with _starting:
+        return _start()
+
+
+@functools.cache
+def _start() -> ModuleType | str:
+    try:
+        import pynvml  # type: ignore[import-untyped]
+    except ImportError:
+        return "nvidia-ml-py is missing: pip install nvidia-ml-py"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return f"NVML cannot be used: {error}"
+    # An untyped module is Any to mypy.
+    module: ModuleType = pynvml
+    return module
