@@ -50,7 +50,7 @@ class Driver:
         self._call("cuInit", 0)
         count = ctypes.c_int()
         self._call("cuDeviceGetCount", ctypes.byref(count))
-        self.device_count = count.value
+        self.device_count: int = count.value
 
     def uuid(self, ordinal: int) -> str:
         """

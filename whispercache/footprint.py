@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARCHITECTURES",
+    "DEFAULT_WORKLOAD",
     "Architecture",
     "Footprint",
     "ModelHeader",
@@ -93,6 +94,9 @@ class Workload:
         for name in ("beam_size", "best_of", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+
+
+DEFAULT_WORKLOAD = Workload()
 
 
 @dataclass(frozen=True, slots=True)

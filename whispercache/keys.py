@@ -99,6 +99,7 @@ _LOAD_DEFAULTS: dict[str, OptionValue] = {
     "max_queued_batches": 0,
     "tensor_parallel": False,
 }
+_LEAST = {"cpu_threads": 0, "num_workers": 1}
 _HUB_OPTIONS = {"download_root", "revision"}
 FETCH_OPTIONS: Mapping[str, OptionValue] = MappingProxyType(
     {"local_files_only": False, "use_auth_token": None}
@@ -223,8 +224,8 @@ def canonical_options(
     hub's are for a directory.
 
     Raises:
-        TypeError: faster-whisper has no such load option, or its value is not plain.
-        ValueError: ``files=`` was given.
+        TypeError: faster-whisper has no such load option, or not of this type.
+        ValueError: ``files=`` was given, or a number is too small.
     """
     kept: list[tuple[str, OptionValue]] = []
     for name, given in sorted(options.items()):
@@ -240,14 +241,29 @@ def canonical_options(
             continue
         if name not in _LOAD_DEFAULTS:
             raise TypeError(f"WhisperModel has no load option {name!r}")
-        if not isinstance(value, OptionValue):
-            raise TypeError(f"load option {name} must be plain, not {value!r}")
-        if value == _LOAD_DEFAULTS[name] or (
+        plain = _checked(name, value)
+        if plain == _LOAD_DEFAULTS[name] or (
             name in _HUB_OPTIONS and is_directory(model)
         ):
             continue
-        kept.append((name, value))
+        kept.append((name, plain))
     return tuple(kept)
+
+
+def _checked(name: str, value: object) -> OptionValue:
+    """
+    A load option of its type; CTranslate2 would print its constructor's signature.
+    """
+    default = _LOAD_DEFAULTS[name]
+    kind = str if default is None else type(default)
+    is_kind = isinstance(value, kind) and isinstance(value, bool) is (kind is bool)
+    if is_kind and isinstance(value, OptionValue):
+        if isinstance(value, int) and value < _LEAST.get(name, value):
+            raise ValueError(f"{name} must be at least {_LEAST[name]}, not {value}")
+        return value
+    if value is default:
+        return default
+    raise TypeError(f"load option {name} must be {kind.__name__}, not {value!r}")
 
 
 def effective_compute_type(
