@@ -1,0 +1,144 @@
+"""
+Time and threads: a clock with one timer thread, and a permanent thread per device.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import queue
+import threading
+import time
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Clock", "DeviceThread", "MonotonicClock"]
+
+_log = logging.getLogger("whispercache")
+
+
+class Clock(Protocol):
+    """
+    Monotonic seconds, and calls at a later time.
+    """
+
+    def now(self) -> float:
+        """
+        Seconds since an arbitrary start.
+        """
+
+    def call_at(self, when_s: float, call: Callable[[], None]) -> None:
+        """
+        Run *call* once, on any thread, when `now` has reached *when_s*.
+
+        There is no way to cancel: a call finds out for itself whether it still matters.
+        """
+
+    def close(self) -> None:
+        """
+        Forget all calls that are due later, and stop.
+        """
+
+
+class MonotonicClock:
+    """
+    The real clock. Its timer thread starts with the first `call_at`.
+    """
+
+    def __init__(self) -> None:
+        self.now: Callable[[], float] = time.monotonic
+        self._changed = threading.Condition()
+        self._calls: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def call_at(self, when_s: float, call: Callable[[], None]) -> None:
+        """
+        Run *call* on the timer thread at *when_s*.
+        """
+        with self._changed:
+            if self._closed:
+                return
+            heapq.heappush(self._calls, (when_s, next(self._order), call))
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="whispercache-timer", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify()
+
+    def close(self) -> None:
+        """
+        Forget all calls, and let the timer thread end.
+        """
+        with self._changed:
+            self._closed = True
+            self._calls.clear()
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while (call := self._next()) is not None:
+            try:
+                call()
+            except Exception:
+                _log.exception("a timed call failed")
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            while not self._closed:
+                if not self._calls:
+                    self._changed.wait()
+                elif (due_in_s := self._calls[0][0] - self.now()) > 0:
+                    self._changed.wait(min(due_in_s, threading.TIMEOUT_MAX))
+                else:
+                    return heapq.heappop(self._calls)[2]
+        return None
+
+
+class DeviceThread:
+    """
+    The one thread that builds, loads and unloads models on a device.
+
+    CTranslate2 keeps allocators, streams and thread counts per thread, so a model must
+    be freed by the thread that made it, and that thread must outlive it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # A daemon, so that a cache nobody closed cannot keep the process from ending.
+        self._thread = threading.Thread(
+            target=self._run, name=f"whispercache-{device}", daemon=True
+        )
+        self._thread.start()
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """
+        Run *call* after all earlier ones.
+        """
+        self._calls.put(call)
+
+    def stop(self) -> None:
+        """
+        Let the thread end after all earlier calls.
+        """
+        self._calls.put(None)
+
+    def join(self, timeout_s: float | None) -> None:
+        """
+        Wait for the end of the thread; at once if this is that thread.
+        """
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                call()
+            except Exception:
+                _log.exception("work on %s failed", self._thread.name)
+            # Held until the next call otherwise, and with it the model it handled.
+            del call
