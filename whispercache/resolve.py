@@ -1,0 +1,205 @@
+"""
+Resolve: from what a caller asks for to the books of one model, with files and bytes.
+
+May touch the disk, ask CTranslate2 what a device supports, and download; so it runs on
+the caller's thread, outside the lock. A request that was seen before costs one look-up.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .architecture import ARCHITECTURES, HUB_COMPUTE_TYPE
+from .entries import Entry, State
+from .errors import DeviceUnavailable, LoadFailed, UnsupportedComputeType
+from .footprint import DEFAULT_WORKLOAD
+from .keys import (
+    ModelKey,
+    canonical_device,
+    canonical_model,
+    canonical_options,
+    effective_compute_type,
+    is_directory,
+)
+from .loader import ModelFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any, TypeAlias
+
+    from .core import Core
+    from .footprint import Workload
+    from .keys import OptionValue
+
+    # Model, device and compute type as given, then pairs of a load option and value.
+    Request: TypeAlias = tuple[Any, ...]
+
+__all__ = ["Resolver", "Target", "matcher"]
+
+KNOWN_REQUESTS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """
+    A model to lease, and how to get its files.
+    """
+
+    entry: Entry
+    options: Mapping[str, OptionValue]
+
+
+class Resolver:
+    """
+    Finds the one entry that a request means.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._loader = core.loader
+        self._known: dict[Request, Entry] = {}
+
+    def known(self, request: Request) -> Entry | None:
+        """
+        The books of a request that was resolved before, if it was.
+        """
+        return self._known.get(request)
+
+    def entry(self, request: Request) -> Entry:
+        """
+        The books of a request, resolved now if it was not before; see `resolve`.
+        """
+        return self._known.get(request) or self.resolve(request).entry
+
+    def resolve(self, request: Request) -> Target:
+        """
+        The target of *request*, looked up anew: a link may point elsewhere by now.
+
+        Blocks: for the header of model.bin; for a download, if the name is a repository
+        of unknown size that is not on this disk.
+
+        Raises:
+            TypeError, ValueError: a parameter is nonsense.
+            UnknownModel, UnsupportedComputeType, DeviceUnavailable: see there.
+            CorruptModel, LoadFailed: the files are broken, or cannot be downloaded.
+        """
+        name, device, compute_type, *pairs = request
+        options = dict(pairs)
+        wanted = canonical_device(device, options.pop("device_index", 0))
+        model = canonical_model(name)
+        kept = canonical_options(model, options)
+        files = self._peek(model, options)
+        key = self._place(model, wanted, compute_type, kept, files)
+        target = Target(self._core.entry(key), options)
+        # A relative path means another model after os.chdir().
+        if not is_directory(model) or os.path.isabs(name):
+            if len(self._known) >= KNOWN_REQUESTS:
+                self._known.clear()
+            self._known[request] = target.entry
+        return target
+
+    def locate(
+        self, target: Target, workload: Workload, *, download: bool = True
+    ) -> None:
+        """
+        Get the files of an absent model, and the bytes that it will take.
+
+        Blocks: for a download, if need be. Callers that want one model share it.
+
+        Raises:
+            LoadFailed: the files are not here and cannot be downloaded.
+        """
+        entry = target.entry
+        with entry.locating:
+            files = entry.files
+            if files is None or entry.state is State.ABSENT:
+                model = entry.key.model
+                files = self._loader.locate(model, target.options, download=download)
+                files = files or self._peek(model, target.options)
+            wanted = {*entry.footprints, DEFAULT_WORKLOAD, workload}
+            footprints = {
+                each: self._loader.footprint(entry.key, files, each) for each in wanted
+            }
+            with self._core.changing():
+                entry.located(files, footprints)
+        if entry.state is State.ABSENT:
+            self._core.observe(entry.device)
+            if entry.host is not entry.device:
+                self._core.observe(entry.host)
+
+    def _peek(self, model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
+        """
+        Enough of a model to tell its key and its bytes, without its files if possible.
+        """
+        if architecture := ARCHITECTURES.get(model):
+            return ModelFiles("", HUB_COMPUTE_TYPE, source=architecture)
+        files = self._loader.locate(model, options, download=True)
+        if files is None:
+            raise LoadFailed(model, "its files are not here")
+        return files
+
+    def _place(
+        self,
+        model: str,
+        wanted: str,
+        compute_type: str,
+        options: tuple[tuple[str, OptionValue], ...],
+        files: ModelFiles,
+    ) -> ModelKey:
+        """
+        The key on the device that is wanted; ``"auto"`` is a card that can hold it.
+        """
+
+        def on(device: str) -> ModelKey:
+            supported = self._loader.supported_compute_types(device)
+            effective = effective_compute_type(
+                compute_type, files.saved_compute_type, device, supported
+            )
+            return ModelKey(model, device, effective, options)
+
+        devices = self._loader.devices()
+        if wanted != "auto":
+            if wanted not in devices:
+                self._core.probe.read(wanted)  # knows better why there is none
+                reason = (
+                    f"CTranslate2 sees {', '.join(devices)}; is the driver too old?"
+                )
+                raise DeviceUnavailable(wanted, reason)
+            return on(wanted)
+        for device in devices:
+            if device == "cpu":
+                continue
+            try:
+                key = on(device)
+            except UnsupportedComputeType:
+                continue
+            books = self._core.device(device)
+            self._core.observe(books)
+            footprint = self._loader.footprint(key, files, DEFAULT_WORKLOAD)
+            if footprint.total_bytes <= books.ceiling_bytes:
+                return key
+        return on("cpu")
+
+
+def matcher(
+    model: str | os.PathLike[str] | None, device: str | None, compute_type: str | None
+) -> Callable[[ModelKey], bool]:
+    """
+    Whether a key is what was named; None names all. ``"int8"`` is each type of int8.
+    """
+    name = None if model is None else canonical_model(model)
+    place = None if device is None else canonical_device(device)
+
+    def matches(key: ModelKey) -> bool:
+        return (
+            name in (None, key.model)
+            and place in (None, "auto", key.device)
+            and (
+                compute_type in (None, "default", "auto", key.compute_type)
+                or (compute_type == "int8" and key.compute_type.startswith("int8"))
+            )
+        )
+
+    return matches
