@@ -1,0 +1,87 @@
+"""
+whispercache: the faster-whisper models you name, in the memory there is.
+
+::
+
+    from whispercache import get_model
+
+    model = get_model("small", device="auto", compute_type="int8")
+    segments, info = model.transcribe("talk.wav")
+    for segment in segments:
+        print(segment.text)
+
+Each call finds its model in memory or loads it; idle models leave, for room or after a
+while, and their memory is really returned. See `ModelCache` for limits of your own.
+"""
+
+from .aio import AsyncCachedModel, AsyncModelCache
+from .cache import ModelCache, default_cache, get_model
+from .errors import (
+    AudioError,
+    CacheClosed,
+    CorruptModel,
+    DeviceUnavailable,
+    LeaseTimeout,
+    LoadFailed,
+    ModelTooLarge,
+    TooManyWaiters,
+    UnknownModel,
+    UnsupportedComputeType,
+    WhisperCacheError,
+)
+from .events import (
+    DeviceInfo,
+    Event,
+    EvictionCause,
+    Explanation,
+    ModelEvicted,
+    ModelInfo,
+    ModelLoaded,
+    ModelLoadFailed,
+    ModelLoading,
+    ReleaseUnconfirmed,
+    Stats,
+)
+from .footprint import Footprint, Workload, footprint
+from .keys import ModelKey
+from .lease import Lease
+from .model import CachedModel
+
+__all__ = [
+    "AsyncCachedModel",
+    "AsyncModelCache",
+    "AudioError",
+    "CacheClosed",
+    "CachedModel",
+    "CorruptModel",
+    "DeviceInfo",
+    "DeviceUnavailable",
+    "Event",
+    "EvictionCause",
+    "Explanation",
+    "Footprint",
+    "Lease",
+    "LeaseTimeout",
+    "LoadFailed",
+    "ModelCache",
+    "ModelEvicted",
+    "ModelInfo",
+    "ModelKey",
+    "ModelLoadFailed",
+    "ModelLoaded",
+    "ModelLoading",
+    "ModelTooLarge",
+    "ReleaseUnconfirmed",
+    "Stats",
+    "TooManyWaiters",
+    "UnknownModel",
+    "UnsupportedComputeType",
+    "WhisperCacheError",
+    "Workload",
+    "__version__",
+    "default_cache",
+    "footprint",
+    "get_model",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,632 @@
+"""
+ModelCache: the cache as threads use it.
+
+The words a caller needs, each a thin step over the shared core (core.py), which has the
+path of a request and the invariants.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+from concurrent.futures import wait
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypedDict, cast
+
+from . import report
+from .admission import POLICIES
+from .core import Core
+from .errors import LeaseTimeout
+from .footprint import DEFAULT_WORKLOAD
+from .loader import FasterWhisperLoader
+from .memory import SystemProbe
+from .model import CachedModel
+from .resolve import Resolver, matcher
+from .threads import MonotonicClock
+from .units import Limit, parse_duration, parse_limit
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    from .admission import Policy
+    from .core import Leaving
+    from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats
+    from .footprint import Workload
+    from .keys import ModelKey
+    from .lease import Lease
+    from .loader import AudioInput, Loader
+    from .memory import MemoryProbe
+    from .resolve import Request
+    from .threads import Clock
+    from .units import DurationValue, LimitValue
+
+__all__ = ["ModelCache", "default_cache", "get_model"]
+
+_log = logging.getLogger("whispercache")
+
+PATIENCE_S = 5.0
+"""
+Seconds for which hits may pass a request that waits for memory.
+"""
+
+UNCHANGED = cast("LimitValue", object())
+_open_caches: weakref.WeakSet[ModelCache] = weakref.WeakSet()
+
+
+class CacheOptions(TypedDict, total=False):
+    """
+    The parameters of a `ModelCache`.
+    """
+
+    vram: LimitValue | Mapping[str, LimitValue]
+    ram: LimitValue
+    max_models: int | None
+    keep_alive: DurationValue
+    policy: str | Policy
+    patience_s: float
+    max_waiting: int | None
+    loader: Loader | None
+    probe: MemoryProbe | None
+    clock: Clock | None
+
+
+class ModelCache:
+    """
+    A cache of Whisper models that keeps within the memory that there is.
+
+    Callers name the model they want; the cache decides what is in memory. A model is
+    loaded when it is first used, shared by all who use it, never taken from one who
+    does, and leaves when it was idle for long enough or its room is needed. Memory
+    counts as free only once the unload was confirmed.
+
+    Safe to use from any thread. A context manager that closes on exit.
+
+    Args:
+        vram: Limit for each GPU: bytes, ``"10GiB"``, ``"80%"`` or ``0.8`` of the card,
+            or ``"auto"`` for what is really free. A mapping sets it card by card
+            (``{"cuda:0": "10GiB"}``).
+        ram: The same for the host: models on the CPU, and loads on their way to a GPU.
+        max_models: At most so many models on each device.
+        keep_alive: How long an idle model stays: seconds, ``"5m"``, 0 to unload at
+            once, -1 for ever. The clock starts when its last lease ends.
+        policy: Who leaves first: ``"lru"``, ``"gap"`` (cheapest second of absence per
+            byte), or a function of an `admission.Resident` and the time now to a score;
+            the lowest leaves first.
+        patience_s: Seconds for which requests for models in memory may pass one that
+            waits for room; after that no new leases are granted on what it needs.
+        max_waiting: At most so many requests wait; more are refused at once.
+        loader: Loads the models; a fake in tests.
+        probe: Reads the memory of the devices; likewise.
+        clock: Tells the time; likewise. The cache closes it.
+
+    Raises:
+        TypeError, ValueError: a limit or a time is nonsense.
+    """
+
+    def __init__(
+        self,
+        *,
+        vram: LimitValue | Mapping[str, LimitValue] = "auto",
+        ram: LimitValue = "auto",
+        max_models: int | None = None,
+        keep_alive: DurationValue = "5m",
+        policy: str | Policy = "lru",
+        patience_s: float = PATIENCE_S,
+        max_waiting: int | None = None,
+        loader: Loader | None = None,
+        probe: MemoryProbe | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if isinstance(policy, str) and policy not in POLICIES:
+            raise ValueError(
+                f"policy must be one of {', '.join(POLICIES)}, or a function"
+            )
+        if not patience_s >= 0:
+            raise ValueError(
+                f"patience_s must be 0 or more seconds, not {patience_s!r}"
+            )
+        probe = probe or SystemProbe()
+        self._limits = (vram, ram)
+        self._core = Core(
+            loader=loader or FasterWhisperLoader(probe),
+            probe=probe,
+            clock=clock or MonotonicClock(),
+            policy=POLICIES[policy] if isinstance(policy, str) else policy,
+            limit_of=_limits(vram, ram),
+            max_models=_count("max_models", max_models),
+            keep_alive_s=parse_duration(keep_alive, "keep_alive"),
+            patience_s=patience_s,
+            max_waiting=_count("max_waiting", max_waiting),
+        )
+        self._resolver = Resolver(self._core)
+        _open_caches.add(self)
+
+    # Models ---------------------------------------------------------------------------
+
+    def get_model(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        *,
+        keep_alive: DurationValue | None = None,
+        timeout_s: float | None = None,
+        **load_options: object,
+    ) -> CachedModel:
+        """
+        A model to use like a WhisperModel, in memory whenever it is used.
+
+        Returns at once: the model is loaded by the first call on it, or by `preload`.
+
+        Args:
+            model_size_or_path: A size (``"large-v3"``), an alias, a repository of the
+                model hub, or a directory.
+            device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+            compute_type: As for WhisperModel; ``"default"``, ``"auto"`` and ``"int8"``
+                mean what CTranslate2 really uses on that device.
+            keep_alive: For this model, instead of the cache's.
+            timeout_s: Most seconds that each call on it waits for the model.
+            load_options: The other parameters of WhisperModel: ``cpu_threads``,
+                ``num_workers``, ``download_root``, ``local_files_only``, ``revision``.
+
+        Raises:
+            TypeError, ValueError: a parameter is nonsense.
+            UnknownModel: no such size, and no model in that directory.
+            UnsupportedComputeType: the device cannot compute in that type.
+            DeviceUnavailable: there is no such device.
+            CacheClosed: the cache was closed.
+        """
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        self._resolver.entry(request)
+        keep_alive_s = as_seconds(keep_alive)
+        return CachedModel(ModelSource(self, request, keep_alive_s, timeout_s))
+
+    def lease(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        *,
+        timeout_s: float | None = None,
+        keep_alive: DurationValue | None = None,
+        workload: Workload | None = None,
+        **load_options: object,
+    ) -> Lease:
+        """
+        The real WhisperModel, held in memory for a ``with`` block.
+
+        Args:
+            model_size_or_path: As for `get_model`, like the following.
+            device: See there.
+            compute_type: See there.
+            timeout_s: Most seconds to wait; None for as long as it takes, 0 to have the
+                model only if it can be had at once.
+            keep_alive: Once this lease ends, instead of the cache's.
+            workload: What will be done with the model, for the memory of that work;
+                faster-whisper's defaults if None.
+            load_options: See there.
+
+        Blocks: until the model is in memory, through a download if it takes one.
+
+        Raises:
+            LeaseTimeout: not within *timeout_s*.
+            ModelTooLarge: never, with these limits and that memory.
+            TooManyWaiters: ``max_waiting`` others wait.
+            LoadFailed: the download or the load failed.
+            CacheClosed: the cache was closed, before or meanwhile.
+            Also what `get_model` raises.
+        """
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        keep_alive_s = as_seconds(keep_alive)
+        return self._lease(
+            request, workload or DEFAULT_WORKLOAD, keep_alive_s, timeout_s
+        )
+
+    def _lease(
+        self,
+        request: Request,
+        workload: Workload,
+        keep_alive_s: float | None,
+        timeout_s: float | None,
+    ) -> Lease:
+        core, resolver = self._core, self._resolver
+        lease = self._hit(request, workload, keep_alive_s)
+        if lease is not None:
+            return lease
+        target = resolver.resolve(request)
+        resolver.locate(target, workload)
+        waiter = core.request(target.entry, workload, keep_alive_s, timeout_s)
+        try:
+            return waiter.future.result()
+        except BaseException:
+            core.abandon(waiter)
+            raise
+
+    def _hit(
+        self, request: Request, workload: Workload, keep_alive_s: float | None
+    ) -> Lease | None:
+        entry = self._resolver.known(request)
+        if entry is None:
+            return None
+        return self._core.hit(entry, workload, keep_alive_s)
+
+    def preload(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        *,
+        timeout_s: float | None = None,
+        **load_options: object,
+    ) -> None:
+        """
+        Load a model now, so that the next call on it need not.
+
+        Blocks, and raises, as `lease` does.
+        """
+        self.lease(
+            model_size_or_path,
+            device,
+            compute_type,
+            timeout_s=timeout_s,
+            **load_options,  # type: ignore[arg-type]
+        ).release()
+
+    def pin(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        *,
+        timeout_s: float | None = None,
+        **load_options: object,
+    ) -> None:
+        """
+        Load a model now and keep it, idle or not, until `unpin`, `evict` or `close`.
+
+        Blocks, and raises, as `lease` does.
+        """
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        with self._lease(request, DEFAULT_WORKLOAD, None, timeout_s):
+            entry = self._resolver.entry(request)
+            self._core.pin(entry)
+
+    def unpin(
+        self,
+        model_size_or_path: str | os.PathLike[str] | None = None,
+        device: str | None = None,
+        compute_type: str | None = None,
+    ) -> int:
+        """
+        Let pinned models leave again; the parameters are those of `evict`.
+
+        Returns:
+            How many were pinned.
+        """
+        return self._core.unpin(matcher(model_size_or_path, device, compute_type))
+
+    def evict(
+        self,
+        model_size_or_path: str | os.PathLike[str] | None = None,
+        device: str | None = None,
+        compute_type: str | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> int:
+        """
+        Unload models now and return their memory, pinned or not.
+
+        A model that is leased leaves as soon as it is idle; until then no new lease is
+        granted on it. New requests for it wait, and load it again.
+
+        Args:
+            model_size_or_path: The model, by any of its names; None for all.
+            device: Only on this device.
+            compute_type: Only in this type.
+            timeout_s: Most seconds to wait for leases to end and for the unload.
+
+        Returns:
+            How many left; 0 if there was none to evict.
+
+        Raises:
+            LeaseTimeout: some stayed; those that are still leased stay as they were.
+        """
+        matches = matcher(model_size_or_path, device, compute_type)
+        return self._await_gone(self._core.evict(matches), timeout_s)
+
+    def _await_gone(self, leaving: list[Leaving], timeout_s: float | None) -> int:
+        until = Departure(self._core, leaving, timeout_s)
+        wait([gone for _, gone in leaving])
+        return until.result()
+
+    # Limits ---------------------------------------------------------------------------
+
+    def resize(
+        self,
+        *,
+        vram: LimitValue | Mapping[str, LimitValue] = UNCHANGED,
+        ram: LimitValue = UNCHANGED,
+        max_models: int | None = cast("int", UNCHANGED),
+    ) -> None:
+        """
+        Set other limits; what is not given stays.
+
+        Idle models that are too much begin to leave at once, leased ones when they are
+        idle. Returns without waiting for that.
+
+        Raises:
+            TypeError, ValueError: a limit is nonsense; none was changed.
+        """
+        old_vram, old_ram = self._limits
+        limits = (
+            old_vram if vram is UNCHANGED else vram,
+            old_ram if ram is UNCHANGED else ram,
+        )
+        limit_of = _limits(*limits)
+        unchanged = cast("object", max_models) is UNCHANGED
+        count = self._core.max_models if unchanged else _count("max_models", max_models)
+        self._limits = limits
+        self._core.resize(limit_of, count)
+
+    # Report ---------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """
+        Counters since the cache was made.
+        """
+        return report.stats(self._core)
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """
+        The models in memory, or on their way in or out.
+        """
+        return report.models(self._core)
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """
+        The devices that were used, and what the cache holds of them.
+        """
+        return report.devices(self._core)
+
+    def explain(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        *,
+        workload: Workload | None = None,
+        **load_options: object,
+    ) -> Explanation:
+        """
+        What a lease on a model would do now: hit, load, evict which, wait, or fail.
+
+        Nothing is loaded or evicted. Takes and raises what `get_model` does.
+        """
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        workload = workload or DEFAULT_WORKLOAD
+        target = self._resolver.resolve(request)
+        self._resolver.locate(target, workload, download=False)
+        return report.explain(self._core, target.entry, workload)
+
+    def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """
+        Call *listener* with each `Event` from now on, in order.
+
+        It runs on whatever thread made the event, often a device's loader: it should be
+        quick, and must not wait for this cache. What it raises is logged.
+
+        Returns:
+            A function that ends the subscription.
+        """
+        return self._core.outbox.subscribe(listener)
+
+    # Closing --------------------------------------------------------------------------
+
+    def close(self, timeout_s: float | None = 10.0) -> None:
+        """
+        Refuse new requests, fail those that wait, and unload all models.
+
+        A second call waits again. A model that is still leased after *timeout_s* leaves
+        when its lease ends.
+
+        Args:
+            timeout_s: Most seconds to wait for leases, loads and unloads; None for
+                ever.
+
+        Raises:
+            LeaseTimeout: models were still held then; it names them.
+        """
+        _open_caches.discard(self)
+        self._await_gone(self._core.close(), timeout_s)
+        self._core.join(timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except LeaseTimeout as held:
+            # The error that ends the block tells more than this one.
+            if error is None:
+                raise
+            _log.warning("closing: %s", held)
+
+    def __repr__(self) -> str:
+        return report.describe(self._core, type(self).__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """
+    One model of a cache, for its `CachedModel`.
+    """
+
+    cache: ModelCache
+    request: Request
+    keep_alive_s: float | None
+    timeout_s: float | None
+
+    @property
+    def key(self) -> ModelKey:
+        return self.cache._resolver.entry(self.request).key
+
+    def lease(self, workload: Workload) -> Lease:
+        return self.cache._lease(
+            self.request, workload, self.keep_alive_s, self.timeout_s
+        )
+
+    def transcriber(
+        self, lease: Lease, batch_size: int | None
+    ) -> Callable[..., object]:
+        if batch_size is None:
+            return lease.whisper.transcribe  # type: ignore[no-any-return]
+        batched = self.cache._core.loader.batched(lease.whisper)
+        return partial(batched, batch_size=batch_size)
+
+    def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
+        return self.cache._core.loader.decode_audio(audio)
+
+
+# The process-wide cache ---------------------------------------------------------------
+
+_default_lock = threading.Lock()
+_default: ModelCache | None = None
+
+
+def default_cache() -> ModelCache:
+    """
+    The cache of the whole process, made at its first use with default limits.
+
+    Closed when the interpreter exits. After a `ModelCache.close` the next call makes a
+    new one.
+    """
+    global _default
+    with _default_lock:
+        if _default is None or _default._core.is_closed:
+            _default = ModelCache()
+        return _default
+
+
+def get_model(
+    model_size_or_path: str | os.PathLike[str],
+    device: str = "auto",
+    compute_type: str = "default",
+    **load_options: object,
+) -> CachedModel:
+    """
+    A model of the process-wide cache: the drop-in for an ``lru_cache`` of models.
+
+    Takes, returns and raises what `ModelCache.get_model` does.
+    """
+    return default_cache().get_model(
+        model_size_or_path,
+        device,
+        compute_type,
+        **load_options,  # type: ignore[arg-type]
+    )
+
+
+@atexit.register
+def _close_all() -> None:
+    """
+    Unload before the interpreter goes: destructors that run later can hang or crash.
+    """
+    for cache in list(_open_caches):
+        try:
+            cache.close(timeout_s=0)
+        except LeaseTimeout as held:
+            _log.debug("at exit: %s", held)
+
+
+# What was asked for -------------------------------------------------------------------
+
+
+def as_request(
+    model: str | os.PathLike[str],
+    device: str,
+    compute_type: str,
+    load_options: dict[str, object],
+) -> Request:
+    if not load_options:
+        return (model, device, compute_type)
+    return (model, device, compute_type, *sorted(load_options.items()))
+
+
+def as_seconds(keep_alive: DurationValue | None) -> float | None:
+    return None if keep_alive is None else parse_duration(keep_alive, "keep_alive")
+
+
+def _limits(
+    vram: LimitValue | Mapping[str, LimitValue], ram: LimitValue
+) -> Callable[[str], Limit]:
+    host = parse_limit(ram, "ram")
+    if isinstance(vram, (str, int, float)) or vram is None:
+        card = parse_limit(vram, "vram")
+        return lambda device: host if device == "cpu" else card
+    cards = {
+        name: parse_limit(value, f"vram[{name!r}]") for name, value in vram.items()
+    }
+    return lambda device: host if device == "cpu" else cards.get(device, Limit())
+
+
+def _count(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number or None, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+    return value
+
+
+class Departure:
+    """
+    The leaving of some models, as somebody waits for it.
+    """
+
+    def __init__(
+        self, core: Core, leaving: list[Leaving], timeout_s: float | None
+    ) -> None:
+        self._core = core
+        self._leaving = leaving
+        self._started_s = core.clock.now()
+        if timeout_s is not None:
+            core.clock.call_at(self._started_s + timeout_s, self.give_up)
+
+    def give_up(self) -> None:
+        """
+        Let those who have not left stay, as far as they are not on their way.
+        """
+        for _, gone in self._leaving:
+            gone.cancel()
+
+    def result(self) -> int:
+        """
+        How many left, once all futures are done.
+
+        Raises:
+            LeaseTimeout: some did not.
+        """
+        stayed = [(entry, gone) for entry, gone in self._leaving if gone.cancelled()]
+        for entry, gone in stayed:
+            self._core.withdraw(entry, gone)
+        if stayed:
+            names = ", ".join(str(entry.key) for entry, _ in stayed)
+            waited_s = self._core.clock.now() - self._started_s
+            raise LeaseTimeout(names, waited_s, 0)
+        return len(self._leaving)

@@ -1,0 +1,306 @@
+"""
+Use: `CachedModel`, a WhisperModel that leases itself.
+
+It knows the cache only as something that leases.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+
+from .footprint import DEFAULT_WORKLOAD, Workload
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+    from typing import BinaryIO
+
+    import numpy as np
+    from faster_whisper.transcribe import Segment, TranscriptionInfo
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    from .keys import ModelKey
+    from .lease import Lease
+
+    AudioInput = str | os.PathLike[str] | BinaryIO | NDArray[np.float32]
+
+__all__ = ["CachedModel", "LeasedIterator", "call_leased", "workload_of"]
+
+T = TypeVar("T")
+
+_ATTRIBUTES = (
+    "feat_kwargs",
+    "feature_extractor",
+    "frames_per_second",
+    "hf_tokenizer",
+    "input_stride",
+    "logger",
+    "max_length",
+    "num_samples_per_token",
+    "time_precision",
+    "tokens_per_second",
+)
+_METHODS = (
+    "add_word_timestamps",
+    "encode",
+    "find_alignment",
+    "generate_segments",
+    "generate_with_fallback",
+    "get_prompt",
+)
+"""
+What a WhisperModel has besides; a test compares with the real one.
+"""
+
+
+class Leases(Protocol):
+    """
+    Something that leases one model.
+    """
+
+    @property
+    def key(self) -> ModelKey:
+        """
+        The model.
+        """
+
+    def lease(self, workload: Workload) -> Lease:
+        """
+        Hold the model, loaded if need be. Blocks until it is granted.
+        """
+
+    def transcriber(
+        self, lease: Lease, batch_size: int | None
+    ) -> Callable[..., object]:
+        """
+        The ``transcribe`` of a leased model, batched or not.
+        """
+
+    def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
+        """
+        Samples of *audio*.
+        """
+
+
+def workload_of(options: Mapping[str, object], batch_size: int | None) -> Workload:
+    """
+    What a ``transcribe`` call with these options takes.
+    """
+
+    def count(name: str) -> int:
+        value = options.get(name)
+        return value if isinstance(value, int) and value > 0 else 5
+
+    temperatures = options.get("temperature", (0.0, 1.0))
+    if not isinstance(temperatures, (list, tuple)):
+        temperatures = (temperatures,)
+    return Workload(
+        beam_size=count("beam_size"),
+        best_of=count("best_of"),
+        batch_size=batch_size or 1,
+        fallback=any(temperature != 0 for temperature in temperatures),
+    )
+
+
+class LeasedIterator(Iterator[T]):
+    """
+    A lazy result that holds its model until it is exhausted, closed or collected.
+    """
+
+    def __init__(self, items: Iterator[T], lease: Lease) -> None:
+        lease.owned = True
+        self._items: Iterator[T] | None = items
+        self._lease = lease
+        self._failure = ""
+        # One step at a time: a close from another thread waits for the step in flight,
+        # since the model must not leave under it.
+        self._step = threading.Lock()
+
+    def __next__(self) -> T:
+        with self._step:
+            if self._items is None:
+                if self._failure:
+                    # A finished generator would just say that there is no more.
+                    raise RuntimeError(f"it ended early: {self._failure}")
+                raise StopIteration
+            try:
+                return next(self._items)
+            except StopIteration:
+                self._finish()
+                raise
+            except BaseException as error:
+                self._failure = f"{type(error).__name__}: {error}"
+                self._finish()
+                raise
+
+    def close(self) -> None:
+        """
+        End early and let the model go. Blocks while a step is in flight.
+        """
+        with self._step:
+            self._finish()
+
+    def _finish(self) -> None:
+        items, self._items = self._items, None
+        if isinstance(items, types.GeneratorType):
+            items.close()
+        self._lease.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+
+def call_leased(
+    lease: Lease, call: Callable[..., object], *args: object, **options: object
+) -> object:
+    """
+    Call a method of a leased model, and hold the lease as long as the result needs it.
+
+    An iterator in the result, alone or first in a tuple, takes the lease with it.
+    """
+    try:
+        result = call(*args, **options)
+    except BaseException:
+        lease.release()
+        raise
+    if isinstance(result, Iterator):
+        return LeasedIterator(result, lease)
+    if isinstance(result, tuple) and result and isinstance(result[0], Iterator):
+        return (LeasedIterator(result[0], lease), *result[1:])
+    lease.release()
+    return result
+
+
+class CachedModel:
+    """
+    A WhisperModel that is in memory when it is used.
+
+    Each call takes a lease, and loads the model if it is not there. A lazy ``segments``
+    holds the lease until it is exhausted, closed or collected. Between calls the model
+    may leave, and comes back by itself: hold as many of these as you like.
+
+    Made by `ModelCache.get_model`; safe to share between threads. It has the methods
+    and attributes of `faster_whisper.WhisperModel` except ``model``, which is not safe
+    to touch without a lease: use `lease` for that.
+    """
+
+    def __init__(self, source: Leases) -> None:
+        self._source = source
+
+    @property
+    def key(self) -> ModelKey:
+        """
+        Which model this is: canonical name, device, effective compute type.
+        """
+        return self._source.key
+
+    def lease(self) -> Lease:
+        """
+        The real model, held for a ``with`` block. Blocks until it is granted.
+        """
+        return self._source.lease(DEFAULT_WORKLOAD)
+
+    def transcribe(
+        self,
+        audio: AudioInput,
+        *args: object,
+        batch_size: int | None = None,
+        **options: object,
+    ) -> tuple[LeasedIterator[Segment], TranscriptionInfo]:
+        """
+        Transcribe, as `faster_whisper.WhisperModel.transcribe` does.
+
+        Args:
+            audio: A path, a binary stream, or float32 samples (samples,), mono, 16 kHz.
+            args: Further positional parameters of ``transcribe``, ``language`` first.
+            batch_size: Windows at once; given, the batched pipeline does the work, with
+                its own defaults (``vad_filter=True``, ``without_timestamps=True``).
+            options: All other parameters of ``transcribe``.
+
+        Returns:
+            The segments, computed while they are iterated over, and the info.
+
+        Raises:
+            AudioError: the audio cannot be decoded; no model was loaded for it.
+            WhisperCacheError: the model cannot be had; see `ModelCache.lease`.
+
+        Blocks: for decoding, the lease, and the language detection if none is given.
+        """
+        samples = self._source.decode_audio(audio)
+        lease = self._source.lease(workload_of(options, batch_size))
+        call = self._source.transcriber(lease, batch_size)
+        return cast(
+            "tuple[LeasedIterator[Segment], TranscriptionInfo]",
+            call_leased(lease, call, samples, *args, **options),
+        )
+
+    def detect_language(
+        self, audio: AudioInput | None = None, *args: object, **options: object
+    ) -> tuple[str, float, list[tuple[str, float]]]:
+        """
+        The language spoken, as `faster_whisper.WhisperModel.detect_language` tells it.
+
+        Args:
+            audio: Like that of `transcribe`, paths and streams included.
+            args: Further positional parameters, ``features`` first.
+            options: Further parameters.
+
+        Returns:
+            Language code, its probability, and those of all languages.
+        """
+        samples = None if audio is None else self._source.decode_audio(audio)
+        lease = self._source.lease(DEFAULT_WORKLOAD)
+        call = lease.whisper.detect_language
+        return cast(
+            "tuple[str, float, list[tuple[str, float]]]",
+            call_leased(lease, call, samples, *args, **options),
+        )
+
+    @property
+    def supported_languages(self) -> list[str]:
+        """
+        Codes of the languages that the model knows. Loads it if need be.
+        """
+        lease = self.lease()
+        with lease:
+            return list(lease.loaded.supported_languages)
+
+    @property
+    def is_multilingual(self) -> bool:
+        """
+        Whether the model knows other languages than English. Loads it if need be.
+        """
+        lease = self.lease()
+        with lease:
+            return lease.loaded.is_multilingual
+
+    def __getattr__(self, name: str) -> object:
+        if name in _ATTRIBUTES:
+            with self.lease() as whisper:
+                return getattr(whisper, name)
+        if name in _METHODS:
+            return functools.partial(self._call, name)
+        if name == "model":
+            raise AttributeError(
+                "the CTranslate2 model may leave memory at any time; hold it with "
+                "'with cached_model.lease() as whisper: whisper.model'"
+            )
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
+    def _call(self, name: str, *args: object, **options: object) -> object:
+        lease = self.lease()
+        return call_leased(lease, getattr(lease.whisper, name), *args, **options)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *_ATTRIBUTES, *_METHODS]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.key}>"
