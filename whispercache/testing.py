@@ -1,0 +1,498 @@
+"""
+Fakes with which a whole cache runs without a model, a GPU, or time passing.
+
+::
+
+    machine = FakeMachine({"cpu": "8GiB", "cuda:0": "4GiB"})
+    loader = FakeLoader(machine, sizes={"small": "1GiB", "large-v3": "3GiB"})
+    clock = FakeClock()
+    with ModelCache(loader=loader, probe=machine, clock=clock) as cache:
+        with cache.lease("small", "cuda"):
+            ...
+        clock.tick(300)
+        settle(cache)
+        assert not cache.models()
+
+The fakes are strict: a model loaded twice, used after its unload, unloaded in use, or
+loaded where there is no room raises, as it would crash or fail with the real thing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from .cache import ModelCache
+from .errors import DeviceUnavailable
+from .footprint import Footprint
+from .keys import TYPICAL_COMPUTE_TYPES
+from .loader import LoadedModel, ModelFiles, Released
+from .memory import MemoryReading
+from .units import parse_limit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    import numpy as np
+    from faster_whisper import WhisperModel
+    from numpy.typing import NDArray
+
+    from .aio import AsyncModelCache
+    from .core import Core
+    from .footprint import Workload
+    from .keys import ModelKey, OptionValue
+    from .loader import AudioInput
+
+__all__ = [
+    "FakeClock",
+    "FakeLoader",
+    "FakeMachine",
+    "FakeSegment",
+    "FakeWhisper",
+    "Gate",
+    "check",
+    "settle",
+    "wait_until",
+]
+
+_PATIENCE_S = 10.0
+
+
+class FakeClock:
+    """
+    A clock that stands still until `tick`.
+    """
+
+    def __init__(self, start_s: float = 1000.0) -> None:
+        self._now_s = start_s
+        # The garbage collector may end a lease in here, and that sets a timer.
+        self._lock = threading.RLock()
+        self._calls: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+
+    def now(self) -> float:
+        """
+        Seconds, as far as they were ticked.
+        """
+        return self._now_s
+
+    def call_at(self, when_s: float, call: Callable[[], None]) -> None:
+        """
+        Run *call* within the `tick` that reaches *when_s*, even if that is now.
+        """
+        with self._lock:
+            heapq.heappush(self._calls, (when_s, next(self._order), call))
+
+    def tick(self, seconds: float = 0.0) -> None:
+        """
+        Let *seconds* pass, and run what falls due, in order, on this thread.
+        """
+        until_s = self._now_s + seconds
+        while True:
+            with self._lock:
+                if not self._calls or self._calls[0][0] > until_s:
+                    self._now_s = until_s
+                    return
+                when_s, _, call = heapq.heappop(self._calls)
+                self._now_s = max(self._now_s, when_s)
+            call()
+
+    def close(self) -> None:
+        """
+        Forget all calls.
+        """
+        with self._lock:
+            self._calls.clear()
+
+
+class FakeMachine:
+    """
+    Devices with so much memory, some of it used by other programs. A `MemoryProbe`.
+
+    Args:
+        devices: Memory by device: bytes, or as in ``"10GiB"``.
+    """
+
+    def __init__(self, devices: Mapping[str, int | str]) -> None:
+        self.total_bytes: dict[str, int] = {
+            name: _n_bytes(size) for name, size in devices.items()
+        }
+        self.held_bytes: Counter[str] = Counter()
+        self.others_bytes: Counter[str] = Counter()
+        self.peak_bytes: Counter[str] = Counter()
+        self.reading_fails: Exception | None = None
+        self._lock = threading.Lock()
+
+    def others(self, device: str, n_bytes: int | str) -> None:
+        """
+        Let other programs hold so much of *device* from now on.
+        """
+        self.others_bytes[device] = _n_bytes(n_bytes) if n_bytes else 0
+
+    def cuda_devices(self) -> tuple[str, ...]:
+        """
+        The fake cards.
+        """
+        return tuple(name for name in self.total_bytes if name != "cpu")
+
+    def read(self, device: str) -> MemoryReading:
+        """
+        What is free, truthfully; or the error of `reading_fails`.
+        """
+        if self.reading_fails is not None:
+            raise self.reading_fails
+        if device not in self.total_bytes:
+            raise DeviceUnavailable(device, f"there are {', '.join(self.total_bytes)}")
+        return MemoryReading(self.total_bytes[device], self.free_bytes(device), "fake")
+
+    def device_name(self, device: str) -> str:
+        """
+        Its name is its name.
+        """
+        return f"fake {device}"
+
+    def free_bytes(self, device: str) -> int:
+        """
+        What nobody holds.
+        """
+        held_bytes = self.held_bytes[device] + self.others_bytes[device]
+        return self.total_bytes[device] - held_bytes
+
+    def take(self, device: str, n_bytes: int) -> None:
+        """
+        Allocate; as CTranslate2 does, with its error, where there is too little.
+        """
+        with self._lock:
+            if n_bytes > self.free_bytes(device):
+                raise RuntimeError("CUDA failed with error out of memory")
+            self.held_bytes[device] += n_bytes
+            self.peak_bytes[device] = max(
+                self.peak_bytes[device], self.held_bytes[device]
+            )
+
+    def give_back(self, device: str, n_bytes: int) -> None:
+        """
+        Free what was allocated.
+        """
+        with self._lock:
+            self.held_bytes[device] -= n_bytes
+            assert self.held_bytes[device] >= 0, f"{device}: freed twice"
+
+
+@dataclass(frozen=True, slots=True)
+class FakeSegment:
+    """
+    A piece of a fake transcription: its text is the key of the model that spoke.
+    """
+
+    text: str
+    start: float = 0.0
+    end: float = 1.0
+
+
+class FakeWhisper:
+    """
+    Stands for a WhisperModel. Any use after its unload raises.
+    """
+
+    def __init__(self, key: ModelKey, segments: int = 3) -> None:
+        self.key = key
+        self.segments = segments
+        self.is_loaded = True
+        self.calls: int = 0
+
+    def transcribe(
+        self, audio: object, language: str | None = None, **options: object
+    ) -> tuple[Iterator[FakeSegment], dict[str, object]]:
+        """
+        As lazy as the real one: segments are made while they are iterated over.
+        """
+        self._check()
+        info = {"language": language or "en", "audio": audio, **options}
+        return self._speak(), info
+
+    def _speak(self) -> Iterator[FakeSegment]:
+        for second in range(self.segments):
+            self._check()
+            yield FakeSegment(str(self.key), second, second + 1)
+
+    def detect_language(
+        self, audio: object = None, **_options: object
+    ) -> tuple[str, float, list[tuple[str, float]]]:
+        """
+        It is always English.
+        """
+        self._check()
+        del audio
+        return "en", 1.0, [("en", 1.0)]
+
+    def _check(self) -> None:
+        self.calls += 1
+        if not self.is_loaded:
+            raise RuntimeError(f"{self.key} was used after its unload")
+
+
+class Gate:
+    """
+    Holds a load or an unload until it is opened.
+
+    Attributes:
+        reached: Set when something stands before the gate.
+    """
+
+    def __init__(self) -> None:
+        self.reached: threading.Event = threading.Event()
+        self._open = threading.Event()
+
+    def open(self) -> None:
+        """
+        Let all pass from now on.
+        """
+        self._open.set()
+
+    def wait_reached(self) -> None:
+        """
+        Block until something stands before the gate.
+        """
+        assert self.reached.wait(_PATIENCE_S), "nothing came to the gate"
+
+    def pass_through(self) -> None:
+        """
+        Stand before the gate, and pass when it is open.
+        """
+        self.reached.set()
+        assert self._open.wait(_PATIENCE_S), "the gate was never opened"
+
+
+@dataclass(slots=True)
+class FakeLoader:
+    """
+    Loads `FakeWhisper` models into the memory of a `FakeMachine`.
+
+    Attributes:
+        machine: Where the memory is.
+        sizes: Weights by canonical model name: bytes, or as in ``"1GiB"``.
+        default_size: Weights of all others.
+        workspace_bytes: What each call takes, times its ``batch_size``.
+        loading_factor: Peak while loading, as a multiple of the weights.
+        load_s: Seconds that a load takes, by a fake clock; see `clock`.
+        clock: Ticked by *load_s* during each load, if given.
+        saved_compute_type: The type of all files.
+        missing: Names that have to be "downloaded" first.
+        fail_loads: By model name, errors for its next loads, the first first.
+        refuse_unloads: So many unloads to come will silently do nothing.
+        loads: How often each model was loaded.
+        unloads: How often each was unloaded.
+        downloads: How often each was downloaded.
+        resident: What is in memory.
+    """
+
+    machine: FakeMachine
+    sizes: Mapping[str, int | str] = field(default_factory=dict)
+    default_size: int | str = "1GiB"
+    workspace_bytes: int = 0
+    loading_factor: float = 1.0
+    host_loading_bytes: int = 0
+    load_s: float = 0.0
+    clock: FakeClock | None = None
+    saved_compute_type: str = "float16"
+    missing: set[str] = field(default_factory=set)
+    fail_loads: dict[str, list[BaseException]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    refuse_unloads: int = 0
+    loads: Counter[str] = field(default_factory=Counter)
+    unloads: Counter[str] = field(default_factory=Counter)
+    downloads: Counter[str] = field(default_factory=Counter)
+    resident: dict[ModelKey, FakeWhisper] = field(default_factory=dict)
+    remembered: list[tuple[ModelKey, int]] = field(default_factory=list)
+    _load_gates: dict[str, Gate] = field(default_factory=dict)
+    _unload_gates: dict[str, Gate] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def holding_loads(self, model: str) -> Iterator[Gate]:
+        """
+        Hold loads of *model* before a gate, until the end of the block at the latest.
+        """
+        gate = self._load_gates[model] = Gate()
+        try:
+            yield gate
+        finally:
+            del self._load_gates[model]
+            gate.open()
+
+    @contextmanager
+    def holding_unloads(self, model: str) -> Iterator[Gate]:
+        """
+        Hold unloads of *model* before a gate, until the end of the block at the latest.
+        """
+        gate = self._unload_gates[model] = Gate()
+        try:
+            yield gate
+        finally:
+            del self._unload_gates[model]
+            gate.open()
+
+    def devices(self) -> tuple[str, ...]:
+        """
+        Those of the machine.
+        """
+        return tuple(self.machine.total_bytes)
+
+    def supported_compute_types(self, device: str) -> frozenset[str]:
+        """
+        What such a device typically supports.
+        """
+        return TYPICAL_COMPUTE_TYPES[device.partition(":")[0]]
+
+    def locate(
+        self, model: str, options: Mapping[str, OptionValue], *, download: bool
+    ) -> ModelFiles | None:
+        """
+        Files that are here, or become so by a download.
+        """
+        del options
+        with self._lock:
+            if model in self.missing:
+                if not download:
+                    return None
+                self.missing.discard(model)
+                self.downloads[model] += 1
+        return ModelFiles(f"fake/{model}", self.saved_compute_type)
+
+    def footprint(
+        self, key: ModelKey, files: ModelFiles, workload: Workload
+    ) -> Footprint:
+        """
+        The size that was given, whatever the compute type.
+        """
+        del files
+        weights_bytes = _n_bytes(self.sizes.get(key.model, self.default_size))
+        return Footprint(
+            weights_bytes=weights_bytes,
+            workspace_bytes=self.workspace_bytes * workload.batch_size,
+            loading_bytes=int(weights_bytes * self.loading_factor),
+            host_loading_bytes=0 if key.device == "cpu" else self.host_loading_bytes,
+        )
+
+    def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
+        """
+        Note that a measurement was offered.
+        """
+        del files
+        self.remembered.append((key, measured_bytes))
+
+    def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
+        """
+        Take the memory, or raise.
+        """
+        if gate := self._load_gates.get(key.model):
+            gate.pass_through()
+        if self.clock is not None and self.load_s:
+            self.clock.tick(self.load_s)
+        if errors := self.fail_loads.get(key.model):
+            raise errors.pop(0)
+        assert key not in self.resident, f"{key} was loaded twice"
+        n_bytes = _n_bytes(self.sizes.get(key.model, self.default_size))
+        self.machine.take(key.device, n_bytes)
+        whisper = FakeWhisper(key)
+        self.resident[key] = whisper
+        self.loads[key.model] += 1
+        return LoadedModel(
+            key=key,
+            files=files,
+            whisper=cast("WhisperModel", whisper),
+            compute_type=key.compute_type,
+            is_multilingual=not key.model.endswith(".en"),
+            supported_languages=("en",),
+            measured_bytes=n_bytes,
+        )
+
+    def return_memory(self, device: str) -> None:
+        """
+        Nothing is ever kept back.
+        """
+
+    def unload(self, loaded: LoadedModel, *, load_follows: bool = False) -> Released:
+        """
+        Give the memory back, or do nothing and say so.
+        """
+        del load_follows
+        key = loaded.key
+        if gate := self._unload_gates.get(key.model):
+            gate.pass_through()
+        if self.refuse_unloads > 0:
+            self.refuse_unloads -= 1
+            return Released(confirmed=False, reason="1 batch is still active")
+        whisper = self.resident.pop(key)
+        whisper.is_loaded = False
+        n_bytes = _n_bytes(self.sizes.get(key.model, self.default_size))
+        self.machine.give_back(key.device, n_bytes)
+        self.unloads[key.model] += 1
+        return Released(confirmed=True, returned_bytes=n_bytes)
+
+    def batched(self, whisper: WhisperModel) -> Callable[..., object]:
+        """
+        The fake's own transcribe, which ignores the batch.
+        """
+        transcribe: Callable[..., object] = whisper.transcribe
+        return transcribe
+
+    def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
+        """
+        Whatever was given.
+        """
+        return cast("NDArray[np.float32]", audio)
+
+
+def check(cache: ModelCache | AsyncModelCache) -> None:
+    """
+    Assert the invariants of a cache.
+    """
+    _core(cache).check()
+
+
+def settle(cache: ModelCache | AsyncModelCache) -> None:
+    """
+    Block until all loads and unloads that were begun are over.
+
+    An unload that was refused is over; it is tried again when the clock ticks.
+    """
+    core = _core(cache)
+    for _ in range(3):  # what ends on one device may begin something on another
+        for device in list(core.devices.values()):
+            done, thread = threading.Event(), device.thread._thread
+            device.thread.submit(done.set)
+            # The thread of a closed cache may have ended before.
+            wait_until(partial(_is_over, done, thread), f"an idle {device.name}")
+
+
+def _is_over(done: threading.Event, thread: threading.Thread) -> bool:
+    return done.is_set() or not thread.is_alive()
+
+
+def wait_until(condition: Callable[[], object], what: str = "condition") -> None:
+    """
+    Block until *condition* holds, looking every millisecond, for ten seconds at most.
+    """
+    pause = threading.Event()
+    for _ in range(int(_PATIENCE_S * 1000)):
+        if condition():
+            return
+        pause.wait(0.001)
+    raise AssertionError(f"{what} did not come true within {_PATIENCE_S:.0f} s")
+
+
+def _core(cache: ModelCache | AsyncModelCache) -> Core:
+    return (cache if isinstance(cache, ModelCache) else cache.cache)._core
+
+
+def _n_bytes(size: int | str) -> int:
+    return size if isinstance(size, int) else parse_limit(size).n_bytes or 0
