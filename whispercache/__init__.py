@@ -14,7 +14,8 @@ Each call finds its model in memory or loads it; idle models leave, for room or 
 while, and their memory is really returned. See `ModelCache` for limits of your own.
 """
 
-from .aio import AsyncCachedModel, AsyncModelCache
+from typing import TYPE_CHECKING
+
 from .cache import ModelCache, default_cache, get_model
 from .errors import (
     AudioError,
@@ -46,6 +47,9 @@ from .footprint import Footprint, Workload, footprint
 from .keys import ModelKey
 from .lease import Lease
 from .model import CachedModel
+
+if TYPE_CHECKING:
+    from .aio import AsyncCachedModel, AsyncModelCache
 
 __all__ = [
     "AsyncCachedModel",
@@ -85,3 +89,12 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # Importing asyncio takes a third of the time, and threads do without it.
+    if name in ("AsyncCachedModel", "AsyncModelCache"):
+        from . import aio
+
+        return getattr(aio, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

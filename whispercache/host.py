@@ -14,8 +14,6 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
-import psutil
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -61,6 +59,8 @@ def host_room(root: Path = Path("/")) -> tuple[int, int, str]:
     Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory and
     cgroup-v1/memory.html, section 4.
     """
+    import psutil
+
     machine = psutil.virtual_memory()
     total_bytes, free_bytes, source = machine.total, machine.available, "psutil"
     for flavour, levels in _control_groups(root):
@@ -86,6 +86,8 @@ def anonymous_bytes() -> int | None:
     match = re.search(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)
     if match:
         return int(match[1]) * 1024
+    import psutil
+
     try:
         return int(psutil.Process().memory_info().rss)
     except psutil.Error:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import psutil
-
 from .cuda import CudaError, Driver, cublas_problem, open_driver
 from .errors import DeviceUnavailable
 from .host import anonymous_bytes, cpu_name, host_room, return_free_memory
@@ -167,6 +165,8 @@ class SystemProbe:
         if driver.is_integrated(ordinal):
             # Its driver allocates past the control groups, and cuMemGetInfo and NVML
             # either count the file cache as taken or know nothing.
+            import psutil
+
             host = psutil.virtual_memory()
             total_bytes = min(total_bytes, host.total)
             return MemoryReading(
