@@ -296,9 +296,9 @@ class ModelCache:
         Blocks, and raises, as `lease` does.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        with self._lease(request, DEFAULT_WORKLOAD, None, timeout_s):
-            entry = self._resolver.entry(request)
-            self._core.pin(entry)
+        lease = self._lease(request, DEFAULT_WORKLOAD, None, timeout_s)
+        with lease:
+            self._core.pin(lease._entry)
 
     def unpin(
         self,

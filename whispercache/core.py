@@ -231,6 +231,17 @@ class Core:
         with self.changing():
             device.observe(reading)
 
+    def _look_again(self, device: Device) -> None:
+        """
+        Read the gauge for those who wait, after something of ours has ended.
+        """
+        try:
+            self.observe(device)
+        except DeviceUnavailable as error:
+            _log.warning("%s", error)
+        with self.changing():
+            self._admit_locked()
+
     # Admit ---------------------------------------------------------------------------
 
     def hit(
@@ -330,13 +341,7 @@ class Core:
         """
         Match waiters to memory, until nothing changes.
         """
-        for device in self.devices.values():
-            if device.is_over_limit:
-                idle = self._idle_locked(device.name)
-                for victim in admission.shrink(device.room(), idle):
-                    self._unload_locked(
-                        self.entries[victim.key], EvictionCause.CAPACITY
-                    )
+        self._shrink_locked()
         before = None
         while self.queue and len(self.queue) != before and self._closed is None:
             before = len(self.queue)
@@ -350,6 +355,22 @@ class Core:
                 for place in decision.overtakes:
                     queue[place].overtaken += 1
                 self._carry_out_locked(waiter, decision)
+        for device in {waiter.entry.device for waiter in self.queue}:
+            # What ended may have left more than the last reading knew of.
+            if device.is_stale and not device.is_moving:
+                device.is_stale = False
+                self._work.append(partial(self._look_again, device))
+
+    def _shrink_locked(self) -> None:
+        """
+        Unload what is idle where a limit was lowered below what is held.
+        """
+        for device in self.devices.values():
+            if device.is_over_limit:
+                idle = self._idle_locked(device.name)
+                for victim in admission.shrink(device.room(), idle):
+                    entry = self.entries[victim.key]
+                    self._unload_locked(entry, EvictionCause.CAPACITY)
 
     def plan_locked(self, queue: Sequence[Waiter]) -> list[Decision]:
         """
@@ -585,6 +606,7 @@ class Core:
         """
         if keep_alive_s is None:
             keep_alive_s = self._keep_alive_s
+        entry.device.is_stale = True
         entry.last_used_s = self.clock.now()
         entry.expires_at_s = entry.last_used_s + keep_alive_s
         entry.device.shelf[entry] = None
@@ -667,7 +689,7 @@ class Core:
 
     def pin(self, entry: Entry) -> None:
         """
-        Let a model stay when idle.
+        Let a model that is held stay when idle.
         """
         with self.changing():
             entry.pinned = True
@@ -761,6 +783,7 @@ class Core:
         Close the books of a model that is not, or no longer, in memory.
         """
         entry.charge(0)
+        entry.device.is_stale = True
         entry.state = State.ABSENT
         entry.loaded = None
         entry.cause = None

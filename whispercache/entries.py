@@ -61,6 +61,7 @@ class Device:
         self.limit_bytes: int | None = None
         self.capacity_bytes: int = 0  # what may be charged now
         self.ceiling_bytes: int = 0  # what might be, if all leases ended
+        self.is_stale: bool = False  # whether the gauge would tell something new
         self.thread: DeviceThread = DeviceThread(name)
         self._gauge_capacity_bytes: int | None = None
         self._gauge_ceiling_bytes: int | None = None
@@ -114,6 +115,7 @@ class Device:
         """
         if self.is_moving and self._gauge_capacity_bytes is not None:
             return
+        self.is_stale = False
         self.total_bytes = reading.total_bytes
         usable_bytes = reading.free_bytes - headroom_bytes(
             self.name, reading.total_bytes

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import logging
 import os
 import threading
@@ -20,7 +19,7 @@ import types
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, cast
 
 from cachetools import LRUCache
 
@@ -252,10 +251,11 @@ def _ctranslate2() -> types.ModuleType:
     given = os.environ.get(name)
     os.environ.setdefault(name, "PASSIVE")
     try:
-        return importlib.import_module("ctranslate2")
+        import ctranslate2
     finally:
         if given is None:
             del os.environ[name]
+    return cast("types.ModuleType", ctranslate2)
 
 
 def versions() -> dict[str, str]:

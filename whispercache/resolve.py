@@ -7,6 +7,7 @@ the caller's thread, outside the lock. A request that was seen before costs one 
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
     # Model, device and compute type as given, then pairs of a load option and value.
     Request: TypeAlias = tuple[Any, ...]
+
+_log = logging.getLogger("whispercache")
 
 __all__ = ["Resolver", "Target", "matcher"]
 
@@ -65,13 +68,16 @@ class Resolver:
         """
         The books of a request that was resolved before, if it was.
         """
-        return self._known.get(request)
+        try:
+            return self._known.get(request)
+        except TypeError:  # an option that cannot be hashed: `resolve` says which
+            return None
 
     def entry(self, request: Request) -> Entry:
         """
         The books of a request, resolved now if it was not before; see `resolve`.
         """
-        return self._known.get(request) or self.resolve(request).entry
+        return self.known(request) or self.resolve(request).entry
 
     def resolve(self, request: Request) -> Target:
         """
@@ -176,7 +182,11 @@ class Resolver:
             except UnsupportedComputeType:
                 continue
             books = self._core.device(device)
-            self._core.observe(books)
+            try:
+                self._core.observe(books)
+            except DeviceUnavailable as error:
+                _log.warning("passing over %s", error)
+                continue
             footprint = self._loader.footprint(key, files, DEFAULT_WORKLOAD)
             if footprint.total_bytes <= books.ceiling_bytes:
                 return key
