@@ -1,0 +1,133 @@
+"""
+Formats: a transcript as plain text, SubRip or WebVTT subtitles, or JSON.
+
+Each format is a generator, so that what was heard can be written while the rest is
+still being computed. Pure: no file, no model.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+__all__ = ["FORMATS", "Cue", "Transcript"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cue:
+    """
+    Something that was said, and when: seconds since the audio began.
+    """
+
+    start_s: float
+    end_s: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """
+    What one model heard in one file.
+
+    Attributes:
+        file: The file, as it was named.
+        model: The model's key, as text.
+        language: Code of the language, given or detected.
+        duration_s: Length of the audio in seconds.
+        cues: What was said; often a generator, to be consumed once.
+    """
+
+    file: str
+    model: str
+    language: str
+    duration_s: float
+    cues: Iterable[Cue]
+
+
+def _txt(transcript: Transcript) -> Iterator[str]:
+    """
+    One line a cue.
+    """
+    for cue in transcript.cues:
+        if text := " ".join(cue.text.split()):
+            yield f"{text}\n"
+
+
+def _srt(transcript: Transcript) -> Iterator[str]:
+    """
+    SubRip. It knows no escape: an arrow would be read as the times of a cue.
+    """
+    for number, (start_ms, end_ms, text) in enumerate(_spans(transcript), 1):
+        span = f"{_clock(start_ms, ',')} --> {_clock(end_ms, ',')}"
+        yield f"{number}\n{span}\n{text.replace('-->', '->')}\n\n"
+
+
+def _vtt(transcript: Transcript) -> Iterator[str]:
+    """
+    WebVTT.
+
+    Source: https://www.w3.org/TR/webvtt1/, sections 4.1 and 4.2.2.
+    """
+    yield "WEBVTT\n\n"
+    for start_ms, end_ms, text in _spans(transcript):
+        span = f"{_clock(start_ms, '.')} --> {_clock(end_ms, '.')}"
+        yield f"{span}\n{html.escape(text, quote=False)}\n\n"
+
+
+def _json(transcript: Transcript) -> Iterator[str]:
+    """
+    One object on one line, hence JSON Lines where there are several.
+    """
+    cues = list(transcript.cues)
+    document = {
+        "file": transcript.file,
+        "model": transcript.model,
+        "language": transcript.language,
+        "duration": round(transcript.duration_s, 3),
+        "text": "".join(cue.text for cue in cues).strip(),
+        "segments": [
+            {
+                "start": round(cue.start_s, 3),
+                "end": round(cue.end_s, 3),
+                "text": cue.text.strip(),
+            }
+            for cue in cues
+        ],
+    }
+    yield json.dumps(document, ensure_ascii=False) + "\n"
+
+
+FORMATS: Mapping[str, Callable[[Transcript], Iterator[str]]] = MappingProxyType(
+    {"txt": _txt, "srt": _srt, "vtt": _vtt, "json": _json}
+)
+"""
+The formats by name, which is also the ending of their files.
+"""
+
+
+def _spans(transcript: Transcript) -> Iterator[tuple[int, int, str]]:
+    """
+    Start and end in milliseconds, and lines of text, of the cues that say something.
+
+    An empty line would end the cue, and one that ends when it starts is never shown.
+    """
+    for cue in transcript.cues:
+        lines = (" ".join(line.split()) for line in cue.text.splitlines())
+        if text := "\n".join(filter(None, lines)):
+            start_ms = max(0, round(cue.start_s * 1000))
+            yield start_ms, max(round(cue.end_s * 1000), start_ms + 1), text
+
+
+def _clock(total_ms: int, point: str) -> str:
+    """
+    ``"01:02:03,450"``; more than two digits of hours where there are so many.
+    """
+    minutes, ms = divmod(total_ms, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02}:{minutes:02}:{ms // 1000:02}{point}{ms % 1000:03}"
