@@ -91,10 +91,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
-    # Importing asyncio takes a third of the time, and threads do without it.
-    if name in ("AsyncCachedModel", "AsyncModelCache"):
-        from . import aio
+if not TYPE_CHECKING:  # or any name at all would pass a type checker
 
-        return getattr(aio, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        # Importing asyncio takes a third of the time, and threads do without it.
+        if name in ("AsyncCachedModel", "AsyncModelCache"):
+            from . import aio
+
+            return getattr(aio, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

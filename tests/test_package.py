@@ -1,0 +1,153 @@
+"""
+What the package shows to its users: names, errors, examples in the documentation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import whispercache
+from whispercache import errors
+from whispercache.errors import WhisperCacheError, format_bytes
+
+ROOT = Path(__file__).parent.parent
+
+ERRORS: tuple[WhisperCacheError, ...] = (
+    errors.UnknownModel("bse", "did you mean 'base'?"),
+    errors.UnsupportedComputeType("float16", "cpu", ("float32", "int8_float32")),
+    errors.DeviceUnavailable("cuda:7", "there are cuda:0 and cuda:1"),
+    errors.ModelTooLarge(
+        "large-v3/cuda:0/float16", "cuda:0", 5 << 30, 4 << 30, "limit"
+    ),
+    errors.LeaseTimeout("base/cpu/float32", 1.5, 2),
+    errors.TooManyWaiters("base/cpu/float32", 8),
+    errors.LoadFailed("base", "the hub is gone"),
+    errors.CorruptModel("models/base", "model.bin ends early"),
+    errors.AudioError("'talk.wav'", "no audio in it"),
+    errors.CacheClosed(),
+)
+
+
+def test_all_that_is_listed_is_there_and_all_that_is_there_is_listed() -> None:
+    """
+    ``__all__`` is exactly what a user should see.
+    """
+    listed = set(whispercache.__all__)
+    assert all(hasattr(whispercache, name) for name in listed)
+    modules = {path.stem for path in (ROOT / "whispercache").glob("*.py")}
+    public = {name for name in vars(whispercache) if not name.startswith("_")}
+    assert public - modules - {"TYPE_CHECKING"} <= listed
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    """
+    Names that are made at their first use do not hide typing errors.
+    """
+    with pytest.raises(AttributeError, match="no attribute 'ModelCash'"):
+        _ = whispercache.ModelCash  # type: ignore[attr-defined]
+
+
+def test_every_error_is_in_the_list() -> None:
+    """
+    A new exception has to pass the tests below, too.
+    """
+    classes = {
+        value
+        for value in vars(errors).values()
+        if inspect.isclass(value) and issubclass(value, WhisperCacheError)
+    }
+    assert classes - {WhisperCacheError} == {type(error) for error in ERRORS}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_survives_pickling_with_its_data(error: WhisperCacheError) -> None:
+    """
+    Errors travel between processes, as in Ray or multiprocessing.
+    """
+    again = pickle.loads(pickle.dumps(error))
+
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_is_one_line(error: WhisperCacheError) -> None:
+    """
+    It fits into a log, and does not repeat itself as a tuple.
+    """
+    assert "\n" not in str(error)
+    assert not str(error).startswith("(")
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 20, "3.0 MiB")],
+)
+def test_bytes_are_written_in_the_largest_unit(n_bytes: int, text: str) -> None:
+    """
+    Binary units, one decimal.
+    """
+    assert format_bytes(n_bytes) == text
+
+
+def test_the_readme_s_fakes_run_as_written() -> None:
+    """
+    The example for users' own tests needs no model, so it is run here.
+    """
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (example,) = [block for block in blocks if "FakeMachine(" in block]
+    exec(compile(example, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("module", ["whispercache", "whispercache.testing"])
+def test_the_modules_that_users_import_say_what_they_are(module: str) -> None:
+    """
+    Every public name has a docstring.
+    """
+    names = vars(importlib.import_module(module))
+    bare = [
+        name
+        for name in names["__all__"]
+        if callable(names.get(name)) and not names[name].__doc__
+    ]
+    assert not bare
+
+
+@pytest.mark.parametrize(
+    ("program", "clips", "said"),
+    [
+        ("multilingual.py", ["en-weather", "es-casa"], ["Tomorrow", "casa", "evicted"]),
+        ("ab_test.py", ["en-weather"], ["tiny.en", "base", "int8", "4 loads"]),
+    ],
+)
+def test_an_example_runs_real_models_on_real_speech(
+    program: str, clips: list[str], said: list[str]
+) -> None:
+    """
+    As a newcomer would run it.
+    """
+    examples = ROOT / "examples"
+    files = [str(examples / "clips" / f"{clip}.flac") for clip in clips]
+    done = subprocess.run(
+        [sys.executable, str(examples / program), *files],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "COLUMNS": "140", "PYTHONIOENCODING": "utf-8"},
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    for words in said:
+        assert words in done.stdout
