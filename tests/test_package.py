@@ -31,6 +31,7 @@ ERRORS: tuple[WhisperCacheError, ...] = (
     errors.LeaseTimeout("base/cpu/float32", 1.5, 2),
     errors.TooManyWaiters("base/cpu/float32", 8),
     errors.LoadFailed("base", "the hub is gone"),
+    errors.NotDownloaded("someone/whisper", "preload it first"),
     errors.CorruptModel("models/base", "model.bin ends early"),
     errors.AudioError("'talk.wav'", "no audio in it"),
     errors.CacheClosed(),

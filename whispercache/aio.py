@@ -399,7 +399,7 @@ class AsyncCachedModel:
         return cast("tuple[str, float, list[tuple[str, float]]]", result)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.key}>"
+        return f"<{type(self).__name__} {self._source}>"
 
 
 class AsyncSegments(AsyncIterator[T]):

@@ -12,6 +12,7 @@ import logging
 import threading
 import weakref
 from concurrent.futures import wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict, cast
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 from . import report
 from .admission import POLICIES
 from .core import Core
-from .errors import LeaseTimeout
+from .errors import LeaseTimeout, NotDownloaded
 from .footprint import DEFAULT_WORKLOAD
 from .loader import FasterWhisperLoader
 from .memory import SystemProbe
@@ -52,6 +53,11 @@ if TYPE_CHECKING:
 __all__ = ["ModelCache", "default_cache", "get_model"]
 
 _log = logging.getLogger("whispercache")
+
+EXIT_S = 10.0
+"""
+Most seconds that the end of the interpreter waits for loads and unloads in flight.
+"""
 
 PATIENCE_S = 5.0
 """
@@ -186,7 +192,9 @@ class ModelCache:
             CacheClosed: the cache was closed.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        self._resolver.entry(request)
+        # A repository of unknown size is looked at when it is used: that downloads it.
+        with suppress(NotDownloaded):
+            self._resolver.resolve(request, download=False)
         keep_alive_s = as_seconds(keep_alive)
         return CachedModel(ModelSource(self, request, keep_alive_s, timeout_s))
 
@@ -413,7 +421,7 @@ class ModelCache:
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
         workload = workload or DEFAULT_WORKLOAD
-        target = self._resolver.resolve(request)
+        target = self._resolver.resolve(request, download=False)
         self._resolver.locate(target, workload, download=False)
         return report.explain(self._core, target.entry, workload)
 
@@ -481,6 +489,11 @@ class ModelSource:
     keep_alive_s: float | None
     timeout_s: float | None
 
+    def __str__(self) -> str:
+        # Not the key if that is not known yet: to print a model must not download it.
+        entry = self.cache._resolver.known(self.request)
+        return str(self.request[0] if entry is None else entry.key)
+
     @property
     def key(self) -> ModelKey:
         return self.cache._resolver.entry(self.request).key
@@ -545,12 +558,13 @@ def get_model(
 def _close_all() -> None:
     """
     Unload before the interpreter goes: destructors that run later can hang or crash.
+
+    What is leased is not waited for. What is on its way is: a thread that comes back
+    from CTranslate2 to an interpreter that has ended aborts the process.
     """
     for cache in list(_open_caches):
-        try:
-            cache.close(timeout_s=0)
-        except LeaseTimeout as held:
-            _log.debug("at exit: %s", held)
+        leaving = cache._core.close()
+        wait([gone for entry, gone in leaving if not entry.leases], EXIT_S)
 
 
 # What was asked for -------------------------------------------------------------------

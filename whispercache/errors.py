@@ -11,6 +11,7 @@ Every exception of whispercache.
     ├── LeaseTimeout(…, TimeoutError)           wait: not served in time
     ├── TooManyWaiters                          wait: refused at the door
     ├── LoadFailed                              load: the original error is its cause
+    │   ├── NotDownloaded                       resolve: nothing is known of it yet
     │   └── CorruptModel                        load: the files themselves are broken
     ├── AudioError(…, ValueError)               use: the audio cannot be decoded
     └── CacheClosed(…, RuntimeError)            any time after close()
@@ -29,6 +30,7 @@ __all__ = [
     "LeaseTimeout",
     "LoadFailed",
     "ModelTooLarge",
+    "NotDownloaded",
     "TooManyWaiters",
     "UnknownModel",
     "UnsupportedComputeType",
@@ -221,6 +223,16 @@ class LoadFailed(WhisperCacheError):
 
     def __str__(self) -> str:
         return f"cannot load {self.model}: {self.reason}"
+
+
+class NotDownloaded(LoadFailed):
+    """
+    A hub repository of unknown size is not on this disk, and was not to be downloaded.
+
+    Attributes:
+        model: The repository.
+        reason: What to do.
+    """
 
 
 class CorruptModel(LoadFailed):

@@ -474,7 +474,6 @@ class FasterWhisperLoader:
             device=kind,
             device_index=int(index or 0),
             compute_type=key.compute_type,
-            local_files_only=bool(options.pop("local_files_only", False)),
             **options,
         )
 

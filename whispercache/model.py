@@ -303,4 +303,4 @@ class CachedModel:
         return [*super().__dir__(), *_ATTRIBUTES, *_METHODS]
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.key}>"
+        return f"<{type(self).__name__} {self._source}>"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .architecture import ARCHITECTURES, HUB_COMPUTE_TYPE
 from .entries import Entry, State
-from .errors import DeviceUnavailable, LoadFailed, UnsupportedComputeType
+from .errors import DeviceUnavailable, NotDownloaded, UnsupportedComputeType
 from .footprint import DEFAULT_WORKLOAD
 from .keys import (
     ModelKey,
@@ -79,12 +79,12 @@ class Resolver:
         """
         return self.known(request) or self.resolve(request).entry
 
-    def resolve(self, request: Request) -> Target:
+    def resolve(self, request: Request, *, download: bool = True) -> Target:
         """
         The target of *request*, looked up anew: a link may point elsewhere by now.
 
         Blocks: for the header of model.bin; for a download, if the name is a repository
-        of unknown size that is not on this disk.
+        of unknown size that is not on this disk. Without *download*, that fails.
 
         Raises:
             TypeError, ValueError: a parameter is nonsense.
@@ -96,7 +96,7 @@ class Resolver:
         wanted = canonical_device(device, options.pop("device_index", 0))
         model = canonical_model(name)
         kept = canonical_options(model, options)
-        files = self._peek(model, options)
+        files = self._peek(model, options, download=download)
         key = self._place(model, wanted, compute_type, kept, files)
         target = Target(self._core.entry(key), options)
         # A relative path means another model after os.chdir().
@@ -123,7 +123,7 @@ class Resolver:
             if files is None or entry.state is State.ABSENT:
                 model = entry.key.model
                 files = self._loader.locate(model, target.options, download=download)
-                files = files or self._peek(model, target.options)
+                files = files or self._peek(model, target.options, download=False)
             wanted = {*entry.footprints, DEFAULT_WORKLOAD, workload}
             footprints = {
                 each: self._loader.footprint(entry.key, files, each) for each in wanted
@@ -135,15 +135,19 @@ class Resolver:
             if entry.host is not entry.device:
                 self._core.observe(entry.host)
 
-    def _peek(self, model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
+    def _peek(
+        self, model: str, options: Mapping[str, OptionValue], *, download: bool
+    ) -> ModelFiles:
         """
         Enough of a model to tell its key and its bytes, without its files if possible.
         """
         if architecture := ARCHITECTURES.get(model):
             return ModelFiles("", HUB_COMPUTE_TYPE, source=architecture)
-        files = self._loader.locate(model, options, download=True)
+        files = self._loader.locate(model, options, download=download)
         if files is None:
-            raise LoadFailed(model, "its files are not here")
+            raise NotDownloaded(
+                model, "its files are not on this disk; preload it first"
+            )
         return files
 
     def _place(
