@@ -73,7 +73,7 @@ class TestLimit:
         ],
     )
     def test_each_way_to_write_a_limit_is_read(
-        self, value: int | float | str | None, expected: Limit
+        self, value: float | str | None, expected: Limit
     ) -> None:
         """
         Bytes, fractions and text with binary, decimal and no units.

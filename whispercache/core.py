@@ -84,6 +84,14 @@ LAST_RETRY_S = 30.0
 Seconds between tries of an unload that did not happen; doubled from first to last.
 """
 
+RETURN_AFTER_S = 1.0
+"""
+Seconds without another load after which a reload's buffers go back to the system.
+
+Source: where models take turns, faulting those pages in again takes a quarter of a
+reload (benchmarks/switch.py).
+"""
+
 
 class Core:
     """
@@ -468,6 +476,7 @@ class Core:
         entry = waiter.entry
         demand, *on_host = entry.demand(waiter.workload)
         entry.state = State.LOADING
+        entry.device.loads_begun += 1
         entry.device.entries[entry.key] = entry
         entry.charge(demand.n_bytes, host_bytes=sum(other.n_bytes for other in on_host))
         self.outbox.append(ModelLoading(entry.key, demand.n_bytes))
@@ -492,8 +501,24 @@ class Core:
             is_quiet = quiet_since == self._grants
             self._loaded_locked(entry, loaded, load_s)
             self._admit_locked()
+            if loaded.reloaded:
+                self._return_later_locked(entry.device)
         if is_quiet and loaded.measured_bytes is not None:
             self.loader.remember(entry.key, entry.files, loaded.measured_bytes)
+
+    def _return_later_locked(self, device: Device) -> None:
+        """
+        Have what a reload left in the heap returned, unless the next one needs it
+        first.
+        """
+        begun = device.loads_begun
+
+        def return_memory() -> None:
+            if device.loads_begun == begun:
+                self.loader.return_memory(device.name)
+
+        again = partial(device.thread.submit, return_memory)
+        self.clock.call_at(self.clock.now() + RETURN_AFTER_S, again)
 
     def _loaded_locked(self, entry: Entry, loaded: LoadedModel, load_s: float) -> None:
         # The books keep to the prediction while the model is here, and what was

@@ -61,6 +61,7 @@ class Device:
         self.limit_bytes: int | None = None
         self.capacity_bytes: int = 0  # what may be charged now
         self.ceiling_bytes: int = 0  # what might be, if all leases ended
+        self.loads_begun: int = 0
         self.is_stale: bool = False  # whether the gauge would tell something new
         self.thread: DeviceThread = DeviceThread(name)
         self._gauge_capacity_bytes: int | None = None
