@@ -1,0 +1,110 @@
+"""
+Fixtures for all tests: fakes, and caches that are checked and closed afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from whispercache import ModelCache
+from whispercache.testing import FakeClock, FakeLoader, FakeMachine, check, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from typing_extensions import Unpack
+
+    from whispercache.cache import CacheOptions
+
+# Examples that take long on a busy machine are no failures.
+settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy")
+
+
+class MakeCache(Protocol):
+    """
+    Makes a cache on the fakes; with the parameters of a `ModelCache`.
+    """
+
+    def __call__(self, **options: Unpack[CacheOptions]) -> ModelCache:
+        """
+        Make one.
+        """
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """
+    Nothing is read from, or written to, the user's cache directory.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg-cache")))
+        yield
+
+
+@pytest.fixture
+def machine() -> FakeMachine:
+    """
+    A host, and two cards of which a cache may use 10 GiB and 6 GiB.
+    """
+    return FakeMachine({"cpu": "64GiB", "cuda:0": "10.5GiB", "cuda:1": "6.5GiB"})
+
+
+@pytest.fixture
+def loader(machine: FakeMachine) -> FakeLoader:
+    """
+    Models of 1 GiB; small takes 2 GiB, medium 3 GiB, large-v3 6 GiB.
+    """
+    sizes = {"small": "2GiB", "medium": "3GiB", "large-v3": "6GiB"}
+    return FakeLoader(machine, sizes=sizes)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """
+    A clock that stands still until it is ticked.
+    """
+    return FakeClock()
+
+
+@pytest.fixture
+def make_cache(
+    machine: FakeMachine, loader: FakeLoader, clock: FakeClock
+) -> Iterator[MakeCache]:
+    """
+    Makes caches on the fakes. Each is checked and closed when the test is over.
+    """
+    caches: list[ModelCache] = []
+
+    def make(**options: Unpack[CacheOptions]) -> ModelCache:
+        given: CacheOptions = {"loader": loader, "probe": machine, "clock": clock}
+        given.update(options)
+        caches.append(ModelCache(**given))
+        return caches[-1]
+
+    yield make
+    for cache in caches:
+        check(cache)
+        close_all(cache, clock)
+    assert not any(machine.held_bytes.values()), machine.held_bytes
+
+
+def close_all(cache: ModelCache, clock: FakeClock) -> None:
+    """
+    Close a cache whose leases have ended, however often unloads are refused.
+    """
+    core = cache._core
+    core.close()
+    for _ in range(20):
+        settle(cache)
+        if not cache.models():
+            break
+        clock.tick(60)
+    assert not cache.models(), f"leases leaked: {cache!r}"
+    core.join(10)
+    core.check()

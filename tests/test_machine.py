@@ -1,0 +1,549 @@
+"""
+A state machine over a whole cache on the fakes: anything may happen, in any order.
+
+Nothing here is left to the scheduler: after each step the threads of the devices are
+idle, or stand before a gate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from whispercache import (
+    CacheClosed,
+    Event,
+    LeaseTimeout,
+    LoadFailed,
+    ModelCache,
+    ModelEvicted,
+    ModelLoaded,
+    ModelLoadFailed,
+    ModelLoading,
+    ModelTooLarge,
+    ReleaseUnconfirmed,
+    TooManyWaiters,
+    Workload,
+)
+from whispercache.entries import State
+from whispercache.testing import (
+    FakeClock,
+    FakeLoader,
+    FakeMachine,
+    Gate,
+    check,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from whispercache import Lease, ModelKey
+    from whispercache.entries import Entry, Waiter
+
+GIB = 1024**3
+SIZES = {"tiny": GIB, "base": GIB, "small": 2 * GIB, "medium": 3 * GIB}
+DEVICES = {"cpu": "8GiB", "cuda:0": "8.5GiB"}
+PATIENCE_S = 10.0
+
+models = st.sampled_from(sorted(SIZES))
+devices = st.sampled_from(["cuda", "cuda", "cpu"])
+limits = st.sampled_from(["auto", "2GiB", "3GiB", "5GiB", "7GiB"])
+counts = st.sampled_from([None, None, 1, 2, 3])
+MAX_WAITING = 8
+ALLOWED = (LeaseTimeout, LoadFailed, ModelTooLarge, CacheClosed)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """
+    A request, as somebody may make it.
+    """
+
+    model: str
+    device: str
+    batch: int
+    workers: int
+    keep_alive_s: float | None
+    timeout_s: float | None
+
+
+requests = st.builds(
+    Asked,
+    model=models,
+    device=devices,
+    batch=st.sampled_from([1, 1, 1, 4, 12]),
+    workers=st.sampled_from([1, 1, 1, 2]),
+    keep_alive_s=st.sampled_from([None, None, 0.0, 1.0, 30.0, float("inf")]),
+    timeout_s=st.sampled_from([None, None, None, 0.0, 3.0, 20.0]),
+)
+
+
+class Turnstile(Gate):
+    """
+    A gate that knows who stands before it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: set[threading.Thread] = set()
+
+    def pass_through(self) -> None:
+        """
+        See `Gate`.
+        """
+        thread = threading.current_thread()
+        self.held.add(thread)
+        super().pass_through()
+        self.held.discard(thread)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """
+    Rules, each with what must follow from it; the invariants hold after each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.machine = FakeMachine(DEVICES)
+        self.loader = FakeLoader(self.machine, sizes=SIZES)
+        self.loader.workspace_bytes = GIB // 8
+        self.loader.host_loading_bytes = GIB // 4
+        self.loader.loading_factor = 1.25
+        self.clock = FakeClock()
+        self.cache = ModelCache(
+            vram="5GiB",
+            ram="5GiB",
+            keep_alive=20,
+            patience_s=5,
+            max_waiting=MAX_WAITING,
+            loader=self.loader,
+            probe=self.machine,
+            clock=self.clock,
+        )
+        self.core = self.cache._core
+        self.requests: list[Waiter] = []
+        self.ends: Counter[int] = Counter()
+        self.numbers = itertools.count()
+        self.leases: list[Lease] = []
+        self.evictions: list[tuple[Entry, Future[None]]] = []
+        self.life: defaultdict[ModelKey, list[Event]] = defaultdict(list)
+        self.charged_bytes: Counter[str] = Counter()
+        self.cache.subscribe(lambda event: self.life[event.key].append(event))
+
+    # Requests -------------------------------------------------------------------------
+
+    @precondition(lambda self: not self.core.is_closed)
+    @rule(asked=st.lists(requests, min_size=1, max_size=4))
+    def ask(self, asked: list[Asked]) -> None:
+        """
+        As `ModelCache.lease` does, but for the wait.
+        """
+        for each in asked:
+            self.ask_one(each)
+            self.rest()
+
+    def ask_one(self, asked: Asked) -> None:
+        """
+        One request: a hit, or one for the queue.
+        """
+        workload = Workload(batch_size=asked.batch)
+        options = [("num_workers", 2)] * (asked.workers - 1)
+        waiting = len(self.core.queue)
+        target = self.cache._resolver.resolve(
+            (asked.model, asked.device, "default", *options)
+        )
+        lease = self.core.hit(target.entry, workload, asked.keep_alive_s)
+        if lease is not None:
+            self.leases.append(lease)
+            return
+        self.cache._resolver.locate(target, workload)
+        try:
+            waiter = self.core.request(
+                target.entry, workload, asked.keep_alive_s, asked.timeout_s
+            )
+        except LeaseTimeout:
+            assert asked.timeout_s == 0
+        except TooManyWaiters:
+            assert waiting >= MAX_WAITING
+        else:
+            self.requests.append(waiter)
+            # A number, not the waiter: a cycle would keep its lease from collection.
+            number = next(self.numbers)
+            waiter.future.add_done_callback(lambda _: self.ends.update([number]))
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        """
+        End a lease, and end it again.
+        """
+        place = data.draw(st.integers(0, len(self.leases) - 1))
+        lease = self.leases.pop(place)
+        lease.release()
+        lease.release()
+        self.rest()
+
+    @precondition(lambda self: self.leases)
+    @rule()
+    def drop(self) -> None:
+        """
+        Forget a lease, as one of our iterators may.
+        """
+        lease = self.leases.pop()
+        lease.owned = True
+        self.requests = [each for each in self.requests if not each.future.done()]
+        del lease
+        self.rest()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abandon(self, data: st.DataObject) -> None:
+        """
+        Cancel a request, in whatever state.
+        """
+        # Places are drawn: Hypothesis would keep what it draws from.
+        waiter = self.requests[data.draw(st.integers(0, len(self.requests) - 1))]
+        taken = [each for each in self.leases if is_granted(waiter, each)]
+        self.core.abandon(waiter)
+        self.requests.remove(waiter)
+        for lease in taken:
+            self.leases.remove(lease)
+            assert lease.is_released
+        self.rest()
+
+    # Time and faults ------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([0.0, 0.1, 1.0, 6.0, 21.0, 100.0]))
+    def tick(self, seconds: float) -> None:
+        """
+        Let time pass.
+        """
+        self.clock.tick(seconds)
+        self.rest()
+
+    @rule(model=models)
+    def fail_a_load(self, model: str) -> None:
+        """
+        The next load of a model will fail.
+        """
+        self.loader.fail_loads[model] = [RuntimeError("broken")]
+
+    @rule(count=st.integers(1, 3))
+    def refuse_unloads(self, count: int) -> None:
+        """
+        Some unloads to come will do nothing.
+        """
+        self.loader.refuse_unloads = count
+
+    @rule(device=st.sampled_from(sorted(DEVICES)), gib=st.sampled_from([0, 0, 1, 3]))
+    def others(self, device: str, gib: int) -> None:
+        """
+        Other programs take memory, as far as there is some, or give it back.
+        """
+        self.machine.others(device, 0)
+        # Never so much that what was admitted before cannot be had.
+        books = self.core.devices.get(device)
+        reserved_bytes = max(5 * GIB, books.charged_bytes if books else 0)
+        room_bytes = max(0, self.machine.total_bytes[device] - reserved_bytes)
+        self.machine.others(device, min(gib * GIB, room_bytes))
+
+    @rule(model=models, unloads=st.booleans())
+    def hold(self, model: str, *, unloads: bool) -> None:
+        """
+        Let loads, or unloads, of a model stand before a gate.
+        """
+        gates = self.loader._unload_gates if unloads else self.loader._load_gates
+        gates.setdefault(model, Turnstile())
+
+    @rule()
+    def open(self) -> None:
+        """
+        Open all gates.
+        """
+        for gate in self.gates():
+            gate.open()
+        self.loader._load_gates.clear()
+        self.loader._unload_gates.clear()
+        self.rest()
+
+    def gates(self) -> list[Gate]:
+        """
+        Those that hold something, or would.
+        """
+        gates = (self.loader._load_gates, self.loader._unload_gates)
+        return [gate for each in gates for gate in each.values()]
+
+    # Words ----------------------------------------------------------------------------
+
+    @rule(model=st.none() | models)
+    def evict(self, model: str | None) -> None:
+        """
+        Begin to evict.
+        """
+        leaving = self.core.evict(lambda key: model in (None, key.model))
+        self.evictions.extend(leaving)
+        self.rest()
+
+    @precondition(lambda self: self.evictions)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        """
+        Take an eviction back, as after a timeout.
+        """
+        place = data.draw(st.integers(0, len(self.evictions) - 1))
+        entry, gone = self.evictions[place]
+        was_pinned = entry.pinned
+        gone.cancel()
+        self.core.withdraw(entry, gone)
+        assert entry.pinned is was_pinned
+        self.rest()
+
+    @precondition(lambda self: self.leases)
+    @rule()
+    def pin(self) -> None:
+        """
+        Pin a model that is leased.
+        """
+        self.core.pin(self.leases[-1]._entry)
+
+    @rule(model=st.none() | models)
+    def unpin(self, model: str | None) -> None:
+        """
+        Unpin some or all.
+        """
+        self.cache.unpin(model)
+        assert not any(
+            info.pinned
+            for info in self.cache.models()
+            if model in (None, info.key.model)
+        )
+        self.rest()
+
+    @rule(vram=limits, ram=limits, max_models=counts)
+    def resize(self, vram: str, ram: str, max_models: int | None) -> None:
+        """
+        Set other limits.
+        """
+        self.cache.resize(vram=vram, ram=ram, max_models=max_models)
+        self.rest()
+
+    @rule(model=models, device=devices)
+    def explain(self, model: str, device: str) -> None:
+        """
+        A dry run changes nothing.
+        """
+        if self.core.is_closed:
+            with pytest.raises(CacheClosed):
+                self.cache.explain(model, device)
+            return
+        before = (self.cache.stats(), self.cache.models())
+        explained = self.cache.explain(model, device)
+        assert (self.cache.stats(), self.cache.models()) == before
+        evicted = {str(key) for key in explained.evicts}
+        idle = {
+            str(info.key) for info in self.cache.models() if info.idle_s is not None
+        }
+        assert evicted <= idle
+
+    @precondition(lambda self: len(self.requests) > 12)
+    @rule()
+    def close(self) -> None:
+        """
+        Close; nobody waits any more.
+        """
+        self.evictions.extend(self.core.close())
+        self.rest()
+        assert not self.core.queue
+        assert all(waiter.future.done() for waiter in self.requests)
+
+    @rule()
+    def calm(self) -> None:
+        """
+        When all leases end and nothing fails, everybody is served, and soon.
+        """
+        self.cache.unpin()
+        self.loader.refuse_unloads = 0
+        self.open()
+        for device in DEVICES:
+            self.machine.others(device, 0)
+        for _ in range(100):
+            for lease in self.leases:
+                lease.release()
+            self.leases.clear()
+            self.clock.tick(0.5)
+            self.rest()
+            if not self.core.queue and not self.leases:
+                break
+        assert not self.core.queue, f"stranded: {self.cache!r}"
+        assert all(waiter.future.done() for waiter in self.requests)
+        assert self.core.leases == 0
+        states = {info.state for info in self.cache.models()}
+        if states <= {"resident"}:
+            assert all(gone.done() for _, gone in self.evictions)
+            self.evictions.clear()
+
+    # Invariants -----------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """
+        Wait until each device's thread is idle or stands before a gate, then collect.
+        """
+        before = None
+        while before != (before := self.progress()):
+            for device in list(self.core.devices.values()):
+                done = threading.Event()
+                device.thread.submit(done.set)
+                over = partial(self.is_over, done, device.thread._thread)
+                wait_until(over, f"the end of work on {device.name}")
+            self.collect()
+
+    def is_over(self, done: threading.Event, thread: threading.Thread) -> bool:
+        """
+        Whether a thread has done all it can.
+        """
+        stands = any(thread in cast("Turnstile", gate).held for gate in self.gates())
+        return stands or not thread.is_alive() or done.wait(0.001)
+
+    def progress(self) -> tuple[object, ...]:
+        """
+        Something that stands still once the cache does.
+        """
+        return (
+            self.cache.stats(),
+            self.cache.models(),
+            sum(len(events) for events in self.life.values()),
+        )
+
+    def collect(self) -> None:
+        """
+        Take the leases that were granted.
+        """
+        for waiter in self.requests:
+            future = waiter.future
+            if not future.done() or future.cancelled():
+                continue
+            error = future.exception()
+            assert error is None or isinstance(error, ALLOWED), error
+            if error is None and not any(is_granted(waiter, x) for x in self.leases):
+                lease = future.result()
+                if not lease.is_released:
+                    self.leases.append(lease)
+
+    @invariant()
+    def the_books_agree(self) -> None:
+        """
+        With themselves.
+        """
+        check(self.cache)
+
+    @invariant()
+    def each_request_ends_once(self) -> None:
+        """
+        And none that still waits has ended.
+        """
+        assert all(count == 1 for count in self.ends.values())
+        for waiter in self.core.queue:
+            assert not waiter.future.done()
+
+    @invariant()
+    def leases_are_on_models_in_memory(self) -> None:
+        """
+        Which can be used.
+        """
+        for lease in self.leases:
+            assert not lease.is_released
+            assert lease.whisper.detect_language()[0] == "en"
+        assert self.core.leases == len(self.leases)
+
+    @invariant()
+    def memory_is_what_the_books_say(self) -> None:
+        """
+        Nothing is held that is not charged; nothing is credited that is still held.
+        """
+        there = (State.RESIDENT, State.UNLOADING)
+        for name, device in self.core.devices.items():
+            held = [e for e in device.entries.values() if e.state in there]
+            weights_bytes = sum(entry.weights_bytes for entry in held)
+            assert self.machine.held_bytes[name] == weights_bytes
+            assert {entry.key for entry in held} == {
+                key for key in self.loader.resident if key.device == name
+            }
+
+    @invariant()
+    def no_more_is_charged_than_is_allowed(self) -> None:
+        """
+        But for what was there before a limit fell.
+        """
+        for name, device in self.core.devices.items():
+            before_bytes = self.charged_bytes[name]
+            assert device.charged_bytes <= max(device.capacity_bytes, before_bytes)
+            self.charged_bytes[name] = device.charged_bytes
+
+    @invariant()
+    def lives_make_sense(self) -> None:
+        """
+        Loading comes first, then loaded or failed; refusals come before the end.
+        """
+        after: dict[type[Event] | None, tuple[type[Event], ...]] = {
+            None: (ModelLoading,),
+            ModelLoading: (ModelLoaded, ModelLoadFailed),
+            ModelLoaded: (ReleaseUnconfirmed, ModelEvicted),
+            ReleaseUnconfirmed: (ReleaseUnconfirmed, ModelEvicted),
+            ModelLoadFailed: (ModelLoading,),
+            ModelEvicted: (ModelLoading,),
+        }
+        for events in self.life.values():
+            kinds = [None, *map(type, events)]
+            for kind, following in itertools.pairwise(kinds):
+                assert following in after[kind], kinds
+
+    def teardown(self) -> None:
+        """
+        Calm down, close, and find nothing left.
+        """
+        self.calm()
+        self.core.close()
+        for _ in range(50):
+            self.rest()
+            if not self.cache.models():
+                break
+            self.clock.tick(31)
+        assert not self.cache.models()
+        assert not any(self.machine.held_bytes.values())
+        self.core.join(PATIENCE_S)
+        check(self.cache)
+
+
+def is_granted(waiter: Waiter, lease: Lease) -> bool:
+    """
+    Whether *lease* is how a request ended.
+    """
+    future = waiter.future
+    if not future.done() or future.cancelled() or future.exception() is not None:
+        return False
+    return future.result() is lease
+
+
+def test_whatever_happens_the_invariants_hold() -> None:
+    """
+    And when it calms down, everybody has been served and all memory is back.
+    """
+    run_state_machine_as_test(
+        CacheMachine, settings=settings(max_examples=200, stateful_step_count=40)
+    )
