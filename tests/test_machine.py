@@ -404,14 +404,18 @@ class CacheMachine(RuleBasedStateMachine):
         """
         Wait until each device's thread is idle or stands before a gate, then collect.
         """
-        before = None
-        while before != (before := self.progress()):
+        # Twice without a change: what one device begins on another is seen before it is
+        # handed over.
+        unchanged, before = 0, self.progress()
+        while unchanged < 2:
             for device in list(self.core.devices.values()):
                 done = threading.Event()
                 device.thread.submit(done.set)
                 over = partial(self.is_over, done, device.thread._thread)
                 wait_until(over, f"the end of work on {device.name}")
             self.collect()
+            after = self.progress()
+            unchanged, before = unchanged + 1 if after == before else 0, after
 
     def is_over(self, done: threading.Event, thread: threading.Thread) -> bool:
         """

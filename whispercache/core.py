@@ -899,8 +899,9 @@ class Core:
         assert charged_bytes == device.charged_bytes, (
             f"{device.name}: {charged_bytes} B held, {device.charged_bytes} B charged"
         )
-        excess = admission.shrink(device.room(), self._idle_locked(device.name))
-        assert not excess, f"{device.name} over its limit: {excess} should leave"
+        if device.is_over_limit:
+            excess = admission.shrink(device.room(), self._idle_locked(device.name))
+            assert not excess, f"{device.name} over its limit: {excess} should leave"
 
 
 def _one_line(error: BaseException) -> str:
