@@ -1,15 +1,14 @@
 """
 A state machine over a whole cache on the fakes: anything may happen, in any order.
 
-Nothing here is left to the scheduler: after each step the threads of the devices are
-idle, or stand before a gate.
+Nothing here is left to the scheduler: there are no threads, and each device does its
+work when it is told to.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -39,18 +38,18 @@ from whispercache import (
     ReleaseUnconfirmed,
     TooManyWaiters,
     Workload,
+    entries,
 )
 from whispercache.entries import State
 from whispercache.testing import (
     FakeClock,
     FakeLoader,
     FakeMachine,
-    Gate,
     check,
-    wait_until,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from whispercache import Lease, ModelKey
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
 GIB = 1024**3
 SIZES = {"tiny": GIB, "base": GIB, "small": 2 * GIB, "medium": 3 * GIB}
 DEVICES = {"cpu": "8GiB", "cuda:0": "8.5GiB"}
-PATIENCE_S = 10.0
 
 models = st.sampled_from(sorted(SIZES))
 devices = st.sampled_from(["cuda", "cuda", "cpu"])
@@ -94,23 +92,28 @@ requests = st.builds(
 )
 
 
-class Turnstile(Gate):
+class Turns:
     """
-    A gate that knows who stands before it.
+    Stands for the thread of a device: its calls are made when the machine says so.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: set[threading.Thread] = set()
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.calls: deque[Callable[[], None]] = deque()
+        self.is_over = False
 
-    def pass_through(self) -> None:
+    def submit(self, call: Callable[[], None]) -> None:
         """
-        See `Gate`.
+        Note a call.
         """
-        thread = threading.current_thread()
-        self.held.add(thread)
-        super().pass_through()
-        self.held.discard(thread)
+        assert not self.is_over, f"{call} comes after the end of {self.device}"
+        self.calls.append(call)
+
+    def stop(self) -> None:
+        """
+        Take no more.
+        """
+        self.is_over = True
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -120,6 +123,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(entries, "DeviceThread", Turns)
         self.machine = FakeMachine(DEVICES)
         self.loader = FakeLoader(self.machine, sizes=SIZES)
         self.loader.workspace_bytes = GIB // 8
@@ -137,6 +142,7 @@ class CacheMachine(RuleBasedStateMachine):
             clock=self.clock,
         )
         self.core = self.cache._core
+        self.held: set[tuple[str, str]] = set()
         self.requests: list[Waiter] = []
         self.ends: Counter[int] = Counter()
         self.numbers = itertools.count()
@@ -209,6 +215,7 @@ class CacheMachine(RuleBasedStateMachine):
         lease.owned = True
         self.requests = [each for each in self.requests if not each.future.done()]
         del lease
+        self.cache.stats()  # whoever comes next sees to it, if the device is busy
         self.rest()
 
     @precondition(lambda self: self.requests)
@@ -263,31 +270,20 @@ class CacheMachine(RuleBasedStateMachine):
         room_bytes = max(0, self.machine.total_bytes[device] - reserved_bytes)
         self.machine.others(device, min(gib * GIB, room_bytes))
 
-    @rule(model=models, unloads=st.booleans())
-    def hold(self, model: str, *, unloads: bool) -> None:
+    @rule(model=models, word=st.sampled_from(["_load", "_unload"]))
+    def hold(self, model: str, word: str) -> None:
         """
-        Let loads, or unloads, of a model stand before a gate.
+        Let loads, or unloads, of a model take their time.
         """
-        gates = self.loader._unload_gates if unloads else self.loader._load_gates
-        gates.setdefault(model, Turnstile())
+        self.held.add((word, model))
 
     @rule()
-    def open(self) -> None:
+    def let_go(self) -> None:
         """
-        Open all gates.
+        Hold nothing any more.
         """
-        for gate in self.gates():
-            gate.open()
-        self.loader._load_gates.clear()
-        self.loader._unload_gates.clear()
+        self.held.clear()
         self.rest()
-
-    def gates(self) -> list[Gate]:
-        """
-        Those that hold something, or would.
-        """
-        gates = (self.loader._load_gates, self.loader._unload_gates)
-        return [gate for each in gates for gate in each.values()]
 
     # Words ----------------------------------------------------------------------------
 
@@ -379,7 +375,7 @@ class CacheMachine(RuleBasedStateMachine):
         """
         self.cache.unpin()
         self.loader.refuse_unloads = 0
-        self.open()
+        self.held.clear()
         for device in DEVICES:
             self.machine.others(device, 0)
         for _ in range(100):
@@ -402,37 +398,45 @@ class CacheMachine(RuleBasedStateMachine):
 
     def rest(self) -> None:
         """
-        Wait until each device's thread is idle or stands before a gate, then collect.
+        Let each device do all that it can, then take what was granted.
         """
-        # Twice without a change: what one device begins on another is seen before it is
-        # handed over.
-        unchanged, before = 0, self.progress()
-        while unchanged < 2:
-            for device in list(self.core.devices.values()):
-                done = threading.Event()
-                device.thread.submit(done.set)
-                over = partial(self.is_over, done, device.thread._thread)
-                wait_until(over, f"the end of work on {device.name}")
-            self.collect()
-            after = self.progress()
-            unchanged, before = unchanged + 1 if after == before else 0, after
+        for _ in range(500):
+            ready = [turns for turns in self.turns() if self.is_ready(turns)]
+            self.watch()
+            if not ready:
+                self.collect()
+                return
+            for turns in ready:
+                turns.calls.popleft()()
+                self.watch()
+        raise AssertionError(f"it never comes to rest: {self.cache!r}")
 
-    def is_over(self, done: threading.Event, thread: threading.Thread) -> bool:
+    def watch(self) -> None:
         """
-        Whether a thread has done all it can.
+        No more is charged than is allowed, but for what was there before a limit fell.
         """
-        stands = any(thread in cast("Turnstile", gate).held for gate in self.gates())
-        return stands or not thread.is_alive() or done.wait(0.001)
+        for name, device in self.core.devices.items():
+            before_bytes = self.charged_bytes[name]
+            assert device.charged_bytes <= max(device.capacity_bytes, before_bytes)
+            self.charged_bytes[name] = device.charged_bytes
 
-    def progress(self) -> tuple[object, ...]:
+    def turns(self) -> list[Turns]:
         """
-        Something that stands still once the cache does.
+        The devices.
         """
-        return (
-            self.cache.stats(),
-            self.cache.models(),
-            sum(len(events) for events in self.life.values()),
-        )
+        devices = self.core.devices.values()
+        return [cast("Turns", device.thread) for device in devices]
+
+    def is_ready(self, turns: Turns) -> bool:
+        """
+        Whether a device has something to do that nothing holds up.
+        """
+        if not turns.calls:
+            return False
+        call = turns.calls[0]
+        if isinstance(call, partial) and isinstance(call.args[0], entries.Entry):
+            return (call.func.__name__, call.args[0].key.model) not in self.held
+        return True
 
     def collect(self) -> None:
         """
@@ -490,16 +494,6 @@ class CacheMachine(RuleBasedStateMachine):
             }
 
     @invariant()
-    def no_more_is_charged_than_is_allowed(self) -> None:
-        """
-        But for what was there before a limit fell.
-        """
-        for name, device in self.core.devices.items():
-            before_bytes = self.charged_bytes[name]
-            assert device.charged_bytes <= max(device.capacity_bytes, before_bytes)
-            self.charged_bytes[name] = device.charged_bytes
-
-    @invariant()
     def lives_make_sense(self) -> None:
         """
         Loading comes first, then loaded or failed; refusals come before the end.
@@ -530,8 +524,9 @@ class CacheMachine(RuleBasedStateMachine):
             self.clock.tick(31)
         assert not self.cache.models()
         assert not any(self.machine.held_bytes.values())
-        self.core.join(PATIENCE_S)
+        assert all(turns.is_over for turns in self.turns())
         check(self.cache)
+        self.patch.undo()
 
 
 def is_granted(waiter: Waiter, lease: Lease) -> bool:
