@@ -38,6 +38,7 @@ from examples.weights import packaged_model
 from whispercache import ModelCache, Workload
 from whispercache.errors import format_bytes
 from whispercache.host import anonymous_bytes
+from whispercache.loader import versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +67,15 @@ def switcher(contender: str, compute_type: str) -> Callable[[str], object]:
     """
     A function that makes a model usable.
     """
+    if contender == "whispercache":
+        versions()  # imports CTranslate2 the cache's way, before memory is looked at
+        cache = ModelCache(ram=limit_bytes(compute_type), max_models=1)
+
+        def lease(path: str) -> None:
+            cache.lease(path, "cpu", compute_type, workload=WORK).release()
+
+        return lease
+
     from faster_whisper import WhisperModel
 
     def load(path: str) -> WhisperModel:
@@ -73,20 +83,13 @@ def switcher(contender: str, compute_type: str) -> Callable[[str], object]:
 
     if contender == "lru_cache":
         return functools.lru_cache(maxsize=1)(load)
-    if contender == "construct":
-        held: list[WhisperModel] = []
+    held: list[WhisperModel] = []
 
-        def construct(path: str) -> None:
-            held.clear()
-            held.append(load(path))
+    def construct(path: str) -> None:
+        held.clear()
+        held.append(load(path))
 
-        return construct
-    cache = ModelCache(ram=limit_bytes(compute_type), max_models=1)
-
-    def lease(path: str) -> None:
-        cache.lease(path, "cpu", compute_type, workload=WORK).release()
-
-    return lease
+    return construct
 
 
 def child(contender: str, compute_type: str, switches: int) -> None:

@@ -1188,6 +1188,28 @@ def test_a_drain_ends_with_the_waiter_that_wanted_it(
     lease.release()
 
 
+def test_a_drained_model_that_left_is_drained_no_more(
+    make_cache: MakeCache, loader: FakeLoader, clock: FakeClock, driver: Driver
+) -> None:
+    """
+    An older request that loads it again gets it, rather than seeing it leave for ever.
+    """
+    loader.workspace_bytes = GIB // 4
+    cache = make_cache(vram="3GiB", patience_s=5)
+    leases = [driver.lease(cache, model, "cuda") for model in ("base", "tiny")]
+    large = Workload(batch_size=8)
+    older = driver.waiting(cache, "base", "cuda", workload=large)
+    younger = driver.waiting(cache, "small", "cuda")
+    clock.tick(6)
+    late = driver.waiting(cache, "tiny", "cuda")
+    for lease in leases:
+        lease.release()
+    older.result(10).release()
+    younger.result(10).release()
+    late.result(10).release()
+    assert loader.loads["base"] == 2
+
+
 def test_sixteen_loads_pass_one_that_is_stuck(
     make_cache: MakeCache, driver: Driver
 ) -> None:

@@ -813,6 +813,10 @@ class Core:
         entry.loaded = None
         entry.cause = None
         entry.pinned = False
+        if entry.drained_for is not None:
+            # Or an older request would load it, not get it, and see it leave, for ever.
+            entry.drained_for.draining.remove(entry)
+            entry.drained_for = None
         del entry.device.entries[entry.key]
         for gone in entry.gone:
             self._work.append(partial(_done, gone))
