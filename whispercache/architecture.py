@@ -134,7 +134,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 """
 The known models, by canonical name; their files on the hub are float16.
 
-Source: config.json of each at huggingface.co (openai, distil-whisper).
+Source: config.json of each on the model hub (openai, distil-whisper).
 """
 
 
