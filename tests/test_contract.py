@@ -198,6 +198,28 @@ def test_an_error_of_ours_keeps_its_type(
     assert caught.value is not said
 
 
+def test_a_failed_load_is_told_even_if_cleaning_up_fails_too(
+    make_cache: MakeCache,
+    loader: FakeLoader,
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """
+    Nobody waits for ever because a broken card cannot even be trimmed.
+    """
+
+    def fail(*_: object) -> None:
+        raise OSError("the card fell off")
+
+    monkeypatch.setattr(type(loader), "return_memory", fail)
+    cache = make_cache()
+    loader.fail_loads["base"] = [RuntimeError("broken")]
+    with pytest.raises(LoadFailed, match="broken"):
+        driver.lease(cache, "base", "cuda")
+    assert "the card fell off" in caplog.text
+
+
 # Waiting ------------------------------------------------------------------------------
 
 

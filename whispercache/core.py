@@ -550,7 +550,10 @@ class Core:
         reason = _one_line(error)
         # The frames of the traceback hold the half-built model.
         traceback.clear_frames(error.__traceback__)
-        self.loader.return_memory(entry.key.device)
+        try:
+            self.loader.return_memory(entry.key.device)
+        except Exception:  # nor may this keep them waiting
+            _log.exception("memory of %s was not returned", entry.key)
         with self.changing():
             self._absent_locked(entry)
             self.counts["load_failures"] += 1

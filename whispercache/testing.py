@@ -62,6 +62,7 @@ __all__ = [
 ]
 
 _PATIENCE_S = 10.0
+_QUIET_PASSES = 2
 
 
 class FakeClock:
@@ -466,12 +467,20 @@ def settle(cache: ModelCache | AsyncModelCache) -> None:
     An unload that was refused is over; it is tried again when the clock ticks.
     """
     core = _core(cache)
-    for _ in range(3):  # what ends on one device may begin something on another
+    # Until nothing changed twice: what ends on one device may begin something on
+    # another, and that can be seen before it is handed over.
+    before: object = None
+    unchanged = 0
+    while unchanged < _QUIET_PASSES:
         for device in list(core.devices.values()):
             done, thread = threading.Event(), device.thread._thread
             device.thread.submit(done.set)
             # The thread of a closed cache may have ended before.
             wait_until(partial(_is_over, done, thread), f"an idle {device.name}")
+        entries = list(core.entries.values())
+        after = [(entry.key, entry.state, entry.loads) for entry in entries]
+        unchanged = unchanged + 1 if after == before else 0
+        before = after
 
 
 def _is_over(done: threading.Event, thread: threading.Thread) -> bool:
