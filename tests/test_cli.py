@@ -398,7 +398,12 @@ class TestTranscribe:
         """
         In the middle of work that would take minutes.
         """
-        child = start("transcribe", *[BREAD] * 1000, "--model", models.alpha)
+        # What a shell starts in the background inherits that Ctrl-C is ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            child = start("transcribe", *[BREAD] * 1000, "--model", models.alpha)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert child.stdout is not None
         first = child.stdout.readline()  # it is at work
         child.send_signal(signal.SIGINT)
