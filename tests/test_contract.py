@@ -1375,3 +1375,82 @@ def test_a_closed_cache_starts_no_thread(make_cache: MakeCache, driver: Driver) 
     with pytest.raises(CacheClosed):
         driver.lease(cache, "base")
     assert not cache._core.devices
+
+
+# Parameters ---------------------------------------------------------------------------
+
+
+def test_nonsense_makes_no_cache(make_cache: MakeCache) -> None:
+    """
+    The error says what would make sense.
+    """
+    with pytest.raises(ValueError, match="policy must be one of lru, gap, or a func"):
+        make_cache(policy="fifo")
+    for patience_s in (-1, float("nan")):
+        with pytest.raises(ValueError, match="patience_s must be 0 or more"):
+            make_cache(patience_s=patience_s)
+    with pytest.raises(TypeError, match="max_waiting must be a whole number"):
+        make_cache(max_waiting=True)
+
+
+def test_a_card_that_is_not_there_is_refused(
+    make_cache: MakeCache,
+    loader: FakeLoader,
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    By the probe, who knows why; or because CTranslate2 does not see it.
+    """
+    cache = make_cache()
+    with pytest.raises(DeviceUnavailable, match="there are cpu, cuda:0, cuda:1"):
+        driver.lease(cache, "base", "cuda:7")
+    monkeypatch.setattr(type(loader), "devices", lambda _: ("cpu", "cuda:0"))
+    with pytest.raises(DeviceUnavailable, match="CTranslate2 sees cpu, cuda:0; is"):
+        driver.lease(cache, "base", "cuda:1")
+
+
+def test_auto_passes_over_a_card_that_cannot_compute_so(
+    make_cache: MakeCache,
+    loader: FakeLoader,
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    An explicit compute type is kept, and the device follows from it.
+    """
+    supported = {"cpu": {"int16"}, "cuda:0": {"float16"}, "cuda:1": {"float16"}}
+    monkeypatch.setattr(
+        type(loader),
+        "supported_compute_types",
+        lambda _, device: frozenset(supported[device]),
+    )
+    lease = driver.lease(make_cache(), "base", compute_type="int16")
+    assert str(lease.key) == "base/cpu/int16"
+    lease.release()
+
+
+def test_a_gauge_that_fails_while_somebody_waits_is_logged(
+    make_cache: MakeCache,
+    machine: FakeMachine,
+    loader: FakeLoader,
+    driver: Driver,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """
+    What was read last counts, until it can be read again.
+    """
+    loader.workspace_bytes = 3 * GIB
+    cache = make_cache()
+    held = driver.lease(cache, "medium", "cuda")
+    machine.others("cuda:0", 3 * GIB)  # its work, as the gauge sees it
+    waiting = driver.waiting(cache, "large-v3", "cuda")
+    machine.others("cuda:0", 0)
+    machine.reading_fails = OSError("no driver")
+    held.release()
+    wait_until(lambda: "free memory of cuda:0 is unknown" in caplog.text)
+    assert not waiting.done()
+    machine.reading_fails = None
+    reading = driver.start(cache, "lease", "tiny", "cuda")
+    waiting.result(10).release()
+    reading.result(10).release()

@@ -277,8 +277,16 @@ def test_nothing_is_lost_under_stress(seed: int) -> None:
 def keep_grants(patch: pytest.MonkeyPatch) -> None:
     """
     Forget to give back what was granted to one who left.
+
+    Grants are told late here, or few would leave in between.
     """
     kept: list[object] = []
+    perform = Core._perform
+
+    def perform_late(self: Core, work: list[Callable[[], None]]) -> None:
+        if work:
+            time.sleep(0.002)
+        perform(self, work)
 
     def keep(future: Future[Lease]) -> None:
         if not future.cancelled() and future.exception() is None:
@@ -286,6 +294,7 @@ def keep_grants(patch: pytest.MonkeyPatch) -> None:
             kept.append(future)
 
     patch.setattr(core_module, "_give_back", keep)
+    patch.setattr(Core, "_perform", perform_late)
 
 
 def credit_early(patch: pytest.MonkeyPatch) -> None:
