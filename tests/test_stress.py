@@ -11,6 +11,7 @@ import gc
 import random
 import threading
 import time
+import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -174,12 +175,19 @@ class Stress:
             pass
         except ModelTooLarge as error:
             if "are pinned" not in error.reason:
-                self.wrong.append(error)
+                self.note(error)
         except LoadFailed as error:
             if not isinstance(error.__cause__, Scripted):
-                self.wrong.append(error)
+                self.note(error)
         except BaseException as error:  # noqa: BLE001 - told by `run`
-            self.wrong.append(error)
+            self.note(error)
+
+    def note(self, error: BaseException) -> None:
+        """
+        Keep an error, but not the leases that its frames hold.
+        """
+        traceback.clear_frames(error.__traceback__)
+        self.wrong.append(error)
 
     def choose(self, dice: random.Random) -> tuple[str, str, dict[str, Any]]:
         """
