@@ -48,6 +48,21 @@ class Driver(Protocol):
         """
         return self.start(cache, word, *args, **options).result(PATIENCE_S)
 
+    def start_on(
+        self, thing: object, method: str, *args: object, **options: object
+    ) -> Future[Any]:
+        """
+        Begin to call a method of a model, or of its segments.
+        """
+
+    def call_on(
+        self, thing: object, method: str, *args: object, **options: object
+    ) -> Any:
+        """
+        Call a method, and wait for the end.
+        """
+        return self.start_on(thing, method, *args, **options).result(PATIENCE_S)
+
     def lease(self, cache: ModelCache, *args: object, **options: object) -> Lease:
         """
         Call ``lease``, and wait for it.
@@ -76,8 +91,16 @@ class ThreadDriver(Driver):
         """
         See `Driver`.
         """
+        return self.start_on(cache, word, *args, **options)
+
+    def start_on(
+        self, thing: object, method: str, *args: object, **options: object
+    ) -> Future[Any]:
+        """
+        See `Driver`.
+        """
         future: Future[Any] = Future()
-        call = getattr(cache, word)
+        call = getattr(thing, method)
 
         def run() -> None:
             try:
@@ -110,7 +133,15 @@ class TaskDriver(Driver):
         """
         See `Driver`.
         """
-        call: Callable[..., Any] = getattr(AsyncModelCache(cache), word)
+        return self.start_on(AsyncModelCache(cache), word, *args, **options)
+
+    def start_on(
+        self, thing: object, method: str, *args: object, **options: object
+    ) -> Future[Any]:
+        """
+        See `Driver`.
+        """
+        call: Callable[..., Any] = getattr(thing, method)
 
         async def run() -> Any:
             result = call(*args, **options)

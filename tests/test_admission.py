@@ -92,24 +92,28 @@ def worlds(draw: st.DrawFn) -> World:
             demands = [Demand(CARD, draw(sizes), models=1)]
             if draw(st.booleans()):
                 demands.append(Demand(HOST, draw(sizes)))
-            pending = Pending(
-                key(absent.pop()), Need.LOAD, tuple(demands), 0, overtaken, impatient
-            )
+            count = draw(st.integers(1, min(2, len(absent))))
+            demands[0] = replace(demands[0], models=count)
+            keys = tuple(key(absent.pop()) for _ in range(count))
+            pending = Pending(keys, Need.LOAD, tuple(demands), overtaken, impatient)
         elif kind == "work":
             model = draw(st.sampled_from(idle))
-            if any(model.key == other.key for other in world.queue):
-                continue
-            demand = Demand(CARD, draw(st.integers(0, 8)))
+            demand = Demand(CARD, draw(st.integers(0, 8)), 0, model.weights_bytes, 1)
+            keys, need = (model.key,), Need.WORKSPACE
+            if absent and draw(st.sampled_from([False, True])):  # together with one that is not there
+                keys, need = (*keys, key(absent.pop())), Need.LOAD
+                demand = replace(demand, n_bytes=demand.n_bytes + 1, models=1)
             pending = Pending(
-                model.key,
-                Need.WORKSPACE,
+                keys,
+                need,
                 (demand,),
-                model.weights_bytes,
                 overtaken,
                 impatient,
+                passes=draw(st.sampled_from([False, False, True])),
+                shares=draw(st.booleans()),
             )
         else:
-            pending = Pending(key("leaving"), Need.NOTHING)
+            pending = Pending((key("leaving"),), Need.NOTHING)
         world.queue.append(pending)
     return world
 
@@ -193,9 +197,10 @@ def test_victims_are_idle_and_chosen_once(world: World) -> None:
     assert all(victim in idle for victim in victims)
     assert len({victim.key for victim in victims}) == len(victims)
     for pending, decision in zip(world.queue, decisions, strict=True):
-        assert pending.key not in [victim.key for victim in decision.victims]
-        if decision.outcome is Outcome.GRANT:
-            assert pending.key not in [victim.key for victim in victims]
+        own = set(pending.keys)
+        assert own.isdisjoint(victim.key for victim in decision.victims)
+        if decision.outcome in (Outcome.GRANT, Outcome.LOAD):
+            assert own.isdisjoint(victim.key for victim in victims)
 
 
 @MANY
@@ -240,10 +245,10 @@ def test_what_can_never_be_had_evicts_nothing(world: World) -> None:
         demand, reachable_bytes = decision.lacking
         room = world.rooms[demand.device]
         too_many = room.max_models is not None and (
-            room.max_models <= room.pinned_models
+            room.max_models < room.pinned_models + demand.models + demand.own_models
         )
-        own_bytes = pending.own_bytes if demand is pending.demands[0] else 0
-        most_bytes = max(0, room.ceiling_bytes - room.pinned_bytes - own_bytes)
+        most_bytes = room.ceiling_bytes - room.pinned_bytes - demand.own_bytes
+        most_bytes = max(0, most_bytes)
         assert reachable_bytes in (0, most_bytes)
         assert demand.n_bytes > most_bytes or (demand.models and too_many)
 
@@ -279,7 +284,7 @@ def test_what_is_drained_is_enough_and_no_more(world: World) -> None:
     event("drains")
     for demand in pending.demands:
         models = [*world.idle[demand.device], *world.busy[demand.device]]
-        models = [each for each in models if each.key != pending.key]
+        models = [each for each in models if each.key not in pending.keys]
         drained = [each for each in models if each.key in decision.drain]
         short_bytes, short_models = world.rooms[demand.device].shortfall(demand)
         if sum(each.weights_bytes for each in models) < short_bytes or (
@@ -387,7 +392,7 @@ def test_the_impatient_do_not_drain_where_nothing_is_missing() -> None:
         busy={CARD: [resident("busy", 8)], HOST: [resident("busy", 2, HOST)]},
         queue=[
             Pending(
-                key("new"),
+                (key("new"),),
                 Need.LOAD,
                 (Demand(CARD, 6, 1), Demand(HOST, 2)),
                 impatient=True,
@@ -408,8 +413,8 @@ def test_a_victim_of_an_older_request_is_not_granted() -> None:
         idle={CARD: [old]},
         busy={CARD: []},
         queue=[
-            Pending(key("new"), Need.LOAD, (Demand(CARD, 4, 1),)),
-            Pending(old.key, Need.WORKSPACE, (Demand(CARD, 0),), own_bytes=4),
+            Pending((key("new"),), Need.LOAD, (Demand(CARD, 4, 1),)),
+            Pending((old.key,), Need.WORKSPACE, (Demand(CARD, 0, 0, 4, 1),)),
         ],
     )
     first, second = world.plan()
@@ -460,14 +465,14 @@ def test_a_load_that_fits_passes_one_that_is_stuck(
         busy={CARD: [resident("busy", 8)], HOST: []},
         queue=[
             Pending(
-                key("stuck"),
+                (key("stuck"),),
                 Need.LOAD,
                 (Demand(CARD, 6, 1),),
                 overtaken=overtaken,
                 impatient=impatient,
             ),
-            Pending(key("small"), Need.LOAD, (Demand(CARD, 2, 1),)),
-            Pending(key("small", HOST), Need.LOAD, (Demand(HOST, 2, 1),)),
+            Pending((key("small"),), Need.LOAD, (Demand(CARD, 2, 1),)),
+            Pending((key("small", HOST),), Need.LOAD, (Demand(HOST, 2, 1),)),
         ],
     )
     stuck, small, elsewhere = world.plan()

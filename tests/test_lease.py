@@ -12,6 +12,7 @@ import pytest
 from driver import ThreadDriver
 
 from whispercache.admission import POLICIES
+from whispercache.entries import Part
 from whispercache.footprint import DEFAULT_WORKLOAD
 from whispercache.resolve import Target
 from whispercache.testing import check, settle, wait_until
@@ -216,7 +217,8 @@ def request(cache: ModelCache, entry: Any) -> Any:
     A request as `ModelCache.lease` makes it, without the wait.
     """
     cache._resolver.locate(Target(entry, {}), DEFAULT_WORKLOAD)
-    return cache._core.request(entry, DEFAULT_WORKLOAD, None, None)
+    parts = [Part(entry, DEFAULT_WORKLOAD)]
+    return cache._core.request(parts, None, None, owner=None)
 
 
 def test_a_grant_under_way_is_given_back(

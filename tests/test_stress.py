@@ -27,6 +27,7 @@ from whispercache import (
     TooManyWaiters,
 )
 from whispercache import core as core_module
+from whispercache import moves
 from whispercache.core import Core
 from whispercache.loader import LoadedModel, Released
 from whispercache.testing import FakeLoader, FakeMachine, check
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from whispercache import Lease, ModelKey
     from whispercache.admission import Resident
     from whispercache.entries import Entry
+    from whispercache.faults import Fault
     from whispercache.loader import ModelFiles
 
 GIB = 1024**3
@@ -177,7 +179,8 @@ class Stress:
             if "are pinned" not in error.reason:
                 self.note(error)
         except LoadFailed as error:
-            if not isinstance(error.__cause__, Scripted):
+            cools_down = error.retry_in_s is not None
+            if not (cools_down or isinstance(error.__cause__, Scripted)):
                 self.note(error)
         except BaseException as error:  # noqa: BLE001 - told by `run`
             self.note(error)
@@ -274,6 +277,14 @@ class Stress:
         cache.unpin()
 
 
+@pytest.fixture(autouse=True)
+def _short_cool_downs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    A model that failed twice comes back while somebody still asks.
+    """
+    monkeypatch.setattr(moves, "FIRST_COOL_DOWN_S", 0.005)
+
+
 @pytest.mark.parametrize("seed", [random.SystemRandom().getrandbits(32) for _ in "123"])
 def test_nothing_is_lost_under_stress(seed: int) -> None:
     """
@@ -296,9 +307,10 @@ def keep_grants(patch: pytest.MonkeyPatch) -> None:
             time.sleep(0.002)
         perform(self, work)
 
-    def keep(future: Future[Lease]) -> None:
+    def keep(future: Future[tuple[Lease, ...]]) -> None:
         if not future.cancelled() and future.exception() is None:
-            future.result().owned = True  # no warning when it is collected at last
+            for lease in future.result():
+                lease.owned = True  # no warning when it is collected at last
             kept.append(future)
 
     patch.setattr(core_module, "_give_back", keep)
@@ -321,10 +333,12 @@ def strand_waiters(patch: pytest.MonkeyPatch) -> None:
     Tell nobody of a failed load but the first who waits.
     """
 
-    def fail_first(self: Core, entry: Entry, error: BaseException) -> None:
+    def fail_first(
+        self: Core, entry: Entry, error: BaseException, _fault: Fault, _tried: str
+    ) -> None:
         with self.changing():
             self._absent_locked(entry)
-            waiters = [waiter for waiter in self.queue if waiter.entry is entry]
+            waiters = [waiter for waiter in self.queue if waiter.wants(entry)]
             for place, waiter in enumerate(waiters):
                 own = LoadFailed(str(entry.key), "failed")
                 own.__cause__ = error

@@ -20,8 +20,10 @@ from .cache import ModelCache, default_cache, get_model
 from .errors import (
     AudioError,
     CacheClosed,
+    CacheForked,
     CorruptModel,
     DeviceUnavailable,
+    LeaseDeadlock,
     LeaseTimeout,
     LoadFailed,
     ModelTooLarge,
@@ -33,20 +35,23 @@ from .errors import (
 )
 from .events import (
     DeviceInfo,
+    DeviceLost,
     Event,
     EvictionCause,
     Explanation,
+    FellBack,
     ModelEvicted,
     ModelInfo,
     ModelLoaded,
     ModelLoadFailed,
     ModelLoading,
+    ModelStillReferenced,
     ReleaseUnconfirmed,
     Stats,
 )
 from .footprint import Footprint, Workload, footprint
 from .keys import ModelKey
-from .lease import Lease
+from .lease import Lease, Leases
 from .model import CachedModel
 
 if TYPE_CHECKING:
@@ -57,16 +62,21 @@ __all__ = [
     "AsyncModelCache",
     "AudioError",
     "CacheClosed",
+    "CacheForked",
     "CachedModel",
     "CorruptModel",
     "DeviceInfo",
+    "DeviceLost",
     "DeviceUnavailable",
     "Event",
     "EvictionCause",
     "Explanation",
+    "FellBack",
     "Footprint",
     "Lease",
+    "LeaseDeadlock",
     "LeaseTimeout",
+    "Leases",
     "LoadFailed",
     "ModelCache",
     "ModelEvicted",
@@ -75,6 +85,7 @@ __all__ = [
     "ModelLoadFailed",
     "ModelLoaded",
     "ModelLoading",
+    "ModelStillReferenced",
     "ModelTooLarge",
     "NotDownloaded",
     "ReleaseUnconfirmed",

@@ -123,34 +123,47 @@ class Need(Enum):
 @dataclass(frozen=True, slots=True)
 class Demand:
     """
-    Bytes, and models, that a request would add on one device.
+    What serving a request would add on one device, and what it keeps there already.
+
+    Attributes:
+        device: The device.
+        n_bytes: Bytes to add.
+        models: Models to add.
+        own_bytes: What its own models hold there, which cannot leave to serve it;
+            pinned ones are not counted, since they never leave.
+        own_models: How many those are.
     """
 
     device: str
     n_bytes: int
     models: int = 0
+    own_bytes: int = 0
+    own_models: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
     """
-    One request in the queue.
+    One request in the queue, for one model or for several at once.
 
     Attributes:
-        key: The model it wants.
+        keys: The models that it wants, all or nothing.
         need: What it waits for.
-        demands: What serving it would add; the first is on the model's own device.
-        own_bytes: What its model holds there already, which cannot leave to serve it.
+        demands: What serving it would add, by device.
         overtaken: Loads that have passed it so far.
         impatient: It has waited longer than the patience of the cache.
+        passes: An older request waits for leases of its caller, so it must not wait
+            for that one in turn.
+        shares: Other leases on its own models add to what it needs.
     """
 
-    key: ModelKey
+    keys: tuple[ModelKey, ...]
     need: Need
     demands: tuple[Demand, ...] = ()
-    own_bytes: int = 0
     overtaken: int = 0
     impatient: bool = False
+    passes: bool = False
+    shares: bool = False
 
 
 @dataclass(slots=True)
@@ -222,6 +235,14 @@ class Room:
         What one request could have if every model that may leave had left.
         """
         return self.ceiling_bytes - self.pinned_bytes
+
+    def reachable_models(self) -> int:
+        """
+        How many models one request could have, likewise.
+        """
+        if self.max_models is None:
+            return 1 << 62
+        return self.max_models - self.pinned_models
 
     def charge(self, demand: Demand) -> None:
         """
@@ -314,7 +335,7 @@ class _Scratch:
     rooms: Mapping[str, Room]
     idle: Callable[[str], Sequence[Resident]]
     busy: Callable[[str], Sequence[Resident]]
-    chosen: set[ModelKey] = field(default_factory=set)  # to leave, or to be leased
+    chosen: set[ModelKey] = field(default_factory=set)  # to leave, to stay, or to come
     stuck: dict[str, list[int]] = field(default_factory=dict)
     barred: set[str] = field(default_factory=set)
 
@@ -340,13 +361,13 @@ def plan(
 
 
 def _decide(scratch: _Scratch, place: int, pending: Pending) -> Decision:
-    if pending.need is Need.NOTHING or pending.key in scratch.chosen:
-        return Decision(Outcome.WAIT)  # the latter: chosen to leave for an older one
+    if pending.need is Need.NOTHING or not scratch.chosen.isdisjoint(pending.keys):
+        return Decision(Outcome.WAIT)  # the latter: chosen for an older one
     if lacking := _never(scratch, pending):
         return Decision(Outcome.NEVER, lacking=lacking)
     devices = [demand.device for demand in pending.demands]
     is_load = pending.need is Need.LOAD
-    if is_load and not scratch.barred.isdisjoint(devices):
+    if is_load and not pending.passes and not scratch.barred.isdisjoint(devices):
         return Decision(Outcome.WAIT)
     rooms = [scratch.rooms[device] for device in devices]
     passed = tuple(
@@ -355,12 +376,13 @@ def _decide(scratch: _Scratch, place: int, pending: Pending) -> Decision:
     if all(map(Room.fits, rooms, pending.demands)):
         for room, demand in zip(rooms, pending.demands, strict=True):
             room.charge(demand)
-        scratch.chosen.add(pending.key)
+        scratch.chosen.update(pending.keys)
         outcome = Outcome.LOAD if is_load else Outcome.GRANT
         return Decision(outcome, overtakes=passed if is_load else ())
     victims = _victims_for(scratch, pending)
     if victims is None:
         return _stick(scratch, place, pending)
+    scratch.chosen.update(pending.keys)
     for victim in victims:
         scratch.chosen.add(victim.key)
         scratch.rooms[victim.device].expect(victim)
@@ -375,14 +397,11 @@ def _never(scratch: _Scratch, pending: Pending) -> tuple[Demand, int] | None:
     """
     for demand in pending.demands:
         room = scratch.rooms[demand.device]
-        own_bytes = pending.own_bytes if demand is pending.demands[0] else 0
-        reachable_bytes = max(0, room.reachable_bytes() - own_bytes)
+        reachable_bytes = max(0, room.reachable_bytes() - demand.own_bytes)
         if demand.n_bytes > reachable_bytes:
             return demand, reachable_bytes
-        if (
-            demand.models
-            and room.max_models is not None
-            and room.max_models <= room.pinned_models
+        if demand.models and room.reachable_models() < (
+            demand.models + demand.own_models
         ):
             return demand, 0
     return None
@@ -397,7 +416,7 @@ def _victims_for(scratch: _Scratch, pending: Pending) -> tuple[Resident, ...] | 
         candidates = (
             resident
             for resident in scratch.idle(demand.device)
-            if resident.key not in scratch.chosen and resident.key != pending.key
+            if resident.key not in scratch.chosen and resident.key not in pending.keys
         )
         missing = scratch.rooms[demand.device].shortfall(demand)
         found = choose_victims(candidates, *missing)
@@ -419,16 +438,17 @@ def _stick(scratch: _Scratch, place: int, pending: Pending) -> Decision:
     if pending.impatient:
         for demand in pending.demands:
             room = scratch.rooms[demand.device]
+            there = (*scratch.idle(demand.device), *scratch.busy(demand.device))
             leaving = [
                 resident
-                for resident in (
-                    *scratch.idle(demand.device),
-                    *scratch.busy(demand.device),
-                )
-                if resident.key != pending.key and resident.key not in scratch.chosen
+                for resident in there
+                if resident.key not in pending.keys
+                and resident.key not in scratch.chosen
             ]
             found = choose_victims(leaving, *room.shortfall(demand))
             drain.extend(each.key for each in (leaving if found is None else found))
+            if pending.shares:
+                drain.extend(each.key for each in there if each.key in pending.keys)
     return Decision(Outcome.WAIT, drain=tuple(drain))
 
 

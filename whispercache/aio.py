@@ -10,37 +10,56 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
+import tracemalloc
+import weakref
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from .cache import UNCHANGED, Departure, ModelCache, ModelSource, as_request, as_seconds
+from .cache import (
+    UNCHANGED,
+    Departure,
+    ModelCache,
+    ModelSource,
+    as_request,
+    as_requests,
+)
+from .fallback import Attempts
 from .footprint import DEFAULT_WORKLOAD
+from .lease import Leases
 from .model import LeasedIterator, call_leased, workload_of
 from .resolve import matcher
+from .threads import caller, current_owner
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Coroutine, Generator, Mapping
+    from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
     from types import TracebackType
 
     from faster_whisper import WhisperModel
     from faster_whisper.transcribe import Segment, TranscriptionInfo
     from typing_extensions import ParamSpec, Self, Unpack
 
-    from .cache import CacheOptions
-    from .core import Leaving
+    from .cache import CacheOptions, ModelRequest
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats
+    from .fallback import Terms
     from .footprint import Workload
     from .keys import ModelKey
     from .lease import Lease
     from .loader import AudioInput
+    from .moves import Leaving
     from .resolve import Request
     from .units import DurationValue, LimitValue
 
     P = ParamSpec("P")
 
-__all__ = ["AsyncCachedModel", "AsyncLease", "AsyncModelCache", "AsyncSegments"]
+__all__ = [
+    "AsyncCachedModel",
+    "AsyncLease",
+    "AsyncLeases",
+    "AsyncModelCache",
+    "AsyncSegments",
+]
 
 T = TypeVar("T")
 
@@ -53,10 +72,26 @@ its calls at a time; the others wait in it, each on its thread.
 _END = object()
 
 
+def _current_task() -> object:
+    """
+    A token of the running task, as the owner of leases; it does not keep it alive.
+    """
+    task = asyncio.current_task()
+    if task is None:
+        return current_owner()
+    token = weakref.ref(task)
+    hash(token)  # remembers it, for when the task is gone
+    return token
+
+
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     # Not the loop's own pool: long transcriptions would keep the application out of it.
     return ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="whispercache-call")
+
+
+if hasattr(os, "register_at_fork"):  # its threads are not in the child
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 async def _in_thread(call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
@@ -95,6 +130,7 @@ class AsyncModelCache:
         *,
         keep_alive: DurationValue | None = None,
         timeout_s: float | None = None,
+        fallback: Sequence[str] | None = None,
         **load_options: object,
     ) -> AsyncCachedModel:
         """
@@ -108,9 +144,8 @@ class AsyncModelCache:
             **load_options,  # type: ignore[arg-type]
         )
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        keep_alive_s = as_seconds(keep_alive)
-        source = ModelSource(self._cache, request, keep_alive_s, timeout_s)
-        return AsyncCachedModel(self, source)
+        terms = self._cache._terms(timeout_s, keep_alive, fallback)
+        return AsyncCachedModel(self, ModelSource(self._cache, request, terms))
 
     def lease(
         self,
@@ -120,6 +155,7 @@ class AsyncModelCache:
         *,
         timeout_s: float | None = None,
         keep_alive: DurationValue | None = None,
+        fallback: Sequence[str] | None = None,
         workload: Workload | None = None,
         **load_options: object,
     ) -> AsyncLease:
@@ -129,34 +165,65 @@ class AsyncModelCache:
         Its calls block: run them in a thread, or use `get_model`, which does.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        return self._lease(
-            request, workload or DEFAULT_WORKLOAD, as_seconds(keep_alive), timeout_s
+        terms = self._cache._terms(timeout_s, keep_alive, fallback)
+        return self._lease(request, workload or DEFAULT_WORKLOAD, terms)
+
+    def lease_many(
+        self,
+        models: Sequence[ModelRequest],
+        device: str = "auto",
+        compute_type: str = "default",
+        *,
+        timeout_s: float | None = None,
+        keep_alive: DurationValue | None = None,
+        workload: Workload | None = None,
+        **load_options: object,
+    ) -> AsyncLeases:
+        """
+        Several models, held together for an ``async with`` block. See
+        `ModelCache.lease_many`.
+        """
+        requests = as_requests(models, device, compute_type, load_options)
+        terms = self._cache._terms(timeout_s, keep_alive, ())
+        return AsyncLeases(
+            self._acquire_many(requests, workload or DEFAULT_WORKLOAD, terms)
         )
 
-    def _lease(
-        self,
-        request: Request,
-        workload: Workload,
-        keep_alive_s: float | None,
-        timeout_s: float | None,
-    ) -> AsyncLease:
-        acquire = self._acquire(request, workload, keep_alive_s, timeout_s)
-        return AsyncLease(acquire)
+    def _lease(self, request: Request, workload: Workload, terms: Terms) -> AsyncLease:
+        return AsyncLease(self._acquire(request, workload, terms))
 
     async def _acquire(
-        self,
-        request: Request,
-        workload: Workload,
-        keep_alive_s: float | None,
-        timeout_s: float | None,
+        self, request: Request, workload: Workload, terms: Terms
     ) -> Lease:
-        core, resolver = self._cache._core, self._cache._resolver
-        lease = self._cache._hit(request, workload, keep_alive_s)
-        if lease is not None:
-            return lease
-        target = await _in_thread(resolver.resolve, request)
-        await _in_thread(resolver.locate, target, workload)
-        waiter = core.request(target.entry, workload, keep_alive_s, timeout_s)
+        cache = self._cache
+        lease = cache._hit(request, workload, terms, _current_task())
+        if lease is None:
+            lease = await self._climb(request, workload, terms)
+        if tracemalloc.is_tracing():
+            lease.taken_at = caller()
+        return lease
+
+    async def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
+        attempts = Attempts(self._cache._core, request, terms)
+        for attempt, terms_left in attempts:
+            with attempts.judging():
+                (lease,) = await self._wait([attempt], workload, terms_left)
+                return attempts.succeed(lease)
+        raise attempts.failure
+
+    async def _acquire_many(
+        self, requests: Sequence[Request], workload: Workload, terms: Terms
+    ) -> Leases:
+        return Leases(await self._wait(requests, workload, terms))
+
+    async def _wait(
+        self, requests: Sequence[Request], workload: Workload, terms: Terms
+    ) -> tuple[Lease, ...]:
+        core = self._cache._core
+        parts = await _in_thread(self._cache._locate, requests, workload)
+        waiter = core.request(
+            parts, terms.keep_alive_s, terms.timeout_s, _current_task()
+        )
         try:
             return await asyncio.wrap_future(waiter.future)
         except BaseException:
@@ -176,7 +243,8 @@ class AsyncModelCache:
         Load a model now. See `ModelCache.preload`.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        async with self._lease(request, DEFAULT_WORKLOAD, None, timeout_s):
+        terms = self._cache._terms(timeout_s, None, None)
+        async with self._lease(request, DEFAULT_WORKLOAD, terms):
             pass
 
     async def pin(
@@ -192,7 +260,8 @@ class AsyncModelCache:
         Load a model now and keep it, idle or not. See `ModelCache.pin`.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        lease = await self._lease(request, DEFAULT_WORKLOAD, None, timeout_s)
+        terms = self._cache._terms(timeout_s, None, None)
+        lease = await self._lease(request, DEFAULT_WORKLOAD, terms)
         with lease:
             self._cache._core.pin(lease._entry)
 
@@ -219,7 +288,9 @@ class AsyncModelCache:
         Unload models now; how many left. See `ModelCache.evict`.
         """
         matches = matcher(model_size_or_path, device, compute_type)
-        return await self._gone(self._cache._core.evict(matches), timeout_s)
+        waits_for = _current_task() if timeout_s is None else None
+        leaving = self._cache._core.evict(matches, waits_for)
+        return await self._gone(leaving, timeout_s)
 
     async def _gone(self, leaving: list[Leaving], timeout_s: float | None) -> int:
         departure = Departure(self._cache._core, leaving, timeout_s)
@@ -330,9 +401,56 @@ class AsyncLease:
         self._lease = await self
         return self._lease.whisper
 
-    async def __aexit__(self, *_exception: object) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._lease is not None:
-            self._lease.release()
+            await _end(self._lease, kind, error, trace)
+
+
+class AsyncLeases:
+    """
+    Leases to come on several models: to be awaited, or held for an ``async with``
+    block, whose value are the models themselves.
+    """
+
+    def __init__(self, acquire: Coroutine[None, None, Leases]) -> None:
+        self._acquire = acquire
+        self._leases: Leases | None = None
+
+    def __await__(self) -> Generator[None, None, Leases]:
+        return self._acquire.__await__()
+
+    async def __aenter__(self) -> tuple[WhisperModel, ...]:
+        self._leases = await self
+        return tuple(lease.whisper for lease in self._leases)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._leases is not None:
+            await _end(self._leases, kind, error, trace)
+
+
+async def _end(
+    held: Lease | Leases,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    """
+    End leases; after an error on a thread, since that may wait for models to leave.
+    """
+    if isinstance(error, RuntimeError):
+        await _in_thread(held.__exit__, kind, error, trace)
+    else:
+        held.__exit__(kind, error, trace)
 
 
 class AsyncCachedModel:
@@ -343,6 +461,7 @@ class AsyncCachedModel:
     def __init__(self, cache: AsyncModelCache, source: ModelSource) -> None:
         self._cache = cache
         self._source = source
+        self._served_by: ModelKey | None = None
 
     @property
     def key(self) -> ModelKey:
@@ -358,10 +477,19 @@ class AsyncCachedModel:
         return self._hold(DEFAULT_WORKLOAD)
 
     def _hold(self, workload: Workload) -> AsyncLease:
-        source = self._source
-        return self._cache._lease(
-            source.request, workload, source.keep_alive_s, source.timeout_s
-        )
+        return self._cache._lease(self._source.request, workload, self._source.terms)
+
+    @property
+    def served_by(self) -> ModelKey | None:
+        """
+        Which model the last call got. See `CachedModel.served_by`.
+        """
+        return self._served_by
+
+    async def _held(self, workload: Workload) -> Lease:
+        lease = await self._hold(workload)
+        self._served_by = lease.key
+        return lease
 
     async def transcribe(
         self,
@@ -376,7 +504,7 @@ class AsyncCachedModel:
         Takes and raises what `CachedModel.transcribe` does.
         """
         samples = await _in_thread(self._source.decode_audio, audio)
-        lease = await self._hold(workload_of(options, batch_size))
+        lease = await self._held(workload_of(options, batch_size))
         call = self._source.transcriber(lease, batch_size)
         result = await _call(lease, call, samples, *args, **options)
         segments, info = cast(
@@ -393,7 +521,7 @@ class AsyncCachedModel:
         samples = None
         if audio is not None:
             samples = await _in_thread(self._source.decode_audio, audio)
-        lease = await self._hold(DEFAULT_WORKLOAD)
+        lease = await self._held(DEFAULT_WORKLOAD)
         call = lease.whisper.detect_language
         result = await _call(lease, call, samples, *args, **options)
         return cast("tuple[str, float, list[tuple[str, float]]]", result)
@@ -415,8 +543,9 @@ class AsyncSegments(AsyncIterator[T]):
         self._step: Future[object] | None = None
 
     async def __anext__(self) -> T:
+        self._items.follow(_current_task())
         if self._step is None:
-            self._step = _pool().submit(next, self._items, _END)
+            self._step = _pool().submit(_next, self._items)
         try:
             item = await asyncio.shield(asyncio.wrap_future(self._step))
         except asyncio.CancelledError:
@@ -428,6 +557,13 @@ class AsyncSegments(AsyncIterator[T]):
         if item is _END:
             raise StopAsyncIteration
         return cast("T", item)
+
+    @property
+    def key(self) -> ModelKey:
+        """
+        The model that makes these items. See `LeasedIterator.key`.
+        """
+        return self._items.key
 
     async def aclose(self) -> None:
         """
@@ -441,6 +577,13 @@ class AsyncSegments(AsyncIterator[T]):
 
     async def __aexit__(self, *_exception: object) -> None:
         await self.aclose()
+
+
+def _next(items: LeasedIterator[T]) -> T | object:
+    try:
+        return items.step()
+    except StopIteration:  # which no future can carry
+        return _END
 
 
 async def _call(

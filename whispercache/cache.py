@@ -9,29 +9,33 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
+import tracemalloc
 import weakref
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, cast
 
-from . import report
+from . import cuda, report
 from .admission import POLICIES
 from .core import Core
+from .entries import Part
 from .errors import LeaseTimeout, NotDownloaded
+from .fallback import Attempts, Terms, as_ladder
 from .footprint import DEFAULT_WORKLOAD
+from .lease import Leases
 from .loader import FasterWhisperLoader
 from .memory import SystemProbe
 from .model import CachedModel
 from .resolve import Resolver, matcher
-from .threads import MonotonicClock
+from .threads import MonotonicClock, caller, current_owner
 from .units import Limit, parse_duration, parse_limit
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
     import numpy as np
@@ -39,16 +43,26 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .admission import Policy
-    from .core import Leaving
+    from .deadlock import Owner
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats
     from .footprint import Workload
     from .keys import ModelKey
     from .lease import Lease
     from .loader import AudioInput, Loader
     from .memory import MemoryProbe
+    from .moves import Leaving
     from .resolve import Request
     from .threads import Clock
     from .units import DurationValue, LimitValue
+
+    # A name or path; or with its own device, and perhaps its own compute type.
+    ModelName: TypeAlias = str | os.PathLike[str]
+    ModelRequest: TypeAlias = (
+        ModelName
+        | tuple[ModelName]
+        | tuple[ModelName, str]
+        | tuple[ModelName, str, str]
+    )
 
 __all__ = ["ModelCache", "default_cache", "get_model"]
 
@@ -63,6 +77,8 @@ PATIENCE_S = 5.0
 """
 Seconds for which hits may pass a request that waits for memory.
 """
+
+PRESSURES = ("load", "watch")
 
 UNCHANGED = cast("LimitValue", object())
 _open_caches: weakref.WeakSet[ModelCache] = weakref.WeakSet()
@@ -80,6 +96,9 @@ class CacheOptions(TypedDict, total=False):
     policy: str | Policy
     patience_s: float
     max_waiting: int | None
+    fallback: Sequence[str]
+    pressure: str
+    coordinate: bool
     loader: Loader | None
     probe: MemoryProbe | None
     clock: Clock | None
@@ -110,6 +129,14 @@ class ModelCache:
         patience_s: Seconds for which requests for models in memory may pass one that
             waits for room; after that no new leases are granted on what it needs.
         max_waiting: At most so many requests wait; more are refused at once.
+        fallback: What to try, one after the other, where a model cannot be had: compute
+            types (``"int8_float16"``), devices (``"cuda:1"``, ``"cpu"``), or both
+            (``"cuda:1/int8"``). The lease says what it got. Nothing by default.
+        pressure: ``"load"`` reads free memory before each load. ``"watch"`` also reads
+            it once a second, and lets idle models leave before other programs run out.
+        coordinate: Take turns to load with other processes of this user that have it
+            set too, keep out of each other's reservations, and let idle models leave
+            when another process needs the room.
         loader: Loads the models; a fake in tests.
         probe: Reads the memory of the devices; likewise.
         clock: Tells the time; likewise. The cache closes it.
@@ -128,6 +155,9 @@ class ModelCache:
         policy: str | Policy = "lru",
         patience_s: float = PATIENCE_S,
         max_waiting: int | None = None,
+        fallback: Sequence[str] = (),
+        pressure: str = "load",
+        coordinate: bool = False,
         loader: Loader | None = None,
         probe: MemoryProbe | None = None,
         clock: Clock | None = None,
@@ -140,8 +170,11 @@ class ModelCache:
             raise ValueError(
                 f"patience_s must be 0 or more seconds, not {patience_s!r}"
             )
+        if pressure not in PRESSURES:
+            raise ValueError(f"pressure must be one of {', '.join(PRESSURES)}")
         probe = probe or SystemProbe()
         self._limits = (vram, ram)
+        self._fallback = as_ladder(fallback)
         self._core = Core(
             loader=loader or FasterWhisperLoader(probe),
             probe=probe,
@@ -154,7 +187,31 @@ class ModelCache:
             max_waiting=_count("max_waiting", max_waiting),
         )
         self._resolver = Resolver(self._core)
+        self._coordinate = coordinate
+        self._pressure = pressure
+        self._tend()
         _open_caches.add(self)
+
+    def _tend(self) -> None:
+        """
+        Look after the devices now and then, if that was asked for.
+        """
+        watches = self._pressure == "watch"
+        if self._coordinate or watches:
+            from .pressure import LedgerPeers, look_after
+
+            peers = LedgerPeers(self._core.probe) if self._coordinate else None
+            self._core.peers = peers
+            look_after(self._core, watches=watches, peers=peers)
+
+    def _forked(self) -> None:
+        """
+        Be of no more use in a child that was forked, or start afresh if still unused.
+        """
+        self._core.forked(gpu_in_use=cuda.is_open())
+        self._resolver.forget()
+        if not self._core.is_closed:
+            self._tend()
 
     # Models ---------------------------------------------------------------------------
 
@@ -166,6 +223,7 @@ class ModelCache:
         *,
         keep_alive: DurationValue | None = None,
         timeout_s: float | None = None,
+        fallback: Sequence[str] | None = None,
         **load_options: object,
     ) -> CachedModel:
         """
@@ -181,6 +239,7 @@ class ModelCache:
                 mean what CTranslate2 really uses on that device.
             keep_alive: For this model, instead of the cache's.
             timeout_s: Most seconds that each call on it waits for the model.
+            fallback: Instead of the cache's.
             load_options: The other parameters of WhisperModel: ``cpu_threads``,
                 ``num_workers``, ``download_root``, ``local_files_only``, ``revision``.
 
@@ -195,8 +254,8 @@ class ModelCache:
         # A repository of unknown size is looked at when it is used: that downloads it.
         with suppress(NotDownloaded):
             self._resolver.resolve(request, download=False)
-        keep_alive_s = as_seconds(keep_alive)
-        return CachedModel(ModelSource(self, request, keep_alive_s, timeout_s))
+        terms = self._terms(timeout_s, keep_alive, fallback)
+        return CachedModel(ModelSource(self, request, terms))
 
     def lease(
         self,
@@ -206,6 +265,7 @@ class ModelCache:
         *,
         timeout_s: float | None = None,
         keep_alive: DurationValue | None = None,
+        fallback: Sequence[str] | None = None,
         workload: Workload | None = None,
         **load_options: object,
     ) -> Lease:
@@ -219,6 +279,7 @@ class ModelCache:
             timeout_s: Most seconds to wait; None for as long as it takes, 0 to have the
                 model only if it can be had at once.
             keep_alive: Once this lease ends, instead of the cache's.
+            fallback: Instead of the cache's.
             workload: What will be done with the model, for the memory of that work;
                 faster-whisper's defaults if None.
             load_options: See there.
@@ -230,42 +291,104 @@ class ModelCache:
             ModelTooLarge: never, with these limits and that memory.
             TooManyWaiters: ``max_waiting`` others wait.
             LoadFailed: the download or the load failed.
+            LeaseDeadlock: this thread holds leases, and would wait for ever.
             CacheClosed: the cache was closed, before or meanwhile.
             Also what `get_model` raises.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        keep_alive_s = as_seconds(keep_alive)
-        return self._lease(
-            request, workload or DEFAULT_WORKLOAD, keep_alive_s, timeout_s
-        )
+        terms = self._terms(timeout_s, keep_alive, fallback)
+        return self._lease(request, workload or DEFAULT_WORKLOAD, terms)
 
-    def _lease(
+    def lease_many(
         self,
-        request: Request,
-        workload: Workload,
-        keep_alive_s: float | None,
+        models: Sequence[ModelRequest],
+        device: str = "auto",
+        compute_type: str = "default",
+        *,
+        timeout_s: float | None = None,
+        keep_alive: DurationValue | None = None,
+        workload: Workload | None = None,
+        **load_options: object,
+    ) -> Leases:
+        """
+        Several models at once, held in memory for a ``with`` block.
+
+        All or nothing: their memory is granted in one step, and nothing is held before,
+        so that two callers cannot block each other. Duplicates share a model.
+
+        Args:
+            models: Names or paths, as for `get_model`; or tuples of a name with its own
+                device, or with its own device and compute type.
+            device: For those that say none.
+            compute_type: Likewise.
+            timeout_s: As for `lease`, like the following.
+            keep_alive: See there.
+            workload: What will be done with each of the models.
+            load_options: For all of them.
+
+        Raises:
+            ValueError: no models are named.
+            ModelTooLarge: together they can never fit; it has the numbers.
+            Also what `lease` raises.
+
+        Blocks: until all are in memory.
+        """
+        requests = as_requests(models, device, compute_type, load_options)
+        terms = self._terms(timeout_s, keep_alive, ())
+        parts = self._locate(requests, workload or DEFAULT_WORKLOAD)
+        return Leases(self._wait(parts, terms))
+
+    def _terms(
+        self,
         timeout_s: float | None,
-    ) -> Lease:
-        core, resolver = self._core, self._resolver
-        lease = self._hit(request, workload, keep_alive_s)
-        if lease is not None:
-            return lease
-        target = resolver.resolve(request)
-        resolver.locate(target, workload)
-        waiter = core.request(target.entry, workload, keep_alive_s, timeout_s)
+        keep_alive: DurationValue | None,
+        fallback: Sequence[str] | None,
+    ) -> Terms:
+        ladder = self._fallback if fallback is None else as_ladder(fallback)
+        return Terms(timeout_s, as_seconds(keep_alive), ladder)
+
+    def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
+        lease = self._hit(request, workload, terms, current_owner())
+        if lease is None:
+            lease = self._climb(request, workload, terms)
+        if tracemalloc.is_tracing():
+            lease.taken_at = caller()
+        return lease
+
+    def _hit(
+        self, request: Request, workload: Workload, terms: Terms, owner: Owner
+    ) -> Lease | None:
+        entry = self._resolver.known(request)
+        if entry is None:
+            return None
+        return self._core.hit(entry, workload, terms.keep_alive_s, owner)
+
+    def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
+        """
+        The model, or the first of its fallbacks that can be had.
+        """
+        attempts = Attempts(self._core, request, terms)
+        for attempt, terms_left in attempts:
+            with attempts.judging():
+                parts = self._locate([attempt], workload)
+                (lease,) = self._wait(parts, terms_left)
+                return attempts.succeed(lease)
+        raise attempts.failure
+
+    def _locate(self, requests: Iterable[Request], workload: Workload) -> list[Part]:
+        targets = [self._resolver.resolve(request) for request in requests]
+        for target in targets:
+            self._resolver.locate(target, workload)
+        return [Part(target.entry, workload) for target in targets]
+
+    def _wait(self, parts: Sequence[Part], terms: Terms) -> tuple[Lease, ...]:
+        core, owner = self._core, current_owner()
+        waiter = core.request(parts, terms.keep_alive_s, terms.timeout_s, owner)
         try:
             return waiter.future.result()
         except BaseException:
             core.abandon(waiter)
             raise
-
-    def _hit(
-        self, request: Request, workload: Workload, keep_alive_s: float | None
-    ) -> Lease | None:
-        entry = self._resolver.known(request)
-        if entry is None:
-            return None
-        return self._core.hit(entry, workload, keep_alive_s)
 
     def preload(
         self,
@@ -304,7 +427,8 @@ class ModelCache:
         Blocks, and raises, as `lease` does.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        lease = self._lease(request, DEFAULT_WORKLOAD, None, timeout_s)
+        terms = self._terms(timeout_s, None, None)
+        lease = self._lease(request, DEFAULT_WORKLOAD, terms)
         with lease:
             self._core.pin(lease._entry)
 
@@ -347,9 +471,12 @@ class ModelCache:
 
         Raises:
             LeaseTimeout: some stayed; those that are still leased stay as they were.
+            LeaseDeadlock: without *timeout_s*, this thread would wait for itself, since
+                it holds a lease on one of them.
         """
         matches = matcher(model_size_or_path, device, compute_type)
-        return self._await_gone(self._core.evict(matches), timeout_s)
+        waits_for = current_owner() if timeout_s is None else None
+        return self._await_gone(self._core.evict(matches, waits_for), timeout_s)
 
     def _await_gone(self, leaving: list[Leaving], timeout_s: float | None) -> int:
         until = Departure(self._core, leaving, timeout_s)
@@ -486,8 +613,7 @@ class ModelSource:
 
     cache: ModelCache
     request: Request
-    keep_alive_s: float | None
-    timeout_s: float | None
+    terms: Terms
 
     def __str__(self) -> str:
         # Not the key if that is not known yet: to print a model must not download it.
@@ -499,9 +625,7 @@ class ModelSource:
         return self.cache._resolver.entry(self.request).key
 
     def lease(self, workload: Workload) -> Lease:
-        return self.cache._lease(
-            self.request, workload, self.keep_alive_s, self.timeout_s
-        )
+        return self.cache._lease(self.request, workload, self.terms)
 
     def transcriber(
         self, lease: Lease, batch_size: int | None
@@ -567,6 +691,20 @@ def _close_all() -> None:
         wait([gone for entry, gone in leaving if not entry.leases], EXIT_S)
 
 
+def _after_fork() -> None:
+    """
+    See to all caches, in the child.
+    """
+    global _default_lock
+    _default_lock = threading.Lock()
+    for cache in list(_open_caches):
+        cache._forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 # What was asked for -------------------------------------------------------------------
 
 
@@ -579,6 +717,28 @@ def as_request(
     if not load_options:
         return (model, device, compute_type)
     return (model, device, compute_type, *sorted(load_options.items()))
+
+
+def as_requests(
+    models: Sequence[ModelRequest],
+    device: str,
+    compute_type: str,
+    load_options: dict[str, object],
+) -> list[Request]:
+    if isinstance(models, (str, os.PathLike)):
+        raise TypeError(f"models must be a list of models, not {models!r}")
+    requests = []
+    for model in models:
+        named = model if isinstance(model, tuple) else (model,)
+        defaults = (device, compute_type)
+        if not 1 <= len(named) <= len(defaults) + 1:
+            raise ValueError(f"{model!r} must be (model, device, compute_type)")
+        name, *own = named
+        where, kind = (*own, *defaults[len(own) :])
+        requests.append(as_request(name, str(where), str(kind), load_options))
+    if not requests:
+        raise ValueError("lease_many takes at least one model")
+    return requests
 
 
 def as_seconds(keep_alive: DurationValue | None) -> float | None:

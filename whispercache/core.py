@@ -13,87 +13,73 @@ Invariants, asserted by `Core.check`:
 6. No loader, probe, listener or log handler runs while the lock is held.
 7. Memory is credited only after the unload is confirmed; an unload that did not happen
    keeps its bytes charged.
+8. A request for several models gets their memory in one step, and holds none before.
 
-Whatever changes state does so under the lock and appends the slow work that follows to
-``_work``, which `Core.changing` performs once the lock is free. `Core._admit_locked`
-is the only place that matches waiters to memory, and every arrival, departure, load and
-unload ends in it: there is no other notification.
+`Core._admit_locked` is the only place that matches waiters to memory, and every
+arrival, departure, load and unload ends in it: there is no other notification. The
+state and the lock are in books.py, loads and unloads in moves.py.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import math
 import threading
-import traceback
 import weakref
-from collections import Counter, defaultdict, deque
-from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from . import admission
+from . import admission, circles
 from .admission import Need, Outcome, Pending
-from .entries import Device, Entry, State, Waiter
+from .entries import Device, Entry, Part, State, Waiter, reservations
 from .errors import (
     CacheClosed,
-    DeviceUnavailable,
+    CacheForked,
+    LeaseDeadlock,
     LeaseTimeout,
-    LoadFailed,
     ModelTooLarge,
     TooManyWaiters,
-    WhisperCacheError,
     format_bytes,
 )
-from .events import (
-    EvictionCause,
-    ModelEvicted,
-    ModelLoaded,
-    ModelLoadFailed,
-    ModelLoading,
-    Outbox,
-    ReleaseUnconfirmed,
-)
-from .footprint import DEFAULT_WORKLOAD
+from .events import EvictionCause
 from .lease import Lease
+from .moves import Moves
+from .threads import MonotonicClock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from .admission import Decision, Demand, Policy, Resident
+    from .deadlock import Owner
     from .footprint import Workload
     from .keys import ModelKey
-    from .loader import LoadedModel, Loader, Released
+    from .loader import Loader
     from .memory import MemoryProbe
+    from .moves import Leaving
     from .threads import Clock
     from .units import Limit
-
-    # A model on its way out, and a future that is done when it has left.
-    Leaving: TypeAlias = tuple[Entry, Future[None]]
 
 __all__ = ["Core"]
 
 _log = logging.getLogger("whispercache")
 
-FIRST_RETRY_S = 0.1
-LAST_RETRY_S = 30.0
+DEADLOCK_S = 0.04
 """
-Seconds between tries of an unload that did not happen; doubled from first to last.
-"""
-
-RETURN_AFTER_S = 1.0
-"""
-Seconds without another load after which a reload's buffers go back to the system.
-
-Source: where models take turns, faulting those pages in again takes a quarter of a
-reload (benchmarks/switch.py).
+Seconds from the suspicion of a circle to the check. A request must have waited for half
+of that: a lease may be on its way to another thread, which will end it. So whoever
+closes a circle gets the error 20 to 60 ms later.
 """
 
+SIGNAL_S = 1.0
+"""
+Seconds after which `Core.close` takes the lock for one that its own thread holds, under
+the signal handler that calls it. Critical sections take microseconds.
+"""
 
-class Core:
+
+class Core(Moves):
     """
     The state of one cache, shared by its blocking and its awaited face.
     """
@@ -111,149 +97,30 @@ class Core:
         patience_s: float,
         max_waiting: int | None,
     ) -> None:
-        self.loader = loader
-        self.probe = probe
-        self.clock = clock
-        self.outbox: Outbox = Outbox()
+        super().__init__(
+            loader=loader,
+            probe=probe,
+            clock=clock,
+            limit_of=limit_of,
+            max_models=max_models,
+        )
         self._policy = policy
         self._patience_s = patience_s
         self._max_waiting = max_waiting
         self._keep_alive_s = keep_alive_s
-        self._lock = threading.Lock()
-        # All that follows is guarded by _lock.
-        self.limit_of: Callable[[str], Limit] = limit_of
-        self.max_models: int | None = max_models
-        self.entries: dict[ModelKey, Entry] = {}
-        self.devices: dict[str, Device] = {}
-        self.queue: list[Waiter] = []
-        self.counts: Counter[str] = Counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.leases: int = 0
-        self._grants = 0
+        # All that follows is guarded by the lock.
         self._serials = itertools.count()
-        self._work: list[Callable[[], None]] = []
         self._sweep_at_s = math.inf
-        self._closed: CacheClosed | None = None
-        # Leases that the garbage collector ended, perhaps inside a critical section.
-        self._dropped: deque[tuple[Entry, int, float | None]] = deque()
-
-    @property
-    def is_closed(self) -> bool:
-        """
-        Whether new requests are refused.
-        """
-        return self._closed is not None
-
-    # The lock ------------------------------------------------------------------------
-
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """
-        Hold the lock, then do the slow work that follows from what was changed.
-        """
-        work: list[Callable[[], None]] = []
-        try:
-            with self._lock:
-                try:
-                    yield
-                finally:
-                    work = self._take_work_locked()
-        finally:
-            self._perform(work)
-
-    def _take_work_locked(self) -> list[Callable[[], None]]:
-        work, self._work = self._work, []
-        if self.outbox:
-            work.append(self.outbox.deliver)
-        return work
-
-    def _perform(self, work: list[Callable[[], None]]) -> None:
-        for call in work:
-            call()
-        while self._dropped and self._lock.acquire(blocking=False):
-            try:
-                while self._dropped:
-                    self._release_locked(*self._dropped.popleft())
-                self._admit_locked()
-                more = self._take_work_locked()
-            finally:
-                self._lock.release()
-            for call in more:
-                call()
-
-    # Resolve -------------------------------------------------------------------------
-
-    def entry(self, key: ModelKey) -> Entry:
-        """
-        The books of a model, opened at its first use.
-
-        Raises:
-            CacheClosed: the cache was closed.
-        """
-        with self.changing():
-            self._check_open_locked()
-            entry = self.entries.get(key)
-            if entry is None:
-                device, host = (
-                    self._device_locked(key.device),
-                    self._device_locked("cpu"),
-                )
-                entry = self.entries[key] = Entry(key, device, host)
-            return entry
-
-    def device(self, name: str) -> Device:
-        """
-        The books of a device, opened at its first use.
-
-        Raises:
-            CacheClosed: the cache was closed.
-        """
-        with self.changing():
-            self._check_open_locked()
-            return self._device_locked(name)
-
-    def _device_locked(self, name: str) -> Device:
-        device = self.devices.get(name)
-        if device is None:
-            device = Device(name, self.limit_of(name), self.max_models)
-            self.devices[name] = device
-        return device
-
-    def observe(self, device: Device) -> None:
-        """
-        Read a device's gauge. Blocks for a system call or two.
-
-        Raises:
-            DeviceUnavailable: there is no reading, and no limit to go by either.
-        """
-        try:
-            reading = self.probe.read(device.name)
-        except Exception as error:
-            # A gauge that fails for a moment must not stop who knows its limit.
-            if device.capacity_bytes:
-                _log.warning("free memory of %s is unknown: %s", device.name, error)
-                return
-            if isinstance(error, WhisperCacheError):
-                raise
-            raise DeviceUnavailable(device.name, _one_line(error)) from error
-        with self.changing():
-            device.observe(reading)
-
-    def _look_again(self, device: Device) -> None:
-        """
-        Read the gauge for those who wait, after something of ours has ended.
-        """
-        try:
-            self.observe(device)
-        except DeviceUnavailable as error:
-            _log.warning("%s", error)
-        with self.changing():
-            self._admit_locked()
+        self._is_suspicious = False
 
     # Admit ---------------------------------------------------------------------------
 
     def hit(
-        self, entry: Entry, workload: Workload, keep_alive_s: float | None
+        self,
+        entry: Entry,
+        workload: Workload,
+        keep_alive_s: float | None,
+        owner: Owner,
     ) -> Lease | None:
         """
         A lease on a model that is in memory, if nobody waits; else None.
@@ -265,13 +132,14 @@ class Core:
                 or self.queue
                 or self._closed is not None
                 or not entry.is_open_to(None)
+                or entry.device.sick is not None
             ):
                 return None
             workspace_bytes = entry.workspace_of(workload)
             if workspace_bytes is None or not entry.fits(workspace_bytes):
                 return None
             self.counts["hits"] += 1
-            return self._grant_locked(entry, workspace_bytes, keep_alive_s)
+            return self._grant_locked(entry, workspace_bytes, keep_alive_s, owner)
         finally:
             self._lock.release()
             if self._dropped:
@@ -279,34 +147,42 @@ class Core:
 
     def request(
         self,
-        entry: Entry,
-        workload: Workload,
+        parts: Sequence[Part],
         keep_alive_s: float | None,
         timeout_s: float | None,
+        owner: Owner,
     ) -> Waiter:
         """
-        Queue for a lease. The waiter's future tells how it ends.
+        Queue for leases on all *parts*. The waiter's future tells how it ends.
 
-        The model must have been located for *workload*, and its devices observed.
+        The models must have been located for their workloads, and their devices
+        observed.
 
         Raises:
             CacheClosed: the cache was closed.
+            DeviceUnavailable: a device was lost.
+            LoadFailed: a model failed so often that it is not tried just now.
             TooManyWaiters: ``max_waiting`` requests wait already.
-            LeaseTimeout: *timeout_s* is 0, and the model is not to be had at once.
+            LeaseTimeout: *timeout_s* is 0, and the models are not to be had at once.
         """
-        waiter = Waiter(entry, workload, keep_alive_s, self.clock.now())
+        waiter = Waiter(tuple(parts), keep_alive_s, self.clock.now(), owner)
         with self.changing():
             self._check_open_locked()
+            for part in parts:
+                if (refusal := self.refusal_locked(part.entry)) is not None:
+                    raise refusal
             waiting = len(self.queue)
-            self.counts["hits" if entry.state is State.RESIDENT else "misses"] += 1
+            for part in parts:
+                is_hit = part.entry.state is State.RESIDENT
+                self.counts["hits" if is_hit else "misses"] += 1
             is_full = self._max_waiting is not None and waiting >= self._max_waiting
             never_waits = timeout_s is not None and timeout_s <= 0
             ends_now = (is_full or never_waits) and self._ends_now_locked(waiter)
             if never_waits and not ends_now:
                 self.counts["timeouts"] += 1
-                raise LeaseTimeout(str(entry.key), 0.0, waiting + 1)
+                raise LeaseTimeout(str(waiter), 0.0, waiting + 1)
             if is_full and not ends_now:
-                raise TooManyWaiters(str(entry.key), waiting)
+                raise TooManyWaiters(str(waiter), waiting)
             self.queue.append(waiter)
             self._admit_locked()
         if timeout_s is not None and not waiter.future.done():
@@ -329,11 +205,12 @@ class Core:
         with self.changing():
             if waiter in self.queue:
                 self._leave_locked(waiter)
+                self._let_go_locked(waiter)
                 self._admit_locked()
         if not waiter.future.cancel():
             waiter.future.add_done_callback(_give_back)
 
-    def _expire(self, future: weakref.ref[Future[Lease]]) -> None:
+    def _expire(self, future: weakref.ref[Future[tuple[Lease, ...]]]) -> None:
         with self.changing():
             waiter = next((w for w in self.queue if w.future is future()), None)
             if waiter is None:
@@ -341,8 +218,7 @@ class Core:
             place = self.queue.index(waiter) + 1
             waited_s = self.clock.now() - waiter.since_s
             self.counts["timeouts"] += 1
-            error = LeaseTimeout(str(waiter.entry.key), waited_s, place)
-            self._fail_locked(waiter, error)
+            self._fail_locked(waiter, LeaseTimeout(str(waiter), waited_s, place))
             self._admit_locked()
 
     def _admit_locked(self) -> None:
@@ -363,11 +239,50 @@ class Core:
                 for place in decision.overtakes:
                     queue[place].overtaken += 1
                 self._carry_out_locked(waiter, decision)
-        for device in {waiter.entry.device for waiter in self.queue}:
+        if self.queue:
+            self._look_out_locked()
+
+    def _look_out_locked(self) -> None:
+        """
+        See that nobody waits in vain: for what a new reading would show, or in a
+        circle.
+        """
+        for device in {e.device for waiter in self.queue for e in waiter.entries}:
             # What ended may have left more than the last reading knew of.
             if device.is_stale and not device.is_moving:
                 device.is_stale = False
                 self._work.append(partial(self._look_again, device))
+        if not self._is_suspicious and circles.suspects(self):
+            self._is_suspicious = True
+            self.clock.call_at(self.clock.now() + DEADLOCK_S, self._break_circles)
+
+    def _break_circles(self) -> None:
+        """
+        Fail the request that closed a circle, and let nobody wait for his own victims.
+        """
+        with self.changing():
+            if self._closed is not None:
+                return
+            ripe_s = self.clock.now() - DEADLOCK_S / 2
+            waiter = circles.closing(self)
+            if waiter is not None and waiter.since_s <= ripe_s:
+                held = sorted(
+                    {
+                        str(entry.key)
+                        for entry in self.entries.values()
+                        if waiter.owner in entry.owners.values()
+                    }
+                )
+                self.counts["deadlocks"] += 1
+                self._fail_locked(waiter, LeaseDeadlock(str(waiter), tuple(held)))
+            for passing in circles.held_up(self):
+                passing.passes = passing.since_s <= ripe_s
+            self._admit_locked()
+            # Whatever else may close a circle is an event, which looks out again.
+            self._is_suspicious = False
+            suspects = circles.suspects(self)
+            if waiter is not None or any(s.since_s > ripe_s for s in suspects):
+                self._look_out_locked()
 
     def _shrink_locked(self) -> None:
         """
@@ -385,17 +300,16 @@ class Core:
         What should happen to each waiter; nothing is changed.
         """
         now_s = self.clock.now()
-        first: dict[ModelKey, Waiter] = {}
+        claimed: set[ModelKey] = set()
         pending = []
         for waiter in queue:
-            # Only the first for each model asks for memory; the others share it.
-            is_first = first.setdefault(waiter.entry.key, waiter) is waiter
-            waited_s = now_s - waiter.since_s
-            pending.append(
-                waiter.pending(impatient=waited_s >= self._patience_s)
-                if is_first
-                else Pending(waiter.entry.key, Need.NOTHING)
-            )
+            one = waiter.pending(impatient=now_s - waiter.since_s >= self._patience_s)
+            if one.need is Need.LOAD and not waiter.is_group:
+                # Only the first asks for its load; the others share it.
+                if one.keys[0] in claimed:
+                    one = Pending(one.keys, Need.NOTHING)
+                claimed.update(one.keys)
+            pending.append(one)
         rooms = {name: device.room() for name, device in self.devices.items()}
         return admission.plan(pending, rooms, self._idle_locked, self._busy_locked)
 
@@ -419,32 +333,44 @@ class Core:
 
     def _carry_out_locked(self, waiter: Waiter, decision: Decision) -> None:
         if decision.outcome is Outcome.LOAD:
-            self._start_load_locked(waiter)
+            reserved = reservations(waiter.parts)
+            if waiter.is_group:
+                self._hold_locked(waiter)
+            for entry, (n_bytes, host_bytes) in reserved.items():
+                self._start_load_locked(entry, n_bytes, host_bytes)
+        elif decision.outcome is Outcome.GRANT and waiter.is_group:
+            self._hold_locked(waiter)
         elif decision.outcome is Outcome.GRANT:
-            self._serve_locked(waiter.entry)
+            self._serve_locked(waiter.parts[0].entry, waiter)
         elif decision.lacking is not None:
             demand, reachable_bytes = decision.lacking
-            error = self.too_large(waiter.entry, demand, reachable_bytes)
+            error = self.too_large(str(waiter), demand, reachable_bytes)
             self._fail_locked(waiter, error)
 
     def too_large(
-        self, entry: Entry, demand: Demand, reachable_bytes: int
+        self, wanted: str, demand: Demand, reachable_bytes: int
     ) -> ModelTooLarge:
         """
         Why *demand* can never be met.
         """
         device = self.devices[demand.device]
         room = device.room()
-        if demand.models and room.max_models == room.pinned_models:
-            reason = f"max_models is {room.max_models}, and all of them are pinned"
-        elif demand.n_bytes <= room.ceiling_bytes:
+        models = demand.models + demand.own_models
+        if demand.models and room.reachable_models() < models:
+            pinned = "all" if models == 1 else str(room.pinned_models)
+            reason = f"max_models is {room.max_models}, and {pinned} of them are pinned"
+            if models > 1:
+                reason += f"; {models} are wanted at once"
+        elif demand.n_bytes + demand.own_bytes <= room.ceiling_bytes:
             reason = f"{format_bytes(room.pinned_bytes)} are pinned; unpin a model"
-        elif device.limit_bytes is not None and demand.n_bytes > device.limit_bytes:
+        elif device.limit_bytes is not None and (
+            demand.n_bytes + demand.own_bytes > device.limit_bytes
+        ):
             reason = "that is the limit; raise it, or choose a smaller model or type"
         else:
             reason = "other programs hold the rest; choose a smaller model or type"
         return ModelTooLarge(
-            str(entry.key), device.name, demand.n_bytes, reachable_bytes, reason
+            wanted, device.name, demand.n_bytes, reachable_bytes, reason
         )
 
     def _drain_locked(self, entry: Entry, waiter: Waiter) -> None:
@@ -460,131 +386,95 @@ class Core:
         for entry in waiter.draining:
             entry.drained_for = None
         waiter.draining.clear()
-        # It kept its model from expiring.
-        if waiter.entry.is_idle:
-            self._sweep_by_locked(waiter.entry.expires_at_s)
+        # It kept its models from expiring.
+        for entry in waiter.entries:
+            if entry.is_idle:
+                self._sweep_by_locked(entry.expires_at_s)
         self.seconds["wait_s"] += self.clock.now() - waiter.since_s
 
     def _fail_locked(self, waiter: Waiter, error: BaseException) -> None:
         self._leave_locked(waiter)
+        self._let_go_locked(waiter)
         if waiter.future.set_running_or_notify_cancel():
             self._work.append(partial(waiter.future.set_exception, error))
 
-    # Load ----------------------------------------------------------------------------
-
-    def _start_load_locked(self, waiter: Waiter) -> None:
-        entry = waiter.entry
-        demand, *on_host = entry.demand(waiter.workload)
-        entry.state = State.LOADING
-        entry.device.loads_begun += 1
-        entry.device.entries[entry.key] = entry
-        entry.charge(demand.n_bytes, host_bytes=sum(other.n_bytes for other in on_host))
-        self.outbox.append(ModelLoading(entry.key, demand.n_bytes))
-        self._on_thread_locked(entry, partial(self._load, entry))
-
-    def _load(self, entry: Entry) -> None:
+    def _let_go_locked(self, waiter: Waiter) -> None:
         """
-        Load a model; on its device's thread.
+        End the leases that a request for several models holds so far.
         """
-        assert entry.files is not None
-        with self.changing():
-            quiet_since = None if self.leases else self._grants
-        started_s = self.clock.now()
-        try:
-            loaded = self.loader.load(entry.key, entry.files)
-        except BaseException as error:  # or its waiters would wait for ever
-            self._failed(entry, error)
-            return
-        load_s = self.clock.now() - started_s
-        with self.changing():
-            # Work of others in the process moves what the loader measured.
-            is_quiet = quiet_since == self._grants
-            self._loaded_locked(entry, loaded, load_s)
-            self._admit_locked()
-            if loaded.reloaded:
-                self._return_later_locked(entry.device)
-        if is_quiet and loaded.measured_bytes is not None:
-            self.loader.remember(entry.key, entry.files, loaded.measured_bytes)
+        held, waiter.held = waiter.held, None
+        for lease in (held or {}).values():
+            self._release_locked(lease._entry, lease._serial, waiter.keep_alive_s)
 
-    def _return_later_locked(self, device: Device) -> None:
-        """
-        Have what a reload left in the heap returned, unless the next one needs it
-        first.
-        """
-        begun = device.loads_begun
-
-        def return_memory() -> None:
-            if device.loads_begun == begun:
-                self.loader.return_memory(device.name)
-
-        again = partial(device.thread.submit, return_memory)
-        self.clock.call_at(self.clock.now() + RETURN_AFTER_S, again)
-
-    def _loaded_locked(self, entry: Entry, loaded: LoadedModel, load_s: float) -> None:
-        # The books keep to the prediction while the model is here, and what was
-        # measured corrects the next one: nothing that was admitted can turn out too
-        # large.
-        weights_bytes = entry.footprints[DEFAULT_WORKLOAD].weights_bytes
-        entry.charge(weights_bytes)
-        entry.loaded = loaded
-        entry.state = State.RESIDENT
-        entry.loads += 1
-        entry.load_s = load_s
-        self.counts["loads"] += 1
-        self.counts["reloads"] += loaded.reloaded
-        self.seconds["load_s"] += load_s
-        measured_bytes = loaded.measured_bytes
-        self.outbox.append(
-            ModelLoaded(
-                entry.key, load_s, weights_bytes, measured_bytes, loaded.reloaded
-            )
-        )
-        # Whoever waited for this load comes first, even if it is to leave meanwhile.
-        cause, entry.cause = entry.cause, None
-        self._serve_locked(entry)
-        entry.cause = cause
-        if not entry.leases:
-            self._shelve_locked(entry, None)
-
-    def _failed(self, entry: Entry, error: BaseException) -> None:
-        reason = _one_line(error)
-        # The frames of the traceback hold the half-built model.
-        traceback.clear_frames(error.__traceback__)
-        try:
-            self.loader.return_memory(entry.key.device)
-        except Exception:  # nor may this keep them waiting
-            _log.exception("memory of %s was not returned", entry.key)
-        with self.changing():
-            self._absent_locked(entry)
-            self.counts["load_failures"] += 1
-            self.outbox.append(ModelLoadFailed(entry.key, reason))
-            for waiter in [w for w in self.queue if w.entry is entry]:
-                self._fail_locked(waiter, _load_error(entry.key, error, reason))
-            self._admit_locked()
+    def _postpone_locked(self, waiter: Waiter) -> None:
+        self._let_go_locked(waiter)
 
     # Grant ---------------------------------------------------------------------------
 
-    def _serve_locked(self, entry: Entry) -> None:
+    def _serve_locked(self, entry: Entry, first: Waiter | None = None) -> None:
         """
-        Grant a resident model to its first waiter, and to all who cost no more memory.
+        Grant a resident model to who waits for it: *first* or else the oldest, and all
+        who cost no more memory.
+
+        Requests for several models whose memory was granted come before them.
         """
-        waiters = [waiter for waiter in self.queue if waiter.entry is entry]
-        for place, waiter in enumerate(waiters):
-            workspace_bytes = entry.footprints[waiter.workload].workspace_bytes
+        waiting = [waiter for waiter in self.queue if waiter.wants(entry)]
+        for waiter in waiting:
+            if waiter.held is not None:
+                self._hold_locked(waiter)
+        singles = [waiter for waiter in waiting if not waiter.is_group]
+        if first is not None:
+            singles.remove(first)
+            singles.insert(0, first)
+        granted = False
+        for waiter in singles:
+            workspace_bytes = waiter.parts[0].footprint.workspace_bytes
             if not entry.is_open_to(waiter) or not entry.fits(workspace_bytes):
-                return
-            if place and entry.workspace_with(workspace_bytes) > entry.workspace_bytes:
-                return
+                continue
+            more_bytes = entry.workspace_with(workspace_bytes) - entry.workspace_bytes
+            if granted and more_bytes > 0:
+                continue
+            granted = True
             self._leave_locked(waiter)
             if waiter.future.set_running_or_notify_cancel():
-                lease = self._grant_locked(entry, workspace_bytes, waiter.keep_alive_s)
-                self._work.append(partial(waiter.future.set_result, lease))
+                lease = self._grant_locked(
+                    entry, workspace_bytes, waiter.keep_alive_s, waiter.owner
+                )
+                self._work.append(partial(waiter.future.set_result, (lease,)))
+
+    def _hold_locked(self, waiter: Waiter) -> None:
+        """
+        Take those leases of a request for several models whose models are there; all of
+        its memory is granted. With the last one, it is served.
+        """
+        held = waiter.held = waiter.held or {}
+        for place, part in enumerate(waiter.parts):
+            if place not in held and part.entry.state is State.RESIDENT:
+                held[place] = self._grant_locked(
+                    part.entry,
+                    part.footprint.workspace_bytes,
+                    waiter.keep_alive_s,
+                    waiter.owner,
+                )
+        if len(held) < len(waiter.parts):
+            return
+        self._leave_locked(waiter)
+        if waiter.future.set_running_or_notify_cancel():
+            leases = tuple(held[place] for place in range(len(waiter.parts)))
+            waiter.held = None
+            self._work.append(partial(waiter.future.set_result, leases))
+        else:
+            self._let_go_locked(waiter)
 
     def _grant_locked(
-        self, entry: Entry, workspace_bytes: int, keep_alive_s: float | None
+        self,
+        entry: Entry,
+        workspace_bytes: int,
+        keep_alive_s: float | None,
+        owner: Owner,
     ) -> Lease:
         serial = next(self._serials)
-        entry.take(serial, workspace_bytes, self.clock.now())
+        entry.take(serial, owner, workspace_bytes, self.clock.now())
         self.leases += 1
         self._grants += 1
         return Lease(self, entry, serial, keep_alive_s)
@@ -607,6 +497,14 @@ class Core:
             self._lock.release()
             if work or self._dropped:
                 self._perform(work or [])
+
+    def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
+        """
+        Note that somebody else will end a lease.
+        """
+        with self.changing():
+            if serial in entry.leases:
+                entry.owners[serial] = owner
 
     def drop(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
         """
@@ -646,7 +544,7 @@ class Core:
             self._sweep_by_locked(entry.expires_at_s)
 
     def _may_expire_locked(self, entry: Entry) -> bool:
-        wanted = any(waiter.entry is entry for waiter in self.queue)
+        wanted = any(waiter.wants(entry) for waiter in self.queue)
         return not entry.pinned and not wanted
 
     def _sweep_by_locked(self, at_s: float) -> None:
@@ -674,19 +572,33 @@ class Core:
                         self._unload_locked(entry, EvictionCause.EXPIRED)
             self._sweep_by_locked(next_s)
 
-    # Unload --------------------------------------------------------------------------
+    # Leaving ------------------------------------------------------------------------
 
-    def evict(self, matches: Callable[[ModelKey], bool]) -> list[Leaving]:
+    def evict(
+        self, matches: Callable[[ModelKey], bool], waits_for: Owner = None
+    ) -> list[Leaving]:
         """
         Unload models as soon as they are idle, pinned or not.
 
         Each with a future that is done when its leaving was confirmed.
+
+        Raises:
+            LeaseDeadlock: *waits_for*, who will wait for them, holds leases on some.
         """
         with self.changing():
+            leaving = [
+                entry
+                for entry in self.entries.values()
+                if entry.state is not State.ABSENT and matches(entry.key)
+            ]
+            if waits_for is not None:
+                own = [e for e in leaving if waits_for in e.owners.values()]
+                if own:
+                    names = tuple(str(entry.key) for entry in own)
+                    raise LeaseDeadlock(f"the eviction of {names[0]}", names)
             return [
                 (entry, self._doom_locked(entry, EvictionCause.EXPLICIT))
-                for entry in list(self.entries.values())
-                if entry.state is not State.ABSENT and matches(entry.key)
+                for entry in leaving
             ]
 
     def _doom_locked(self, entry: Entry, cause: EvictionCause) -> Future[None]:
@@ -735,101 +647,72 @@ class Core:
             self._admit_locked()
         return len(pinned)
 
-    def _unload_locked(self, entry: Entry, cause: EvictionCause) -> None:
-        assert entry.state is State.RESIDENT and not entry.leases, entry.key
-        del entry.device.shelf[entry]
-        entry.state = State.UNLOADING
-        entry.cause = cause
-        entry.refusals = 0
-        entry.unload_started_s = self.clock.now()
-        self._on_thread_locked(entry, partial(self._unload, entry))
-
-    def _unload(self, entry: Entry) -> None:
-        """
-        Unload a model, and have it confirmed; on its device's thread.
-        """
-        assert entry.loaded is not None
-        with self.changing():
-            load_follows = self._load_follows_locked(entry.device)
-        try:
-            released = self.loader.unload(entry.loaded, load_follows=load_follows)
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)
-            self._refused(entry, _one_line(error))
-            return
-        if not released.confirmed:
-            self._refused(entry, released.reason)
-            return
-        self._unloaded(entry, released)
-        with self.changing():
-            is_moving = entry.device.is_moving
-        if load_follows and not is_moving:  # whoever waited for this room has left
-            self.loader.return_memory(entry.key.device)
-
-    def _load_follows_locked(self, device: Device) -> bool:
-        """
-        Whether somebody waits for room on *device* to load a model.
-        """
-        return any(
-            waiter.entry.device is device and not waiter.entry.is_present
-            for waiter in self.queue
-        )
-
-    def _unloaded(self, entry: Entry, released: Released) -> None:
-        with self.changing():
-            assert entry.cause is not None
-            self.counts["evictions"] += 1
-            unload_s = self.clock.now() - entry.unload_started_s
-            self.outbox.append(
-                ModelEvicted(
-                    entry.key,
-                    entry.cause,
-                    entry.weights_bytes,
-                    released.returned_bytes,
-                    unload_s,
-                )
-            )
-            self._absent_locked(entry)
-            self._admit_locked()
-
-    def _refused(self, entry: Entry, reason: str) -> None:
-        """
-        Keep the bytes charged, and try again later.
-        """
-        with self.changing():
-            self.counts["unconfirmed"] += not entry.refusals
-            retry_s = min(FIRST_RETRY_S * 2 ** min(entry.refusals, 32), LAST_RETRY_S)
-            entry.refusals += 1
-            self.outbox.append(
-                ReleaseUnconfirmed(entry.key, entry.weights_bytes, retry_s, reason)
-            )
-            again = partial(entry.device.thread.submit, partial(self._unload, entry))
-            self.clock.call_at(self.clock.now() + retry_s, again)
-
-    def _absent_locked(self, entry: Entry) -> None:
-        """
-        Close the books of a model that is not, or no longer, in memory.
-        """
-        entry.charge(0)
-        entry.device.is_stale = True
-        entry.state = State.ABSENT
-        entry.loaded = None
-        entry.cause = None
-        entry.pinned = False
-        if entry.drained_for is not None:
-            # Or an older request would load it, not get it, and see it leave, for ever.
-            entry.drained_for.draining.remove(entry)
-            entry.drained_for = None
-        del entry.device.entries[entry.key]
-        for gone in entry.gone:
-            self._work.append(partial(_done, gone))
-        entry.gone = []
-        self._stop_if_over_locked()
-
-    def _on_thread_locked(self, entry: Entry, call: Callable[[], None]) -> None:
-        self._work.append(partial(entry.device.thread.submit, call))
-
     # Limits, closing -----------------------------------------------------------------
+
+    def all_devices(self) -> list[Device]:
+        """
+        The devices that were used so far.
+        """
+        with self.changing():
+            return list(self.devices.values())
+
+    def uses(self, device: Device) -> bool:
+        """
+        Whether anything is on *device*, or waited for.
+        """
+        with self.changing():
+            return bool(device.entries) or any(
+                device in (entry.device, entry.host)
+                for waiter in self.queue
+                for entry in waiter.entries
+            )
+
+    def account(self, device: Device) -> dict[str, int]:
+        """
+        What other processes should know of *device*; the fields of `ledger.Account`.
+        """
+        with self.changing():
+            held_bytes = sum(
+                entry.weights_bytes
+                for entry in device.entries.values()
+                if entry.state in (State.RESIDENT, State.UNLOADING)
+            )
+            idle_bytes = sum(e.weights_bytes for e in device.shelf if not e.stays)
+            return {
+                "promised_bytes": device.charged_bytes - device.lost_bytes - held_bytes,
+                "held_bytes": held_bytes,
+                "idle_bytes": idle_bytes,
+                "wanted_bytes": self._wanted_locked(device, idle_bytes),
+            }
+
+    def _wanted_locked(self, device: Device, idle_bytes: int) -> int:
+        """
+        What the oldest waiter lacks on *device* that only other programs can give.
+        """
+        for waiter in self.queue:
+            pending = waiter.pending(impatient=False)
+            for demand in pending.demands:
+                if demand.device != device.name:
+                    continue
+                after_bytes = device.charged_bytes - idle_bytes + demand.n_bytes
+                if device.limit_bytes is None or after_bytes <= device.limit_bytes:
+                    return max(0, demand.n_bytes - idle_bytes)
+        return 0
+
+    def make_room_for_others(self, device: Device, n_bytes: int) -> None:
+        """
+        Let idle models leave until *n_bytes* are free that were not, or nothing is
+        idle; then see whether somebody here can be served.
+        """
+        with self.changing():
+            n_bytes -= device.room().coming_bytes
+            if n_bytes > 0:
+                idle = self._idle_locked(device.name)
+                victims = admission.choose_victims(idle, n_bytes)
+                for victim in idle if victims is None else victims:
+                    entry = self.entries[victim.key]
+                    self._unload_locked(entry, EvictionCause.PRESSURE)
+            self._admit_locked()
 
     def resize(self, limit_of: Callable[[str], Limit], max_models: int | None) -> None:
         """
@@ -848,7 +731,16 @@ class Core:
         Refuse new requests, fail those that wait, unload what is or becomes idle.
 
         The models in memory, each with a future that is done when it has left.
+        May be called in a signal handler, which may have interrupted this very thread
+        in a critical section: then it is done soon after the handler has ended, and
+        nothing is known of the models here.
         """
+        if self._closed is not None and isinstance(self._closed, CacheForked):
+            return []
+        if not self._lock.acquire(timeout=SIGNAL_S):
+            threading.Thread(target=self.close, name="whispercache-close").start()
+            return []
+        self._lock.release()
         with self.changing():
             self._closed = self._closed or CacheClosed()
             for waiter in list(self.queue):
@@ -877,9 +769,35 @@ class Core:
         self._work.append(self.clock.close)
         self._work.extend(device.thread.stop for device in self.devices.values())
 
-    def _check_open_locked(self) -> None:
-        if self._closed is not None:
-            raise CacheClosed(*self._closed.args)
+    def forked(self, *, gpu_in_use: bool) -> None:
+        """
+        Be of no more use, in a child that was forked: the threads are gone, and what
+        they held is as they left it. Nothing of the parent is touched.
+
+        A cache that had loaded nothing yet starts afresh, unless the parent has opened
+        the GPU's driver, which does not work in a child.
+        """
+        states = {entry.state for entry in self.entries.values()}
+        was_used = bool(states - {State.ABSENT}) or self.counts["loads"] > 0
+        is_fresh = not was_used and not gpu_in_use
+        self._lock = threading.Lock()
+        self.clock = MonotonicClock()
+        self.outbox = self.outbox.copy()
+        self.queue.clear()
+        self._work = []
+        self._dropped.clear()
+        self._is_suspicious = False
+        self._sweep_at_s = math.inf
+        self.loader.forked([e.loaded for e in self.entries.values() if e.loaded])
+        for entry in self.entries.values():
+            entry.leases.clear()
+            entry.owners.clear()
+        self.leases = 0
+        if is_fresh:
+            self.entries.clear()
+            self.devices.clear()
+        elif self._closed is None:
+            self._closed = CacheForked()
 
     # Proof ---------------------------------------------------------------------------
 
@@ -897,12 +815,15 @@ class Core:
             for waiter in self.queue:
                 ended = waiter.future.done() and not waiter.future.cancelled()
                 assert not ended, f"{waiter} waits and is done"
+                for lease in (waiter.held or {}).values():
+                    assert not lease.is_released, f"{waiter} lost {lease}"
 
     def _check_device_locked(self, device: Device) -> None:
         charged_bytes = sum(
             entry.weights_bytes + entry.workspace_bytes
             for entry in device.entries.values()
         ) + sum(e.host_bytes for e in self.entries.values() if e.host is device)
+        charged_bytes += device.lost_bytes
         assert charged_bytes == device.charged_bytes, (
             f"{device.name}: {charged_bytes} B held, {device.charged_bytes} B charged"
         )
@@ -911,31 +832,10 @@ class Core:
             assert not excess, f"{device.name} over its limit: {excess} should leave"
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
-
-
-def _load_error(key: ModelKey, error: BaseException, reason: str) -> BaseException:
-    """
-    An error for one of several waiters; each gets its own, with its own traceback.
-    """
-    if isinstance(error, WhisperCacheError):
-        own: WhisperCacheError = copy.copy(error)
-    else:
-        own = LoadFailed(str(key), reason)
-    own.__cause__ = error
-    return own
-
-
-def _give_back(future: Future[Lease]) -> None:
+def _give_back(future: Future[tuple[Lease, ...]]) -> None:
     if not future.cancelled() and future.exception() is None:
-        future.result().release()
-
-
-def _done(future: Future[None]) -> None:
-    with suppress(InvalidStateError):  # cancelled: nobody waits any more
-        future.set_result(None)
+        for lease in future.result():
+            lease.release()
 
 
 def _wake_if_cancelled(future: Future[None]) -> None:

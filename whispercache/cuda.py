@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["CudaError", "Driver", "cublas_problem", "open_driver"]
+__all__ = ["CudaError", "Driver", "cublas_problem", "is_open", "open_driver"]
 
 _IS_WINDOWS = sys.platform == "win32"
 _DRIVER_LIBRARY = "nvcuda.dll" if _IS_WINDOWS else "libcuda.so.1"
@@ -160,6 +160,13 @@ class Driver:
         text = ctypes.c_char_p()
         self._library.cuGetErrorString(code, ctypes.byref(text))
         return f"{(text.value or b'error').decode(errors='replace')} ({code})"
+
+
+def is_open() -> bool:
+    """
+    Whether this process, or one that forked it, has opened the driver.
+    """
+    return _open_driver.cache_info().currsize > 0 and isinstance(_open_driver(), Driver)
 
 
 def open_driver() -> Driver:

@@ -20,6 +20,9 @@ from .memory import headroom_bytes
 from .threads import DeviceThread
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .deadlock import Owner
     from .events import EvictionCause
     from .footprint import Footprint, Workload
     from .keys import ModelKey
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from .memory import MemoryReading
     from .units import Limit
 
-__all__ = ["Device", "Entry", "State", "Waiter"]
+__all__ = ["Device", "Entry", "Part", "State", "Waiter", "demands", "reservations"]
 
 
 class State(str, Enum):
@@ -63,6 +66,8 @@ class Device:
         self.ceiling_bytes: int = 0  # what might be, if all leases ended
         self.loads_begun: int = 0
         self.is_stale: bool = False  # whether the gauge would tell something new
+        self.sick: str | None = None  # the error that made it unusable
+        self.lost_bytes: int = 0  # held by models that it does not give back any more
         self.thread: DeviceThread = DeviceThread(name)
         self._gauge_capacity_bytes: int | None = None
         self._gauge_ceiling_bytes: int | None = None
@@ -107,24 +112,50 @@ class Device:
         moving = (State.LOADING, State.UNLOADING)
         return any(entry.state in moving for entry in self.entries.values())
 
-    def observe(self, reading: MemoryReading) -> None:
+    def observe(
+        self,
+        reading: MemoryReading,
+        promised_bytes: int = 0,
+        peers_bytes: int = 0,
+    ) -> None:
         """
         Take a reading of the gauge into account, unless something moves just now.
 
         What is free does not show the work that leased models have not begun, so for
         what may be charged only their weights are added to it.
+
+        Args:
+            reading: What the gauge shows.
+            promised_bytes: What other processes will take that it does not show yet.
+            peers_bytes: What other processes hold, and would give up if asked.
         """
         if self.is_moving and self._gauge_capacity_bytes is not None:
             return
         self.is_stale = False
         self.total_bytes = reading.total_bytes
-        usable_bytes = reading.free_bytes - headroom_bytes(
-            self.name, reading.total_bytes
-        )
+        usable_bytes = self._usable(reading) - promised_bytes
         weights_bytes = sum(entry.weights_bytes for entry in self.entries.values())
         self._gauge_capacity_bytes = max(0, usable_bytes + weights_bytes)
-        self._gauge_ceiling_bytes = max(0, usable_bytes + self.charged_bytes)
+        self._gauge_ceiling_bytes = max(
+            0, usable_bytes + self.charged_bytes + promised_bytes + peers_bytes
+        )
         self.set_limit(self.limit)
+
+    def has_room(self, reading: MemoryReading, promised_bytes: int) -> bool:
+        """
+        Whether all that is charged and not in memory yet still fits, by *reading*.
+        """
+        there = (State.RESIDENT, State.UNLOADING)
+        held_bytes = sum(
+            entry.weights_bytes
+            for entry in self.entries.values()
+            if entry.state in there
+        )
+        to_come_bytes = self.charged_bytes - self.lost_bytes - held_bytes
+        return to_come_bytes <= self._usable(reading) - promised_bytes
+
+    def _usable(self, reading: MemoryReading) -> int:
+        return reading.free_bytes - headroom_bytes(self.name, reading.total_bytes)
 
     def room(self) -> Room:
         """
@@ -157,6 +188,8 @@ class Entry:
         "device",
         "drained_for",
         "expires_at_s",
+        "failure",
+        "failures",
         "files",
         "footprints",
         "gap_s",
@@ -171,8 +204,10 @@ class Entry:
         "loads",
         "locating",
         "num_workers",
+        "owners",
         "pinned",
         "refusals",
+        "retry_at_s",
         "state",
         "unload_started_s",
         "weights_bytes",
@@ -195,6 +230,7 @@ class Entry:
         self.workspace_bytes: int = 0
         self.host_bytes: int = 0
         self.leases: dict[int, int] = {}  # serial number: workspace bytes
+        self.owners: dict[int, Owner] = {}  # serial number: who took it
         self.pinned: bool = False
         self.expires_at_s: float = math.inf
         self.last_used_s: float | None = None  # when its last lease ended
@@ -204,6 +240,9 @@ class Entry:
         self.cause: EvictionCause | None = None  # why it leaves, or will when idle
         self.drained_for: Waiter | None = None
         self.refusals: int = 0
+        self.failures: int = 0  # loads that failed since one succeeded
+        self.failure: str = ""  # the last of them, in one line
+        self.retry_at_s: float = -math.inf
         self.unload_started_s: float = 0.0
         self.gone: list[Future[None]] = []
         self.num_workers: int = key.num_workers
@@ -234,6 +273,8 @@ class Entry:
         Remember where the files are and what they will take.
         """
         if self.state is State.ABSENT:
+            if files != self.files:
+                self.failures = 0  # perhaps somebody has mended it
             self.files = files
             self.footprints = {**self.footprints, **footprints}
         else:
@@ -251,30 +292,16 @@ class Entry:
         footprint = self.footprints.get(workload)
         return None if footprint is None else footprint.workspace_bytes
 
-    def workspace_with(self, n_bytes: int) -> int:
+    def workspace_with(self, n_bytes: int, count: int = 1) -> int:
         """
-        What all leases may use at once, with one more of *n_bytes*.
+        What all leases may use at once, with *count* more of *n_bytes* at most.
 
         A model runs ``num_workers`` calls at a time; the others queue inside it.
         """
-        if not self.leases:
+        if not self.leases and count == 1:
             return n_bytes
-        running = min(len(self.leases) + 1, self.num_workers)
-        return max(n_bytes, *self.leases.values()) * running
-
-    def demand(self, workload: Workload) -> tuple[Demand, ...]:
-        """
-        What a lease adds to a resident model, or a load to an absent one.
-        """
-        footprint = self.footprints[workload]
-        if self.state is State.RESIDENT:
-            total_bytes = self.workspace_with(footprint.workspace_bytes)
-            extra_bytes = max(0, total_bytes - self.workspace_bytes)
-            return (Demand(self.device.name, extra_bytes),)
-        demand = Demand(self.device.name, footprint.total_bytes, models=1)
-        if self.host is self.device or not footprint.host_loading_bytes:
-            return (demand,)
-        return demand, Demand(self.host.name, footprint.host_loading_bytes)
+        running = min(len(self.leases) + count, self.num_workers)
+        return max(n_bytes, *self.leases.values(), 0) * running
 
     def fits(self, n_bytes: int) -> bool:
         """
@@ -296,7 +323,7 @@ class Entry:
         self.weights_bytes = weights_bytes
         self.host_bytes = host_bytes
 
-    def take(self, serial: int, n_bytes: int, now_s: float) -> None:
+    def take(self, serial: int, owner: Owner, n_bytes: int, now_s: float) -> None:
         """
         Note one more lease with *n_bytes* of work.
         """
@@ -306,6 +333,7 @@ class Entry:
                 self.gap_s = next_gap_s(self.gap_s, now_s - self.last_used_s)
         self._set_workspace(self.workspace_with(n_bytes))
         self.leases[serial] = n_bytes
+        self.owners[serial] = owner
 
     def give_back(self, serial: int) -> bool:
         """
@@ -313,6 +341,7 @@ class Entry:
         """
         if self.leases.pop(serial, None) is None:
             return False
+        del self.owners[serial]
         if not self.leases:
             self._set_workspace(0)
             return True
@@ -328,11 +357,16 @@ class Entry:
     def is_open_to(self, waiter: Waiter | None) -> bool:
         """
         Whether a new lease may be granted: in memory, not to leave, not kept back.
+
+        Who holds the model already is not made to wait for the end of his own lease.
         """
-        return (
-            self.state is State.RESIDENT
-            and self.cause is None
-            and self.drained_for in (None, waiter)
+        if self.state is not State.RESIDENT:
+            return False
+        if self.cause is None and self.drained_for in (None, waiter):
+            return True
+        return waiter is not None and (
+            waiter.passes
+            or (waiter.owner is not None and waiter.owner in self.owners.values())
         )
 
     def resident(self) -> Resident:
@@ -362,33 +396,163 @@ class Entry:
         loaded = state in (State.RESIDENT, State.UNLOADING)
         assert (self.loaded is not None) is loaded, f"{key} is {state}"
         assert bool(self.leases) or not self.workspace_bytes, f"{key} works unleased"
+        assert self.owners.keys() == self.leases.keys(), f"{key}: owners"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """
+    One model of a request, and what will be done with it.
+    """
+
+    entry: Entry
+    workload: Workload
+
+    @property
+    def footprint(self) -> Footprint:
+        """
+        What that takes.
+        """
+        return self.entry.footprints[self.workload]
+
+
+def reservations(parts: Sequence[Part]) -> dict[Entry, tuple[int, int]]:
+    """
+    What to charge for each absent model of *parts* until it is loaded: bytes on its
+    device, and bytes on the host.
+
+    Loads on one device come one after the other, in this order, so the last carries
+    what the largest of them takes at its peak beyond what stays.
+    """
+    wanted: dict[Entry, list[Footprint]] = {}
+    for part in parts:
+        if part.entry.state is not State.RESIDENT:
+            wanted.setdefault(part.entry, []).append(part.footprint)
+    reserved: dict[Entry, tuple[int, int]] = {}
+    last: dict[Device, Entry] = {}
+    extra_bytes: dict[Device, int] = {}
+    host_bytes: dict[Device, int] = {}
+    for entry, footprints in wanted.items():
+        device = entry.device
+        work_bytes = max(each.workspace_bytes for each in footprints)
+        kept_bytes = footprints[0].weights_bytes + entry.workspace_with(
+            work_bytes, len(footprints)
+        )
+        peak_bytes = max(each.total_bytes for each in footprints)
+        on_host = max(each.host_loading_bytes for each in footprints)
+        reserved[entry] = kept_bytes, 0
+        last[device] = entry
+        extra_bytes[device] = max(extra_bytes.get(device, 0), peak_bytes - kept_bytes)
+        if device is not entry.host:
+            host_bytes[device] = max(host_bytes.get(device, 0), on_host)
+    for device, entry in last.items():
+        kept_bytes = reserved[entry][0] + extra_bytes[device]
+        reserved[entry] = kept_bytes, host_bytes.get(device, 0)
+    return reserved
+
+
+def demands(parts: Sequence[Part]) -> tuple[Demand, ...]:
+    """
+    What leases on all *parts* at once would add, by device.
+    """
+    found: dict[str, Demand] = {}
+    for entry, (n_bytes, host_bytes) in reservations(parts).items():
+        _add(found, Demand(entry.device.name, n_bytes, models=1))
+        if host_bytes:
+            _add(found, Demand(entry.host.name, host_bytes))
+    for entry in dict.fromkeys(part.entry for part in parts):
+        if entry.state is State.RESIDENT:
+            sizes = [p.footprint.workspace_bytes for p in parts if p.entry is entry]
+            total_bytes = entry.workspace_with(max(sizes), len(sizes))
+            extra_bytes = max(0, total_bytes - entry.workspace_bytes)
+            own_bytes = 0 if entry.pinned else entry.weights_bytes
+            own_models = int(not entry.pinned)
+            own = Demand(entry.device.name, extra_bytes, 0, own_bytes, own_models)
+            _add(found, own)
+    return tuple(found.values())
+
+
+def _add(found: dict[str, Demand], more: Demand) -> None:
+    one = found.get(more.device, Demand(more.device, 0))
+    found[more.device] = Demand(
+        more.device,
+        one.n_bytes + more.n_bytes,
+        one.models + more.models,
+        one.own_bytes + more.own_bytes,
+        one.own_models + more.own_models,
+    )
 
 
 @dataclass(eq=False, slots=True)
 class Waiter:
     """
-    A request in the queue. Its future is done once, with a lease or an error.
+    A request in the queue. Its future is done once, with its leases or an error.
+
+    Attributes:
+        parts: The models that it wants, all or nothing.
+        keep_alive_s: For each of them, once its lease ends.
+        since_s: When it was made.
+        owner: The thread or task that waits.
+        future: How it ends.
+        overtaken: Loads that passed it.
+        passes: An older request waits for leases of its owner, so it waits for none.
+        draining: Models that take no new leases for its sake.
+        held: Once its memory was granted, its leases as far as their models are there;
+            None before.
     """
 
-    entry: Entry
-    workload: Workload
+    parts: tuple[Part, ...]
     keep_alive_s: float | None
     since_s: float
-    future: Future[Lease] = field(default_factory=Future)
+    owner: Owner
+    future: Future[tuple[Lease, ...]] = field(default_factory=Future)
     overtaken: int = 0
+    passes: bool = False
     draining: list[Entry] = field(default_factory=list)
+    held: dict[int, Lease] | None = None
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """
+        The models that it wants, each once.
+        """
+        return tuple(dict.fromkeys(part.entry for part in self.parts))
+
+    @property
+    def is_group(self) -> bool:
+        """
+        Whether it wants several leases at once.
+        """
+        return len(self.parts) > 1
+
+    def wants(self, entry: Entry) -> bool:
+        """
+        Whether *entry* is among the models that it wants.
+        """
+        return any(part.entry is entry for part in self.parts)
+
+    def __str__(self) -> str:
+        return " + ".join(str(part.entry.key) for part in self.parts)
 
     def pending(self, *, impatient: bool) -> Pending:
         """
         The request as `admission.plan` sees it.
         """
-        entry = self.entry
-        if entry.state is State.ABSENT:
-            need, own_bytes = Need.LOAD, 0
-        elif entry.is_open_to(self):
-            need = Need.WORKSPACE
-            own_bytes = 0 if entry.pinned else entry.weights_bytes
-        else:
-            return Pending(entry.key, Need.NOTHING)
-        demands = entry.demand(self.workload)
-        return Pending(entry.key, need, demands, own_bytes, self.overtaken, impatient)
+        keys = tuple(entry.key for entry in self.entries)
+        need = Need.WORKSPACE
+        for entry in self.entries:
+            if entry.state is State.ABSENT:
+                need = Need.LOAD
+            elif not entry.is_open_to(self):
+                return Pending(keys, Need.NOTHING)
+        if self.held is not None:
+            return Pending(keys, Need.NOTHING)
+        return Pending(
+            keys,
+            need,
+            demands(self.parts),
+            overtaken=self.overtaken,
+            impatient=impatient,
+            passes=self.passes,
+            shares=any(entry.num_workers > 1 for entry in self.entries),
+        )

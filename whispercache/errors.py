@@ -10,11 +10,13 @@ Every exception of whispercache.
     ├── ModelTooLarge(…, MemoryError)           admit: can never fit
     ├── LeaseTimeout(…, TimeoutError)           wait: not served in time
     ├── TooManyWaiters                          wait: refused at the door
+    ├── LeaseDeadlock(…, RuntimeError)          wait: only the waiting could end it
     ├── LoadFailed                              load: the original error is its cause
     │   ├── NotDownloaded                       resolve: nothing is known of it yet
     │   └── CorruptModel                        load: the files themselves are broken
     ├── AudioError(…, ValueError)               use: the audio cannot be decoded
     └── CacheClosed(…, RuntimeError)            any time after close()
+        └── CacheForked                         in a child, after os.fork()
 
 Each message is one line: what, for which model, the numbers with their units, what to
 do next. The same data are attributes, and every exception pickles.
@@ -25,8 +27,10 @@ from __future__ import annotations
 __all__ = [
     "AudioError",
     "CacheClosed",
+    "CacheForked",
     "CorruptModel",
     "DeviceUnavailable",
+    "LeaseDeadlock",
     "LeaseTimeout",
     "LoadFailed",
     "ModelTooLarge",
@@ -207,6 +211,30 @@ class TooManyWaiters(WhisperCacheError):
         )
 
 
+class LeaseDeadlock(WhisperCacheError, RuntimeError):
+    """
+    The lease waited for memory that only its own caller could free, or others who wait
+    in the same way. Nobody would ever have been served; the others go on.
+
+    Attributes:
+        model: The model, as text.
+        held: The models on which the caller holds leases.
+    """
+
+    def __init__(self, model: str, held: tuple[str, ...]) -> None:
+        super().__init__(model, held)
+        self.model = model
+        self.held = held
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} waits for memory that only the holders of "
+            f"{', '.join(self.held)} can free, and they wait too; end those leases "
+            "first (consume or close their segments), or take all models at once with "
+            "lease_many"
+        )
+
+
 class LoadFailed(WhisperCacheError):
     """
     The model could not be downloaded or loaded; ``__cause__`` tells more.
@@ -214,15 +242,25 @@ class LoadFailed(WhisperCacheError):
     Attributes:
         model: The model, as text.
         reason: What happened, and what to do.
+        retry_in_s: Seconds for which further requests fail at once, since loads failed
+            again and again; None if the next one is tried.
     """
 
-    def __init__(self, model: str, reason: str) -> None:
-        super().__init__(model, reason)
+    def __init__(
+        self, model: str, reason: str, retry_in_s: float | None = None
+    ) -> None:
+        super().__init__(model, reason, retry_in_s)
         self.model = model
         self.reason = reason
+        self.retry_in_s = retry_in_s
 
     def __str__(self) -> str:
-        return f"cannot load {self.model}: {self.reason}"
+        return f"cannot load {self.model}: {self.reason}{self._again()}"
+
+    def _again(self) -> str:
+        if self.retry_in_s is None:
+            return ""
+        return f" (it will be tried again in {self.retry_in_s:.1f} s at the earliest)"
 
 
 class NotDownloaded(LoadFailed):
@@ -247,7 +285,7 @@ class CorruptModel(LoadFailed):
     def __str__(self) -> str:
         return (
             f"the model in {self.model} is broken: {self.reason}; "
-            "delete it and download or convert it again"
+            f"delete it and download or convert it again{self._again()}"
         )
 
 
@@ -279,5 +317,23 @@ class CacheClosed(WhisperCacheError, RuntimeError):
 
     def __init__(
         self, reason: str = "the cache is closed; make a new ModelCache"
+    ) -> None:
+        super().__init__(reason)
+
+
+class CacheForked(CacheClosed):
+    """
+    The cache was used before this process was forked, and cannot be used in the child.
+
+    A model's threads do not survive a fork, and CTranslate2 hangs without them.
+    """
+
+    def __init__(
+        self,
+        reason: str = (
+            "models were loaded, or a GPU was looked for, before this process was "
+            "forked, and that does not work in a child; do both after the fork, or "
+            "start processes by 'spawn'"
+        ),
     ) -> None:
         super().__init__(reason)

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DeviceInfo",
+    "DeviceLost",
     "Event",
     "EvictionCause",
     "Explanation",
+    "FellBack",
     "ModelEvicted",
     "ModelInfo",
     "ModelLoadFailed",
     "ModelLoaded",
     "ModelLoading",
+    "ModelStillReferenced",
     "Outbox",
     "ReleaseUnconfirmed",
     "Stats",
@@ -43,13 +46,16 @@ class EvictionCause(str, Enum):
     EXPIRED = "expired"
     EXPLICIT = "explicit"
     CLOSED = "closed"
+    PRESSURE = "pressure"
+    OUT_OF_MEMORY = "out_of_memory"
 
     @property
     def was_eviction(self) -> bool:
         """
-        Whether the cache decided it, for room or for idleness; not the caller.
+        Whether the cache decided it, for room, for idleness or for the sake of other
+        programs; not the caller.
         """
-        return self in (EvictionCause.CAPACITY, EvictionCause.EXPIRED)
+        return self not in (EvictionCause.EXPLICIT, EvictionCause.CLOSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +148,50 @@ class ReleaseUnconfirmed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ModelStillReferenced(Event):
+    """
+    The model was unloaded, but somebody still refers to the object.
+
+    A `WhisperModel` that was kept beyond its lease cannot be used any more, and to try
+    is memory-unsafe; on a GPU it keeps some memory, too.
+
+    Attributes:
+        references: How many references too many there are.
+    """
+
+    references: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLost(Event):
+    """
+    An error left the device unusable for this process; requests for it fail from now
+    on.
+
+    Attributes:
+        device: Which.
+        reason: The error in one line.
+    """
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FellBack(Event):
+    """
+    A request got this model from its ``fallback`` ladder, and not the one it asked for.
+
+    Attributes:
+        wanted: What it asked for.
+        reason: Why that could not be had, in one line.
+    """
+
+    wanted: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """
     Counters of a cache since it was made.
@@ -156,6 +206,8 @@ class Stats:
         evictions: Models that left memory, whatever the cause.
         unconfirmed: Unloads that did not happen at the first try.
         timeouts: Requests that were not served in time.
+        deadlocks: Requests that failed so that others could be served.
+        fallbacks: Requests that got a model of their ``fallback`` ladder.
         load_s: Seconds spent in loads.
         wait_s: Seconds that requests waited, for room and for loads.
         waiting: Requests that wait now.
@@ -171,6 +223,8 @@ class Stats:
     evictions: int = 0
     unconfirmed: int = 0
     timeouts: int = 0
+    deadlocks: int = 0
+    fallbacks: int = 0
     load_s: float = 0.0
     wait_s: float = 0.0
     waiting: int = 0
@@ -289,6 +343,14 @@ class Outbox:
 
     def __len__(self) -> int:
         return len(self._events)
+
+    def copy(self) -> Outbox:
+        """
+        Another one with the same listeners, and no events.
+        """
+        other = Outbox()
+        other._listeners = self._listeners
+        return other
 
     def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """

@@ -44,6 +44,12 @@ class LearnedFootprints:
         self._ratios: dict[str, list[float]] | None = None  # guarded by _lock
         self._is_writable = True  # guarded by _lock
 
+    def forked(self) -> None:
+        """
+        Forget who held the lock, in a child that was forked.
+        """
+        self._lock = threading.Lock()
+
     def record(
         self,
         model: str,

@@ -5,18 +5,20 @@ Lease: the holder's handle on a model in memory.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, overload
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from faster_whisper import WhisperModel
 
+    from .deadlock import Owner
     from .entries import Entry
     from .keys import ModelKey
     from .loader import LoadedModel
 
-__all__ = ["Lease"]
+__all__ = ["Lease", "Leases"]
 
 
 class _Lessor(Protocol):
@@ -30,6 +32,16 @@ class _Lessor(Protocol):
         End a lease from the garbage collector.
         """
 
+    def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
+        """
+        Note that somebody else will end a lease.
+        """
+
+    def recover(self, entry: Entry, error: BaseException) -> bool:
+        """
+        Make room after an error, if that may help; whether it was done.
+        """
+
 
 class Lease:
     """
@@ -39,10 +51,14 @@ class Lease:
     model beyond the lease: to touch it once it was unloaded is memory-unsafe.
 
     A lease that is dropped without `release` is released when it is collected, with a
-    `ResourceWarning`.
+    `ResourceWarning` that names, while tracemalloc traces, where it was taken.
+
+    Attributes:
+        owned: Held by one of our own iterators, which may just be dropped.
+        taken_at: File and line of the caller that took it, while tracemalloc traces.
     """
 
-    __slots__ = ("_entry", "_keep_alive_s", "_lessor", "_serial", "owned")
+    __slots__ = ("_entry", "_keep_alive_s", "_lessor", "_serial", "owned", "taken_at")
 
     def __init__(
         self, lessor: _Lessor, entry: Entry, serial: int, keep_alive_s: float | None
@@ -51,9 +67,8 @@ class Lease:
         self._entry = entry
         self._serial = serial
         self._keep_alive_s = keep_alive_s
-        self.owned: bool = (
-            False  # by one of our own iterators, which may just be dropped
-        )
+        self.owned: bool = False
+        self.taken_at: str = ""
 
     @property
     def key(self) -> ModelKey:
@@ -98,6 +113,27 @@ class Lease:
         """
         self._lessor.release(self._entry, self._serial, self._keep_alive_s)
 
+    def hand_over(self, owner: Owner = None) -> None:
+        """
+        Say that another thread or task will end this lease.
+
+        One that waits for memory while it holds leases may get a `LeaseDeadlock`; a
+        lease that was handed over no longer counts as its own.
+
+        Args:
+            owner: Who it is, as `threads.current_owner` tells; None for anybody.
+        """
+        self._lessor.hand_over(self._entry, self._serial, owner)
+
+    def recover(self, error: BaseException) -> bool:
+        """
+        Make room after a call on the model ran out of memory. Blocks until it is made.
+
+        Returns:
+            Whether there is more room now, so that the call may be tried again.
+        """
+        return self._lessor.recover(self._entry, error)
+
     def __enter__(self) -> WhisperModel:
         return self.whisper
 
@@ -108,6 +144,8 @@ class Lease:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+        if isinstance(error, RuntimeError):  # perhaps the device is beyond use
+            self.recover(error)
 
     def __repr__(self) -> str:
         state = "released" if self.is_released else "held"
@@ -117,9 +155,59 @@ class Lease:
         if self._serial in self._entry.leases:
             self._lessor.drop(self._entry, self._serial, self._keep_alive_s)
             if not self.owned:
+                place = f" (taken at {self.taken_at})" if self.taken_at else ""
                 warnings.warn(
-                    f"a lease on {self.key} was never released; use it in a with block",
+                    f"a lease on {self.key} was never released{place}; "
+                    "use it in a with block",
                     ResourceWarning,
                     stacklevel=2,
                     source=self,
                 )
+
+
+class Leases(Sequence[Lease]):
+    """
+    Leases on several models, granted together, in the order in which they were asked
+    for.
+
+    A context manager whose value are the models themselves.
+    """
+
+    __slots__ = ("_leases",)
+
+    def __init__(self, leases: tuple[Lease, ...]) -> None:
+        self._leases = leases
+
+    @overload
+    def __getitem__(self, place: int) -> Lease: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Lease, ...]: ...
+
+    def __getitem__(self, place: int | slice) -> Lease | tuple[Lease, ...]:
+        return self._leases[place]
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def release(self) -> None:
+        """
+        Let all models go. A second call does nothing.
+        """
+        for lease in self._leases:
+            lease.release()
+
+    def __enter__(self) -> tuple[WhisperModel, ...]:
+        return tuple(lease.whisper for lease in self._leases)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for lease in self._leases:
+            lease.__exit__(kind, error, trace)
+
+    def __repr__(self) -> str:
+        return f"<Leases {', '.join(map(repr, self._leases))}>"

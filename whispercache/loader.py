@@ -9,10 +9,12 @@ process.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import logging
 import os
+import sys
 import threading
 import time
 import types
@@ -26,6 +28,7 @@ from cachetools import LRUCache
 from . import memory
 from .errors import (
     AudioError,
+    CacheForked,
     CorruptModel,
     DeviceUnavailable,
     LoadFailed,
@@ -37,7 +40,7 @@ from .keys import MODELS, is_directory
 from .learned import LearnedFootprints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import numpy as np
     from faster_whisper import WhisperModel
@@ -128,6 +131,7 @@ class LoadedModel:
         supported_languages: Their codes.
         measured_bytes: Growth of memory during the load, or None.
         reloaded: Only its weights were read; the rest had been kept.
+        references: How many refer to it while nobody uses it.
     """
 
     key: ModelKey
@@ -138,6 +142,13 @@ class LoadedModel:
     supported_languages: tuple[str, ...]
     measured_bytes: int | None = None
     reloaded: bool = False
+    references: int = 0
+
+    def count_references(self) -> int:
+        """
+        How many refer to the model now, to it and to CTranslate2's part of it.
+        """
+        return sys.getrefcount(self.whisper) + sys.getrefcount(self.whisper.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +160,13 @@ class Released:
         confirmed: The weights have left the device.
         returned_bytes: Fall of memory that was seen, or None.
         reason: What was seen instead, if not confirmed.
+        references: References to the object that are left, but should not be.
     """
 
     confirmed: bool
     returned_bytes: int | None = None
     reason: str = ""
+    references: int = 0
 
 
 class Loader(Protocol):
@@ -217,6 +230,12 @@ class Loader(Protocol):
         Give back to the system what was freed on *device*.
         """
 
+    def forked(self, loaded: Iterable[LoadedModel]) -> None:
+        """
+        Let nothing of the parent's models be freed, or wait, in a child that was
+        forked.
+        """
+
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:
         """
         The ``transcribe`` of the batched pipeline over a model.
@@ -264,6 +283,23 @@ def _ctranslate2() -> types.ModuleType:
         if given is None:
             del os.environ[name]
     return cast("types.ModuleType", ctranslate2)
+
+
+_used_in: list[int] = []
+
+
+def _use_in_this_process() -> None:
+    """
+    Note that models live in this process.
+
+    Raises:
+        CacheForked: some lived in the process that forked this one. OpenMP's threads
+            are gone, and the first parallel work would wait for them for ever.
+    """
+    if not _used_in:
+        _used_in.append(os.getpid())
+    if _used_in[0] != os.getpid():
+        raise CacheForked
 
 
 def versions() -> dict[str, str]:
@@ -448,6 +484,7 @@ class FasterWhisperLoader:
             raise LoadFailed(
                 str(key), "its files changed while the request waited; ask again"
             )
+        _use_in_this_process()
         before = self._held_bytes(key.device)
         with self._lock:
             shell = self._shells.pop(key, None)
@@ -466,7 +503,7 @@ class FasterWhisperLoader:
             memory.return_free_memory()
         after = self._held_bytes(key.device)
         grown = None if before is None or after is None else after - before
-        return LoadedModel(
+        loaded = LoadedModel(
             key=key,
             files=files,
             whisper=whisper,
@@ -476,6 +513,9 @@ class FasterWhisperLoader:
             measured_bytes=None if shell else grown,
             reloaded=shell is not None,
         )
+        del model, whisper, shell
+        loaded.references = loaded.count_references()
+        return loaded
 
     def _build(self, key: ModelKey, files: ModelFiles) -> WhisperModel:
         kind, _, index = key.device.partition(":")
@@ -501,6 +541,7 @@ class FasterWhisperLoader:
         and their memory on the card, so the whole object goes.
         """
         before = self._held_bytes(loaded.key.device)
+        references = max(0, loaded.count_references() - loaded.references)
         model = loaded.whisper.model
         give_up_s = time.monotonic() + UNLOAD_TRIES_S
         while True:
@@ -517,11 +558,11 @@ class FasterWhisperLoader:
                 self._shells[loaded.key] = _Shell(loaded.whisper, loaded.files)
         del model, loaded.whisper
         if load_follows:
-            return Released(confirmed=True)
+            return Released(confirmed=True, references=references)
         self.return_memory(loaded.key.device)
         after = self._held_bytes(loaded.key.device)
         fallen = None if before is None or after is None else before - after
-        return Released(confirmed=True, returned_bytes=fallen)
+        return Released(confirmed=True, returned_bytes=fallen, references=references)
 
     def return_memory(self, device: str) -> None:
         """
@@ -529,6 +570,23 @@ class FasterWhisperLoader:
         """
         del device
         memory.return_free_memory()
+
+    def forked(self, loaded: Iterable[LoadedModel]) -> None:
+        """
+        Keep the parent's models for ever: the threads that their destructors wait for
+        are not in the child, which would hang at its exit.
+
+        Source: CTranslate2 4.8.5, CPU: a child with a model in it never ended, and with
+        one more reference it did.
+        """
+        shells = [shell.whisper for shell in self._shells.values()]
+        for whisper in (*shells, *(each.whisper for each in loaded)):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(whisper.model))
+        self._shells.clear()
+        self._downloading.clear()
+        self._lock = threading.Lock()
+        self._tokenizers = _Tokenizers()
+        self.learned.forked()
 
     def _held_bytes(self, device: str) -> int | None:
         """

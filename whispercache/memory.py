@@ -101,6 +101,15 @@ class MemoryProbe(Protocol):
         """
         ...
 
+    def device_id(self, device: str) -> str:
+        """
+        What every process of this machine calls the device, however it numbers them.
+
+        Raises:
+            DeviceUnavailable: There is no such device, or no driver for it.
+        """
+        ...
+
 
 class SystemProbe:
     """
@@ -157,6 +166,21 @@ class SystemProbe:
         try:
             driver, ordinal = _find(device)
             return driver.name(ordinal)
+        except CudaError as error:
+            raise DeviceUnavailable(device, str(error)) from error
+
+    def device_id(self, device: str) -> str:
+        """
+        The UUID of the GPU (of the slice, for a MIG device), or ``"cpu"``.
+
+        Raises:
+            DeviceUnavailable: There is no such device, or no driver for it.
+        """
+        if device == "cpu":
+            return "cpu"
+        try:
+            driver, ordinal = _find(device)
+            return driver.uuid(ordinal)
         except CudaError as error:
             raise DeviceUnavailable(device, str(error)) from error
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import threading
+import traceback
 import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
+from .errors import CacheForked
 from .footprint import DEFAULT_WORKLOAD, Workload
+from .threads import current_owner
 
 if TYPE_CHECKING:
     import os
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
+    from .deadlock import Owner
     from .keys import ModelKey
     from .lease import Lease
 
@@ -110,18 +114,56 @@ def workload_of(options: Mapping[str, object], batch_size: int | None) -> Worklo
 class LeasedIterator(Iterator[T]):
     """
     A lazy result that holds its model until it is exhausted, closed or collected.
+
+    If memory runs out before the first item, room is made and the call made again.
+
+    Args:
+        items: The result.
+        lease: On the model that it needs.
+        again: Makes the call again.
     """
 
-    def __init__(self, items: Iterator[T], lease: Lease) -> None:
+    def __init__(
+        self,
+        items: Iterator[T],
+        lease: Lease,
+        again: Callable[[], Iterator[T]] | None = None,
+    ) -> None:
         lease.owned = True
         self._items: Iterator[T] | None = items
         self._lease = lease
+        self._again = again
+        self._owner = current_owner()
         self._failure = ""
         # One step at a time: a close from another thread waits for the step in flight,
         # since the model must not leave under it.
         self._step = threading.Lock()
 
+    @property
+    def key(self) -> ModelKey:
+        """
+        The model that makes these items; after a fallback not the one asked for.
+        """
+        return self._lease.key
+
     def __next__(self) -> T:
+        self.follow(current_owner())
+        return self.step()
+
+    def follow(self, owner: Owner) -> None:
+        """
+        Note who iterates now: it is up to them to let the model go.
+        """
+        if owner != self._owner:
+            self._owner = owner
+            self._lease.hand_over(owner)
+
+    def step(self) -> T:
+        """
+        The next item, on behalf of whoever iterates.
+        """
+        if self._was_forked():
+            raise CacheForked
         with self._step:
             if self._items is None:
                 if self._failure:
@@ -129,7 +171,7 @@ class LeasedIterator(Iterator[T]):
                     raise RuntimeError(f"it ended early: {self._failure}")
                 raise StopIteration
             try:
-                return next(self._items)
+                item = self._first() if self._again else next(self._items)
             except StopIteration:
                 self._finish()
                 raise
@@ -137,16 +179,42 @@ class LeasedIterator(Iterator[T]):
                 self._failure = f"{type(error).__name__}: {error}"
                 self._finish()
                 raise
+            self._again = None  # and with it the audio
+            return item
+
+    def _was_forked(self) -> bool:
+        """
+        Whether it was begun in the process that forked this one, so that its lock may
+        be held by a thread that is not here.
+        """
+        # It forgets its items before it ends its lease; only a fork ends that alone.
+        return self._lease.is_released and self._items is not None
+
+    def _first(self) -> T:
+        assert self._items is not None
+        assert self._again is not None
+        try:
+            return next(self._items)
+        except Exception as error:
+            if isinstance(error, StopIteration) or not self._lease.recover(error):
+                raise
+            # The frames of the traceback hold what did not fit.
+            traceback.clear_frames(error.__traceback__)
+        self._items = self._again()
+        return next(self._items)
 
     def close(self) -> None:
         """
         End early and let the model go. Blocks while a step is in flight.
         """
+        if self._was_forked():
+            return
         with self._step:
             self._finish()
 
     def _finish(self) -> None:
         items, self._items = self._items, None
+        self._again = None
         if isinstance(items, types.GeneratorType):
             items.close()
         self._lease.release()
@@ -164,19 +232,38 @@ def call_leased(
     """
     Call a method of a leased model, and hold the lease as long as the result needs it.
 
-    An iterator in the result, alone or first in a tuple, takes the lease with it.
+    An iterator in the result, alone or first in a tuple, takes the lease with it. If
+    memory runs out, room is made and the call is made once more.
     """
     try:
-        result = call(*args, **options)
+        try:
+            result = call(*args, **options)
+        except Exception as error:
+            if not lease.recover(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            result = call(*args, **options)
     except BaseException:
         lease.release()
         raise
+
+    def again() -> Iterator[object]:
+        return _lazy(call(*args, **options))
+
     if isinstance(result, Iterator):
-        return LeasedIterator(result, lease)
+        return LeasedIterator(result, lease, again)
     if isinstance(result, tuple) and result and isinstance(result[0], Iterator):
-        return (LeasedIterator(result[0], lease), *result[1:])
+        return (LeasedIterator(result[0], lease, again), *result[1:])
     lease.release()
     return result
+
+
+def _lazy(result: object) -> Iterator[object]:
+    """
+    The iterator in a result.
+    """
+    first = result[0] if isinstance(result, tuple) else result
+    return cast("Iterator[object]", first)
 
 
 class CachedModel:
@@ -194,6 +281,7 @@ class CachedModel:
 
     def __init__(self, source: Leases) -> None:
         self._source = source
+        self._served_by: ModelKey | None = None
 
     @property
     def key(self) -> ModelKey:
@@ -202,11 +290,26 @@ class CachedModel:
         """
         return self._source.key
 
+    @property
+    def served_by(self) -> ModelKey | None:
+        """
+        Which model the last call got; not `key` after a fallback. None before the
+        first.
+
+        With several threads, ask the ``segments`` of a call for their ``key`` instead.
+        """
+        return self._served_by
+
     def lease(self) -> Lease:
         """
         The real model, held for a ``with`` block. Blocks until it is granted.
         """
-        return self._source.lease(DEFAULT_WORKLOAD)
+        return self._lease(DEFAULT_WORKLOAD)
+
+    def _lease(self, workload: Workload) -> Lease:
+        lease = self._source.lease(workload)
+        self._served_by = lease.key
+        return lease
 
     def transcribe(
         self,
@@ -235,7 +338,7 @@ class CachedModel:
         Blocks: for decoding, the lease, and the language detection if none is given.
         """
         samples = self._source.decode_audio(audio)
-        lease = self._source.lease(workload_of(options, batch_size))
+        lease = self._lease(workload_of(options, batch_size))
         call = self._source.transcriber(lease, batch_size)
         return cast(
             "tuple[LeasedIterator[Segment], TranscriptionInfo]",
@@ -257,7 +360,7 @@ class CachedModel:
             Language code, its probability, and those of all languages.
         """
         samples = None if audio is None else self._source.decode_audio(audio)
-        lease = self._source.lease(DEFAULT_WORKLOAD)
+        lease = self.lease()
         call = lease.whisper.detect_language
         return cast(
             "tuple[str, float, list[tuple[str, float]]]",

@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 from .admission import Outcome
-from .entries import State, Waiter
+from .entries import Part, State, Waiter, demands
 from .errors import format_bytes
 from .events import DeviceInfo, Explanation, ModelInfo, Stats
 
@@ -109,9 +109,9 @@ def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
     What a request for a located model would do, were it made now.
     """
     with core.changing():
-        waiter = Waiter(entry, workload, None, core.clock.now())
+        waiter = Waiter((Part(entry, workload),), None, core.clock.now(), None)
         decision = core.plan_locked([*core.queue, waiter])[-1]
-        demand, *_ = entry.demand(workload)
+        demand, *_ = demands(waiter.parts)
         device = entry.device
         outcome, reason = _outcome(core, entry, decision)
         return Explanation(
@@ -126,8 +126,10 @@ def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
 
 
 def _outcome(core: Core, entry: Entry, decision: Decision) -> tuple[str, str]:
+    if (refusal := core.refusal_locked(entry)) is not None:
+        return "never", str(refusal)
     if decision.lacking is not None:
-        return "never", str(core.too_large(entry, *decision.lacking))
+        return "never", str(core.too_large(str(entry.key), *decision.lacking))
     if decision.outcome is Outcome.GRANT:
         return "hit", f"{entry.key} is in memory"
     if decision.outcome is Outcome.LOAD:

@@ -79,6 +79,12 @@ class Resolver:
         """
         return self.known(request) or self.resolve(request).entry
 
+    def forget(self) -> None:
+        """
+        Resolve everything anew.
+        """
+        self._known.clear()
+
     def resolve(self, request: Request, *, download: bool = True) -> Target:
         """
         The target of *request*, looked up anew: a link may point elsewhere by now.
@@ -186,6 +192,9 @@ class Resolver:
             except UnsupportedComputeType:
                 continue
             books = self._core.device(device)
+            if books.sick is not None:
+                _log.warning("passing over %s, which was lost: %s", device, books.sick)
+                continue
             try:
                 self._core.observe(books)
             except DeviceUnavailable as error:

@@ -37,7 +37,7 @@ from .memory import MemoryReading
 from .units import parse_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import numpy as np
     from faster_whisper import WhisperModel
@@ -157,6 +157,12 @@ class FakeMachine:
         Its name is its name.
         """
         return f"fake {device}"
+
+    def device_id(self, device: str) -> str:
+        """
+        Likewise.
+        """
+        return f"fake-{device}"
 
     def free_bytes(self, device: str) -> int:
         """
@@ -415,6 +421,11 @@ class FakeLoader:
             supported_languages=("en",),
             measured_bytes=n_bytes,
         )
+
+    def forked(self, loaded: Iterable[LoadedModel]) -> None:
+        """
+        Fakes survive a fork.
+        """
 
     def return_memory(self, device: str) -> None:
         """

@@ -8,16 +8,51 @@ import heapq
 import itertools
 import logging
 import queue
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Clock", "DeviceThread", "MonotonicClock"]
+__all__ = ["Clock", "DeviceThread", "MonotonicClock", "caller", "current_owner"]
 
 _log = logging.getLogger("whispercache")
+
+
+_owners = itertools.count()
+
+
+class _Here(threading.local):
+    """
+    A number for each thread. Unlike a thread's own, it is never used again.
+    """
+
+    def __init__(self) -> None:
+        self.owner = next(_owners)
+
+
+_here = _Here()
+
+
+def caller() -> str:
+    """
+    File and line outside this package from which it was called.
+    """
+    package = str(Path(__file__).parent)
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def current_owner() -> object:
+    """
+    A token of the calling thread, as the owner of leases.
+    """
+    return _here.owner
 
 
 class Clock(Protocol):
@@ -121,6 +156,12 @@ class DeviceThread:
         """
         self._calls.put(call)
 
+    def is_current(self) -> bool:
+        """
+        Whether this is called by that very thread.
+        """
+        return threading.current_thread() is self._thread
+
     def stop(self) -> None:
         """
         Let the thread end after all earlier calls.
@@ -131,7 +172,7 @@ class DeviceThread:
         """
         Wait for the end of the thread; at once if this is that thread.
         """
-        if threading.current_thread() is not self._thread:
+        if not self.is_current():
             self._thread.join(timeout_s)
 
     def _run(self) -> None:

@@ -1,0 +1,273 @@
+"""
+The state of one cache (its models, devices and queue) and the one lock that guards it.
+
+Whatever changes state does so within `Books.changing` and appends the slow work that
+follows to ``_work``, which is done once the lock is free. No loader, probe, listener or
+log handler runs while the lock is held.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, defaultdict, deque
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from .entries import Device, Entry
+from .errors import CacheClosed, DeviceUnavailable, LoadFailed, WhisperCacheError
+from .events import Outbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from .entries import Waiter
+    from .keys import ModelKey
+    from .loader import Loader
+    from .memory import MemoryProbe, MemoryReading
+    from .threads import Clock
+    from .units import Limit
+
+__all__ = ["Books", "Peers", "one_line"]
+
+_log = logging.getLogger("whispercache")
+
+
+class Peers(Protocol):
+    """
+    Other processes that keep models on the same devices, and what is known of them.
+
+    May be asked from any thread; never under the lock.
+    """
+
+    def promised_bytes(self, device: str) -> int:
+        """
+        What they will take of *device* that its gauge does not show yet.
+        """
+
+    def held_bytes(self, device: str) -> int:
+        """
+        What their models take of *device*, which they may be asked for.
+        """
+
+    def publish(self, device: str, numbers: dict[str, int]) -> object:
+        """
+        Tell them what of *device* is taken here; the fields of `ledger.Account`.
+        """
+
+    def turn(self, device: str) -> AbstractContextManager[None]:
+        """
+        Load while no other process loads to *device*. Blocks for a limited time.
+        """
+
+
+class Books:
+    """
+    What a cache knows. `core.Core` decides, `moves.Moves` carries models in and out.
+    """
+
+    def __init__(
+        self,
+        *,
+        loader: Loader,
+        probe: MemoryProbe,
+        clock: Clock,
+        limit_of: Callable[[str], Limit],
+        max_models: int | None,
+    ) -> None:
+        self.loader = loader
+        self.probe = probe
+        self.clock = clock
+        self.peers: Peers | None = None
+        self.outbox: Outbox = Outbox()
+        self._lock = threading.Lock()
+        # All that follows is guarded by _lock.
+        self.limit_of: Callable[[str], Limit] = limit_of
+        self.max_models: int | None = max_models
+        self.entries: dict[ModelKey, Entry] = {}
+        self.devices: dict[str, Device] = {}
+        self.queue: list[Waiter] = []
+        self.counts: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.leases: int = 0
+        self._work: list[Callable[[], None]] = []
+        self._closed: CacheClosed | None = None
+        # Leases that the garbage collector ended, perhaps inside a critical section.
+        self._dropped: deque[tuple[Entry, int, float | None]] = deque()
+
+    @property
+    def is_closed(self) -> bool:
+        """
+        Whether new requests are refused.
+        """
+        return self._closed is not None
+
+    # The lock ------------------------------------------------------------------------
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """
+        Hold the lock, then do the slow work that follows from what was changed.
+        """
+        work: list[Callable[[], None]] = []
+        try:
+            with self._lock:
+                try:
+                    yield
+                finally:
+                    work = self._take_work_locked()
+        finally:
+            self._perform(work)
+
+    def _take_work_locked(self) -> list[Callable[[], None]]:
+        work, self._work = self._work, []
+        if self.outbox:
+            work.append(self.outbox.deliver)
+        return work
+
+    def _perform(self, work: list[Callable[[], None]]) -> None:
+        for call in work:
+            call()
+        while self._dropped and self._lock.acquire(blocking=False):
+            try:
+                while self._dropped:
+                    self._release_locked(*self._dropped.popleft())
+                self._admit_locked()
+                more = self._take_work_locked()
+            finally:
+                self._lock.release()
+            for call in more:
+                call()
+
+    def _admit_locked(self) -> None:
+        """
+        Match waiters to memory. Every change that may help somebody ends in it.
+        """
+        raise NotImplementedError
+
+    def _release_locked(
+        self, entry: Entry, serial: int, keep_alive_s: float | None
+    ) -> None:
+        """
+        End a lease.
+        """
+        raise NotImplementedError
+
+    # Models and devices --------------------------------------------------------------
+
+    def entry(self, key: ModelKey) -> Entry:
+        """
+        The books of a model, opened at its first use.
+
+        Raises:
+            CacheClosed: the cache was closed.
+        """
+        with self.changing():
+            self._check_open_locked()
+            entry = self.entries.get(key)
+            if entry is None:
+                device = self._device_locked(key.device)
+                host = self._device_locked("cpu")
+                entry = self.entries[key] = Entry(key, device, host)
+            return entry
+
+    def device(self, name: str) -> Device:
+        """
+        The books of a device, opened at its first use.
+
+        Raises:
+            CacheClosed: the cache was closed.
+        """
+        with self.changing():
+            self._check_open_locked()
+            return self._device_locked(name)
+
+    def _device_locked(self, name: str) -> Device:
+        device = self.devices.get(name)
+        if device is None:
+            device = Device(name, self.limit_of(name), self.max_models)
+            self.devices[name] = device
+        return device
+
+    def _check_open_locked(self) -> None:
+        if self._closed is not None:
+            raise type(self._closed)(*self._closed.args)
+
+    def refusal_locked(self, entry: Entry) -> WhisperCacheError | None:
+        """
+        Why a request for *entry* would fail at once: its device was lost, or its loads
+        failed again and again and it is not time to try yet.
+        """
+        if entry.device.sick is not None:
+            return lost(entry.device)
+        retry_in_s = entry.retry_at_s - self.clock.now()
+        if entry.failures and retry_in_s > 0 and not entry.is_present:
+            reason = f"{entry.failures} loads in a row failed: {entry.failure}"
+            return LoadFailed(str(entry.key), reason, retry_in_s)
+        return None
+
+    # Gauges --------------------------------------------------------------------------
+
+    def observe(self, device: Device) -> None:
+        """
+        Read a device's gauge. Blocks for a system call or two.
+
+        Raises:
+            DeviceUnavailable: there is no reading, and no limit to go by either.
+        """
+        try:
+            reading = self.probe.read(device.name)
+        except Exception as error:
+            # A gauge that fails for a moment must not stop who knows its limit.
+            if device.capacity_bytes:
+                _log.warning("free memory of %s is unknown: %s", device.name, error)
+                return
+            if isinstance(error, WhisperCacheError):
+                raise
+            raise DeviceUnavailable(device.name, one_line(error)) from error
+        self.take_reading(device, reading)
+
+    def take_reading(self, device: Device, reading: MemoryReading) -> None:
+        """
+        Take a reading into account, and what other processes told.
+        """
+        promised_bytes = held_bytes = 0
+        if self.peers is not None:
+            promised_bytes = self.peers.promised_bytes(device.name)
+            held_bytes = self.peers.held_bytes(device.name)
+        with self.changing():
+            device.observe(reading, promised_bytes, held_bytes)
+
+    def _look_again(self, device: Device) -> None:
+        """
+        Read the gauge for those who wait, after something of ours has ended.
+        """
+        try:
+            self.observe(device)
+        except DeviceUnavailable as error:
+            _log.warning("%s", error)
+        with self.changing():
+            self._admit_locked()
+
+    def _on_thread_locked(self, entry: Entry, call: Callable[[], None]) -> None:
+        self._work.append(partial(entry.device.thread.submit, call))
+
+
+def lost(device: Device) -> DeviceUnavailable:
+    """
+    Why nothing can be had on a device that an error left unusable.
+    """
+    return DeviceUnavailable(
+        device.name,
+        f"an earlier error left it unusable ({device.sick}); restart the process",
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """
+    The text of an error, without line breaks.
+    """
+    text = " ".join(str(error).split())
+    return text or type(error).__name__

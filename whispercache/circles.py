@@ -1,0 +1,122 @@
+"""
+Circles: `deadlock` over the books of a cache. Called under the lock; changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .deadlock import Ceiling, Claim, Hold, Model, culprit, unserved
+from .entries import State, reservations
+
+if TYPE_CHECKING:
+    from .books import Books
+    from .entries import Entry, Waiter
+
+__all__ = ["closing", "held_up", "suspects"]
+
+
+def suspects(books: Books) -> list[Waiter]:
+    """
+    The waiters whose owners hold leases; without any there is no circle.
+    """
+    # None: the lease was handed over to nobody knows whom.
+    holders = {owner for entry in _leased(books) for owner in entry.owners.values()} - {
+        None
+    }
+    return [
+        waiter
+        for waiter in books.queue
+        if waiter.held is None and waiter.owner in holders
+    ]
+
+
+def closing(books: Books) -> Waiter | None:
+    """
+    The waiter that closed a circle of those who wait for each other, if there is one.
+    """
+    waiters = [waiter for waiter in books.queue if waiter.held is None]
+    claims = [_claim(waiter) for waiter in waiters]
+    found = culprit(claims, _holds(books), _ceilings(books))
+    return None if found is None else waiters[claims.index(found)]
+
+
+def held_up(books: Books) -> list[Waiter]:
+    """
+    The waiters without whose leases another one cannot be served.
+
+    They must not wait for that one's turn, or both would wait for ever.
+    """
+    waiters = [waiter for waiter in books.queue if waiter.held is None]
+    claims = [_claim(waiter) for waiter in waiters]
+    holds, ceilings = _holds(books), _ceilings(books)
+    return [
+        waiter
+        for waiter in suspects(books)
+        if not waiter.passes and unserved(claims, holds, ceilings, never=[waiter.owner])
+    ]
+
+
+def _leased(books: Books) -> list[Entry]:
+    return [entry for entry in books.entries.values() if entry.leases]
+
+
+def _model(entry: Entry, weights_bytes: int) -> Model:
+    return Model(
+        entry.key,
+        entry.device.name,
+        weights_bytes,
+        workers=entry.num_workers,
+        pinned=entry.stays,
+    )
+
+
+def _claim(waiter: Waiter) -> Claim:
+    """
+    What a waiter wants. A load's peak counts beside what stays, like any other bytes.
+    """
+    parts = tuple(
+        (
+            _model(part.entry, part.footprint.weights_bytes),
+            part.footprint.workspace_bytes,
+        )
+        for part in waiter.parts
+    )
+    loading: dict[str, int] = {}
+    for entry, (n_bytes, host_bytes) in reservations(waiter.parts).items():
+        own = [part.footprint for part in waiter.parts if part.entry is entry]
+        work_bytes = max(each.workspace_bytes for each in own)
+        kept_bytes = own[0].weights_bytes + work_bytes * min(
+            len(own), entry.num_workers
+        )
+        for device, extra_bytes in (
+            (entry.device.name, n_bytes - kept_bytes),
+            (entry.host.name, host_bytes),
+        ):
+            if extra_bytes > 0:
+                loading[device] = loading.get(device, 0) + extra_bytes
+    return Claim(waiter.owner, waiter.since_s, parts, loading)
+
+
+def _holds(books: Books) -> list[Hold]:
+    return [
+        Hold(entry.owners[serial], _model(entry, entry.weights_bytes), n_bytes)
+        for entry in _leased(books)
+        for serial, n_bytes in entry.leases.items()
+    ]
+
+
+def _ceilings(books: Books) -> dict[str, Ceiling]:
+    there = (State.RESIDENT, State.LOADING)
+    return {
+        name: Ceiling(
+            device.ceiling_bytes,
+            device.max_models,
+            tuple(
+                _model(entry, entry.weights_bytes)
+                for entry in device.entries.values()
+                if entry.stays and entry.state in there
+            ),
+        )
+        for name, device in books.devices.items()
+    }

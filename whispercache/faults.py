@@ -1,0 +1,91 @@
+"""
+Faults: what an error of CTranslate2 or CUDA means for the cache. Pure.
+
+CTranslate2 raises RuntimeError for all that goes wrong on a device, with the text of
+the CUDA runtime in it; so the text is all there is to go by.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+__all__ = ["Fault", "classify"]
+
+
+class Fault(Enum):
+    """
+    What kind of error it is.
+    """
+
+    OUT_OF_MEMORY = auto()
+    """
+    An allocation failed. With less in memory the same work may succeed.
+    """
+    PERHAPS_OUT_OF_MEMORY = auto()
+    """
+    A wording that means either that or something else: free memory decides.
+    """
+    STICKY = auto()
+    """
+    The process's CUDA context is broken; every further call on the device fails.
+    """
+    OTHER = auto()
+    """
+    Anything else: broken files, a missing library, a mistake in a call.
+    """
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "cublas_status_alloc_failed",
+    "cudaerrormemoryallocation",
+    "std::bad_alloc",
+    "cannot allocate memory",
+    "failed to allocate memory",
+)
+
+_PERHAPS_OUT_OF_MEMORY = ("cudaerrorinvaliddevice", "invalid device ordinal")
+"""
+Source: OpenNMT/CTranslate2#2064; a launch by thrust that found no memory.
+"""
+
+_STICKY = (
+    "illegal memory access",
+    "illegal instruction was encountered",
+    "misaligned address",
+    "invalid program counter",
+    "operation not supported on global/shared address space",
+    "hardware stack error",
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out and was terminated",
+    "uncorrectable ecc error",
+    "uncorrectable nvlink error",
+    "gpu has fallen off the bus",
+    "gpu is lost",
+)
+"""
+Texts of those CUDA errors that leave a context unusable.
+
+Source: the CUDA runtime's reference, cudaError: "leaves the process in an inconsistent
+state"; the texts are those of cudaGetErrorString.
+"""
+
+
+def classify(error: BaseException) -> Fault:
+    """
+    What *error* of a load, an unload or a call means.
+    """
+    if isinstance(error, MemoryError):
+        return Fault.OUT_OF_MEMORY
+    if not isinstance(error, RuntimeError):
+        return Fault.OTHER
+    text = str(error).lower()
+    for wordings, fault in (
+        (_STICKY, Fault.STICKY),
+        (_OUT_OF_MEMORY, Fault.OUT_OF_MEMORY),
+        (_PERHAPS_OUT_OF_MEMORY, Fault.PERHAPS_OUT_OF_MEMORY),
+    ):
+        if any(wording in text for wording in wordings):
+            return fault
+    return Fault.OTHER

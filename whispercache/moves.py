@@ -1,0 +1,483 @@
+"""
+Moves: models on their way into memory and out of it, on their device's own thread.
+
+A load that finds too little memory evicts what is idle and is tried once more; an
+unload that did not happen keeps its bytes charged and is tried again; an error that
+leaves a device unusable ends all that wait for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import traceback
+from concurrent.futures import Future, InvalidStateError
+from contextlib import nullcontext, suppress
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from .books import Books, lost, one_line
+from .entries import Device, Entry, State
+from .errors import LoadFailed, WhisperCacheError, format_bytes
+from .events import (
+    DeviceLost,
+    EvictionCause,
+    ModelEvicted,
+    ModelLoaded,
+    ModelLoadFailed,
+    ModelLoading,
+    ModelStillReferenced,
+    ReleaseUnconfirmed,
+)
+from .faults import Fault, classify
+from .footprint import DEFAULT_WORKLOAD
+
+if TYPE_CHECKING:
+    from .entries import Waiter
+    from .keys import ModelKey
+    from .loader import LoadedModel, Released
+
+    # A model on its way out, and a future that is done when it has left.
+    Leaving: TypeAlias = tuple[Entry, Future[None]]
+
+__all__ = ["Moves"]
+
+_log = logging.getLogger("whispercache")
+
+FIRST_RETRY_S = 0.1
+LAST_RETRY_S = 30.0
+"""
+Seconds between tries of an unload that did not happen; doubled from first to last.
+"""
+
+FIRST_COOL_DOWN_S = 1.0
+LAST_COOL_DOWN_S = 60.0
+"""
+Seconds without a try after a second load in a row failed; doubled from first to last.
+
+The first failure costs nothing: many are over at the next try. A model that never loads
+is tried 7 times in its first minute, and once a minute from then on.
+"""
+
+RETURN_AFTER_S = 1.0
+"""
+Seconds without another load after which a reload's buffers go back to the system.
+
+Source: where models take turns, faulting those pages in again takes a quarter of a
+reload (benchmarks/switch.py).
+"""
+
+
+class Moves(Books):
+    """
+    Loads and unloads. What they are for is decided in `core.Core`.
+    """
+
+    _grants: int = 0  # leases granted so far
+
+    def _serve_locked(self, entry: Entry) -> None:
+        """
+        Grant a model that has come to those who wait for it.
+        """
+        raise NotImplementedError
+
+    def _shelve_locked(self, entry: Entry, keep_alive_s: float | None) -> None:
+        """
+        Put an idle model on the shelf.
+        """
+        raise NotImplementedError
+
+    def _fail_locked(self, waiter: Waiter, error: BaseException) -> None:
+        """
+        End a request with an error.
+        """
+        raise NotImplementedError
+
+    def _postpone_locked(self, waiter: Waiter) -> None:
+        """
+        Take back the memory that was granted to a request, which goes on waiting.
+        """
+        raise NotImplementedError
+
+    def account(self, device: Device) -> dict[str, int]:
+        """
+        What other processes should know of *device*.
+        """
+        raise NotImplementedError
+
+    def _stop_if_over_locked(self) -> None:
+        """
+        Let all threads end once the cache is closed and empty.
+        """
+        raise NotImplementedError
+
+    # Load ----------------------------------------------------------------------------
+
+    def _start_load_locked(self, entry: Entry, n_bytes: int, host_bytes: int) -> None:
+        entry.state = State.LOADING
+        entry.device.loads_begun += 1
+        entry.device.entries[entry.key] = entry
+        entry.charge(n_bytes, host_bytes=host_bytes)
+        self._on_thread_locked(entry, partial(self._load, entry))
+
+    def _load(self, entry: Entry) -> None:
+        """
+        Load a model; on its device's thread.
+        """
+        turn = (
+            nullcontext() if self.peers is None else self.peers.turn(entry.device.name)
+        )
+        with turn:
+            self._tell_peers(entry.device)
+            if not self._still_fits(entry):
+                self._put_back(entry)
+                return
+            with self.changing():
+                quiet_since = None if self.leases else self._grants
+                self.outbox.append(ModelLoading(entry.key, entry.weights_bytes))
+            started_s = self.clock.now()
+            loaded = self._try_to_load(entry)
+        if loaded is None:
+            return
+        load_s = self.clock.now() - started_s
+        with self.changing():
+            # Work of others in the process moves what the loader measured.
+            is_quiet = quiet_since == self._grants
+            self._loaded_locked(entry, loaded, load_s)
+            self._admit_locked()
+            if loaded.reloaded:
+                self._return_later_locked(entry.device)
+        if is_quiet and loaded.measured_bytes is not None:
+            self.loader.remember(entry.key, loaded.files, loaded.measured_bytes)
+
+    def _tell_peers(self, device: Device) -> None:
+        """
+        Let other processes know of a load before it takes its memory, or after.
+        """
+        if self.peers is not None:
+            self.peers.publish(device.name, self.account(device))
+
+    def _still_fits(self, entry: Entry) -> bool:
+        """
+        Whether the gauge still shows room; other programs may have come since.
+        """
+        device = entry.device
+        for is_last in (False, True):
+            try:
+                reading = self.probe.read(device.name)
+            except Exception as error:  # `observe` told it; the limit has to do
+                _log.debug("free memory of %s is unknown: %s", device.name, error)
+                return True
+            promised_bytes = (
+                0 if self.peers is None else self.peers.promised_bytes(device.name)
+            )
+            with self.changing():
+                if device.has_room(reading, promised_bytes):
+                    return True
+            if not is_last:  # what an unload left in the heap for this very load
+                self.loader.return_memory(device.name)
+        return False
+
+    def _put_back(self, entry: Entry) -> None:
+        """
+        Take a load back that has not begun; whoever waits for it waits again.
+        """
+        with self.changing():
+            self._absent_locked(entry)
+            for waiter in self.queue:
+                if waiter.held is not None and waiter.wants(entry):
+                    self._postpone_locked(waiter)
+        self._look_again(entry.device)
+
+    def _try_to_load(self, entry: Entry) -> LoadedModel | None:
+        """
+        Load; if memory runs out, evict what is idle and try once more.
+        """
+        assert entry.files is not None
+        tried = ""
+        while True:
+            try:
+                return self.loader.load(entry.key, entry.files)
+            except BaseException as error:  # or its waiters would wait for ever
+                # The frames of the traceback hold the half-built model.
+                traceback.clear_frames(error.__traceback__)
+                fault = self._fault(entry.device, error, entry.weights_bytes)
+                if fault is not Fault.OUT_OF_MEMORY or tried:
+                    self._failed(entry, error, fault, tried)
+                    return None
+            evicted = self._make_room(entry.device)
+            names = ", ".join(map(str, evicted)) or "nothing, as nothing was idle"
+            tried = f"; tried twice, and evicted in between: {names}"
+
+    def _fault(self, device: Device, error: BaseException, needed_bytes: int) -> Fault:
+        """
+        What an error means; the gauge settles what its wording leaves open.
+        """
+        fault = classify(error)
+        if fault is not Fault.PERHAPS_OUT_OF_MEMORY:
+            return fault
+        try:
+            reading = self.probe.read(device.name)
+        except Exception as unread:
+            _log.warning("free memory of %s is unknown: %s", device.name, unread)
+            return Fault.OTHER
+        is_short = reading.free_bytes < needed_bytes
+        return Fault.OUT_OF_MEMORY if is_short else Fault.OTHER
+
+    def _make_room(self, device: Device) -> list[ModelKey]:
+        """
+        Unload all that is idle, at once; on the device's thread.
+        """
+        with self.changing():
+            idle = [entry for entry in device.shelf if not entry.stays]
+            for entry in idle:
+                self._leave_memory_locked(entry, EvictionCause.OUT_OF_MEMORY)
+        for entry in idle:
+            self._unload(entry)
+        self.loader.return_memory(device.name)
+        return [entry.key for entry in idle if not entry.is_present]
+
+    def _return_later_locked(self, device: Device) -> None:
+        """
+        Have what a reload left in the heap returned, unless the next one needs it
+        first.
+        """
+        begun = device.loads_begun
+
+        def return_memory() -> None:
+            if device.loads_begun == begun:
+                self.loader.return_memory(device.name)
+
+        again = partial(device.thread.submit, return_memory)
+        self.clock.call_at(self.clock.now() + RETURN_AFTER_S, again)
+
+    def _loaded_locked(self, entry: Entry, loaded: LoadedModel, load_s: float) -> None:
+        # The books keep to the prediction while the model is here, and what was
+        # measured corrects the next one: nothing that was admitted can turn out too
+        # large.
+        weights_bytes = entry.footprints[DEFAULT_WORKLOAD].weights_bytes
+        entry.charge(weights_bytes)
+        entry.loaded = loaded
+        entry.state = State.RESIDENT
+        entry.loads += 1
+        entry.load_s = load_s
+        entry.failures = 0
+        self.counts["loads"] += 1
+        self.counts["reloads"] += loaded.reloaded
+        self.seconds["load_s"] += load_s
+        measured_bytes = loaded.measured_bytes
+        self.outbox.append(
+            ModelLoaded(
+                entry.key, load_s, weights_bytes, measured_bytes, loaded.reloaded
+            )
+        )
+        # Whoever waited for this load comes first, even if it is to leave meanwhile.
+        cause, entry.cause = entry.cause, None
+        self._serve_locked(entry)
+        entry.cause = cause
+        if not entry.leases:
+            self._shelve_locked(entry, None)
+
+    def _failed(
+        self, entry: Entry, error: BaseException, fault: Fault, tried: str
+    ) -> None:
+        reason = one_line(error) + tried
+        try:
+            self.loader.return_memory(entry.key.device)
+        except Exception:  # nor may this keep them waiting
+            _log.exception("memory of %s was not returned", entry.key)
+        with self.changing():
+            self._absent_locked(entry)
+            entry.failures += 1
+            entry.failure = reason
+            if entry.failures > 1:
+                doublings = min(entry.failures - 2, 32)
+                pause_s = min(FIRST_COOL_DOWN_S * 2**doublings, LAST_COOL_DOWN_S)
+                entry.retry_at_s = self.clock.now() + pause_s
+            self.counts["load_failures"] += 1
+            self.outbox.append(ModelLoadFailed(entry.key, reason))
+            for waiter in [w for w in self.queue if w.wants(entry)]:
+                self._fail_locked(waiter, _load_error(entry.key, error, reason))
+            if fault is Fault.STICKY:
+                self._lose_locked(entry, error)
+            self._admit_locked()
+
+    def _lose_locked(self, entry: Entry, error: BaseException) -> None:
+        """
+        Give a device up whose CUDA context is broken.
+        """
+        device = entry.device
+        if device.sick is not None:
+            return
+        device.sick = one_line(error)
+        self.outbox.append(DeviceLost(entry.key, device.name, device.sick))
+        for waiter in list(self.queue):
+            if any(wanted.device is device for wanted in waiter.entries):
+                self._fail_locked(waiter, lost(device))
+
+    # Unload --------------------------------------------------------------------------
+
+    def _unload_locked(self, entry: Entry, cause: EvictionCause) -> None:
+        self._leave_memory_locked(entry, cause)
+        self._on_thread_locked(entry, partial(self._unload, entry))
+
+    def _leave_memory_locked(self, entry: Entry, cause: EvictionCause) -> None:
+        assert entry.state is State.RESIDENT and not entry.leases, entry.key
+        del entry.device.shelf[entry]
+        entry.state = State.UNLOADING
+        entry.cause = cause
+        entry.refusals = 0
+        entry.unload_started_s = self.clock.now()
+
+    def _unload(self, entry: Entry) -> None:
+        """
+        Unload a model, and have it confirmed; on its device's thread.
+        """
+        assert entry.loaded is not None
+        with self.changing():
+            load_follows = self._load_follows_locked(entry.device)
+        try:
+            released = self.loader.unload(entry.loaded, load_follows=load_follows)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            if classify(error) is Fault.STICKY:
+                with self.changing():
+                    self._lose_locked(entry, error)
+            self._refused(entry, one_line(error))
+            return
+        if not released.confirmed:
+            self._refused(entry, released.reason)
+            return
+        self._unloaded(entry, released)
+        with self.changing():
+            is_moving = entry.device.is_moving
+        if load_follows and not is_moving:  # whoever waited for this room has left
+            self.loader.return_memory(entry.key.device)
+
+    def _load_follows_locked(self, device: Device) -> bool:
+        """
+        Whether somebody waits for room on *device* to load a model.
+        """
+        return any(
+            entry.device is device and not entry.is_present
+            for waiter in self.queue
+            for entry in waiter.entries
+        )
+
+    def _unloaded(self, entry: Entry, released: Released) -> None:
+        with self.changing():
+            assert entry.cause is not None
+            self.counts["evictions"] += 1
+            unload_s = self.clock.now() - entry.unload_started_s
+            self.outbox.append(
+                ModelEvicted(
+                    entry.key,
+                    entry.cause,
+                    entry.weights_bytes,
+                    released.returned_bytes,
+                    unload_s,
+                )
+            )
+            if released.references:
+                self.outbox.append(ModelStillReferenced(entry.key, released.references))
+            self._absent_locked(entry)
+            self._admit_locked()
+
+    def _refused(self, entry: Entry, reason: str) -> None:
+        """
+        Keep the bytes charged, and try again later.
+        """
+        with self.changing():
+            if entry.device.sick is not None:
+                self._write_off_locked(entry)
+                return
+            self.counts["unconfirmed"] += not entry.refusals
+            retry_s = min(FIRST_RETRY_S * 2 ** min(entry.refusals, 32), LAST_RETRY_S)
+            entry.refusals += 1
+            self.outbox.append(
+                ReleaseUnconfirmed(entry.key, entry.weights_bytes, retry_s, reason)
+            )
+            again = partial(entry.device.thread.submit, partial(self._unload, entry))
+            self.clock.call_at(self.clock.now() + retry_s, again)
+
+    def _write_off_locked(self, entry: Entry) -> None:
+        """
+        Close the books of a model on a lost device; its bytes stay charged for good.
+        """
+        lost_bytes = entry.weights_bytes
+        _log.warning(
+            "%s of %s stay on %s until the process ends",
+            *(format_bytes(lost_bytes), entry.key, entry.device.name),
+        )
+        self._absent_locked(entry)
+        entry.device.charge(lost_bytes)
+        entry.device.lost_bytes += lost_bytes
+        self._admit_locked()
+
+    def _absent_locked(self, entry: Entry) -> None:
+        """
+        Close the books of a model that is not, or no longer, in memory.
+        """
+        entry.charge(0)
+        entry.device.is_stale = True
+        entry.state = State.ABSENT
+        entry.loaded = None
+        entry.cause = None
+        entry.pinned = False
+        if entry.drained_for is not None:
+            # Or an older request would load it, not get it, and see it leave, for ever.
+            entry.drained_for.draining.remove(entry)
+            entry.drained_for = None
+        del entry.device.entries[entry.key]
+        for gone in entry.gone:
+            self._work.append(partial(_done, gone))
+        entry.gone = []
+        self._stop_if_over_locked()
+
+    # Errors of calls -----------------------------------------------------------------
+
+    def recover(self, entry: Entry, error: BaseException) -> bool:
+        """
+        See what an error in the use of a leased model means, and make room if it ran
+        out of memory.
+
+        Blocks: while idle models of its device leave.
+
+        Returns:
+            Whether something left, so that the call may succeed now.
+        """
+        fault = self._fault(entry.device, error, entry.workspace_bytes)
+        if fault is Fault.STICKY:
+            with self.changing():
+                self._lose_locked(entry, error)
+                self._admit_locked()
+        if fault is not Fault.OUT_OF_MEMORY or entry.device.thread.is_current():
+            return False
+        evicted: Future[list[ModelKey]] = Future()
+
+        def make_room() -> None:
+            try:
+                evicted.set_result(self._make_room(entry.device))
+            except BaseException as failure:
+                evicted.set_exception(failure)
+                raise
+
+        entry.device.thread.submit(make_room)
+        return bool(evicted.result())
+
+
+def _load_error(key: ModelKey, error: BaseException, reason: str) -> BaseException:
+    """
+    An error for one of several waiters; each gets its own, with its own traceback.
+    """
+    if isinstance(error, WhisperCacheError):
+        own: WhisperCacheError = copy.copy(error)
+    else:
+        own = LoadFailed(str(key), reason)
+    own.__cause__ = error
+    return own
+
+
+def _done(future: Future[None]) -> None:
+    with suppress(InvalidStateError):  # cancelled: nobody waits any more
+        future.set_result(None)
