@@ -100,7 +100,9 @@ def worlds(draw: st.DrawFn) -> World:
             model = draw(st.sampled_from(idle))
             demand = Demand(CARD, draw(st.integers(0, 8)), 0, model.weights_bytes, 1)
             keys, need = (model.key,), Need.WORKSPACE
-            if absent and draw(st.sampled_from([False, True])):  # together with one that is not there
+            if absent and draw(
+                st.sampled_from([False, True])
+            ):  # together with one that is not there
                 keys, need = (*keys, key(absent.pop())), Need.LOAD
                 demand = replace(demand, n_bytes=demand.n_bytes + 1, models=1)
             pending = Pending(
@@ -234,7 +236,7 @@ def test_what_can_never_be_had_evicts_nothing(world: World) -> None:
     """
     It fails, with the demand that is too much; whatever may be had one day does not.
     """
-    for pending, decision in zip(world.queue, world.plan(), strict=True):
+    for decision in world.plan():
         if decision.outcome is not Outcome.NEVER:
             assert decision.lacking is None
             continue
@@ -257,7 +259,7 @@ def test_what_can_never_be_had_evicts_nothing(world: World) -> None:
 @given(worlds())
 def test_a_load_passes_only_those_who_may_be_passed(world: World) -> None:
     """
-    Neither one that was passed often enough nor one that lost its patience.
+    Not one that was passed often enough.
     """
     for place, decision in enumerate(world.plan()):
         assert decision.outcome is Outcome.LOAD or not decision.overtakes
@@ -265,8 +267,8 @@ def test_a_load_passes_only_those_who_may_be_passed(world: World) -> None:
         for passed in decision.overtakes:
             event("overtakes")
             assert passed < place
-            assert world.queue[passed].overtaken < MAX_OVERTAKES
-            assert not world.queue[passed].impatient
+            may_pass = world.queue[place].passes
+            assert may_pass or world.queue[passed].overtaken < MAX_OVERTAKES
 
 
 @MANY
@@ -448,13 +450,13 @@ def test_the_gap_is_smoothed() -> None:
 
 @pytest.mark.parametrize(
     ("overtaken", "impatient", "passed"),
-    [(0, False, True), (MAX_OVERTAKES, False, False), (0, True, False)],
+    [(0, False, True), (MAX_OVERTAKES, False, False), (0, True, True)],
 )
 def test_a_load_that_fits_passes_one_that_is_stuck(
     *, overtaken: int, impatient: bool, passed: bool
 ) -> None:
     """
-    So many times, and so long; on other devices always.
+    So many times, however long that one has waited; on other devices always.
     """
     world = World(
         rooms={

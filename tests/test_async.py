@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from whispercache import AsyncModelCache, LeaseTimeout, LoadFailed
+from whispercache import AsyncModelCache, LeaseTimeout, LoadFailed, admission
 from whispercache.testing import check, settle, wait_until
 
 if TYPE_CHECKING:
@@ -91,12 +91,13 @@ def test_a_block_that_never_began_ends_quietly(
 
 
 def test_a_task_cancelled_in_the_queue_leaves_it(
-    make_cache: MakeCache, loader: FakeLoader
+    make_cache: MakeCache, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
     Those behind it move up; its load is not wasted.
     """
-    cache = AsyncModelCache(make_cache(vram="4GiB", patience_s=0))
+    monkeypatch.setattr(admission, "MAX_OVERTAKES", 0)
+    cache = AsyncModelCache(make_cache(vram="4GiB"))
 
     async def main() -> None:
         held = await cache.lease("small", "cuda")

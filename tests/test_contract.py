@@ -20,6 +20,7 @@ from whispercache import (
     ModelTooLarge,
     TooManyWaiters,
     Workload,
+    admission,
 )
 from whispercache.testing import check, settle, wait_until
 
@@ -280,17 +281,21 @@ def test_a_timeout_ends_the_wait_and_not_the_load(
 
 
 def test_who_times_out_makes_room_for_the_next(
-    make_cache: MakeCache, clock: FakeClock, driver: Driver
+    make_cache: MakeCache,
+    clock: FakeClock,
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
     Those behind a request that gave up are looked at again.
     """
-    cache = make_cache(vram="4GiB", patience_s=0)
+    monkeypatch.setattr(admission, "MAX_OVERTAKES", 0)
+    cache = make_cache(vram="4GiB")
     held = driver.lease(cache, "small", "cuda")
     stuck = driver.waiting(cache, "medium", "cuda", timeout_s=5)
     behind = driver.waiting(cache, "base", "cuda")
     wait_until(lambda: clock._calls, "the timer")
-    assert not behind.done()  # patience 0: nobody passes
+    assert not behind.done()  # nobody passes
     clock.tick(5)
     with pytest.raises(LeaseTimeout):
         stuck.result(10)

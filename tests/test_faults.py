@@ -482,7 +482,7 @@ def test_models_on_a_lost_device_stay_charged_and_close_does_not_wait(
     cache.preload("tiny", "cuda")
     unloads: list[object] = []
 
-    def unload(self: FakeLoader, loaded: Any, **_: object) -> Any:
+    def unload(_loader: FakeLoader, loaded: Any, **_: object) -> Any:
         unloads.append(loaded)
         raise RuntimeError(ILLEGAL)
 

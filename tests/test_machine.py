@@ -8,6 +8,8 @@ work when it is told to.
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +29,7 @@ from hypothesis.stateful import (
 from whispercache import (
     CacheClosed,
     Event,
+    LeaseDeadlock,
     LeaseTimeout,
     LoadFailed,
     ModelCache,
@@ -64,7 +67,12 @@ devices = st.sampled_from(["cuda", "cuda", "cpu"])
 limits = st.sampled_from(["auto", "2GiB", "3GiB", "5GiB", "7GiB"])
 counts = st.sampled_from([None, None, 1, 2, 3])
 MAX_WAITING = 8
-ALLOWED = (LeaseTimeout, LoadFailed, ModelTooLarge, CacheClosed)
+ALLOWED = (LeaseTimeout, LoadFailed, ModelTooLarge, CacheClosed, LeaseDeadlock)
+OWNERS = tuple("abcdef")
+EXAMPLES = int(os.environ.get("WHISPERCACHE_STEPS", "8000")) // 40
+"""
+How much is tried: so many steps in all, by default few enough for every run.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class Asked:
     workers: int
     keep_alive_s: float | None
     timeout_s: float | None
+    owner: str
 
 
 requests = st.builds(
@@ -89,6 +98,7 @@ requests = st.builds(
     workers=st.sampled_from([1, 1, 1, 2]),
     keep_alive_s=st.sampled_from([None, None, 0.0, 1.0, 30.0, float("inf")]),
     timeout_s=st.sampled_from([None, None, None, 0.0, 3.0, 20.0]),
+    owner=st.sampled_from(OWNERS),
 )
 
 
@@ -153,10 +163,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.ends: Counter[int] = Counter()
         self.numbers = itertools.count()
         self.leases: list[Lease] = []
+        self.retries_in_s: list[float | None] = []
         self.evictions: list[tuple[Entry, Future[None]]] = []
         self.life: defaultdict[ModelKey, list[Event]] = defaultdict(list)
         self.charged_bytes: Counter[str] = Counter()
         self.cache.subscribe(lambda event: self.life[event.key].append(event))
+        self.cache.subscribe(fail_always)
 
     # Requests -------------------------------------------------------------------------
 
@@ -174,28 +186,60 @@ class CacheMachine(RuleBasedStateMachine):
         """
         One request: a hit, or one for the queue.
         """
-        workload = Workload(batch_size=asked.batch)
-        options = [("num_workers", 2)] * (asked.workers - 1)
-        waiting = len(self.core.queue)
-        target = self.cache._resolver.resolve(
-            (asked.model, asked.device, "default", *options)
+        if self.waits(asked.owner):
+            return
+        part = self.part(asked)
+        lease = self.core.hit(
+            part.entry, part.workload, asked.keep_alive_s, asked.owner
         )
-        lease = self.core.hit(target.entry, workload, asked.keep_alive_s, None)
         if lease is not None:
             self.leases.append(lease)
             return
+        self.queue_up([part], asked)
+
+    @precondition(lambda self: not self.core.is_closed)
+    @rule(asked=st.lists(requests, min_size=2, max_size=4))
+    def ask_many(self, asked: list[Asked]) -> None:
+        """
+        As `ModelCache.lease_many` does, but for the wait.
+        """
+        if not self.waits(asked[0].owner):
+            self.queue_up([self.part(each) for each in asked], asked[0])
+            self.rest()
+
+    def waits(self, owner: str) -> bool:
+        """
+        Whether *owner* waits already, and cannot ask for more.
+        """
+        return any(waiter.owner == owner for waiter in self.core.queue)
+
+    def part(self, asked: Asked) -> Part:
+        """
+        One model, located.
+        """
+        workload = Workload(batch_size=asked.batch)
+        options = [("num_workers", 2)] * (asked.workers - 1)
+        target = self.cache._resolver.resolve(
+            (asked.model, asked.device, "default", *options)
+        )
         self.cache._resolver.locate(target, workload)
+        return Part(target.entry, workload)
+
+    def queue_up(self, parts: list[Part], asked: Asked) -> None:
+        """
+        One request for the queue.
+        """
+        waiting = len(self.core.queue)
         try:
             waiter = self.core.request(
-                [Part(target.entry, workload)],
-                asked.keep_alive_s,
-                asked.timeout_s,
-                owner=None,
+                parts, asked.keep_alive_s, asked.timeout_s, asked.owner
             )
         except LeaseTimeout:
             assert asked.timeout_s == 0
         except TooManyWaiters:
             assert waiting >= MAX_WAITING
+        except LoadFailed as cooling:
+            self.retries_in_s.append(cooling.retry_in_s)
         else:
             self.requests.append(waiter)
             # A number, not the waiter: a cycle would keep its lease from collection.
@@ -243,6 +287,15 @@ class CacheMachine(RuleBasedStateMachine):
             assert lease.is_released
         self.rest()
 
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), owner=st.sampled_from([None, *OWNERS]))
+    def hand_over(self, data: st.DataObject, owner: str | None) -> None:
+        """
+        Let somebody else end a lease.
+        """
+        place = data.draw(st.integers(0, len(self.leases) - 1))
+        self.leases[place].hand_over(owner)
+
     # Time and faults ------------------------------------------------------------------
 
     @rule(seconds=st.sampled_from([0.0, 0.1, 1.0, 6.0, 21.0, 100.0]))
@@ -253,12 +306,53 @@ class CacheMachine(RuleBasedStateMachine):
         self.clock.tick(seconds)
         self.rest()
 
-    @rule(model=models)
-    def fail_a_load(self, model: str) -> None:
+    @rule(seconds=st.sampled_from([0.5, 30.0]))
+    def jump_back(self, seconds: float) -> None:
         """
-        The next load of a model will fail.
+        Let the clock be wrong for once.
         """
-        self.loader.fail_loads[model] = [RuntimeError("broken")]
+        self.clock._now_s -= seconds
+        self.rest()
+
+    @rule(
+        model=models,
+        count=st.integers(1, 3),
+        text=st.sampled_from(["broken", "CUDA failed with error out of memory"]),
+    )
+    def fail_loads(self, model: str, count: int, text: str) -> None:
+        """
+        The next loads of a model will fail.
+        """
+        self.loader.fail_loads[model] = [RuntimeError(text) for _ in range(count)]
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def run_out_of_memory(self, data: st.DataObject) -> None:
+        """
+        A call on a leased model does.
+        """
+        place = data.draw(st.integers(0, len(self.leases) - 1))
+        self.leases[place].recover(RuntimeError("CUDA failed with error out of memory"))
+
+    @rule(fails=st.sampled_from([None, OSError("no driver")]))
+    def break_the_gauge(self, fails: Exception | None) -> None:
+        """
+        It cannot be read, or can again.
+        """
+        # A device that was never read cannot be used at all, and says so.
+        if len(self.core.devices) == len(DEVICES) and all(
+            device.total_bytes for device in self.core.devices.values()
+        ):
+            self.machine.reading_fails = fails
+
+    @rule(device=st.sampled_from(sorted(DEVICES)), gib=st.integers(0, 3))
+    def make_room_for_others(self, device: str, gib: int) -> None:
+        """
+        As under pressure from outside.
+        """
+        if device in self.core.devices:
+            self.core.make_room_for_others(self.core.devices[device], gib * GIB)
+            self.rest()
 
     @rule(count=st.integers(1, 3))
     def refuse_unloads(self, count: int) -> None:
@@ -384,6 +478,8 @@ class CacheMachine(RuleBasedStateMachine):
         """
         self.cache.unpin()
         self.loader.refuse_unloads = 0
+        self.loader.fail_loads.clear()
+        self.machine.reading_fails = None
         self.held.clear()
         for device in DEVICES:
             self.machine.others(device, 0)
@@ -391,7 +487,7 @@ class CacheMachine(RuleBasedStateMachine):
             for lease in self.leases:
                 lease.release()
             self.leases.clear()
-            self.clock.tick(0.5)
+            self.clock.tick(5)
             self.rest()
             if not self.core.queue and not self.leases:
                 break
@@ -481,6 +577,13 @@ class CacheMachine(RuleBasedStateMachine):
             assert not waiter.future.done()
 
     @invariant()
+    def who_is_refused_for_failures_is_told_when_to_retry(self) -> None:
+        """
+        In seconds from then.
+        """
+        assert all(seconds and seconds > 0 for seconds in self.retries_in_s)
+
+    @invariant()
     def leases_are_on_models_in_memory(self) -> None:
         """
         Which can be used.
@@ -488,7 +591,8 @@ class CacheMachine(RuleBasedStateMachine):
         for lease in self.leases:
             assert not lease.is_released
             assert lease.whisper.detect_language()[0] == "en"
-        assert self.core.leases == len(self.leases)
+        held = sum(len(waiter.held or ()) for waiter in self.core.queue)
+        assert self.core.leases == len(self.leases) + held
 
     @invariant()
     def memory_is_what_the_books_say(self) -> None:
@@ -540,6 +644,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.patch.undo()
 
 
+def fail_always(event: Event) -> None:
+    """
+    A listener that fails, which must not matter.
+    """
+    raise RuntimeError(f"no ear for {event}")
+
+
 def is_granted(waiter: Waiter, lease: Lease) -> bool:
     """
     Whether *lease* is how a request ended.
@@ -554,6 +665,11 @@ def test_whatever_happens_the_invariants_hold() -> None:
     """
     And when it calms down, everybody has been served and all memory is back.
     """
-    run_state_machine_as_test(
-        CacheMachine, settings=settings(max_examples=200, stateful_step_count=40)
-    )
+    logging.disable()  # or every step would be told of by the listener that fails
+    try:
+        run_state_machine_as_test(
+            CacheMachine,
+            settings=settings(max_examples=EXAMPLES, stateful_step_count=40),
+        )
+    finally:
+        logging.disable(logging.NOTSET)

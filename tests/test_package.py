@@ -30,11 +30,14 @@ ERRORS: tuple[WhisperCacheError, ...] = (
     ),
     errors.LeaseTimeout("base/cpu/float32", 1.5, 2),
     errors.TooManyWaiters("base/cpu/float32", 8),
+    errors.LeaseDeadlock("base/cpu/float32", ("tiny/cpu/float32",)),
     errors.LoadFailed("base", "the hub is gone"),
+    errors.LoadFailed("base", "2 loads in a row failed: broken", 1.5),
     errors.NotDownloaded("someone/whisper", "preload it first"),
     errors.CorruptModel("models/base", "model.bin ends early"),
     errors.AudioError("'talk.wav'", "no audio in it"),
     errors.CacheClosed(),
+    errors.CacheForked(),
 )
 
 

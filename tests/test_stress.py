@@ -25,9 +25,9 @@ from whispercache import (
     ModelCache,
     ModelTooLarge,
     TooManyWaiters,
+    moves,
 )
 from whispercache import core as core_module
-from whispercache import moves
 from whispercache.core import Core
 from whispercache.loader import LoadedModel, Released
 from whispercache.testing import FakeLoader, FakeMachine, check

@@ -40,6 +40,7 @@ from whispercache import (
     ModelEvicted,
     ModelLoaded,
     ModelLoading,
+    ModelStillReferenced,
 )
 from whispercache.testing import settle
 
@@ -149,8 +150,11 @@ class TestUnload:
             assert cache.models() == ()
             assert cache.devices()[0].charged_bytes == 0
             assert cache.stats().evictions == cache.stats().loads == count
+        # Such as the one above, which is looked at after its unload on purpose.
         kinds = [type(event) for event in events]
-        assert kinds == [ModelLoading, ModelLoaded, ModelEvicted] * 300
+        per_round = [ModelLoading, ModelLoaded, ModelEvicted, ModelStillReferenced]
+        assert kinds[: len(per_round)] == per_round
+        assert [kind for kind in kinds if kind in per_round[:3]] == per_round[:3] * 300
         assert cache.stats().unconfirmed == 0
 
     def test_models_are_touched_by_their_device_s_thread_only(

@@ -338,6 +338,7 @@ class _Scratch:
     chosen: set[ModelKey] = field(default_factory=set)  # to leave, to stay, or to come
     stuck: dict[str, list[int]] = field(default_factory=dict)
     barred: set[str] = field(default_factory=set)
+    wanted: set[ModelKey] = field(default_factory=set)  # by who is stuck
 
 
 def plan(
@@ -432,7 +433,9 @@ def _stick(scratch: _Scratch, place: int, pending: Pending) -> Decision:
     """
     for demand in pending.demands:
         scratch.stuck.setdefault(demand.device, []).append(place)
-        if pending.overtaken >= MAX_OVERTAKES or pending.impatient:
+        # Not impatience: drained models return what it needs, and loads that fit may
+        # go on (benchmarks/simulate.py: a fifth less stall on a small card).
+        if pending.overtaken >= MAX_OVERTAKES:
             scratch.barred.add(demand.device)
     drain: list[ModelKey] = []
     if pending.impatient:
@@ -444,11 +447,14 @@ def _stick(scratch: _Scratch, place: int, pending: Pending) -> Decision:
                 for resident in there
                 if resident.key not in pending.keys
                 and resident.key not in scratch.chosen
+                and resident.key not in scratch.wanted
             ]
             found = choose_victims(leaving, *room.shortfall(demand))
             drain.extend(each.key for each in (leaving if found is None else found))
             if pending.shares:
                 drain.extend(each.key for each in there if each.key in pending.keys)
+    # Nobody behind holds back what this one will use.
+    scratch.wanted.update(pending.keys)
     return Decision(Outcome.WAIT, drain=tuple(drain))
 
 

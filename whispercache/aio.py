@@ -214,7 +214,11 @@ class AsyncModelCache:
     async def _acquire_many(
         self, requests: Sequence[Request], workload: Workload, terms: Terms
     ) -> Leases:
-        return Leases(await self._wait(requests, workload, terms))
+        leases = Leases(await self._wait(requests, workload, terms))
+        if tracemalloc.is_tracing():
+            for lease in leases:
+                lease.taken_at = caller()
+        return leases
 
     async def _wait(
         self, requests: Sequence[Request], workload: Workload, terms: Terms

@@ -57,6 +57,11 @@ class Peers(Protocol):
         Tell them what of *device* is taken here; the fields of `ledger.Account`.
         """
 
+    def close(self) -> None:
+        """
+        Tell them that nothing is taken any more.
+        """
+
     def turn(self, device: str) -> AbstractContextManager[None]:
         """
         Load while no other process loads to *device*. Blocks for a limited time.
@@ -229,16 +234,21 @@ class Books:
             raise DeviceUnavailable(device.name, one_line(error)) from error
         self.take_reading(device, reading)
 
-    def take_reading(self, device: Device, reading: MemoryReading) -> None:
+    def take_reading(
+        self, device: Device, reading: MemoryReading, *, is_still: bool = False
+    ) -> None:
         """
         Take a reading into account, and what other processes told.
+
+        Without *is_still* it does not count while something moves.
         """
         promised_bytes = held_bytes = 0
         if self.peers is not None:
             promised_bytes = self.peers.promised_bytes(device.name)
             held_bytes = self.peers.held_bytes(device.name)
         with self.changing():
-            device.observe(reading, promised_bytes, held_bytes)
+            if is_still or not device.is_moving or not device.total_bytes:
+                device.observe(reading, promised_bytes, held_bytes)
 
     def _look_again(self, device: Device) -> None:
         """

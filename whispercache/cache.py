@@ -336,7 +336,11 @@ class ModelCache:
         requests = as_requests(models, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, ())
         parts = self._locate(requests, workload or DEFAULT_WORKLOAD)
-        return Leases(self._wait(parts, terms))
+        leases = Leases(self._wait(parts, terms))
+        if tracemalloc.is_tracing():
+            for lease in leases:
+                lease.taken_at = caller()
+        return leases
 
     def _terms(
         self,
@@ -729,13 +733,15 @@ def as_requests(
         raise TypeError(f"models must be a list of models, not {models!r}")
     requests = []
     for model in models:
-        named = model if isinstance(model, tuple) else (model,)
+        named: tuple[ModelName, ...] = (
+            tuple(model) if isinstance(model, (tuple, list)) else (model,)
+        )
         defaults = (device, compute_type)
         if not 1 <= len(named) <= len(defaults) + 1:
             raise ValueError(f"{model!r} must be (model, device, compute_type)")
-        name, *own = named
-        where, kind = (*own, *defaults[len(own) :])
-        requests.append(as_request(name, str(where), str(kind), load_options))
+        own = tuple(map(str, named[1:]))
+        where, kind = own + defaults[len(own) :]
+        requests.append(as_request(named[0], where, kind, load_options))
     if not requests:
         raise ValueError("lease_many takes at least one model")
     return requests
@@ -779,7 +785,7 @@ class Departure:
         self._core = core
         self._leaving = leaving
         self._started_s = core.clock.now()
-        if timeout_s is not None:
+        if timeout_s is not None and leaving:
             core.clock.call_at(self._started_s + timeout_s, self.give_up)
 
     def give_up(self) -> None:

@@ -11,6 +11,7 @@ from .entries import State, reservations
 
 if TYPE_CHECKING:
     from .books import Books
+    from .deadlock import Owner
     from .entries import Entry, Waiter
 
 __all__ = ["closing", "held_up", "suspects"]
@@ -45,16 +46,23 @@ def held_up(books: Books) -> list[Waiter]:
     """
     The waiters without whose leases another one cannot be served.
 
-    They must not wait for that one's turn, or both would wait for ever.
+    They must not wait for that one's turn, or both would wait for ever. Where one of
+    several is enough, it is the oldest.
     """
     waiters = [waiter for waiter in books.queue if waiter.held is None]
     claims = [_claim(waiter) for waiter in waiters]
     holds, ceilings = _holds(books), _ceilings(books)
-    return [
-        waiter
-        for waiter in suspects(books)
-        if not waiter.passes and unserved(claims, holds, ceilings, never=[waiter.owner])
-    ]
+    in_circles = unserved(claims, holds, ceilings)
+    staying: list[Owner] = []
+    passing: list[Waiter] = []
+    for waiter in reversed(suspects(books)):
+        never = [*staying, waiter.owner]
+        left = unserved(claims, holds, ceilings, never)
+        if all(claim in in_circles for claim in left):
+            staying.append(waiter.owner)
+        else:
+            passing.append(waiter)
+    return passing
 
 
 def _leased(books: Books) -> list[Entry]:
@@ -62,13 +70,7 @@ def _leased(books: Books) -> list[Entry]:
 
 
 def _model(entry: Entry, weights_bytes: int) -> Model:
-    return Model(
-        entry.key,
-        entry.device.name,
-        weights_bytes,
-        workers=entry.num_workers,
-        pinned=entry.stays,
-    )
+    return Model(entry.key, entry.device.name, weights_bytes, entry.num_workers)
 
 
 def _claim(waiter: Waiter) -> Claim:

@@ -276,7 +276,7 @@ class Core(Moves):
                 self.counts["deadlocks"] += 1
                 self._fail_locked(waiter, LeaseDeadlock(str(waiter), tuple(held)))
             for passing in circles.held_up(self):
-                passing.passes = passing.since_s <= ripe_s
+                passing.passes |= passing.since_s <= ripe_s
             self._admit_locked()
             # Whatever else may close a circle is an event, which looks out again.
             self._is_suspicious = False
@@ -357,10 +357,12 @@ class Core(Moves):
         room = device.room()
         models = demand.models + demand.own_models
         if demand.models and room.reachable_models() < models:
-            pinned = "all" if models == 1 else str(room.pinned_models)
-            reason = f"max_models is {room.max_models}, and {pinned} of them are pinned"
-            if models > 1:
-                reason += f"; {models} are wanted at once"
+            reason = f"max_models is {room.max_models}"
+            if models == 1:
+                reason += ", and all of them are pinned"
+            else:
+                reason += f", of which {room.pinned_models} are pinned, and {models} "
+                reason += "are wanted at once"
         elif demand.n_bytes + demand.own_bytes <= room.ceiling_bytes:
             reason = f"{format_bytes(room.pinned_bytes)} are pinned; unpin a model"
         elif device.limit_bytes is not None and (
@@ -370,7 +372,11 @@ class Core(Moves):
         else:
             reason = "other programs hold the rest; choose a smaller model or type"
         return ModelTooLarge(
-            wanted, device.name, demand.n_bytes, reachable_bytes, reason
+            wanted,
+            device.name,
+            demand.n_bytes + demand.own_bytes,
+            reachable_bytes + demand.own_bytes,
+            reason,
         )
 
     def _drain_locked(self, entry: Entry, waiter: Waiter) -> None:
@@ -505,6 +511,7 @@ class Core(Moves):
         with self.changing():
             if serial in entry.leases:
                 entry.owners[serial] = owner
+                self._admit_locked()
 
     def drop(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
         """
@@ -594,6 +601,7 @@ class Core(Moves):
             if waits_for is not None:
                 own = [e for e in leaving if waits_for in e.owners.values()]
                 if own:
+                    self.counts["deadlocks"] += 1
                     names = tuple(str(entry.key) for entry in own)
                     raise LeaseDeadlock(f"the eviction of {names[0]}", names)
             return [
@@ -767,6 +775,8 @@ class Core(Moves):
         if self._closed is None or any(d.entries for d in self.devices.values()):
             return
         self._work.append(self.clock.close)
+        if self.peers is not None:
+            self._work.append(self.peers.close)
         self._work.extend(device.thread.stop for device in self.devices.values())
 
     def forked(self, *, gpu_in_use: bool) -> None:

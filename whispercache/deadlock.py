@@ -36,14 +36,12 @@ class Model:
         device: Where.
         weights_bytes: What it takes while it is in memory.
         workers: How many calls it runs at a time.
-        pinned: Whether it stays when idle.
     """
 
     key: ModelKey
     device: str
     weights_bytes: int
     workers: int = 1
-    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,7 @@ class Device:
         peers_bytes: int = 0,
     ) -> None:
         """
-        Take a reading of the gauge into account, unless something moves just now.
+        Take a reading of the gauge into account, of a time when nothing moved.
 
         What is free does not show the work that leased models have not begun, so for
         what may be charged only their weights are added to it.
@@ -129,15 +129,15 @@ class Device:
             promised_bytes: What other processes will take that it does not show yet.
             peers_bytes: What other processes hold, and would give up if asked.
         """
-        if self.is_moving and self._gauge_capacity_bytes is not None:
-            return
         self.is_stale = False
         self.total_bytes = reading.total_bytes
         usable_bytes = self._usable(reading) - promised_bytes
-        weights_bytes = sum(entry.weights_bytes for entry in self.entries.values())
-        self._gauge_capacity_bytes = max(0, usable_bytes + weights_bytes)
+        self._gauge_capacity_bytes = max(0, usable_bytes + self._held_bytes())
+        # A load that has not begun takes nothing yet.
+        loads = (each for each in self.entries.values() if each.state is State.LOADING)
+        taken_bytes = self.charged_bytes - sum(entry.weights_bytes for entry in loads)
         self._gauge_ceiling_bytes = max(
-            0, usable_bytes + self.charged_bytes + promised_bytes + peers_bytes
+            0, usable_bytes + taken_bytes + promised_bytes + peers_bytes
         )
         self.set_limit(self.limit)
 
@@ -145,14 +145,16 @@ class Device:
         """
         Whether all that is charged and not in memory yet still fits, by *reading*.
         """
-        there = (State.RESIDENT, State.UNLOADING)
-        held_bytes = sum(
-            entry.weights_bytes
-            for entry in self.entries.values()
-            if entry.state in there
-        )
-        to_come_bytes = self.charged_bytes - self.lost_bytes - held_bytes
+        to_come_bytes = self.charged_bytes - self._held_bytes()
         return to_come_bytes <= self._usable(reading) - promised_bytes
+
+    def _held_bytes(self) -> int:
+        """
+        Weights in memory, which the gauge counts as taken.
+        """
+        there = (State.RESIDENT, State.UNLOADING)
+        held = (each for each in self.entries.values() if each.state in there)
+        return self.lost_bytes + sum(entry.weights_bytes for entry in held)
 
     def _usable(self, reading: MemoryReading) -> int:
         return reading.free_bytes - headroom_bytes(self.name, reading.total_bytes)

@@ -206,8 +206,12 @@ class Leases(Sequence[Lease]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for lease in self._leases:
-            lease.__exit__(kind, error, trace)
+        self.release()
+        if isinstance(error, RuntimeError):  # perhaps a device is beyond use
+            for lease in {
+                lease._entry.device: lease for lease in self._leases
+            }.values():
+                lease.recover(error)
 
     def __repr__(self) -> str:
         return f"<Leases {', '.join(map(repr, self._leases))}>"

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .entries import Waiter
     from .keys import ModelKey
     from .loader import LoadedModel, Released
+    from .memory import MemoryReading
 
     # A model on its way out, and a future that is done when it has left.
     Leaving: TypeAlias = tuple[Entry, Future[None]]
@@ -129,8 +130,8 @@ class Moves(Books):
         )
         with turn:
             self._tell_peers(entry.device)
-            if not self._still_fits(entry):
-                self._put_back(entry)
+            if (reading := self._shortage(entry.device)) is not None:
+                self._put_back(entry, reading)
                 return
             with self.changing():
                 quiet_since = None if self.leases else self._grants
@@ -147,6 +148,7 @@ class Moves(Books):
             self._admit_locked()
             if loaded.reloaded:
                 self._return_later_locked(entry.device)
+        self._tell_peers(entry.device)
         if is_quiet and loaded.measured_bytes is not None:
             self.loader.remember(entry.key, loaded.files, loaded.measured_bytes)
 
@@ -157,28 +159,29 @@ class Moves(Books):
         if self.peers is not None:
             self.peers.publish(device.name, self.account(device))
 
-    def _still_fits(self, entry: Entry) -> bool:
+    def _shortage(self, device: Device) -> MemoryReading | None:
         """
-        Whether the gauge still shows room; other programs may have come since.
+        The gauge, if it no longer shows room for what is charged: other programs may
+        have come since. None if it does, or cannot be read.
         """
-        device = entry.device
-        for is_last in (False, True):
+        reading = None
+        for _ in "12":
+            if reading is not None:  # what an unload left in the heap for this load
+                self.loader.return_memory(device.name)
             try:
                 reading = self.probe.read(device.name)
             except Exception as error:  # `observe` told it; the limit has to do
                 _log.debug("free memory of %s is unknown: %s", device.name, error)
-                return True
+                return None
             promised_bytes = (
                 0 if self.peers is None else self.peers.promised_bytes(device.name)
             )
             with self.changing():
                 if device.has_room(reading, promised_bytes):
-                    return True
-            if not is_last:  # what an unload left in the heap for this very load
-                self.loader.return_memory(device.name)
-        return False
+                    return None
+        return reading
 
-    def _put_back(self, entry: Entry) -> None:
+    def _put_back(self, entry: Entry, reading: MemoryReading) -> None:
         """
         Take a load back that has not begun; whoever waits for it waits again.
         """
@@ -187,7 +190,10 @@ class Moves(Books):
             for waiter in self.queue:
                 if waiter.held is not None and waiter.wants(entry):
                     self._postpone_locked(waiter)
-        self._look_again(entry.device)
+        # On its thread, so nothing moves, whatever is on its way.
+        self.take_reading(entry.device, reading, is_still=True)
+        with self.changing():
+            self._admit_locked()
 
     def _try_to_load(self, entry: Entry) -> LoadedModel | None:
         """
@@ -349,6 +355,7 @@ class Moves(Books):
             self._refused(entry, released.reason)
             return
         self._unloaded(entry, released)
+        self._tell_peers(entry.device)
         with self.changing():
             is_moving = entry.device.is_moving
         if load_follows and not is_moving:  # whoever waited for this room has left

@@ -148,9 +148,7 @@ def look_after(core: Core, *, watches: bool, peers: LedgerPeers | None) -> None:
         core = forgotten()
         if core is None:
             return
-        if core.is_closed and not any(device.entries for device in core.all_devices()):
-            if peers is not None:
-                peers.close()
+        if core.is_closed and not any(core.uses(each) for each in core.all_devices()):
             return
         try:
             for device in core.all_devices():
