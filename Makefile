@@ -1,6 +1,7 @@
 # make demo   set up, then transcribe the example clips with several models
 # make test   set up, then check style, types, layers and behaviour
 # make bench  set up, then measure
+# make soak   set up, then try what may happen for much longer
 #
 # Each sets up .venv by itself and touches nothing else; all that it needs is Python 3.10
 # or later. PYTHON=python3.12 chooses which.
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types layers unit bench clean
+.PHONY: demo test lint types layers unit bench soak clean
 
 demo: .venv/demo
 	$(BIN)/python examples/multilingual.py
@@ -36,6 +37,11 @@ unit: .venv/test
 bench: .venv/bench
 	$(BIN)/python benchmarks/hit_path.py
 	$(BIN)/python benchmarks/switch.py
+	$(BIN)/python benchmarks/simulate.py
+
+# A hundred thousand steps of the state machine: minutes, not for every run.
+soak: .venv/test
+	WHISPERCACHE_STEPS=100000 $(BIN)/pytest tests/test_machine.py --timeout=3600
 
 clean:
 	rm -rf .venv .coverage .coverage.* .hypothesis .import_linter_cache \

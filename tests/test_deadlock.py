@@ -987,6 +987,26 @@ def test_who_holds_what_an_older_request_needs_need_not_wait_for_it(
     assert cache.stats().deadlocks == 0
 
 
+def test_a_load_that_somebody_else_asked_for_first_passes_for_a_holder(
+    make_cache: MakeCache, clock: FakeClock, callers: MakeCallers
+) -> None:
+    """
+    Only the first asks for a load that many share; it does so for whoever may pass.
+    """
+    cache = make_cache(vram="4GiB")
+    one, other, third = callers(3)
+    held = one.lease(cache, "small", "cuda")
+    waiting = other.waiting(cache, "medium", "cuda")
+    pass_often(cache)
+    first = third.waiting(cache, "tiny", "cuda")
+    asked = one.waiting(cache, "tiny", "cuda")
+    clock.tick(CHECK_S)
+    asked.result(10).release()
+    first.result(10).release()
+    held.release()
+    waiting.result(10).release()
+
+
 @pytest.mark.parametrize("wanted", ["medium", "large-v3"])
 def test_holders_do_not_rely_on_each_other_to_let_go_first(
     make_cache: MakeCache, clock: FakeClock, callers: MakeCallers, wanted: str

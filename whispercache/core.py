@@ -28,6 +28,7 @@ import math
 import threading
 import weakref
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -300,15 +301,17 @@ class Core(Moves):
         What should happen to each waiter; nothing is changed.
         """
         now_s = self.clock.now()
-        claimed: set[ModelKey] = set()
-        pending = []
-        for waiter in queue:
+        first: dict[ModelKey, int] = {}
+        pending: list[Pending] = []
+        for place, waiter in enumerate(queue):
             one = waiter.pending(impatient=now_s - waiter.since_s >= self._patience_s)
             if one.need is Need.LOAD and not waiter.is_group:
                 # Only the first asks for its load; the others share it.
-                if one.keys[0] in claimed:
+                asks = first.setdefault(one.keys[0], place)
+                if asks != place:
+                    if one.passes:
+                        pending[asks] = replace(pending[asks], passes=True)
                     one = Pending(one.keys, Need.NOTHING)
-                claimed.update(one.keys)
             pending.append(one)
         rooms = {name: device.room() for name, device in self.devices.items()}
         return admission.plan(pending, rooms, self._idle_locked, self._busy_locked)
