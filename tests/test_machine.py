@@ -466,7 +466,7 @@ class CacheMachine(RuleBasedStateMachine):
         """
         Close; nobody waits any more.
         """
-        self.evictions.extend(self.core.close())
+        self.evictions.extend(self.core.close() or [])
         self.rest()
         assert not self.core.queue
         assert all(waiter.future.done() for waiter in self.requests)

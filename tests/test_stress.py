@@ -32,7 +32,7 @@ from whispercache import (
     ModelCache,
     ModelTooLarge,
     TooManyWaiters,
-    moves,
+    books,
 )
 from whispercache import core as core_module
 from whispercache.core import Core
@@ -379,7 +379,7 @@ def _as_it_is_needed_here(
     A model that failed twice comes back while somebody still asks. No record of a
     listener's error keeps the frames, and leases, of those who happened to call it.
     """
-    monkeypatch.setattr(moves, "FIRST_COOL_DOWN_S", 0.005)
+    monkeypatch.setattr(books, "FIRST_COOL_DOWN_S", 0.005)
     caplog.set_level("CRITICAL")
 
 

@@ -209,7 +209,7 @@ class AsyncModelCache:
             with attempts.judging():
                 (lease,) = await self._wait([attempt], workload, terms_left)
                 return attempts.succeed(lease)
-        raise attempts.failure
+        raise attempts.failure()
 
     async def _acquire_many(
         self, requests: Sequence[Request], workload: Workload, terms: Terms
@@ -371,7 +371,7 @@ class AsyncModelCache:
         """
         Close the cache, for threads too. See `ModelCache.close`.
         """
-        await self._gone(self._cache._core.close(), timeout_s)
+        await self._gone(self._cache._core.close() or [], timeout_s)
         await _in_thread(self._cache.close, timeout_s)
 
     async def __aenter__(self) -> Self:
@@ -412,7 +412,7 @@ class AsyncLease:
         trace: TracebackType | None,
     ) -> None:
         if self._lease is not None:
-            await _end(self._lease, kind, error, trace)
+            self._lease.__exit__(kind, error, trace)
 
 
 class AsyncLeases:
@@ -439,22 +439,7 @@ class AsyncLeases:
         trace: TracebackType | None,
     ) -> None:
         if self._leases is not None:
-            await _end(self._leases, kind, error, trace)
-
-
-async def _end(
-    held: Lease | Leases,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-) -> None:
-    """
-    End leases; after an error on a thread, since that may wait for models to leave.
-    """
-    if isinstance(error, RuntimeError):
-        await _in_thread(held.__exit__, kind, error, trace)
-    else:
-        held.__exit__(kind, error, trace)
+            self._leases.__exit__(kind, error, trace)
 
 
 class AsyncCachedModel:

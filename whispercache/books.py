@@ -35,6 +35,21 @@ __all__ = ["Books", "Peers", "one_line"]
 _log = logging.getLogger("whispercache")
 
 
+FIRST_COOL_DOWN_S = 1.0
+LAST_COOL_DOWN_S = 60.0
+"""
+Seconds without a try after a second load in a row failed; doubled from first to last.
+
+The first failure costs nothing: many are over at the next try. A model that never loads
+is tried 7 times in its first minute, and once a minute from then on.
+"""
+
+LOOK_AGAIN_S = 1.0
+"""
+Seconds after which a gauge that could not be read is read again for those who wait.
+"""
+
+
 class Peers(Protocol):
     """
     Other processes that keep models on the same devices, and what is known of them.
@@ -103,6 +118,15 @@ class Books:
         self._dropped: deque[tuple[Entry, int, float | None]] = deque()
 
     @property
+    def _is_over(self) -> bool:
+        """
+        Whether it is closed and holds nothing any more.
+        """
+        return self._closed is not None and not any(
+            device.entries for device in self.devices.values()
+        )
+
+    @property
     def is_closed(self) -> bool:
         """
         Whether new requests are refused.
@@ -133,8 +157,12 @@ class Books:
         return work
 
     def _perform(self, work: list[Callable[[], None]]) -> None:
-        for call in work:
-            call()
+        for place, call in enumerate(work):
+            try:
+                call()
+            except BaseException:  # Ctrl-C, say: the rest is for others, and is done
+                self._perform(work[place + 1 :])
+                raise
         while self._dropped and self._lock.acquire(blocking=False):
             try:
                 while self._dropped:
@@ -143,8 +171,7 @@ class Books:
                 more = self._take_work_locked()
             finally:
                 self._lock.release()
-            for call in more:
-                call()
+            self._perform(more)
 
     def _admit_locked(self) -> None:
         """
@@ -208,16 +235,18 @@ class Books:
         if entry.device.sick is not None:
             return lost(entry.device)
         retry_in_s = entry.retry_at_s - self.clock.now()
-        if entry.failures and retry_in_s > 0 and not entry.is_present:
+        # More than there ever is: the clock was set back.
+        is_cooling = 0 < retry_in_s <= LAST_COOL_DOWN_S
+        if entry.failures and is_cooling and not entry.is_present:
             reason = f"{entry.failures} loads in a row failed: {entry.failure}"
             return LoadFailed(str(entry.key), reason, retry_in_s)
         return None
 
     # Gauges --------------------------------------------------------------------------
 
-    def observe(self, device: Device) -> None:
+    def observe(self, device: Device) -> bool:
         """
-        Read a device's gauge. Blocks for a system call or two.
+        Read a device's gauge; whether that worked. Blocks for a system call or two.
 
         Raises:
             DeviceUnavailable: there is no reading, and no limit to go by either.
@@ -228,11 +257,12 @@ class Books:
             # A gauge that fails for a moment must not stop who knows its limit.
             if device.capacity_bytes:
                 _log.warning("free memory of %s is unknown: %s", device.name, error)
-                return
+                return False
             if isinstance(error, WhisperCacheError):
                 raise
             raise DeviceUnavailable(device.name, one_line(error)) from error
         self.take_reading(device, reading)
+        return True
 
     def take_reading(
         self, device: Device, reading: MemoryReading, *, is_still: bool = False
@@ -255,10 +285,14 @@ class Books:
         Read the gauge for those who wait, after something of ours has ended.
         """
         try:
-            self.observe(device)
+            is_known = self.observe(device)
         except DeviceUnavailable as error:
             _log.warning("%s", error)
+            is_known = False
         with self.changing():
+            if not is_known and self.queue:
+                again = partial(self._look_again, device)
+                self.clock.call_at(self.clock.now() + LOOK_AGAIN_S, again)
             self._admit_locked()
 
     def _on_thread_locked(self, entry: Entry, call: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import threading
 import tracemalloc
@@ -81,7 +82,9 @@ Seconds for which hits may pass a request that waits for memory.
 PRESSURES = ("load", "watch")
 
 UNCHANGED = cast("LimitValue", object())
-_open_caches: weakref.WeakSet[ModelCache] = weakref.WeakSet()
+# A core outlives a cache that was forgotten while a lease is out.
+_caches: weakref.WeakSet[ModelCache] = weakref.WeakSet()
+_cores: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
 class CacheOptions(TypedDict, total=False):
@@ -143,6 +146,7 @@ class ModelCache:
 
     Raises:
         TypeError, ValueError: a limit or a time is nonsense.
+        OSError: there is no directory in which to coordinate.
     """
 
     def __init__(
@@ -190,7 +194,8 @@ class ModelCache:
         self._coordinate = coordinate
         self._pressure = pressure
         self._tend()
-        _open_caches.add(self)
+        _caches.add(self)
+        _cores.add(self._core)
 
     def _tend(self) -> None:
         """
@@ -206,9 +211,8 @@ class ModelCache:
 
     def _forked(self) -> None:
         """
-        Be of no more use in a child that was forked, or start afresh if still unused.
+        Start afresh in a child that was forked, if the core is still of use.
         """
-        self._core.forked(gpu_in_use=cuda.is_open())
         self._resolver.forget()
         if not self._core.is_closed:
             self._tend()
@@ -348,6 +352,8 @@ class ModelCache:
         keep_alive: DurationValue | None,
         fallback: Sequence[str] | None,
     ) -> Terms:
+        if timeout_s is not None and math.isnan(timeout_s):
+            raise ValueError("timeout_s must be seconds or None, not NaN")
         ladder = self._fallback if fallback is None else as_ladder(fallback)
         return Terms(timeout_s, as_seconds(keep_alive), ladder)
 
@@ -377,7 +383,7 @@ class ModelCache:
                 parts = self._locate([attempt], workload)
                 (lease,) = self._wait(parts, terms_left)
                 return attempts.succeed(lease)
-        raise attempts.failure
+        raise attempts.failure()
 
     def _locate(self, requests: Iterable[Request], workload: Workload) -> list[Part]:
         targets = [self._resolver.resolve(request) for request in requests]
@@ -575,7 +581,8 @@ class ModelCache:
         Refuse new requests, fail those that wait, and unload all models.
 
         A second call waits again. A model that is still leased after *timeout_s* leaves
-        when its lease ends.
+        when its lease ends. In a signal handler that interrupted the cache itself, this
+        returns before anything has left.
 
         Args:
             timeout_s: Most seconds to wait for leases, loads and unloads; None for
@@ -584,9 +591,10 @@ class ModelCache:
         Raises:
             LeaseTimeout: models were still held then; it names them.
         """
-        _open_caches.discard(self)
-        self._await_gone(self._core.close(), timeout_s)
-        self._core.join(timeout_s)
+        leaving = self._core.close()
+        if leaving is not None:
+            self._await_gone(leaving, timeout_s)
+            self._core.join(timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -690,8 +698,8 @@ def _close_all() -> None:
     What is leased is not waited for. What is on its way is: a thread that comes back
     from CTranslate2 to an interpreter that has ended aborts the process.
     """
-    for cache in list(_open_caches):
-        leaving = cache._core.close()
+    for core in list(_cores):
+        leaving = core.close() or []
         wait([gone for entry, gone in leaving if not entry.leases], EXIT_S)
 
 
@@ -701,7 +709,9 @@ def _after_fork() -> None:
     """
     global _default_lock
     _default_lock = threading.Lock()
-    for cache in list(_open_caches):
+    for core in list(_cores):
+        core.forked(gpu_in_use=cuda.is_open())
+    for cache in list(_caches):
         cache._forked()
 
 

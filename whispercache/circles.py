@@ -4,6 +4,7 @@ Circles: `deadlock` over the books of a cache. Called under the lock; changes no
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from .deadlock import Ceiling, Claim, Hold, Model, culprit, unserved
@@ -112,13 +113,14 @@ def _ceilings(books: Books) -> dict[str, Ceiling]:
     there = (State.RESIDENT, State.LOADING)
     return {
         name: Ceiling(
-            device.ceiling_bytes,
+            math.inf if device.limit_bytes is None else device.limit_bytes,
             device.max_models,
             tuple(
                 _model(entry, entry.weights_bytes)
                 for entry in device.entries.values()
                 if entry.stays and entry.state in there
             ),
+            device.most_bytes,
         )
         for name, device in books.devices.items()
     }

@@ -26,6 +26,7 @@ import itertools
 import logging
 import math
 import threading
+import time
 import weakref
 from concurrent.futures import Future
 from dataclasses import replace
@@ -185,7 +186,13 @@ class Core(Moves):
             if is_full and not ends_now:
                 raise TooManyWaiters(str(waiter), waiting)
             self.queue.append(waiter)
-            self._admit_locked()
+            try:
+                self._admit_locked()
+            except BaseException:  # Ctrl-C, or a policy's: nobody will take the lease
+                if waiter in self.queue:
+                    self._leave_locked(waiter)
+                    self._let_go_locked(waiter)
+                raise
         if timeout_s is not None and not waiter.future.done():
             # The timer outlives the wait, and must not keep a lease from collection.
             expire = partial(self._expire, weakref.ref(waiter.future))
@@ -262,6 +269,7 @@ class Core(Moves):
         Fail the request that closed a circle, and let nobody wait for his own victims.
         """
         with self.changing():
+            self._is_suspicious = False
             if self._closed is not None:
                 return
             ripe_s = self.clock.now() - DEADLOCK_S / 2
@@ -278,12 +286,12 @@ class Core(Moves):
                 self._fail_locked(waiter, LeaseDeadlock(str(waiter), tuple(held)))
             for passing in circles.held_up(self):
                 passing.passes |= passing.since_s <= ripe_s
-            self._admit_locked()
             # Whatever else may close a circle is an event, which looks out again.
-            self._is_suspicious = False
             suspects = circles.suspects(self)
-            if waiter is not None or any(s.since_s > ripe_s for s in suspects):
-                self._look_out_locked()
+            is_done = waiter is None and all(s.since_s <= ripe_s for s in suspects)
+            self._is_suspicious = is_done
+            self._admit_locked()
+            self._is_suspicious = self._is_suspicious and not is_done
 
     def _shrink_locked(self) -> None:
         """
@@ -683,15 +691,17 @@ class Core(Moves):
         What other processes should know of *device*; the fields of `ledger.Account`.
         """
         with self.changing():
-            held_bytes = sum(
-                entry.weights_bytes
+            held = [
+                entry
                 for entry in device.entries.values()
                 if entry.state in (State.RESIDENT, State.UNLOADING)
-            )
+            ]
+            held_bytes = sum(entry.weights_bytes for entry in held)
+            pinned_bytes = sum(entry.weights_bytes for entry in held if entry.stays)
             idle_bytes = sum(e.weights_bytes for e in device.shelf if not e.stays)
             return {
                 "promised_bytes": device.charged_bytes - device.lost_bytes - held_bytes,
-                "held_bytes": held_bytes,
+                "held_bytes": held_bytes - pinned_bytes,  # what may be given up
                 "idle_bytes": idle_bytes,
                 "wanted_bytes": self._wanted_locked(device, idle_bytes),
             }
@@ -737,20 +747,20 @@ class Core(Moves):
                 device.set_limit(limit_of(device.name))
             self._admit_locked()
 
-    def close(self) -> list[Leaving]:
+    def close(self) -> list[Leaving] | None:
         """
         Refuse new requests, fail those that wait, unload what is or becomes idle.
 
         The models in memory, each with a future that is done when it has left.
         May be called in a signal handler, which may have interrupted this very thread
-        in a critical section: then it is done soon after the handler has ended, and
-        nothing is known of the models here.
+        in a critical section: then None is returned, and it is done soon after the
+        handler has ended.
         """
         if self._closed is not None and isinstance(self._closed, CacheForked):
             return []
         if not self._lock.acquire(timeout=SIGNAL_S):
             threading.Thread(target=self.close, name="whispercache-close").start()
-            return []
+            return None
         self._lock.release()
         with self.changing():
             self._closed = self._closed or CacheClosed()
@@ -768,14 +778,16 @@ class Core(Moves):
         """
         Wait for the devices' threads to end, after `close`.
         """
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
         for device in list(self.devices.values()):
-            device.thread.join(timeout_s)
+            left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+            device.thread.join(left_s)
 
     def _stop_if_over_locked(self) -> None:
         """
         Let all threads end once the cache is closed and empty.
         """
-        if self._closed is None or any(d.entries for d in self.devices.values()):
+        if not self._is_over:
             return
         self._work.append(self.clock.close)
         if self.peers is not None:
@@ -809,7 +821,7 @@ class Core(Moves):
         if is_fresh:
             self.entries.clear()
             self.devices.clear()
-        elif self._closed is None:
+        else:
             self._closed = CacheForked()
 
     # Proof ---------------------------------------------------------------------------

@@ -81,17 +81,20 @@ class Claim:
 @dataclass(frozen=True, slots=True)
 class Ceiling:
     """
-    What a device could hold if all leases ended.
+    What a device can hold.
 
     Attributes:
-        n_bytes: In bytes.
+        n_bytes: By its limit.
         max_models: In models; None for any number.
         pinned: The models there that never leave by themselves.
+        gauge_bytes: By its gauge, which may count the work of leases as taken; None
+            where it cannot be read.
     """
 
-    n_bytes: int
+    n_bytes: float
     max_models: int | None = None
     pinned: tuple[Model, ...] = ()
+    gauge_bytes: int | None = None
 
 
 def unserved(
@@ -113,7 +116,8 @@ def unserved(
     while left:
         waiting = {*never, *(claim.owner for claim in left)}
         kept = [hold for hold in holds if hold.owner in waiting]
-        still = [claim for claim in left if not _fits(claim, kept, ceilings)]
+        ended = [hold for hold in holds if hold.owner not in waiting]
+        still = [claim for claim in left if not _fits(claim, kept, ended, ceilings)]
         if len(still) == len(left):
             break
         left = still
@@ -140,9 +144,14 @@ def culprit(
     return suspects[-1] if suspects else None
 
 
-def _fits(claim: Claim, kept: Iterable[Hold], ceilings: Mapping[str, Ceiling]) -> bool:
+def _fits(
+    claim: Claim,
+    kept: Iterable[Hold],
+    ended: Sequence[Hold],
+    ceilings: Mapping[str, Ceiling],
+) -> bool:
     """
-    Whether *claim* can be met while the leases in *kept* last.
+    Whether *claim* can be met while the leases in *kept* last, once others have ended.
     """
     models: dict[ModelKey, Model] = {}
     work: dict[ModelKey, list[int]] = {}
@@ -164,7 +173,16 @@ def _fits(claim: Claim, kept: Iterable[Hold], ceilings: Mapping[str, Ceiling]) -
             for key, model in there.items()
         )
         too_many = ceiling.max_models is not None and len(there) > ceiling.max_models
-        if n_bytes > ceiling.n_bytes or too_many:
+        most_bytes = ceiling.n_bytes
+        if ceiling.gauge_bytes is not None:
+            # Perhaps their work is what the gauge does not show as free.
+            returned_bytes = sum(
+                hold.workspace_bytes * hold.model.workers
+                for hold in ended
+                if hold.model.device == device
+            )
+            most_bytes = min(most_bytes, ceiling.gauge_bytes + returned_bytes)
+        if n_bytes > most_bytes or too_many:
             return False
     return True
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,7 @@ class Device:
         self.sick: str | None = None  # the error that made it unusable
         self.lost_bytes: int = 0  # held by models that it does not give back any more
         self.thread: DeviceThread = DeviceThread(name)
+        self.most_bytes: int | None = None  # by the gauge, if other processes give way
         self._gauge_capacity_bytes: int | None = None
         self._gauge_ceiling_bytes: int | None = None
         self.set_limit(limit)
@@ -109,8 +110,12 @@ class Device:
         """
         Whether a load or an unload is in flight, so that the gauge shows neither state.
         """
-        moving = (State.LOADING, State.UNLOADING)
-        return any(entry.state in moving for entry in self.entries.values())
+        return any(
+            entry.state is State.LOADING
+            # Between two tries of an unload nothing moves.
+            or (entry.state is State.UNLOADING and not entry.refusals)
+            for entry in self.entries.values()
+        )
 
     def observe(
         self,
@@ -133,12 +138,16 @@ class Device:
         self.total_bytes = reading.total_bytes
         usable_bytes = self._usable(reading) - promised_bytes
         self._gauge_capacity_bytes = max(0, usable_bytes + self._held_bytes())
-        # A load that has not begun takes nothing yet.
+        # A load that has not begun takes nothing yet. One of another process may show
+        # on the gauge and be promised, too: what could be had errs upwards.
         loads = (each for each in self.entries.values() if each.state is State.LOADING)
         taken_bytes = self.charged_bytes - sum(entry.weights_bytes for entry in loads)
+        shared_bytes = 2 * promised_bytes + peers_bytes
+        whole_bytes = self._usable(replace(reading, free_bytes=reading.total_bytes))
         self._gauge_ceiling_bytes = max(
-            0, usable_bytes + taken_bytes + promised_bytes + peers_bytes
+            0, min(whole_bytes, usable_bytes + taken_bytes + shared_bytes)
         )
+        self.most_bytes = self._gauge_capacity_bytes + shared_bytes
         self.set_limit(self.limit)
 
     def has_room(self, reading: MemoryReading, promised_bytes: int) -> bool:

@@ -333,6 +333,7 @@ class Outbox:
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
         self._delivering = threading.Lock()
+        self._subscribing = threading.Lock()
         self._listeners: tuple[Callable[[Event], None], ...] = ()
 
     def append(self, event: Event) -> None:
@@ -356,12 +357,14 @@ class Outbox:
         """
         Add a listener; returns how to remove it.
         """
-        self._listeners = (*self._listeners, listener)
+        with self._subscribing:
+            self._listeners = (*self._listeners, listener)
 
         def unsubscribe() -> None:
-            self._listeners = tuple(
-                other for other in self._listeners if other is not listener
-            )
+            with self._subscribing:
+                self._listeners = tuple(
+                    other for other in self._listeners if other is not listener
+                )
 
         return unsubscribe
 
@@ -384,5 +387,5 @@ class Outbox:
         for listener in self._listeners:
             try:
                 listener(event)
-            except Exception:
+            except BaseException:  # also sys.exit(): whose thread it is, is chance
                 _log.exception("a listener failed on %s", event)

@@ -158,24 +158,26 @@ class Attempts:
         except WORTH_A_FALLBACK as error:
             if isinstance(error, NOT_WORTH_IT) or not self._terms.ladder:
                 raise
-            self._failure = self._failure or error
+            # Its frames hold this object and the lease: a cycle that would keep it.
+            self._failure = self._failure or error.with_traceback(None)
 
-    @property
     def failure(self) -> WhisperCacheError:
         """
         Why the request itself failed, once all fallbacks have too.
         """
-        assert self._failure is not None
-        return self._failure
+        failure, self._failure = self._failure, None
+        assert failure is not None
+        return failure
 
     def succeed(self, lease: Lease) -> Lease:
         """
         Tell what was got, if it is not what was wanted.
         """
-        if self._failure is not None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
             model, device, compute_type, *_ = self._wanted
             wanted = f"{model}/{device}/{compute_type}"
-            reason = one_line(self._failure)
+            reason = one_line(failure)
             _log.warning("%s in place of %s: %s", lease.key, wanted, reason)
             with self._core.changing():
                 self._core.counts["fallbacks"] += 1

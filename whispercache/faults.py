@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-__all__ = ["Fault", "classify"]
+__all__ = ["Fault", "classify", "is_from_ctranslate2"]
 
 
 class Fault(Enum):
@@ -70,6 +70,19 @@ Texts of those CUDA errors that leave a context unusable.
 Source: the CUDA runtime's reference, cudaError: "leaves the process in an inconsistent
 state"; the texts are those of cudaGetErrorString.
 """
+
+
+def is_from_ctranslate2(error: BaseException) -> bool:
+    """
+    Whether an error that came out of a caller's block is CTranslate2's, by its wording:
+    another library's may be about another device.
+
+    Source: src/cuda/utils.h @ 0d8bcd3, CUDA_CHECK; what Thrust throws passes as it is.
+    """
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "CUDA failed with error" in text or "parallel_for failed" in text
+    )
 
 
 def classify(error: BaseException) -> Fault:

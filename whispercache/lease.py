@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, overload
 
+from .faults import is_from_ctranslate2
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -35,6 +37,11 @@ class _Lessor(Protocol):
     def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
         """
         Note that somebody else will end a lease.
+        """
+
+    def blame(self, entry: Entry, error: BaseException) -> None:
+        """
+        See whether an error means that the device is of no more use.
         """
 
     def recover(self, entry: Entry, error: BaseException) -> bool:
@@ -144,8 +151,8 @@ class Lease:
         trace: TracebackType | None,
     ) -> None:
         self.release()
-        if isinstance(error, RuntimeError):  # perhaps the device is beyond use
-            self.recover(error)
+        if error is not None and is_from_ctranslate2(error):
+            self._lessor.blame(self._entry, error)
 
     def __repr__(self) -> str:
         state = "released" if self.is_released else "held"
@@ -206,12 +213,8 @@ class Leases(Sequence[Lease]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Which of them an error comes from cannot be told.
         self.release()
-        if isinstance(error, RuntimeError):  # perhaps a device is beyond use
-            for lease in {
-                lease._entry.device: lease for lease in self._leases
-            }.values():
-                lease.recover(error)
 
     def __repr__(self) -> str:
         return f"<Leases {', '.join(map(repr, self._leases))}>"

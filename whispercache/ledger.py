@@ -102,7 +102,8 @@ class Account:
         owner: The process.
         promised_bytes: Charged, but not on the device's gauge yet: a load in flight,
             the work of leases that have not begun.
-        held_bytes: Weights of models in memory, which the gauge counts too.
+        held_bytes: Weights of models in memory that are not pinned, which the gauge
+            counts too.
         idle_bytes: Those of ``held_bytes`` that could leave at once. Lower it when they
             have left, not before: until then nobody else should make the same room.
         wanted_bytes: What it waits for, less what its own idle models would give. What

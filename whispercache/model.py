@@ -150,6 +150,13 @@ class LeasedIterator(Iterator[T]):
         self.follow(current_owner())
         return self.step()
 
+    def hand_over(self) -> None:
+        """
+        Say that another thread will iterate and let the model go; see
+        `Lease.hand_over`. Whoever does iterate is noticed in any case.
+        """
+        self.follow(None)
+
     def follow(self, owner: Owner) -> None:
         """
         Note who iterates now: it is up to them to let the model go.

@@ -16,7 +16,8 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from .books import Books, lost, one_line
+from . import books
+from .books import LAST_COOL_DOWN_S, Books, lost, one_line
 from .entries import Device, Entry, State
 from .errors import LoadFailed, WhisperCacheError, format_bytes
 from .events import (
@@ -49,15 +50,6 @@ FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 30.0
 """
 Seconds between tries of an unload that did not happen; doubled from first to last.
-"""
-
-FIRST_COOL_DOWN_S = 1.0
-LAST_COOL_DOWN_S = 60.0
-"""
-Seconds without a try after a second load in a row failed; doubled from first to last.
-
-The first failure costs nothing: many are over at the next try. A model that never loads
-is tried 7 times in its first minute, and once a minute from then on.
 """
 
 RETURN_AFTER_S = 1.0
@@ -125,10 +117,17 @@ class Moves(Books):
         """
         Load a model; on its device's thread.
         """
-        turn = (
-            nullcontext() if self.peers is None else self.peers.turn(entry.device.name)
-        )
-        with turn:
+        try:
+            self._load_in_turn(entry)
+        except BaseException as error:  # or its waiters would wait for ever
+            if entry.state is not State.LOADING:
+                raise
+            self._failed(entry, error, Fault.OTHER, "")
+        self._tell_peers(entry.device)
+
+    def _load_in_turn(self, entry: Entry) -> None:
+        peers, name = self.peers, entry.device.name
+        with nullcontext() if peers is None else peers.turn(name):
             self._tell_peers(entry.device)
             if (reading := self._shortage(entry.device)) is not None:
                 self._put_back(entry, reading)
@@ -148,7 +147,6 @@ class Moves(Books):
             self._admit_locked()
             if loaded.reloaded:
                 self._return_later_locked(entry.device)
-        self._tell_peers(entry.device)
         if is_quiet and loaded.measured_bytes is not None:
             self.loader.remember(entry.key, loaded.files, loaded.measured_bytes)
 
@@ -156,7 +154,7 @@ class Moves(Books):
         """
         Let other processes know of a load before it takes its memory, or after.
         """
-        if self.peers is not None:
+        if self.peers is not None and not self._is_over:
             self.peers.publish(device.name, self.account(device))
 
     def _shortage(self, device: Device) -> MemoryReading | None:
@@ -220,6 +218,8 @@ class Moves(Books):
         What an error means; the gauge settles what its wording leaves open.
         """
         fault = classify(error)
+        if fault is Fault.STICKY and device.name == "cpu":
+            return Fault.OTHER  # somebody else's, that passed by
         if fault is not Fault.PERHAPS_OUT_OF_MEMORY:
             return fault
         try:
@@ -298,7 +298,7 @@ class Moves(Books):
             entry.failure = reason
             if entry.failures > 1:
                 doublings = min(entry.failures - 2, 32)
-                pause_s = min(FIRST_COOL_DOWN_S * 2**doublings, LAST_COOL_DOWN_S)
+                pause_s = min(books.FIRST_COOL_DOWN_S * 2**doublings, LAST_COOL_DOWN_S)
                 entry.retry_at_s = self.clock.now() + pause_s
             self.counts["load_failures"] += 1
             self.outbox.append(ModelLoadFailed(entry.key, reason))
@@ -346,9 +346,7 @@ class Moves(Books):
             released = self.loader.unload(entry.loaded, load_follows=load_follows)
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
-            if classify(error) is Fault.STICKY:
-                with self.changing():
-                    self._lose_locked(entry, error)
+            self.blame(entry, error)
             self._refused(entry, one_line(error))
             return
         if not released.confirmed:
@@ -412,10 +410,9 @@ class Moves(Books):
         Close the books of a model on a lost device; its bytes stay charged for good.
         """
         lost_bytes = entry.weights_bytes
-        _log.warning(
-            "%s of %s stay on %s until the process ends",
-            *(format_bytes(lost_bytes), entry.key, entry.device.name),
-        )
+        told = "%s of %s stay on %s until the process ends"
+        of_what = format_bytes(lost_bytes), entry.key, entry.device.name
+        self._work.append(partial(_log.warning, told, *of_what))
         self._absent_locked(entry)
         entry.device.charge(lost_bytes)
         entry.device.lost_bytes += lost_bytes
@@ -443,6 +440,15 @@ class Moves(Books):
 
     # Errors of calls -----------------------------------------------------------------
 
+    def blame(self, entry: Entry, error: BaseException) -> None:
+        """
+        See whether an error means that the device is of no more use.
+        """
+        if self._fault(entry.device, error, 0) is Fault.STICKY:
+            with self.changing():
+                self._lose_locked(entry, error)
+                self._admit_locked()
+
     def recover(self, entry: Entry, error: BaseException) -> bool:
         """
         See what an error in the use of a leased model means, and make room if it ran
@@ -453,23 +459,25 @@ class Moves(Books):
         Returns:
             Whether something left, so that the call may succeed now.
         """
-        fault = self._fault(entry.device, error, entry.workspace_bytes)
+        device = entry.device
+        fault = self._fault(device, error, entry.workspace_bytes)
         if fault is Fault.STICKY:
-            with self.changing():
-                self._lose_locked(entry, error)
-                self._admit_locked()
-        if fault is not Fault.OUT_OF_MEMORY or entry.device.thread.is_current():
+            self.blame(entry, error)
+        if fault is not Fault.OUT_OF_MEMORY or device.thread.is_current():
             return False
         evicted: Future[list[ModelKey]] = Future()
 
         def make_room() -> None:
             try:
-                evicted.set_result(self._make_room(entry.device))
+                evicted.set_result(self._make_room(device))
             except BaseException as failure:
                 evicted.set_exception(failure)
                 raise
 
-        entry.device.thread.submit(make_room)
+        with self.changing():
+            if self._closed is not None:  # its thread may have ended
+                return False
+            self._on_thread_locked(entry, make_room)
         return bool(evicted.result())
 
 

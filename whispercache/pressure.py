@@ -13,6 +13,7 @@ import logging
 import weakref
 from typing import TYPE_CHECKING
 
+from .errors import WhisperCacheError
 from .ledger import Ledger, bytes_to_free, default_directory
 from .memory import headroom_bytes
 
@@ -48,6 +49,12 @@ a first load that compiles kernels takes 30 seconds.
 """
 
 
+NO_LEDGER = (OSError, WhisperCacheError)
+"""
+What may keep a ledger from being used: its files, or a device that has no UUID.
+"""
+
+
 class LedgerPeers:
     """
     The other caches of this machine and user that coordinate, by way of `Ledger`.
@@ -62,6 +69,7 @@ class LedgerPeers:
         self._probe = probe
         self._directory = directory or default_directory()
         self._ledgers: dict[str, Ledger] = {}
+        self._told: set[str] = set()
 
     def promised_bytes(self, device: str) -> int:
         """
@@ -83,7 +91,7 @@ class LedgerPeers:
         with contextlib.ExitStack() as stack:
             try:
                 has_turn = stack.enter_context(self._ledger(device).turn(TURN_S))
-            except OSError as error:
+            except NO_LEDGER as error:
                 _log.warning("loading to %s out of turn: %s", device, error)
             else:
                 if not has_turn:
@@ -99,10 +107,12 @@ class LedgerPeers:
         Tell the others of our own; None if that fails.
         """
         try:
-            return self._ledger(device).publish(**numbers)
-        except OSError as error:
-            _log.warning("the ledger of %s cannot be written: %s", device, error)
+            account = self._ledger(device).publish(**numbers)
+        except NO_LEDGER as error:
+            self._tell_once(f"the ledger of {device} cannot be written", error)
             return None
+        self._told.discard(f"the ledger of {device} cannot be written")
+        return account
 
     def bytes_to_free(self, device: str, own: Account, free_bytes: int) -> int:
         """
@@ -131,10 +141,20 @@ class LedgerPeers:
 
     def _others(self, device: str) -> tuple[Account, ...]:
         try:
-            return self._ledger(device).others()
-        except OSError as error:
-            _log.warning("the ledger of %s cannot be read: %s", device, error)
+            others = self._ledger(device).others()
+        except NO_LEDGER as error:
+            self._tell_once(f"the ledger of {device} cannot be read", error)
             return ()
+        self._told.discard(f"the ledger of {device} cannot be read")
+        return others
+
+    def _tell_once(self, what: str, error: Exception) -> None:
+        """
+        Log a trouble when it begins, not at every look.
+        """
+        if what not in self._told:
+            self._told.add(what)
+            _log.warning("%s: %s", what, error)
 
 
 def look_after(core: Core, *, watches: bool, peers: LedgerPeers | None) -> None:
@@ -163,6 +183,8 @@ def _look(
     core: Core, device: Device, *, watches: bool, peers: LedgerPeers | None
 ) -> None:
     if not core.uses(device):
+        if peers is not None:  # or a wish that was given up would stay
+            peers.publish(device.name, core.account(device))
         return
     try:
         reading = core.probe.read(device.name)

@@ -119,7 +119,7 @@ class MonotonicClock:
         while (call := self._next()) is not None:
             try:
                 call()
-            except Exception:
+            except BaseException:  # also sys.exit() in a listener: others need it
                 _log.exception("a timed call failed")
 
     def _next(self) -> Callable[[], None] | None:
@@ -179,7 +179,7 @@ class DeviceThread:
         while (call := self._calls.get()) is not None:
             try:
                 call()
-            except Exception:
+            except BaseException:  # likewise
                 _log.exception("work on %s failed", self._thread.name)
             # Held until the next call otherwise, and with it the model it handled.
             del call
