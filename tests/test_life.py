@@ -381,7 +381,8 @@ def test_the_interpreter_ends_well_in_mid_transcription(kind: str) -> None:
     """
     told = run(
         """
-        import sys, threading
+        import atexit, sys, threading, time
+        atexit.register(time.sleep, 0.5)  # runs after ours: time enough to go on
         import numpy as np
         from whispercache import ModelCache
 

@@ -71,7 +71,7 @@ _log = logging.getLogger("whispercache")
 
 EXIT_S = 10.0
 """
-Most seconds that the end of the interpreter waits for loads and unloads in flight.
+Most seconds that the end of the interpreter waits for loads, unloads and calls.
 """
 
 PATIENCE_S = 5.0
@@ -468,7 +468,8 @@ class ModelCache:
         Unload models now and return their memory, pinned or not.
 
         A model that is leased leaves as soon as it is idle; until then no new lease is
-        granted on it. New requests for it wait, and load it again.
+        granted on it. New requests for it wait, and load it again. Set a time limit
+        where the lease may belong to somebody who waits for a model of yours.
 
         Args:
             model_size_or_path: The model, by any of its names; None for all.
@@ -695,12 +696,14 @@ def _close_all() -> None:
     """
     Unload before the interpreter goes: destructors that run later can hang or crash.
 
-    What is leased is not waited for. What is on its way is: a thread that comes back
-    from CTranslate2 to an interpreter that has ended aborts the process.
+    Leases are not waited for. What is on its way is, and so are calls in flight: a
+    thread that comes back from CTranslate2 to an interpreter that has ended aborts the
+    process.
     """
     for core in list(_cores):
         leaving = core.close() or []
         wait([gone for entry, gone in leaving if not entry.leases], EXIT_S)
+        core.quiesce(EXIT_S)
 
 
 def _after_fork() -> None:

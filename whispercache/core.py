@@ -774,6 +774,17 @@ class Core(Moves):
             self._stop_if_over_locked()
         return leaving
 
+    def quiesce(self, timeout_s: float) -> None:
+        """
+        Let no calls begin any more on models that are leased, and wait for those in
+        flight, at the interpreter's end.
+        """
+        with self.changing():
+            busy = [entry.loaded for entry in self.entries.values() if entry.leases]
+        for loaded in busy:
+            if loaded is not None and not self.loader.quiesce(loaded, timeout_s):
+                _log.warning("%s is still at work at the end", loaded.key)
+
     def join(self, timeout_s: float | None) -> None:
         """
         Wait for the devices' threads to end, after `close`.

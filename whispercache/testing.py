@@ -427,6 +427,13 @@ class FakeLoader:
         Fakes survive a fork.
         """
 
+    def quiesce(self, loaded: LoadedModel, timeout_s: float) -> bool:
+        """
+        Fakes do nothing by themselves.
+        """
+        del loaded, timeout_s
+        return True
+
     def return_memory(self, device: str) -> None:
         """
         Nothing is ever kept back.
