@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from .entries import Device, Entry
 from .errors import CacheClosed, DeviceUnavailable, LoadFailed, WhisperCacheError
 from .events import Outbox
+from .threads import MonotonicClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ class Books:
     ) -> None:
         self.loader = loader
         self.probe = probe
-        self.clock = clock
+        self.clock: Clock = clock
         self.peers: Peers | None = None
         self.outbox: Outbox = Outbox()
         self._lock = threading.Lock()
@@ -186,6 +187,21 @@ class Books:
         End a lease.
         """
         raise NotImplementedError
+
+    def _renew(self) -> None:
+        """
+        Forget all that other threads held or waited for, in a child without them.
+        """
+        self._lock = threading.Lock()
+        self.clock = MonotonicClock()
+        self.outbox = self.outbox.copy()
+        self.queue.clear()
+        self._work = []
+        self._dropped.clear()
+        for entry in self.entries.values():
+            entry.leases.clear()
+            entry.owners.clear()
+        self.leases = 0
 
     # Models and devices --------------------------------------------------------------
 

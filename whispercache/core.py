@@ -48,7 +48,6 @@ from .errors import (
 from .events import EvictionCause
 from .lease import Lease
 from .moves import Moves
-from .threads import MonotonicClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -816,19 +815,10 @@ class Core(Moves):
         states = {entry.state for entry in self.entries.values()}
         was_used = bool(states - {State.ABSENT}) or self.counts["loads"] > 0
         is_fresh = not was_used and not gpu_in_use
-        self._lock = threading.Lock()
-        self.clock = MonotonicClock()
-        self.outbox = self.outbox.copy()
-        self.queue.clear()
-        self._work = []
-        self._dropped.clear()
+        self._renew()
         self._is_suspicious = False
         self._sweep_at_s = math.inf
         self.loader.forked([e.loaded for e in self.entries.values() if e.loaded])
-        for entry in self.entries.values():
-            entry.leases.clear()
-            entry.owners.clear()
-        self.leases = 0
         if is_fresh:
             self.entries.clear()
             self.devices.clear()
