@@ -85,6 +85,8 @@ class Core(Moves):
     The state of one cache, shared by its blocking and its awaited face.
     """
 
+    leases: int  # set in Books; pyright wants to hear it again
+
     def __init__(
         self,
         *,
