@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from driver import ThreadDriver, wait_waiting
+from driver import ThreadDriver
 from test_life import in_child
 from test_tenants import Tenants, runtime, tenants
 
@@ -214,7 +214,7 @@ def test_the_work_of_leases_is_no_room_for_others(
             cache.lease("large-v3", "cuda").release()
 
     asked = driver.start_on(SimpleNamespace(nested=nested), "nested")
-    wait_waiting(cache, 1)
+    wait_until(lambda: (cache.stats().leases, cache.stats().waiting) == (1, 1))
     clock.tick(0.1)
     assert isinstance(asked.exception(10), LeaseDeadlock)
 
