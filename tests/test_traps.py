@@ -229,11 +229,15 @@ features = np.zeros((80, 100), np.float32)
 calls, errors = [0] * 4, []
 with ModelCache() as cache:
     model = cache.get_model(sys.argv[1], "cpu", cpu_threads=1, num_workers=2)
-    until_s = time.monotonic() + 2
+    began_s = time.monotonic()
+
+    def goes_on():  # for so long, and for so many calls, however busy the machine is
+        took_s = time.monotonic() - began_s
+        return not errors and (took_s < 2 or (sum(calls) <= 50 and took_s < 60))
 
     def use(place):
         try:
-            while time.monotonic() < until_s:
+            while goes_on():
                 shape = list(model.encode(features).shape)
                 assert shape == [1, 50, 32], shape
                 assert model.is_multilingual and len(model.supported_languages) == 100
@@ -246,7 +250,7 @@ with ModelCache() as cache:
     threads = [threading.Thread(target=use, args=(place,)) for place in range(4)]
     for thread in threads:
         thread.start()
-    while time.monotonic() < until_s:
+    while goes_on():
         cache.evict()
     for thread in threads:
         thread.join()
