@@ -19,6 +19,7 @@ loaded where there is no room raises, as it would crash or fail with the real th
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
 import threading
@@ -147,7 +148,8 @@ class FakeMachine:
         What is free, truthfully; or the error of `reading_fails`.
         """
         if self.reading_fails is not None:
-            raise self.reading_fails
+            # A new one: one that is kept would keep its callers' frames, and leases.
+            raise copy.copy(self.reading_fails)
         if device not in self.total_bytes:
             raise DeviceUnavailable(device, f"there are {', '.join(self.total_bytes)}")
         return MemoryReading(self.total_bytes[device], self.free_bytes(device), "fake")
