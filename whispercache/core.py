@@ -424,9 +424,6 @@ class Core(Moves):
         for lease in (held or {}).values():
             self._release_locked(lease._entry, lease._serial, waiter.keep_alive_s)
 
-    def _postpone_locked(self, waiter: Waiter) -> None:
-        self._let_go_locked(waiter)
-
     # Grant ---------------------------------------------------------------------------
 
     def _serve_locked(self, entry: Entry, first: Waiter | None = None) -> None:

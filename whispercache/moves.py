@@ -86,9 +86,9 @@ class Moves(Books):
         """
         raise NotImplementedError
 
-    def _postpone_locked(self, waiter: Waiter) -> None:
+    def _let_go_locked(self, waiter: Waiter) -> None:
         """
-        Take back the memory that was granted to a request, which goes on waiting.
+        End the leases that a request for several models holds so far.
         """
         raise NotImplementedError
 
@@ -187,7 +187,7 @@ class Moves(Books):
             self._absent_locked(entry)
             for waiter in self.queue:
                 if waiter.held is not None and waiter.wants(entry):
-                    self._postpone_locked(waiter)
+                    self._let_go_locked(waiter)
         # On its thread, so nothing moves, whatever is on its way.
         self.take_reading(entry.device, reading, is_still=True)
         with self.changing():
