@@ -315,6 +315,7 @@ def test_more_than_max_waiting_are_refused_at_the_door(
         with pytest.raises(TooManyWaiters) as caught:
             driver.lease(cache, "base", "cuda")
         assert caught.value.waiting == 2
+        assert cache.stats().refused == 1
         gate.open()
     for each in asked:
         each.result(10).release()

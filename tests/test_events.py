@@ -14,6 +14,7 @@ from whispercache import (
     EvictionCause,
     LoadFailed,
     ModelEvicted,
+    ModelGranted,
     ModelLoaded,
     ModelLoadFailed,
     ModelLoading,
@@ -52,13 +53,14 @@ def test_a_life_is_told_in_order(
     assert told == [
         ModelLoading(KEY, 3 * GIB // 2),
         ModelLoaded(KEY, 2.5, GIB, GIB, reloaded=False),
+        ModelGranted(KEY, 2.5),
         ReleaseUnconfirmed(KEY, GIB, 0.1, "1 batch is still active"),
         ModelEvicted(KEY, EvictionCause.EXPIRED, GIB, GIB, 0.125),
     ]
     cancel()
     cancel()
     cache.preload("base", "cuda")
-    assert len(told) == 4
+    assert len(told) == 5
 
 
 def test_each_cause_is_told(make_cache: MakeCache, clock: FakeClock) -> None:
@@ -79,6 +81,37 @@ def test_each_cause_is_told(make_cache: MakeCache, clock: FakeClock) -> None:
     causes = [event.cause for event in told if isinstance(event, ModelEvicted)]
     assert causes == ["capacity", "expired", "explicit", "closed"]
     assert [cause.was_eviction for cause in causes] == [True, True, False, False]
+
+
+def test_only_who_waited_is_told_to_be_granted(
+    make_cache: MakeCache, loader: FakeLoader, clock: FakeClock
+) -> None:
+    """
+    With the seconds since the request; a hit makes no event.
+    """
+    cache = make_cache()
+    told: list[Event] = []
+    cache.subscribe(told.append)
+    driver = ThreadDriver()
+    with loader.holding_loads("base") as gate:
+        first = driver.waiting(cache, "base", "cuda")
+        clock.tick(2)
+        second = driver.waiting(cache, "base", "cuda")
+        waiting = cache.waiting()
+        assert [(info.keys, info.waited_s) for info in waiting] == [
+            ((KEY,), 2.0),
+            ((KEY,), 0.0),
+        ]
+        clock.tick(1)
+        gate.open()
+        leases = [first.result(10), second.result(10)]
+    leases.append(cache.lease("base", "cuda"))
+    settle(cache)
+    waits = [event for event in told if isinstance(event, ModelGranted)]
+    assert waits == [ModelGranted(KEY, 3.0), ModelGranted(KEY, 1.0)]
+    assert not cache.waiting()
+    for lease in leases:
+        lease.release()
 
 
 def test_a_failure_is_told(make_cache: MakeCache, loader: FakeLoader) -> None:
@@ -111,7 +144,7 @@ def test_a_listener_that_raises_disturbs_nobody(
     cache.subscribe(told.append)
     cache.preload("base", "cuda")
     settle(cache)
-    assert len(told) == 2
+    assert len(told) == 3
     assert "listener out of order" in caplog.text
 
 
@@ -132,11 +165,13 @@ def test_a_listener_may_call_the_cache(make_cache: MakeCache) -> None:
 
     cache.subscribe(listener)
     cache.preload("base", "cuda")
-    wait_until(lambda: len(told) == 6, "all events")
+    wait_until(lambda: len(told) == 8, "all events")
     assert told == [
         "ModelLoading begins",
         "ends",
         "ModelLoaded begins",
+        "ends",
+        "ModelGranted begins",
         "ends",
         "ModelEvicted begins",
         "ends",
@@ -167,7 +202,7 @@ def test_a_slow_listener_holds_up_nobody_else(make_cache: MakeCache) -> None:
     assert [event.key.model for event in told] == ["base"]
     go.set()
     loading.result(10)
-    wait_until(lambda: len(told) == 3, "all events")
+    wait_until(lambda: len(told) == 4, "all events")
     assert {event.key.model for event in told[1:]} == {"base", "tiny"}
 
 

@@ -34,6 +34,7 @@ from whispercache import (
     LoadFailed,
     ModelCache,
     ModelEvicted,
+    ModelGranted,
     ModelLoaded,
     ModelLoadFailed,
     ModelLoading,
@@ -611,12 +612,14 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def lives_make_sense(self) -> None:
         """
-        Loading comes first, then loaded or failed; refusals come before the end.
+        Loading comes first, then loaded or failed; only what is loaded is granted;
+        refusals come before the end.
         """
         after: dict[type[Event] | None, tuple[type[Event], ...]] = {
             None: (ModelLoading,),
             ModelLoading: (ModelLoaded, ModelLoadFailed),
-            ModelLoaded: (ReleaseUnconfirmed, ModelEvicted),
+            ModelLoaded: (ModelGranted, ReleaseUnconfirmed, ModelEvicted),
+            ModelGranted: (ModelGranted, ReleaseUnconfirmed, ModelEvicted),
             ReleaseUnconfirmed: (ReleaseUnconfirmed, ModelEvicted),
             ModelLoadFailed: (ModelLoading,),
             ModelEvicted: (ModelLoading,),

@@ -41,6 +41,7 @@ from .events import (
     Explanation,
     FellBack,
     ModelEvicted,
+    ModelGranted,
     ModelInfo,
     ModelLoaded,
     ModelLoadFailed,
@@ -48,6 +49,7 @@ from .events import (
     ModelStillReferenced,
     ReleaseUnconfirmed,
     Stats,
+    WaitingInfo,
 )
 from .footprint import Footprint, Workload, footprint
 from .keys import ModelKey
@@ -80,6 +82,7 @@ __all__ = [
     "LoadFailed",
     "ModelCache",
     "ModelEvicted",
+    "ModelGranted",
     "ModelInfo",
     "ModelKey",
     "ModelLoadFailed",
@@ -93,6 +96,7 @@ __all__ = [
     "TooManyWaiters",
     "UnknownModel",
     "UnsupportedComputeType",
+    "WaitingInfo",
     "WhisperCacheError",
     "Workload",
     "__version__",

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import ParamSpec, Self, Unpack
 
     from .cache import CacheOptions, ModelRequest
-    from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats
+    from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
     from .fallback import Terms
     from .footprint import Workload
     from .keys import ModelKey
@@ -337,6 +337,12 @@ class AsyncModelCache:
         The devices that were used, and what the cache holds of them.
         """
         return self._cache.devices()
+
+    def waiting(self) -> tuple[WaitingInfo, ...]:
+        """
+        The requests that wait for their models, the oldest first.
+        """
+        return self._cache.waiting()
 
     async def explain(
         self,

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from .admission import Policy
     from .deadlock import Owner
-    from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats
+    from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
     from .footprint import Workload
     from .keys import ModelKey
     from .lease import Lease
@@ -542,6 +542,12 @@ class ModelCache:
         The devices that were used, and what the cache holds of them.
         """
         return report.devices(self._core)
+
+    def waiting(self) -> tuple[WaitingInfo, ...]:
+        """
+        The requests that wait for their models, the oldest first.
+        """
+        return report.waiting(self._core)
 
     def explain(
         self,

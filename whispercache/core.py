@@ -45,7 +45,7 @@ from .errors import (
     TooManyWaiters,
     format_bytes,
 )
-from .events import EvictionCause
+from .events import EvictionCause, ModelGranted
 from .lease import Lease
 from .moves import Moves
 
@@ -185,10 +185,12 @@ class Core(Moves):
                 self.counts["timeouts"] += 1
                 raise LeaseTimeout(str(waiter), 0.0, waiting + 1)
             if is_full and not ends_now:
+                self.counts["refused"] += 1
                 raise TooManyWaiters(str(waiter), waiting)
             self.queue.append(waiter)
             try:
                 self._admit_locked()
+                waiter.waits = waiter in self.queue
             except BaseException:  # Ctrl-C, or a policy's: nobody will take the lease
                 if waiter in self.queue:
                     self._leave_locked(waiter)
@@ -455,7 +457,7 @@ class Core(Moves):
                 lease = self._grant_locked(
                     entry, workspace_bytes, waiter.keep_alive_s, waiter.owner
                 )
-                self._work.append(partial(waiter.future.set_result, (lease,)))
+                self._serve_with_locked(waiter, (lease,))
 
     def _hold_locked(self, waiter: Waiter) -> None:
         """
@@ -477,9 +479,19 @@ class Core(Moves):
         if waiter.future.set_running_or_notify_cancel():
             leases = tuple(held[place] for place in range(len(waiter.parts)))
             waiter.held = None
-            self._work.append(partial(waiter.future.set_result, leases))
+            self._serve_with_locked(waiter, leases)
         else:
             self._let_go_locked(waiter)
+
+    def _serve_with_locked(self, waiter: Waiter, leases: tuple[Lease, ...]) -> None:
+        """
+        Let a request that has left the queue have its leases.
+        """
+        if waiter.waits:
+            wait_s = self.clock.now() - waiter.since_s
+            for lease in leases:
+                self.outbox.append(ModelGranted(lease.key, wait_s))
+        self._work.append(partial(waiter.future.set_result, leases))
 
     def _grant_locked(
         self,

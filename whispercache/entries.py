@@ -505,6 +505,7 @@ class Waiter:
         since_s: When it was made.
         owner: The thread or task that waits.
         future: How it ends.
+        waits: It was not served at once.
         overtaken: Loads that passed it.
         passes: An older request waits for leases of its owner, so it waits for none.
         draining: Models that take no new leases for its sake.
@@ -517,6 +518,7 @@ class Waiter:
     since_s: float
     owner: Owner
     future: Future[tuple[Lease, ...]] = field(default_factory=Future)
+    waits: bool = False
     overtaken: int = 0
     passes: bool = False
     draining: list[Entry] = field(default_factory=list)

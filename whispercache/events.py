@@ -24,6 +24,7 @@ __all__ = [
     "Explanation",
     "FellBack",
     "ModelEvicted",
+    "ModelGranted",
     "ModelInfo",
     "ModelLoadFailed",
     "ModelLoaded",
@@ -32,6 +33,7 @@ __all__ = [
     "Outbox",
     "ReleaseUnconfirmed",
     "Stats",
+    "WaitingInfo",
 ]
 
 _log = logging.getLogger("whispercache")
@@ -111,6 +113,21 @@ class ModelLoadFailed(Event):
     """
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGranted(Event):
+    """
+    A request that was not served at once got its lease.
+
+    A request for several models makes one event for each of them. Those that found
+    their model in memory, and room for their work, make none.
+
+    Attributes:
+        wait_s: Seconds since the request, through room, loads and other callers.
+    """
+
+    wait_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +223,7 @@ class Stats:
         evictions: Models that left memory, whatever the cause.
         unconfirmed: Unloads that did not happen at the first try.
         timeouts: Requests that were not served in time.
+        refused: Requests that found ``max_waiting`` others in the queue.
         deadlocks: Requests that failed so that others could be served.
         fallbacks: Requests that got a model of their ``fallback`` ladder.
         load_s: Seconds spent in loads.
@@ -223,6 +241,7 @@ class Stats:
     evictions: int = 0
     unconfirmed: int = 0
     timeouts: int = 0
+    refused: int = 0
     deadlocks: int = 0
     fallbacks: int = 0
     load_s: float = 0.0
@@ -276,6 +295,20 @@ class ModelInfo:
         All that is counted for it.
         """
         return self.weights_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingInfo:
+    """
+    One request that waits for its models.
+
+    Attributes:
+        keys: The models that it wants, all or nothing.
+        waited_s: Seconds since it was made.
+    """
+
+    keys: tuple[ModelKey, ...]
+    waited_s: float
 
 
 @dataclass(frozen=True, slots=True)

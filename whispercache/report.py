@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .admission import Outcome
 from .entries import Part, State, Waiter, demands
 from .errors import format_bytes
-from .events import DeviceInfo, Explanation, ModelInfo, Stats
+from .events import DeviceInfo, Explanation, ModelInfo, Stats, WaitingInfo
 
 if TYPE_CHECKING:
     from .admission import Decision
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .entries import Entry
     from .footprint import Workload
 
-__all__ = ["describe", "devices", "explain", "models", "stats"]
+__all__ = ["describe", "devices", "explain", "models", "stats", "waiting"]
 
 
 def stats(core: Core) -> Stats:
@@ -82,6 +82,20 @@ def devices(core: Core) -> tuple[DeviceInfo, ...]:
                 models=len(device.entries),
             )
             for device in core.devices.values()
+        )
+
+
+def waiting(core: Core) -> tuple[WaitingInfo, ...]:
+    """
+    The requests that wait, the oldest first.
+    """
+    with core.changing():
+        now_s = core.clock.now()
+        return tuple(
+            WaitingInfo(
+                tuple(entry.key for entry in waiter.entries), now_s - waiter.since_s
+            )
+            for waiter in core.queue
         )
 
 
