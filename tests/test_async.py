@@ -554,6 +554,38 @@ def test_a_call_cancelled_before_its_thread_began_gives_its_lease_back(
     one.shutdown()
 
 
+def test_a_close_cancelled_before_its_thread_began_goes_on(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    As a web framework does when its client leaves: the model goes all the same.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from whispercache import aio
+
+    inner = make_cache()
+    one = ThreadPoolExecutor(1)
+    monkeypatch.setattr(aio, "_pool", lambda: one)
+
+    async def main() -> None:
+        segments = await open_segments(AsyncModelCache(inner))
+        await segments.__anext__()
+        go = threading.Event()
+        one.submit(go.wait, 10)
+        task = asyncio.ensure_future(segments.aclose())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert inner.stats().leases == 1
+        go.set()
+        await until(lambda: not inner.stats().leases)
+
+    run(main())
+    one.shutdown()
+
+
 def test_a_call_that_fails_lets_its_model_go(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,7 +220,7 @@ def test_fields_of_a_newer_version_are_passed_over() -> None:
         [],
         None,
         {"at_s": 1, "devices": 3, "models": [], "waiting": [], "events": []},
-        dict.fromkeys(("at_s", "devices", "waiting", "events", "stats"), [])
+        dict.fromkeys(("at_s", "devices", "waiting", "events", "stats"), ())
         | {"models": [{}]},
     ],
 )

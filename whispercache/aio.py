@@ -564,7 +564,9 @@ class AsyncSegments(AsyncIterator[T]):
         """
         End early and let the model go, once the step in flight is over.
         """
-        await _in_thread(self._items.close)
+        # Whoever awaits it may be cancelled before a thread is free; it goes on.
+        closing = _pool().submit(self._items.close)
+        await asyncio.shield(asyncio.wrap_future(closing))
         self._step = None
 
     async def __aenter__(self) -> Self:
