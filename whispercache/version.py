@@ -1,0 +1,9 @@
+"""
+Version: of this package, for all that tells it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"
