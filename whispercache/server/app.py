@@ -1,0 +1,88 @@
+"""
+App: the server as one ASGI application.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
+
+from whispercache.cache import ModelCache
+from whispercache.version import __version__
+
+from . import audio, errors, manage
+from .guard import Guard
+from .limits import UploadLimit
+from .service import Service
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from .options import ServerOptions
+
+__all__ = ["create_app"]
+
+
+def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastAPI:
+    """
+    The server, for uvicorn or any other ASGI server, in one process: the models are in
+    its memory.
+
+    Args:
+        options: What it offers, and to whom.
+        cache: Where the models are; it is left open. If None, a cache with default
+            limits, which is closed when the server ends.
+
+    Raises:
+        WhisperCacheError: a model on the list does not exist, or its device does not.
+    """
+    service = Service(options, cache or ModelCache())
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with service.running():
+                yield
+        finally:
+            if cache is None:
+                await service.cache.__aexit__(None, None, None)
+
+    app = FastAPI(
+        title="whispercache",
+        summary="faster-whisper models, in the memory there is.",
+        version=__version__,
+        lifespan=lifespan,
+        # These pages load their scripts from another site.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = service
+    errors.install(app, (audio.router, manage.router, manage.health))
+    # `Guard` asks for the key; this is for the schema.
+    key = [Depends(HTTPBearer(auto_error=False))] if options.keys else []
+    app.include_router(audio.router, dependencies=key)
+    app.include_router(manage.router, dependencies=key)
+    app.include_router(manage.health)
+    manage.add_page(app)
+    # The last one added sees a request first.
+    app.add_middleware(
+        UploadLimit,
+        max_bytes=options.max_upload_bytes,
+        timeout_s=options.upload_timeout_s,
+    )
+    app.add_middleware(
+        Guard, keys=options.keys, hosts=options.hosts, origins=options.origins
+    )
+    if options.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    return app

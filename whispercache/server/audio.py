@@ -1,0 +1,313 @@
+"""
+Audio: OpenAI's transcriptions and translations, as existing clients ask for them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, File, Form, Request, Response, UploadFile
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from whispercache.units import parse_duration
+
+from .decode import samples
+from .errors import ApiError, as_refusal, responses
+from .forms import SmallForm
+from .presence import while_present
+from .service import Served, Service
+from .transcripts import (
+    MEDIA_TYPES,
+    Plain,
+    Verbose,
+    as_event,
+    as_lines,
+    as_plain,
+    as_verbose,
+    text_of,
+    usage_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from faster_whisper.transcribe import Segment, TranscriptionInfo
+
+    from whispercache.aio import AsyncCachedModel, AsyncSegments
+
+    from .offers import Offer
+
+__all__ = ["router"]
+
+router: APIRouter = APIRouter(prefix="/v1/audio", tags=["audio"], route_class=SmallForm)
+
+Kind = Literal["json", "text", "srt", "vtt", "verbose_json"]
+Task = Literal["transcribe", "translate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """
+    What a client wants heard, and how.
+    """
+
+    task: Task
+    kind: Kind
+    language: str | None
+    prompt: str | None
+    temperature: float
+    granularities: tuple[str, ...]
+    keep_alive: str | None
+    stream: bool
+
+    def check(self) -> None:
+        """
+        See whether it makes sense.
+
+        Raises:
+            ApiError: it does not.
+        """
+        if self.granularities and self.kind != "verbose_json":
+            raise _nonsense(
+                "timestamp_granularities[]",
+                "timestamps come with response_format=verbose_json only",
+            )
+        if self.stream and self.kind not in ("json", "text"):
+            raise _nonsense(
+                "stream", "a stream carries text: response_format json or text"
+            )
+        if self.keep_alive is not None:
+            try:
+                parse_duration(self.keep_alive, "keep_alive")
+            except ValueError as error:
+                raise _nonsense("keep_alive", str(error)) from None
+
+    def options(self) -> dict[str, Any]:
+        """
+        The same as parameters of ``transcribe``.
+        """
+        options: dict[str, Any] = {
+            "task": self.task,
+            "language": self.language,
+            "initial_prompt": self.prompt,
+            "word_timestamps": "word" in self.granularities,
+        }
+        # At 0 Whisper itself raises it where it hears nonsense, as OpenAI's does.
+        if self.temperature > 0:
+            options["temperature"] = self.temperature
+        return options
+
+
+def _nonsense(param: str, message: str) -> ApiError:
+    return ApiError(400, message, code="invalid_value", param=param)
+
+
+async def _lifetime() -> AsyncIterator[AsyncExitStack]:
+    """
+    What a request takes, until its answer has been sent or its client has left.
+    """
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+Lifetime = Annotated[AsyncExitStack, Depends(_lifetime)]
+Audio = Annotated[UploadFile, File(description="Anything that FFmpeg reads.")]
+Named = Annotated[str, Form(min_length=1, description="A model that is served here.")]
+Prompt = Annotated[
+    str | None,
+    # A model looks at the last 223 tokens of it.
+    Form(max_length=10_000, description="Words that came before, or may come."),
+]
+Temperature = Annotated[float, Form(ge=0, le=1)]
+KeepAlive = Annotated[
+    str | None,
+    Form(description='How long the model stays when idle: seconds, "5m", 0, -1.'),
+]
+
+_ERRORS = responses(400, 401, 403, 404, 408, 413, 429, 503)
+_ANSWERS: dict[int | str, dict[str, object]] = {
+    200: {
+        "description": "What was heard, in the format asked for.",
+        "content": {
+            "application/json": {},
+            **{kind.partition(";")[0]: {} for kind in MEDIA_TYPES.values()},
+            "text/event-stream": {},
+        },
+    }
+}
+
+
+@router.post(
+    "/transcriptions",
+    response_model=Plain | Verbose,
+    response_model_exclude_none=True,
+    responses={**_ANSWERS, **_ERRORS},
+)
+async def transcriptions(
+    *,
+    request: Request,
+    service: Served,
+    lifetime: Lifetime,
+    file: Audio,
+    model: Named,
+    language: Annotated[str | None, Form(description="Code, such as en.")] = None,
+    prompt: Prompt = None,
+    response_format: Annotated[Kind, Form()] = "json",
+    temperature: Temperature = 0.0,
+    timestamp_granularities: Annotated[
+        list[Literal["word", "segment"]] | None, Form(alias="timestamp_granularities[]")
+    ] = None,
+    stream: Annotated[bool, Form(description="Send text as it is heard.")] = False,
+    keep_alive: KeepAlive = None,
+) -> Response | Plain | Verbose:
+    """
+    Write down what is said.
+    """
+    job = Job(
+        task="transcribe",
+        kind=response_format,
+        language=language or None,
+        prompt=prompt or None,
+        temperature=temperature,
+        granularities=tuple(timestamp_granularities or ()),
+        keep_alive=keep_alive or None,
+        stream=stream,
+    )
+    work = _answer(service, lifetime, file, model, job)
+    return await while_present(request, work)
+
+
+@router.post(
+    "/translations",
+    response_model=Plain | Verbose,
+    response_model_exclude_none=True,
+    responses={**_ANSWERS, **_ERRORS},
+)
+async def translations(
+    *,
+    request: Request,
+    service: Served,
+    lifetime: Lifetime,
+    file: Audio,
+    model: Named,
+    prompt: Prompt = None,
+    response_format: Annotated[Kind, Form()] = "json",
+    temperature: Temperature = 0.0,
+    keep_alive: KeepAlive = None,
+) -> Response | Plain | Verbose:
+    """
+    Write down in English what is said in another language.
+    """
+    job = Job(
+        task="translate",
+        kind=response_format,
+        language=None,
+        prompt=prompt or None,
+        temperature=temperature,
+        granularities=(),
+        keep_alive=keep_alive or None,
+        stream=False,
+    )
+    work = _answer(service, lifetime, file, model, job)
+    return await while_present(request, work)
+
+
+async def _answer(
+    service: Service, lifetime: AsyncExitStack, file: UploadFile, name: str, job: Job
+) -> Response | Plain | Verbose:
+    job.check()
+    offer = service.offer(name)
+    segments, info = await _begin(service, lifetime, file, offer, job)
+    if job.stream:
+        events = _events(segments, info)
+        return StreamingResponse(events, media_type="text/event-stream")
+    heard = [segment async for segment in segments]
+    if job.kind == "json":
+        return as_plain(heard, info)
+    if job.kind == "verbose_json":
+        return as_verbose(heard, info, job.task, job.granularities)
+    text = "".join(as_lines(heard, info, job.kind))
+    return Response(text, media_type=MEDIA_TYPES[job.kind])
+
+
+async def _begin(
+    service: Service,
+    lifetime: AsyncExitStack,
+    file: UploadFile,
+    offer: Offer,
+    job: Job,
+) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
+    """
+    Decode, wait for the model, and begin to listen; *lifetime* ends all of it.
+    """
+    folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="whispercache-"))
+    decoded = Path(folder, "samples")
+    await _decode(service, file, Path(folder, "upload"), decoded)
+    left_s = await lifetime.enter_async_context(
+        service.gate.turn(offer.name, service.options.timeout_s)
+    )
+    model = await service.cache.get_model(
+        *offer.place, timeout_s=left_s, keep_alive=job.keep_alive
+    )
+    await _check_languages(model, job)
+    heard = await run_in_threadpool(samples, decoded)
+    segments, info = await model.transcribe(heard, **job.options())
+    return await lifetime.enter_async_context(segments), info
+
+
+async def _check_languages(model: AsyncCachedModel, job: Job) -> None:
+    """
+    See whether the model knows the language asked for.
+
+    Raises:
+        ApiError: it does not.
+    """
+    if job.language is None and job.task == "transcribe":
+        return
+    async with model.lease() as whisper:
+        known = whisper.supported_languages
+    if job.task == "translate" and known == ["en"]:
+        raise _nonsense("model", "this model understands English only")
+    if job.language is not None and job.language not in known:
+        codes = ", ".join(known)
+        raise _nonsense(
+            "language", f"this model knows no {job.language[:20]!r}; it knows {codes}"
+        )
+
+
+async def _decode(
+    service: Service, file: UploadFile, upload: Path, decoded: Path
+) -> None:
+    await run_in_threadpool(_save, file, upload)
+    try:
+        await service.decoder.decode(upload, decoded)
+    finally:
+        await run_in_threadpool(upload.unlink)
+
+
+def _save(file: UploadFile, target: Path) -> None:
+    with target.open("wb") as out:
+        shutil.copyfileobj(file.file, out)
+
+
+async def _events(
+    segments: AsyncSegments[Segment], info: TranscriptionInfo
+) -> AsyncIterator[bytes]:
+    heard: list[Segment] = []
+    try:
+        async for segment in segments:
+            delta = segment.text if heard else segment.text.lstrip()
+            heard.append(segment)
+            yield as_event("transcript.text.delta", delta=delta)
+    except Exception as error:
+        # The status has been sent: what went wrong is an event, too.
+        yield as_event("error", error=as_refusal(error).detail.model_dump())
+        return
+    usage = usage_of(info).model_dump()
+    yield as_event("transcript.text.done", text=text_of(heard), usage=usage)

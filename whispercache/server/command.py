@@ -1,0 +1,212 @@
+"""
+Command: ``whispercache serve``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from whispercache.cache import ModelCache
+from whispercache.errors import WhisperCacheError
+from whispercache.specs import parse_spec
+from whispercache.units import limit_bytes, parse_duration, parse_limit
+
+from .options import ServerOptions
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["HELP", "KEYS_VARIABLE", "add_options", "run"]
+
+KEYS_VARIABLE = "WHISPERCACHE_API_KEYS"
+"""
+Environment variable with keys, separated by commas; a command line is seen by others.
+"""
+
+HELP = f"""\
+models:
+  base                 by its name, which is also what clients call it
+  base:int8            in another compute type; clients say base:int8
+  mine=/models/mine    a directory; clients say mine
+  whisper-1=large-v3   another name; by default whisper-1 is the first of them
+
+Limits are bytes or 100MiB, times are seconds or 5m. Keys are lines of --key-file, or in
+${KEYS_VARIABLE}, with commas between; clients send Authorization: Bearer KEY.
+
+The page is at /, Prometheus metrics at /metrics, probes look at /healthz and /readyz.
+"""
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+_log = logging.getLogger("whispercache")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """
+    Describe the command's parameters.
+    """
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="[NAME=]MODEL[:TYPE], see below")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s)",
+    )
+    add("--port", type=int, default=8000, help="default: %(default)s")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--preload", action="append", default=[], metavar="NAME", help="load it now")
+    add("--pin", action="append", default=[], metavar="NAME", help="load and keep it")
+    add(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"who may use it: a key a line; or ${KEYS_VARIABLE}, with commas",
+    )
+    add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
+    add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
+    add("--max-models", type=int, metavar="N", help="on each device")
+    add("--keep-alive", metavar="TIME", default="5m", help="of idle models: 5m, 0, -1")
+    add("--fallback", action="append", default=[], metavar="RUNG", help="as in the API")
+    add("--watch", action="store_true", help="leave before other programs run out")
+    add("--coordinate", action="store_true", help="with other processes of this user")
+    limits = parser.add_argument_group("limits of a request")
+    add = limits.add_argument
+    add("--max-upload", metavar="SIZE", default="100MiB", help="default: %(default)s")
+    add("--max-duration", metavar="TIME", default="2h", help="of audio (%(default)s)")
+    add("--timeout", metavar="TIME", default="60s", help="for a model (%(default)s)")
+    add("--max-waiting", type=int, default=64, metavar="N", help="default: %(default)s")
+    add(
+        "--parallel",
+        type=int,
+        default=2,
+        metavar="N",
+        help="calls on one model at once",
+    )
+    add(
+        "--drain",
+        metavar="TIME",
+        default="30s",
+        help="to finish at the end (%(default)s)",
+    )
+    web = parser.add_argument_group("pages of other sites")
+    add = web.add_argument
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of this server",
+    )
+    add("--allow-origin", action="append", default=[], metavar="URL", help="of a page")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """
+    Serve until SIGTERM or Ctrl-C, finish what has begun, and return the exit code.
+    """
+    served = _served(options)
+    try:
+        import uvicorn
+
+        from .app import create_app
+    except ModuleNotFoundError as missing:
+        raise WhisperCacheError(
+            f"{missing.name} is missing; pip install 'whispercache[server]'"
+        ) from missing
+    with ModelCache(
+        vram=options.vram,
+        ram=options.ram,
+        max_models=options.max_models,
+        keep_alive=options.keep_alive,
+        fallback=options.fallback,
+        pressure="watch" if options.watch else "load",
+        coordinate=options.coordinate,
+    ) as cache:
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(served, cache),
+                host=options.host,
+                port=options.port,
+                timeout_graceful_shutdown=math.ceil(_seconds(options, "drain")),
+                server_header=False,
+                log_config=_LOGGING,
+            )
+        )
+        _warn(options, served)
+        # uvicorn raises the signal again when it has finished; its work is done then.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        server.run()
+    return 0 if server.started else 1
+
+
+def _served(options: argparse.Namespace) -> ServerOptions:
+    hosts = tuple(options.allow_host)
+    if options.host in LOOPBACK:
+        hosts += LOOPBACK
+    max_upload_bytes = limit_bytes(parse_limit(options.max_upload, "--max-upload"), 0)
+    return ServerOptions(
+        models=tuple(map(parse_spec, options.models)),
+        device=options.device,
+        preload=tuple(options.preload),
+        pin=tuple(options.pin),
+        keys=_keys(options.key_file),
+        hosts=hosts,
+        origins=tuple(options.allow_origin),
+        max_upload_bytes=max_upload_bytes or 0,
+        max_duration_s=_seconds(options, "max_duration"),
+        timeout_s=_seconds(options, "timeout"),
+        max_waiting=options.max_waiting,
+        parallel=options.parallel,
+    )
+
+
+def _seconds(options: argparse.Namespace, name: str) -> float:
+    seconds = parse_duration(getattr(options, name), f"--{name.replace('_', '-')}")
+    if math.isinf(seconds):
+        raise ValueError(f"--{name.replace('_', '-')} must have an end")
+    return seconds
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    text = os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")
+    if file is not None:
+        text += "\n" + file.read_text(encoding="utf-8")
+    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if file is not None and not keys:
+        raise ValueError(f"{file} holds no key, which would let everybody in")
+    return keys
+
+
+def _warn(options: argparse.Namespace, served: ServerOptions) -> None:
+    """
+    Say on stderr where the page is, and what is open to everybody.
+    """
+    names = ", ".join(spec.name for spec in served.models)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    sys.stderr.write(f"whispercache: {names} on http://{host}:{options.port}\n")
+    if options.host not in LOOPBACK and not served.keys:
+        sys.stderr.write(
+            "whispercache: warning: whoever reaches this address may use it; "
+            "--key-file asks for keys\n"
+        )
+
+
+_LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "plain": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
+    },
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
+    "loggers": {
+        "uvicorn": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
+        "whispercache": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
+    },
+}

@@ -1,0 +1,333 @@
+"""
+Uploads are decoded in processes of their own, since nobody knows what is in them.
+
+A file that crashes, stalls or bloats FFmpeg ends one process and one request. What is
+decoded waits for its model in a file, so that waiting requests hold no memory.
+
+::
+
+    async with Decoder(max_duration_s=3600) as decoder:
+        seconds = await decoder.decode(upload, directory / "samples")
+        audio = samples(directory / "samples")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import signal
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pebble import ProcessExpired, ProcessPool
+
+from whispercache.errors import AudioError, WhisperCacheError
+
+from . import decoding
+from .decoding import SAMPLE_BYTES, SAMPLES_PER_S, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from pebble import ProcessFuture
+    from typing_extensions import Self
+
+__all__ = [
+    "AudioRefused",
+    "AudioTooLong",
+    "DecodeCrashed",
+    "DecodeTimeout",
+    "Decoder",
+    "DecoderClosed",
+    "samples",
+]
+
+_logger = logging.getLogger("whispercache")
+
+_ATTEMPTS = 2
+_START_TIMEOUT_S = 60.0
+
+
+class AudioRefused(AudioError):
+    """
+    An upload that is broken, or is no audio.
+
+    Attributes:
+        audio: Always ``"upload"``; no path of the server gets into a message.
+        reason: Why it cannot be decoded, and what to send instead.
+    """
+
+    def __str__(self) -> str:
+        return f"the upload cannot be decoded: {self.reason}"
+
+
+class AudioTooLong(WhisperCacheError, ValueError):
+    """
+    An upload that goes on for longer than is allowed.
+
+    Attributes:
+        limit_s: Seconds of audio that are allowed.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s)
+        self.limit_s = limit_s
+
+    def __str__(self) -> str:
+        return f"the upload is longer than {self.limit_s:g} s; send it in parts"
+
+
+class DecodeTimeout(WhisperCacheError, TimeoutError):
+    """
+    An upload that took too long to decode.
+
+    Attributes:
+        timeout_s: Seconds that decoding may take.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        self.timeout_s = timeout_s
+
+    def __str__(self) -> str:
+        return (
+            f"the upload was not decoded within {self.timeout_s:g} s; send it in "
+            "parts, or as flac, mp3 or wav"
+        )
+
+
+class DecodeCrashed(WhisperCacheError):
+    """
+    The process that decoded the upload ended, by a crash or for want of memory.
+    """
+
+    def __init__(
+        self,
+        reason: str = (
+            "decoding the upload failed badly; convert it to flac, mp3 or wav and try "
+            "again"
+        ),
+    ) -> None:
+        super().__init__(reason)
+
+
+class DecoderClosed(WhisperCacheError):
+    """
+    The decoder was closed before the upload was decoded.
+    """
+
+    def __init__(self, reason: str = "the server is shutting down") -> None:
+        super().__init__(reason)
+
+
+class Decoder:
+    """
+    Processes that decode uploads, one upload each at a time.
+
+    Used in one event loop. It leaves no process, thread or file behind.
+
+    Args:
+        processes: How many uploads are decoded at once; further ones wait.
+        max_duration_s: Seconds of audio that an upload may hold. Decoding ends where
+            they are over, whatever its header claims.
+        timeout_s: Seconds that decoding may take, without the wait for a process.
+        memory_bytes: What a process may take for decoding (on Linux).
+        uploads_per_process: After so many, a process is replaced by a new one.
+    """
+
+    def __init__(
+        self,
+        *,
+        processes: int = 2,
+        max_duration_s: float = 4 * 3600.0,
+        timeout_s: float = 120.0,
+        memory_bytes: int = 1024**3,
+        uploads_per_process: int = 200,
+    ) -> None:
+        if min(processes, max_duration_s, timeout_s, memory_bytes) <= 0:
+            raise ValueError("processes and limits of a Decoder are above zero")
+        if uploads_per_process < 1:
+            raise ValueError("uploads_per_process is at least 1")
+        self.processes = processes
+        self.max_duration_s = max_duration_s
+        self.timeout_s = timeout_s
+        self._max_samples = int(max_duration_s * SAMPLES_PER_S)
+        self._uploads_per_process = uploads_per_process
+        # One sample more than is ever written: the limit is a second barrier.
+        self._limits = (memory_bytes, (self._max_samples + 1) * SAMPLE_BYTES)
+        # Of what was handed to the pool, all starts at once: pebble ends the process of
+        # a task that was cancelled before it had begun.
+        self._free = asyncio.Semaphore(processes)
+        self._renewal = asyncio.Lock()
+        self._pool: ProcessPool | None = None
+        self._is_closed = False
+        self._under_way: set[ProcessFuture[Outcome]] = set()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """
+        Start the processes, so that the first upload does not wait for their imports.
+
+        Blocks:
+            until the first is up; the others follow at once.
+
+        Raises:
+            DecodeCrashed: they do not start.
+            DecoderClosed: it was closed.
+        """
+        try:
+            await self._run(decoding.ready, _START_TIMEOUT_S)
+        except DecodeCrashed:
+            await self.close()
+            raise DecodeCrashed(
+                "no process for decoding starts; a program that runs the server itself "
+                "does so under `if __name__ == '__main__':`"
+            ) from None
+
+    async def close(self) -> None:
+        """
+        End all processes. Uploads that are being decoded, or wait, fail.
+        """
+        self._is_closed = True
+        async with self._renewal:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            await asyncio.to_thread(_end, pool)
+        # The pool, which has ended, fails only those that it still happens to look at.
+        for future in self._under_way:
+            if not future.done():
+                future.set_exception(DecoderClosed())
+
+    async def decode(self, path: Path, target: Path) -> float:
+        """
+        Decode the upload *path* into the new file *target*; `samples` reads it.
+
+        Whoever cancels it ends the work. Without success there is no *target*.
+
+        Returns:
+            Seconds of audio.
+
+        Blocks:
+            until a process is free, and then for ``timeout_s`` at most.
+
+        Raises:
+            AudioRefused: it is broken, or no audio.
+            AudioTooLong: it is longer than ``max_duration_s``.
+            DecodeTimeout: decoding took longer than ``timeout_s``.
+            DecodeCrashed: it crashed.
+            DecoderClosed: the decoder was, or is being, closed.
+            OSError: *path* cannot be read, or *target* not be written.
+        """
+        call = partial(decoding.decode, str(path), str(target), self._max_samples)
+        with _gone_unless_successful(target):
+            outcome = await self._run(call, self.timeout_s)
+            return self._seconds(outcome)
+
+    def _seconds(self, outcome: Outcome) -> float:
+        if outcome.is_too_long:
+            raise AudioTooLong(self.max_duration_s)
+        if outcome.refusal:
+            raise AudioRefused("upload", outcome.refusal)
+        return outcome.n_samples / SAMPLES_PER_S
+
+    async def _run(self, call: Callable[[], Outcome], timeout_s: float) -> Outcome:
+        """
+        What became of *call* in one of the processes.
+        """
+        async with self._free:
+            for _ in range(_ATTEMPTS):
+                try:
+                    return await self._attempt(call, timeout_s)
+                except (TimeoutError, asyncio.TimeoutError):
+                    _logger.warning("decoding took over %g s and was ended", timeout_s)
+                    raise DecodeTimeout(timeout_s) from None
+                except ProcessExpired as expired:
+                    _logger.warning("decoding ended with code %s", expired.exitcode)
+                    # A service manager stops all processes of a service at once, but
+                    # this one finishes what it has begun.
+                    if expired.exitcode != -signal.SIGTERM:
+                        break
+                except RuntimeError:
+                    # pebble gives the whole pool up when a process ends that has
+                    # nothing to do. The next attempt has a new pool.
+                    _logger.info("the processes for decoding have ended")
+        raise DecodeCrashed
+
+    async def _attempt(self, call: Callable[[], Outcome], timeout_s: float) -> Outcome:
+        pool = await self._sound_pool()
+        future = pool.schedule(call, timeout=timeout_s)
+        self._under_way.add(future)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            self._under_way.discard(future)
+
+    async def _sound_pool(self) -> ProcessPool:
+        """
+        The pool; a new one if there is none yet, or if the last one broke.
+        """
+        async with self._renewal:
+            if self._is_closed:
+                raise DecoderClosed
+            if self._pool is not None and self._pool.active:
+                return self._pool
+            if self._pool is not None:
+                await asyncio.to_thread(_end, self._pool)
+            # Known before it starts: whoever is cancelled here leaves it to close().
+            self._pool = ProcessPool(
+                self.processes,
+                self._uploads_per_process,
+                decoding.prepare,
+                self._limits,
+                # A fork would share the models, their threads and the event loop's
+                # signals with code that reads what strangers have sent.
+                multiprocessing.get_context("spawn"),
+            )
+            await asyncio.to_thread(getattr, self._pool, "active")
+            return self._pool
+
+
+def samples(target: Path) -> NDArray[np.float32]:
+    """
+    What `Decoder.decode` wrote to *target*: float32 (samples,), mono, 16 kHz, in ±1.
+    """
+    import numpy as np
+
+    audio = np.fromfile(target, np.int16).astype(np.float32)
+    audio /= 32768
+    return audio
+
+
+@contextmanager
+def _gone_unless_successful(target: Path) -> Iterator[None]:
+    """
+    A new file *target*, removed again if the block fails.
+    """
+    target.touch()
+    try:
+        yield
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _end(pool: ProcessPool) -> None:
+    pool.stop()  # type: ignore[no-untyped-call]
+    pool.join()

@@ -1,0 +1,268 @@
+"""
+What runs in a decoding process: an upload becomes samples, within limits.
+
+Of what FFmpeg can read, little is let in: the containers and codecs in which people
+send speech. Playlists, manifests, scripts, pictures and subtitles are refused by name
+before they are read, and nothing but the upload itself can be opened.
+
+This module imports PyAV and the standard library alone, since a new process waits for
+its imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import av
+import av.error
+import av.logging
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from av.audio.frame import AudioFrame
+    from av.container import InputContainer
+
+__all__ = ["SAMPLES_PER_S", "SAMPLE_BYTES", "Outcome", "decode", "prepare", "ready"]
+
+SAMPLES_PER_S = 16_000
+SAMPLE_BYTES = 2
+
+_CONTAINERS = (
+    "aac,aiff,amr,asf,au,caf,flac,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav"  # demuxers
+)
+_CODECS = ",".join(
+    (
+        "aac,aac_fixed,aac_latm,ac3,ac3_fixed,eac3,alac,flac,mp1,mp1float,mp2,mp2float",
+        "mp3,mp3float,opus,libopus,vorbis,libvorbis,speex,libspeex,wmapro,wmav1,wmav2",
+        "amrnb,libopencore_amrnb,amrwb,libopencore_amrwb,gsm,gsm_ms,g722,g726",
+        "adpcm_ima_qt,adpcm_ima_wav,adpcm_ms,pcm_alaw,pcm_mulaw,pcm_s8,pcm_u8",
+        *(f"pcm_s{n_bits}{order}" for n_bits in (16, 24, 32) for order in ("le", "be")),
+        *(f"pcm_f{n_bits}{order}" for n_bits in (32, 64) for order in ("le", "be")),
+    )
+)
+_OPTIONS = {
+    "format_whitelist": _CONTAINERS,
+    # Decoders of video are kept out too: FFmpeg tries them to learn what is in a file.
+    "codec_whitelist": _CODECS,
+    # A protocol that does not exist: an empty list would mean any.
+    "protocol_whitelist": "none",
+    "max_streams": "64",
+}
+_NAME = "upload"
+_HIGHEST_RATE_HZ = 768_000
+_STACK_BYTES = 8 * 1024**2
+_OPEN_FILES = 64
+
+# All that PyAV was seen to raise on broken files, and their kin. A mistake in this
+# module (a wrong name, say) is none of these and is no client's fault.
+_UNDECODABLE = (
+    av.error.FFmpegError,
+    ArithmeticError,
+    AssertionError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """
+    What became of an upload.
+
+    Attributes:
+        n_samples: How many were written.
+        refusal: Why it was refused, for the client; empty if it was not.
+        is_too_long: It was refused, since it goes on for longer than allowed.
+    """
+
+    n_samples: int
+    refusal: str = ""
+    is_too_long: bool = False
+
+
+class _Refused(Exception):
+    """
+    The upload cannot be decoded; the text says why.
+    """
+
+
+def prepare(memory_bytes: int, output_bytes: int) -> None:
+    """
+    Limit this process, once, before its first upload.
+
+    Args:
+        memory_bytes: How much it may take beyond what it has now. Kept on Linux alone.
+        output_bytes: How long a file it may write. Not kept on Windows.
+    """
+    # A handler in Python would wait until FFmpeg returns.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    av.logging.set_level(av.logging.PANIC)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _set_limits(memory_bytes, output_bytes)
+    # What was imported stays; the collector need not look through it each time.
+    gc.freeze()
+
+
+def ready() -> Outcome:
+    """
+    Nothing decoded: a process that answers is up and limited.
+    """
+    return Outcome(0)
+
+
+def decode(path: str, target: str, max_samples: int) -> Outcome:
+    """
+    Decode the first audio stream of *path* into *target*: mono, 16 kHz, 16 bit.
+
+    Args:
+        path: The upload. Its name says nothing; its content does.
+        target: An existing file, overwritten with the samples as this machine orders
+            their bytes. It is not created here: what a request that has left had
+            removed does not come back.
+        max_samples: Decoding ends as soon as there are more.
+
+    Raises:
+        OSError: *path* or *target* cannot be opened, or *target* cannot be written.
+    """
+    n_samples = 0
+    try:
+        with (
+            io.FileIO(path) as source,
+            Path(target).open("r+b") as file,
+            contextlib.closing(_pieces(source)) as pieces,
+        ):
+            # FFmpeg takes "song.png" for a picture, whatever is in it.
+            source.name = _NAME
+            file.truncate()
+            for piece in pieces:
+                n_samples += len(piece) // SAMPLE_BYTES
+                if n_samples > max_samples:
+                    return Outcome(0, "it is too long", is_too_long=True)
+                file.write(piece)
+    except _Refused as refusal:
+        return Outcome(0, str(refusal))
+    finally:
+        # Resamplers are kept alive by cycles that only the collector finds.
+        gc.collect()
+    if not n_samples:
+        return Outcome(0, "no audio could be decoded from it")
+    return Outcome(n_samples)
+
+
+def _pieces(source: io.FileIO) -> Generator[bytes, None, None]:
+    """
+    All samples of *source*, some at a time.
+    """
+    try:
+        with av.open(
+            source,
+            metadata_errors="ignore",
+            container_options=_OPTIONS,
+            io_open=_open_nothing,
+        ) as container:
+            for frame in _resampled(_frames(container)):
+                n_bytes = frame.samples * SAMPLE_BYTES
+                yield bytes(memoryview(frame.planes[0])[:n_bytes])
+    except MemoryError as error:
+        raise _Refused("it is broken, or takes too much memory") from error
+    except _UNDECODABLE as error:
+        raise _Refused(
+            "it is broken, or none of the kinds of audio that are accepted; send "
+            "flac, m4a, mp3, mp4, ogg, wav or webm"
+        ) from error
+
+
+def _open_nothing(*_asked: object) -> BinaryIO:
+    """
+    Refuse to open what is named inside of an upload.
+    """
+    raise PermissionError
+
+
+def _frames(container: InputContainer) -> Iterator[AudioFrame]:
+    """
+    What the first audio stream decodes to; broken packets are left out.
+    """
+    if not container.streams.audio:
+        raise _Refused("there is no audio in it")
+    stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise _Refused("its codec is not known")
+    stream.codec_context.options = {"codec_whitelist": _CODECS}
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            continue
+        for frame in frames:
+            if not 0 < frame.sample_rate <= _HIGHEST_RATE_HZ:
+                raise _Refused(f"its sample rate is {frame.sample_rate} Hz")
+            # Timestamps that jump are not to become silence, or an error.
+            frame.pts = None
+            yield frame
+
+
+def _resampled(frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:
+    """
+    The same in mono, 16 kHz, 16 bit, however often *frames* change their form.
+    """
+    resampler: av.AudioResampler | None = None
+    form: tuple[object, ...] = ()
+    for frame in frames:
+        of_frame = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if resampler is None or form != of_frame:
+            if resampler is not None:
+                yield from resampler.resample(None)
+            resampler, form = av.AudioResampler("s16", "mono", SAMPLES_PER_S), of_frame
+        yield from resampler.resample(frame)
+    if resampler is not None:
+        yield from resampler.resample(None)
+
+
+def _end_with_parent() -> None:
+    """
+    End this process at once when its parent has ended, even in the midst of decoding.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _set_limits(memory_bytes: int, output_bytes: int) -> None:
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limits = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: output_bytes,
+        resource.RLIMIT_NOFILE: _OPEN_FILES,
+    }
+    if sys.platform == "linux":
+        # Resampling starts a thread for each CPU, and each reserves a stack.
+        stacks_bytes = _STACK_BYTES * (os.cpu_count() or 1)
+        limits[resource.RLIMIT_AS] = _mapped_bytes() + stacks_bytes + memory_bytes
+    for limit, wanted in limits.items():
+        _, hard = resource.getrlimit(limit)
+        value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(limit, (value, value))
+
+
+def _mapped_bytes() -> int:
+    n_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    return n_pages * os.sysconf("SC_PAGE_SIZE")

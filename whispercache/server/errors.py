@@ -1,0 +1,247 @@
+"""
+Errors as clients see them: an HTTP status, and JSON in the shape of OpenAI's API.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+
+from whispercache.errors import (
+    AudioError,
+    LeaseTimeout,
+    LoadFailed,
+    ModelTooLarge,
+    TooManyWaiters,
+    WhisperCacheError,
+)
+from whispercache.faults import Fault, classify
+
+from .decode import AudioTooLong, DecodeCrashed, DecoderClosed, DecodeTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fastapi import APIRouter, FastAPI, Request
+    from starlette.routing import BaseRoute
+
+__all__ = [
+    "ApiError",
+    "ErrorBody",
+    "ErrorDetail",
+    "as_refusal",
+    "install",
+    "responses",
+]
+
+_log = logging.getLogger("whispercache")
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+_CLIENT_LEFT = 499
+"""
+What nginx calls it, for logs.
+"""
+
+RETRY_S = 5
+"""
+Seconds after which a refused client may try again; by then a queue has moved on.
+"""
+
+
+class ErrorDetail(BaseModel):
+    """
+    What went wrong.
+    """
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """
+    The body of every answer that is no success.
+    """
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """
+    An answer that is no success.
+
+    Attributes:
+        status: HTTP status.
+        detail: The body.
+        headers: HTTP headers besides.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail: ErrorDetail = ErrorDetail(
+            message=message, type=_type_of(status), param=param, code=code
+        )
+        self.headers: dict[str, str] = dict(headers or {})
+
+    def response(self) -> JSONResponse:
+        """
+        The answer itself.
+        """
+        body = ErrorBody(error=self.detail).model_dump()
+        return JSONResponse(body, self.status, self.headers)
+
+
+def _type_of(status: int) -> str:
+    """
+    What OpenAI calls errors of that *status*.
+    """
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return "server_error"
+    return _TYPES.get(status, "invalid_request_error")
+
+
+def as_refusal(error: Exception) -> ApiError:
+    """
+    What a client is told of an error: never a path of this machine.
+    """
+    if isinstance(error, WhisperCacheError):
+        return _from_cache(error)
+    if classify(error) is not Fault.OTHER:
+        _log.error("%s", error)
+        message = "the device ran out of memory, or failed; the server's log tells more"
+        return _later(503, message, "device_failed", RETRY_S)
+    _log.error("a request failed", exc_info=error)
+    message = "something went wrong in the server; its log tells what"
+    return ApiError(500, message, code=type(error).__name__)
+
+
+def _from_cache(error: WhisperCacheError) -> ApiError:
+    if isinstance(error, AudioTooLong):
+        return ApiError(413, str(error), code="audio_too_long", param="file")
+    if isinstance(error, (AudioError, DecodeTimeout, DecodeCrashed)):
+        return ApiError(400, str(error), code="invalid_audio", param="file")
+    if isinstance(error, TooManyWaiters):
+        message = f"{error.waiting} requests wait already; try again later"
+        return _later(429, message, "too_many_requests", RETRY_S)
+    return _unavailable(error)
+
+
+def _unavailable(error: WhisperCacheError) -> ApiError:
+    if isinstance(error, LeaseTimeout):
+        message = f"the model could not be had within {error.waited_s:.1f} s"
+        return _later(503, f"{message}; try again later", "model_busy", RETRY_S)
+    if isinstance(error, DecoderClosed):
+        return _later(503, str(error), "shutting_down", RETRY_S)
+    if isinstance(error, ModelTooLarge):
+        message = f"there is no room for the model: {error.reason}"
+        return _later(503, message, "no_room", RETRY_S)
+    # Its message may name files of this machine: that is for the log.
+    _log.error("%s", error)
+    message = "the model cannot be had at present; the server's log tells why"
+    retry_s = error.retry_in_s if isinstance(error, LoadFailed) else None
+    return _later(503, message, "model_unavailable", retry_s or RETRY_S)
+
+
+def _later(status: int, message: str, code: str, retry_s: float) -> ApiError:
+    headers = {"Retry-After": str(max(1, math.ceil(retry_s)))}
+    return ApiError(status, message, code=code, headers=headers)
+
+
+def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """
+    Let all errors of *app*, with the routes of *routers*, leave in this shape.
+    """
+    routes = [route for router in routers for route in router.routes]
+
+    @app.exception_handler(ApiError)
+    async def refused(_request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    # RuntimeError is CTranslate2's. What is not listed here is answered, too, but then
+    # Starlette raises it again, and uvicorn ends the connection.
+    @app.exception_handler(WhisperCacheError)
+    @app.exception_handler(RuntimeError)
+    @app.exception_handler(MemoryError)
+    @app.exception_handler(OSError)
+    @app.exception_handler(Exception)
+    async def failed(_request: Request, error: Exception) -> JSONResponse:
+        return as_refusal(error).response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_request: Request, _error: ClientDisconnect) -> Response:
+        return Response(status_code=_CLIENT_LEFT)  # which nobody reads
+
+    @app.exception_handler(RequestValidationError)
+    async def nonsense(
+        _request: Request, error: RequestValidationError
+    ) -> JSONResponse:
+        first = error.errors()[0]
+        param = str(first["loc"][-1])
+        message = f"{param}: {first['msg']}"
+        if param == "file":
+            message = "file: send the audio as a file of a multipart form"
+        return ApiError(400, message, code="invalid_value", param=param).response()
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        headers = dict(error.headers or {})
+        if "Allow" in headers:  # of the first route of that path, where there are more
+            headers["Allow"] = _methods(routes, request)
+        refusal = ApiError(
+            error.status_code,
+            str(error.detail),
+            code=code or "invalid_request",
+            headers=headers,
+        )
+        return refusal.response()
+
+
+def _methods(routes: Sequence[BaseRoute], request: Request) -> str:
+    """
+    The methods that the path of *request* knows.
+    """
+    methods: set[str] = set()
+    for route in routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return ", ".join(sorted(methods))
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, object]]:
+    """
+    The errors of a route, for its schema.
+    """
+    told = {
+        400: "The request makes no sense, or the audio cannot be decoded.",
+        401: "No key, or a wrong one.",
+        403: "The request comes from a page of another site.",
+        404: "No such model is served.",
+        408: "The request did not arrive in time.",
+        413: "The upload is too large, or the audio too long.",
+        429: "Too many requests wait already. `Retry-After` says when to try again.",
+        503: "The model cannot be had now. `Retry-After` says when to try again.",
+    }
+    return {
+        status: {"model": ErrorBody, "description": told[status]} for status in statuses
+    }

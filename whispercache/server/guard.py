@@ -1,0 +1,138 @@
+"""
+Guard: who may use the server. The first to see a request, before its body is read.
+"""
+
+from __future__ import annotations
+
+import hmac
+from hashlib import sha256
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from .errors import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+__all__ = ["OPEN_PATHS", "Guard"]
+
+OPEN_PATHS = ("/", "/healthz", "/readyz")
+"""
+What needs no key: the page itself, which asks for one, and what probes look at.
+"""
+_OPEN_FOLDER = "/page/"
+_HARMLESS = ("GET", "HEAD", "OPTIONS")
+
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; "
+        "img-src 'self' data:; connect-src 'self'; form-action 'none'; "
+        "frame-ancestors 'none'; base-uri 'none'"
+    ),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Guard:
+    """
+    ASGI middleware that lets pass who may.
+
+    Three things are asked of a request: a host name that is ours, so that no page can
+    rebind its own name to this machine; that no page of another site sent it; and a
+    bearer key, where there are keys.
+
+    Args:
+        app: What is guarded.
+        keys: Any of these will do; none are needed if empty.
+        hosts: Names of ours; any will do if empty.
+        origins: Other sites whose pages may use the server.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str] = (),
+        hosts: Sequence[str] = (),
+        origins: Sequence[str] = (),
+    ) -> None:
+        self._app = app
+        # Digests are of one length, so that comparing takes the same time for all.
+        self._digests = [sha256(key.encode()).digest() for key in keys]
+        self._hosts = {host.lower() for host in hosts}
+        self._origins = set(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """
+        Answer a request, or pass it on.
+        """
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refusal = self._refusal(scope, Headers(scope=scope))
+        app = self._app if refusal is None else refusal.response()
+        await app(scope, receive, send_guarded)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        host = _parts(f"//{headers.get('host', '')}").hostname
+        if self._hosts and host not in self._hosts:
+            message = f"this server does not go by the name {host!r}; see --allow-host"
+            return ApiError(403, message, code="unknown_host")
+        if scope["method"] not in _HARMLESS and self._is_foreign(headers):
+            message = "pages of other sites may not do this; see --allow-origin"
+            return ApiError(403, message, code="cross_site")
+        if not self._needs_key(scope) or self._has_key(headers):
+            return None
+        return ApiError(
+            401,
+            "give one of this server's keys: Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    def _is_foreign(self, headers: Headers) -> bool:
+        """
+        Whether a page of another site sent it. Other programs send neither header.
+        """
+        origin = headers.get("origin")
+        if origin is not None and origin in self._origins:
+            return False
+        if (site := headers.get("sec-fetch-site")) is not None:
+            return site not in ("same-origin", "none")
+        return origin is not None and _parts(origin).netloc != headers.get("host")
+
+    def _needs_key(self, scope: Scope) -> bool:
+        path: str = scope["path"]
+        is_open = path in OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+        return bool(self._digests) and not is_open
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = sha256(key.strip().encode("latin-1")).digest()  # the bytes as sent
+        # All are compared, whichever it is.
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _parts(url: str) -> SplitResult:
+    """
+    The parts of *url*; of one that makes no sense there are none.
+    """
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")

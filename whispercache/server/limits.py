@@ -1,0 +1,196 @@
+"""
+Uploads that are too large, or too slow, are refused before anything reads them whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import anyio
+
+from whispercache.errors import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["App", "Message", "Receive", "Scope", "Send", "UploadLimit"]
+
+# ASGI's own shapes: https://asgi.readthedocs.io/en/latest/specs/main.html
+Scope: TypeAlias = MutableMapping[str, object]
+Message: TypeAlias = MutableMapping[str, object]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_LINGER_S = 2.0
+
+
+class UploadLimit:
+    """
+    ASGI middleware that answers 413 to bodies that are too large, and 408 to slow ones.
+
+    A refused request looks to the *app* as if its client had left in mid-upload, which
+    every app can handle; half a body never looks like a whole one. What the app answers
+    then is dropped.
+
+    Args:
+        app: The app behind.
+        max_bytes: So large may the body of a request be.
+        timeout_s: So long may it take to arrive; None is for ever.
+        linger_s: So long is more of a refused body read, and dropped. A connection that
+            is closed in mid-upload would be reset, and its client never see the answer.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        max_bytes: int,
+        timeout_s: float | None = None,
+        linger_s: float = _LINGER_S,
+    ) -> None:
+        self._app = app
+        self.max_bytes = max_bytes
+        self.timeout_s = timeout_s
+        self.linger_s = linger_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """
+        Pass one request on, within its limits.
+        """
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        upload = _Upload(self, receive, send)
+        headers = dict(cast("Iterable[tuple[bytes, bytes]]", scope["headers"]))
+        if _claimed_bytes(headers) > self.max_bytes:
+            upload.refuse_large()
+            # A client that waits until it is told to go on is not told so: reading
+            # would do that.
+            await upload.answer(0 if b"expect" in headers else self.linger_s)
+            return
+        try:
+            await self._app(scope, upload.receive, upload.send)
+        except Exception:
+            # How it takes that the client has left is its own affair.
+            if not upload.is_refused:
+                raise
+        if upload.is_refused:
+            await upload.answer(self.linger_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    status: int
+    code: str
+    message: str
+
+    def body(self) -> bytes:
+        """
+        The refusal in the shape of OpenAI's API.
+        """
+        error = {
+            "message": self.message,
+            "type": "invalid_request_error",
+            "param": None,
+            "code": self.code,
+        }
+        return json.dumps({"error": error}).encode()
+
+
+class _Upload:
+    """
+    One request: what arrives and what is answered passes through here.
+    """
+
+    def __init__(self, limit: UploadLimit, receive: Receive, send: Send) -> None:
+        self._limit = limit
+        self._receive = receive
+        self._send = send
+        self._refusal: _Refusal | None = None
+        self._n_bytes = 0
+        self._is_over = False  # nothing more of it comes
+        self._is_answered = False
+        self._deadline_s = math.inf
+        if limit.timeout_s is not None:
+            self._deadline_s = anyio.current_time() + limit.timeout_s
+
+    @property
+    def is_refused(self) -> bool:
+        return self._refusal is not None
+
+    def refuse_large(self) -> None:
+        limit_bytes = self._limit.max_bytes
+        message = f"the upload is larger than {format_bytes(limit_bytes)}"
+        self._refusal = _Refusal(413, "upload_too_large", message)
+
+    async def receive(self) -> Message:
+        """
+        What the app receives.
+        """
+        if self._refusal is not None:
+            return {"type": "http.disconnect"}
+        if self._is_over:
+            return await self._receive()
+        message: Message = {"type": "http.disconnect"}
+        with anyio.CancelScope(deadline=self._deadline_s) as scope:
+            message = await self._receive()
+        if scope.cancelled_caught:
+            text = f"the upload did not arrive within {self._limit.timeout_s:g} s"
+            self._refusal = _Refusal(408, "upload_timeout", text)
+            return message
+        self._is_over = not message.get("more_body", False)
+        self._n_bytes += len(cast("bytes", message.get("body", b"")))
+        if self._n_bytes > self._limit.max_bytes:
+            self.refuse_large()
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(self, message: Message) -> None:
+        """
+        What the app answers; dropped once the upload is refused.
+        """
+        if self._refusal is not None and not self._is_answered:
+            return
+        self._is_answered = True
+        await self._send(message)
+
+    async def answer(self, linger_s: float) -> None:
+        """
+        Tell the client of the refusal, unless the app has begun to answer before it.
+        """
+        if self._is_answered or self._refusal is None:
+            return
+        body = self._refusal.body()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        status = self._refusal.status
+        await self._send(
+            {"type": "http.response.start", "status": status, "headers": headers}
+        )
+        await self._send(
+            {"type": "http.response.body", "body": body, "more_body": True}
+        )
+        if linger_s:
+            with anyio.move_on_after(linger_s):
+                await self._drain()
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def _drain(self) -> None:
+        while not self._is_over:
+            self._is_over = not (await self._receive()).get("more_body", False)
+
+
+def _claimed_bytes(headers: Mapping[bytes, bytes]) -> int:
+    """
+    The length that a request states; 0 if it states none. A false one is found out.
+    """
+    claim = headers.get(b"content-length", b"")
+    # No number of more digits is needed, and Python reads none without end.
+    return int(claim[:20]) if claim.isdigit() else 0

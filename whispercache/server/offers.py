@@ -1,0 +1,101 @@
+"""
+Offers: the models that a server has on its list, by the names that clients use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from whispercache.cache import as_request
+from whispercache.keys import ALIASES, MODELS
+from whispercache.specs import short_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from whispercache import ModelCache, ModelKey
+    from whispercache.specs import ModelSpec
+
+__all__ = ["OPENAI_NAME", "Offer", "Offers"]
+
+OPENAI_NAME = "whisper-1"
+"""
+What OpenAI calls its Whisper, and hence what many clients ask for.
+"""
+
+
+class Offer:
+    """
+    One model on the list.
+
+    Args:
+        spec: The model.
+        device: Where it runs.
+        cache: What loads it.
+    """
+
+    def __init__(self, spec: ModelSpec, device: str, cache: ModelCache) -> None:
+        self.name: str = spec.name
+        self.place: tuple[str, str, str] = (spec.model, device, spec.compute_type)
+        self._cache = cache
+
+    def key(self) -> ModelKey | None:
+        """
+        The model's key, as far as it is known without a download.
+        """
+        entry = self._cache._resolver.known(as_request(*self.place, {}))
+        return None if entry is None else entry.key
+
+
+class Offers:
+    """
+    All models on the list. Names are looked up, never interpreted: whatever a client
+    sends, only what is on the list is opened.
+
+    Args:
+        specs: The models; the first also answers to `OPENAI_NAME`, unless one has that
+            name.
+        device: Where they run.
+        cache: What loads them.
+    """
+
+    def __init__(
+        self, specs: Sequence[ModelSpec], device: str, cache: ModelCache
+    ) -> None:
+        self._offers = {spec.name: Offer(spec, device, cache) for spec in specs}
+        self._aliases: dict[str, Offer] = {}
+        for spec in specs:
+            for alias in _other_names(spec):
+                self._aliases.setdefault(alias, self._offers[spec.name])
+        self._aliases.setdefault(OPENAI_NAME, self._offers[specs[0].name])
+
+    def __iter__(self) -> Iterator[Offer]:
+        return iter(self._offers.values())
+
+    def find(self, name: str) -> Offer | None:
+        """
+        The model of that name, or alias of a name.
+        """
+        return self._offers.get(name) or self._aliases.get(name)
+
+    def name_of(self, key: ModelKey) -> str:
+        """
+        What clients call a model in memory.
+        """
+        names = (offer.name for offer in self if offer.key() == key)
+        return next(names, short_name(key))
+
+
+def _other_names(spec: ModelSpec) -> Iterator[str]:
+    """
+    Other names of a known size that is served under its own: ``"large"`` is
+    ``"large-v3"``, and ``"Systran/faster-whisper-base"`` is ``"base"``.
+    """
+    size, _, kind = spec.name.partition(":")
+    canonical = ALIASES.get(size, size)
+    if ALIASES.get(spec.model, spec.model) != canonical or canonical not in MODELS:
+        return
+    suffix = f":{kind}" if kind else ""
+    yield canonical + suffix
+    yield MODELS[canonical] + suffix
+    yield from (a + suffix for a, name in ALIASES.items() if name == canonical)

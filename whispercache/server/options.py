@@ -1,0 +1,83 @@
+"""
+Options: what a server offers, to whom, and how much of it. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from whispercache.specs import ModelSpec
+
+__all__ = ["ServerOptions"]
+
+_MIB = 1024**2
+_ABOVE_0 = (
+    *("max_upload_bytes", "max_duration_s", "upload_timeout_s", "decode_timeout_s"),
+    *("parallel", "decoders"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """
+    How a server behaves; see `create_app`.
+
+    Attributes:
+        models: What it offers. Nothing else is ever downloaded, opened or named.
+        device: Where they run: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        preload: Names of models to load at the start; ready once all are.
+        pin: Names of those to keep, idle or not; they are loaded at the start, too.
+        keys: Whoever presents one of these may use the server; everybody if empty.
+        hosts: Names by which clients may address it, as protection against pages that
+            rebind a name of theirs to this machine; any if empty.
+        origins: Origins of other sites whose pages may use it, as
+            ``"https://app.example"``.
+        max_upload_bytes: Of one request's whole body.
+        max_duration_s: Of one request's audio.
+        upload_timeout_s: For one request's body to arrive.
+        decode_timeout_s: For its audio to be decoded.
+        timeout_s: For a model to be had, from the moment at which the audio is decoded.
+        max_waiting: So many requests wait for their turn; more are refused.
+        parallel: Requests that work with one model at a time. A model computes one
+            after the other; with two, the next one's features are ready in time.
+        decoders: Processes that decode audio.
+    """
+
+    models: tuple[ModelSpec, ...]
+    device: str = "auto"
+    preload: tuple[str, ...] = ()
+    pin: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    max_upload_bytes: int = 100 * _MIB
+    max_duration_s: float = 2 * 3600.0
+    upload_timeout_s: float = 300.0
+    decode_timeout_s: float = 60.0
+    timeout_s: float = 60.0
+    max_waiting: int = 64
+    parallel: int = 2
+    decoders: int = 2
+
+    def __post_init__(self) -> None:
+        names = [spec.name for spec in self.models]
+        if not names:
+            raise ValueError("name at least one model to serve")
+        if len(set(names)) < len(names):
+            raise ValueError(f"two models go by one name: {', '.join(names)}")
+        unknown = {*self.preload, *self.pin} - set(names)
+        if unknown:
+            raise ValueError(
+                f"{', '.join(sorted(unknown))} is not among the models served: "
+                f"{', '.join(names)}"
+            )
+        if any(not key.strip() for key in self.keys):
+            raise ValueError("an empty key would let everybody in")
+        for field in _ABOVE_0:
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be above 0")
+        for field in ("timeout_s", "max_waiting"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"{field} must be 0 or more")

@@ -1,0 +1,155 @@
+"""
+Service: what a server holds while it runs. Routes find it in their application.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+from prometheus_client import (
+    CollectorRegistry,
+    Gauge,
+    PlatformCollector,
+    ProcessCollector,
+)
+
+from whispercache.aio import AsyncModelCache
+from whispercache.errors import LoadFailed, WhisperCacheError
+from whispercache.live import Snapshot, Watch
+from whispercache.metrics import CacheCollector
+
+from .decode import Decoder
+from .errors import RETRY_S, ApiError
+from .gate import Gate
+from .offers import Offer, Offers
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from whispercache import ModelCache
+
+    from .options import ServerOptions
+
+__all__ = ["Served", "Service"]
+
+_log = logging.getLogger("whispercache")
+
+
+class Service:
+    """
+    A cache and its offers, with all that a server adds to them.
+
+    Args:
+        options: How it behaves.
+        cache: Where the models are.
+
+    Raises:
+        WhisperCacheError: a model on the list does not exist, or its device does not.
+    """
+
+    def __init__(self, options: ServerOptions, cache: ModelCache) -> None:
+        self.options = options
+        self.cache: AsyncModelCache = AsyncModelCache(cache)
+        self.offers: Offers = Offers(options.models, options.device, cache)
+        for offer in self.offers:
+            cache.get_model(*offer.place)
+        self.gate: Gate = Gate(options.parallel, options.max_waiting)
+        self.decoder: Decoder = Decoder(
+            processes=options.decoders,
+            max_duration_s=options.max_duration_s,
+            timeout_s=options.decode_timeout_s,
+        )
+        self.registry: CollectorRegistry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        waiting = Gauge(
+            "whispercache_server_waiting_requests",
+            "Requests that wait for their turn with a model, before the cache.",
+            registry=self.registry,
+        )
+        waiting.set_function(lambda: len(self.gate.waiting()))
+        # What is to be loaded at the start, and why it is not yet.
+        self.pending: dict[str, str] = dict.fromkeys(
+            (*options.preload, *options.pin), "loading"
+        )
+        self._watch: Watch | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """
+        All that runs while the server does, in an ``async with`` block.
+        """
+        cache = self.cache.cache
+        async with AsyncExitStack() as stack:
+            self._watch = stack.enter_context(Watch(cache, self.offers.name_of))
+            collector = CacheCollector(cache)
+            stack.callback(collector.close)
+            self.registry.register(collector)
+            stack.callback(self.registry.unregister, collector)
+            await stack.enter_async_context(self.decoder)
+            loads = asyncio.gather(*map(self._load_at_start, list(self.pending)))
+            try:
+                yield
+            finally:
+                loads.cancel()
+                with suppress(asyncio.CancelledError):
+                    await loads
+
+    async def _load_at_start(self, name: str) -> None:
+        """
+        Load a model, again and again if it fails: files and memory may come.
+        """
+        offer = self.offers.find(name)
+        assert offer is not None, name
+        while True:
+            try:
+                if name in self.options.pin:
+                    await self.cache.pin(*offer.place)
+                else:
+                    await self.cache.preload(*offer.place)
+            except WhisperCacheError as error:
+                _log.error("%s is not ready: %s", name, error)
+                self.pending[name] = type(error).__name__
+                again_s = error.retry_in_s if isinstance(error, LoadFailed) else None
+                await asyncio.sleep(again_s or RETRY_S)
+            else:
+                del self.pending[name]
+                return
+
+    def snapshot(self) -> Snapshot:
+        """
+        What the cache and the gate are doing now.
+        """
+        assert self._watch is not None, "the server is not running"
+        seen = self._watch.snapshot()
+        return replace(seen, waiting=(*self.gate.waiting(), *seen.waiting))
+
+    def offer(self, name: str) -> Offer:
+        """
+        The model that clients call *name*.
+
+        Raises:
+            ApiError: there is none.
+        """
+        offer = self.offers.find(name)
+        if offer is None:
+            served = ", ".join(offer.name for offer in self.offers)
+            message = f"the model {name[:100]!r} is not served here; there are {served}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+        return offer
+
+
+def _of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Served = Annotated[Service, Depends(_of)]
+"""
+The service of a route's application.
+"""

@@ -1,0 +1,180 @@
+"""
+Transcripts in the shapes of OpenAI's API. Pure: segments in, text and JSON out.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel
+
+from whispercache.formats import FORMATS, Cue, Transcript
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from faster_whisper.transcribe import Segment, TranscriptionInfo
+
+__all__ = [
+    "MEDIA_TYPES",
+    "Plain",
+    "Usage",
+    "Verbose",
+    "VerboseSegment",
+    "VerboseWord",
+    "as_event",
+    "as_lines",
+    "as_plain",
+    "as_verbose",
+    "text_of",
+]
+
+MEDIA_TYPES = {
+    "text": "text/plain; charset=utf-8",
+    "srt": "application/x-subrip; charset=utf-8",
+    "vtt": "text/vtt; charset=utf-8",
+}
+
+
+class Usage(BaseModel):
+    """
+    What was worked through.
+    """
+
+    type: Literal["duration"] = "duration"
+    seconds: int
+
+
+class Plain(BaseModel):
+    """
+    The answer to ``response_format=json``.
+    """
+
+    text: str
+    usage: Usage
+
+
+class VerboseWord(BaseModel):
+    """
+    A word, and when it was said, in seconds.
+    """
+
+    word: str
+    start: float
+    end: float
+
+
+class VerboseSegment(BaseModel):
+    """
+    A stretch of speech, as Whisper tells of it.
+    """
+
+    id: int
+    seek: int
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+
+
+class Verbose(BaseModel):
+    """
+    The answer to ``response_format=verbose_json``.
+    """
+
+    task: Literal["transcribe", "translate"]
+    language: str
+    duration: float
+    text: str
+    segments: list[VerboseSegment] | None = None
+    words: list[VerboseWord] | None = None
+    usage: Usage
+
+
+def text_of(segments: Sequence[Segment]) -> str:
+    """
+    All that was said.
+    """
+    return "".join(segment.text for segment in segments).strip()
+
+
+def usage_of(info: TranscriptionInfo) -> Usage:
+    return Usage(seconds=round(info.duration))
+
+
+def as_plain(segments: Sequence[Segment], info: TranscriptionInfo) -> Plain:
+    """
+    The text alone.
+    """
+    return Plain(text=text_of(segments), usage=usage_of(info))
+
+
+def as_verbose(
+    segments: Sequence[Segment],
+    info: TranscriptionInfo,
+    task: Literal["transcribe", "translate"],
+    granularities: Sequence[str],
+) -> Verbose:
+    """
+    The text with its segments, its words, or both.
+    """
+    has_words = "word" in granularities
+    return Verbose(
+        task=task,
+        language=info.language,
+        duration=info.duration,
+        text=text_of(segments),
+        segments=None
+        if has_words and "segment" not in granularities
+        else [_segment(number, segment) for number, segment in enumerate(segments)],
+        words=[
+            VerboseWord(word=word.word.strip(), start=word.start, end=word.end)
+            for segment in segments
+            for word in segment.words or ()
+        ]
+        if has_words
+        else None,
+        usage=usage_of(info),
+    )
+
+
+def _segment(number: int, segment: Segment) -> VerboseSegment:
+    return VerboseSegment(
+        id=number,
+        seek=segment.seek,
+        start=segment.start,
+        end=segment.end,
+        text=segment.text,
+        tokens=segment.tokens,
+        temperature=segment.temperature or 0.0,
+        avg_logprob=segment.avg_logprob,
+        compression_ratio=segment.compression_ratio,
+        no_speech_prob=segment.no_speech_prob,
+    )
+
+
+def as_lines(
+    segments: Sequence[Segment], info: TranscriptionInfo, kind: str
+) -> Iterator[str]:
+    """
+    The text as ``"text"``, ``"srt"`` or ``"vtt"``.
+    """
+    if kind == "text":
+        yield f"{text_of(segments)}\n"
+        return
+    cues = [Cue(each.start, each.end, each.text) for each in segments]
+    transcript = Transcript("", "", info.language, info.duration, cues)
+    yield from FORMATS[kind](transcript)
+
+
+def as_event(kind: str, **fields: object) -> bytes:
+    """
+    One server-sent event.
+    """
+    document = {"type": kind, **fields}
+    return f"event: {kind}\ndata: {json.dumps(document)}\n\n".encode()
