@@ -1,0 +1,229 @@
+"""
+The command ``whispercache compare``: its options, its progress, and what it prints.
+
+A summary goes to stdout, the reports into a directory, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from whispercache.cache import ModelCache
+from whispercache.job import INTERRUPTED, WRONG_USE, error_line
+
+from .run import RESULTS, compare
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+    from .values import Comparison, Progress
+
+__all__ = ["HELP", "add_options", "run"]
+
+HELP = """\
+references:
+  a table with tabs between its columns and a line for each file: 'file', 'language' and
+  'text' as the first line names them, or just file and text without such a line
+
+Models take turns, each with all files, so that each is loaded once. What is done is
+kept in DIR: after Ctrl-C, the same command goes on where it stopped. The exit code is 2
+if a file could not be decoded; the others are compared all the same.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """
+    Make *parser* that of the command.
+    """
+    parser.epilog = HELP
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("audio", nargs="+", metavar="AUDIO", help="anything that FFmpeg reads")
+    add(
+        "--models",
+        required=True,
+        type=lambda text: list(filter(None, text.split(","))),
+        metavar="MODEL,...",
+        help="for example tiny.en,base,base:int8 or mine=/models/mine:int8",
+    )
+    add("--references", type=Path, metavar="TSV", help="what is said; see below")
+    add("--out", type=Path, required=True, metavar="DIR", help="where reports go")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--language", metavar="CODE", help="for example en (default: detected)")
+    add("--beam-size", type=int, default=5, metavar="N", help="default: 5")
+    add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
+    add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
+    add("--again", action="store_true", help="forget what an earlier run has kept")
+
+
+def run(options: argparse.Namespace) -> int:
+    """
+    Run the command and return the exit code.
+
+    On another thread: CTranslate2 hears no Ctrl-C while it computes.
+
+    Raises:
+        OSError, RuntimeError, ValueError, WhisperCacheError: see `compare`.
+    """
+    show = _Show()
+    done: Future[Comparison] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(_compare(options, show))
+        except BaseException as error:  # noqa: BLE001 - raised again on the main thread
+            done.set_exception(error)
+
+    try:
+        threading.Thread(target=work, name="compare", daemon=True).start()
+        # Some systems deliver no Ctrl-C to a thread that waits without end.
+        while not wait([done], timeout=0.2).done:
+            pass
+        comparison = done.result()
+    except KeyboardInterrupt:
+        show.close()
+        sys.stderr.write(
+            f"whispercache: interrupted; {options.out / RESULTS} keeps what is done, "
+            "and the same command goes on from there\n"
+        )
+        sys.stderr.flush()
+        # A model in the middle of a window can be neither stopped nor taken down.
+        os._exit(INTERRUPTED)
+    except ModuleNotFoundError as missing:
+        show.close()
+        sys.stderr.write(f"{error_line(missing)}\n")
+        return WRONG_USE
+    finally:
+        show.close()
+    return _finish(comparison, options.out)
+
+
+def _compare(options: argparse.Namespace, show: _Show) -> Comparison:
+    with ModelCache(vram=options.vram, ram=options.ram) as cache:
+        return compare(
+            options.audio,
+            models=options.models,
+            references=options.references,
+            device=options.device,
+            language=options.language,
+            out=options.out,
+            cache=cache,
+            beam_size=options.beam_size,
+            resume=not options.again,
+            progress=show,
+        )
+
+
+def _finish(comparison: Comparison, out: Path) -> int:
+    """
+    Print the outcome.
+    """
+    for failure in comparison.failures:
+        sys.stderr.write(f"whispercache: error: {failure.file}: {failure.reason}\n")
+    for note in comparison.notes:
+        sys.stderr.write(f"{note}\n")
+    from .report import as_lines
+
+    sys.stdout.writelines(f"{line}\n" for line in as_lines(comparison))
+    sys.stdout.write(f"{out / 'report.html'}\n")
+    return WRONG_USE if comparison.failures else 0
+
+
+class _Show:
+    """
+    Shows progress: bars on a terminal, else a line for each file and model.
+    """
+
+    def __init__(self) -> None:
+        self._bars: Bars | None = None
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._started_s = time.monotonic()
+        if sys.stderr.isatty():
+            self._bars = _bars()
+            self._bars.add_task("all files and models", total=1.0, what="")
+            self._bars.add_task("", total=1.0, what="", visible=False)
+            self._bars.start()
+
+    def __call__(self, progress: Progress) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            if self._bars is None:
+                self._line(progress)
+            else:
+                self._move(self._bars, progress)
+
+    def _line(self, progress: Progress) -> None:
+        found = progress.result
+        if found is None:
+            return
+        sys.stderr.write(
+            f"{progress.done}/{progress.total} {progress.model} · {progress.file}: "
+            f"{found.work_s:.1f} s for {found.duration_s:.1f} s of audio\n"
+        )
+        sys.stderr.flush()
+
+    def _move(self, bars: Bars, progress: Progress) -> None:
+        left_s = self._left_s(progress.fraction)
+        bars.update(
+            bars.tasks[0].id,
+            completed=progress.fraction,
+            what=f"{progress.done} of {progress.total} · {left_s}",
+        )
+        name = Path(progress.file).name
+        bars.update(
+            bars.tasks[1].id,
+            visible=True,
+            description=f"{progress.model} · {name}" if name else progress.model,
+            completed=progress.share,
+            what=progress.stage,
+        )
+
+    def _left_s(self, fraction: float) -> str:
+        """
+        The time to go, as the work so far lets expect.
+        """
+        if fraction <= 0:
+            return "-:-- left"
+        elapsed_s = time.monotonic() - self._started_s
+        minutes, seconds = divmod(round(elapsed_s * (1 - fraction) / fraction), 60)
+        hours, minutes = divmod(minutes, 60)
+        text = f"{hours}:{minutes:02}" if hours else f"{minutes}"
+        return f"{text}:{seconds:02} left"
+
+    def close(self) -> None:
+        """
+        Remove the bars, and give the terminal its cursor back.
+        """
+        with self._lock:
+            if self._bars is not None and not self._is_closed:
+                self._bars.stop()
+            self._is_closed = True
+
+
+def _bars() -> Bars:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    name = Column(no_wrap=True, overflow="ellipsis", ratio=3)
+    return Progress(
+        TextColumn("{task.description}", table_column=name, markup=False),
+        BarColumn(bar_width=None, table_column=Column(ratio=2)),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[what]}", markup=False),
+        console=Console(stderr=True, highlight=False),
+        expand=True,
+        transient=True,
+        # What goes to stdout is the summary, and nobody else's.
+        redirect_stdout=False,
+    )

@@ -1,0 +1,114 @@
+"""
+References: what is really said in the files, from a table.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .values import Reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = ["match_references", "read_references"]
+
+_COLUMNS = ("file", "language", "text")
+_WITHOUT_HEADER = ("file", "text")
+
+
+def read_references(path: str | os.PathLike[str]) -> dict[str, Reference]:
+    r"""
+    The references in a table: a line for each file, columns divided by tabs.
+
+    Either the first line names the columns, ``file`` and ``text`` and perhaps
+    ``language``, in any order; or there is no such line, and each has file and text.
+    UTF-8. Quotes mean nothing: a text is all between two tabs.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is not like that, or a file is there twice; says which line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)}: is not UTF-8: {error.reason}") from error
+    columns: tuple[str, ...] = _WITHOUT_HEADER
+    found: dict[str, Reference] = {}
+    has_begun = False
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        cells = [cell.strip() for cell in line.split("\t")]
+        named = tuple(cell.lower() for cell in cells)
+        if not has_begun and {"file", "text"} <= {*named}:
+            columns = named
+        else:
+            where = f"{os.fspath(path)}, line {number}"
+            name, reference = _row(where, columns, cells)
+            if name in found:
+                raise ValueError(f"{where}: {name!r} is there twice")
+            found[name] = reference
+        has_begun = True
+    if not found:
+        raise ValueError(f"{os.fspath(path)}: there are no references in it")
+    return found
+
+
+def _row(
+    where: str, columns: Sequence[str], cells: Sequence[str]
+) -> tuple[str, Reference]:
+    # Editors cut trailing blanks, and with them the tab before an empty text.
+    cells = [*cells, *[""] * (len(columns) - len(cells) == 1)]
+    if len(cells) != len(columns):
+        wanted = ", ".join(columns)
+        raise ValueError(
+            f"{where}: {len(cells)} columns, not {len(columns)} ({wanted})"
+        )
+    row = dict(zip(columns, cells, strict=True))
+    if not row["file"]:
+        raise ValueError(f"{where}: no file is named")
+    return row["file"], Reference(row["text"], row.get("language") or None)
+
+
+def match_references(
+    files: Iterable[str], references: Mapping[str, Reference | str]
+) -> dict[str, Reference]:
+    """
+    The reference of each file that has one.
+
+    A reference belongs to the file of the same path or, if there is none, to the one of
+    the same name, in whatever folder.
+
+    Raises:
+        ValueError: one belongs to two files; or there are some, but for none of these.
+    """
+    by_path: dict[str, list[str]] = {}
+    for file in files:
+        for name in {os.path.normpath(file), Path(file).name}:
+            by_path.setdefault(name, []).append(file)
+    exact: dict[str, Reference] = {}
+    loose: dict[str, Reference] = {}
+    for name, given in references.items():
+        reference = Reference(given) if isinstance(given, str) else given
+        path = os.path.normpath(name)
+        owners = by_path.get(path) or by_path.get(Path(path).name, [])
+        same = [file for file in owners if os.path.normpath(file) == path]
+        if not same and len(owners) > 1:
+            raise ValueError(
+                f"the reference for {name!r} could be for {' or '.join(owners)}; "
+                "give its path"
+            )
+        for file in same or owners:
+            if not same and file in loose:
+                raise ValueError(f"{file} has two references; one is for {name!r}")
+            (exact if same else loose)[file] = reference
+    found = {**loose, **exact}
+    if references and not found:
+        raise ValueError(
+            f"none of the {len(references)} references is for one of these files; "
+            f"the first is for {next(iter(references))!r}"
+        )
+    return found

@@ -1,0 +1,164 @@
+"""
+Store: the results so far, in a file that outlives an interrupted run.
+
+One JSON object a line, appended in one write each. Its last line may be torn by a crash
+or a full disk; whatever is no whole record counts as not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from whispercache.formats import Cue
+
+from .values import Result
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["LoadRecord", "Store", "fingerprint", "hash_of_file"]
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRecord:
+    """
+    How one load went; the figures of `ModelSummary`.
+
+    Attributes:
+        load_s: Seconds of the load.
+        warm_up_s: Seconds of the first call.
+        weights_bytes: What the cache counts for the model.
+        peak_bytes: Largest growth of memory seen until it was warm, or None.
+    """
+
+    load_s: float
+    warm_up_s: float
+    weights_bytes: int
+    peak_bytes: int | None
+
+
+def hash_of_file(path: str) -> str:
+    """
+    What is in a file, as SHA-256.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(*parts: object) -> str:
+    """
+    Equal for equal parts, in this run and the next; parts are what JSON can say.
+    """
+    text = json.dumps(parts, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Store:
+    """
+    Results and loads by fingerprint: of what a result depends on, and of a model.
+
+    Args:
+        path: The file, or None to remember for this run only.
+        resume: Read what is there; otherwise begin anew.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None, *, resume: bool) -> None:
+        self._path = path
+        self._results: dict[str, Result] = {}
+        self._loads: dict[str, LoadRecord] = {}
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.write_bytes(b"")
+        elif path.exists():
+            self._read(path.read_bytes())
+
+    def result(self, key: str) -> Result | None:
+        """
+        What was found for *key*, if it was.
+        """
+        return self._results.get(key)
+
+    def load(self, model: str) -> LoadRecord | None:
+        """
+        How the last load of *model* went, if there was one.
+        """
+        return self._loads.get(model)
+
+    def add_result(self, key: str, result: Result) -> None:
+        """
+        Keep a result; it is on the disk when this returns.
+        """
+        self._results[key] = result
+        fields = {name: getattr(result, name) for name in _RESULT_FIELDS}
+        cues = [asdict(cue) for cue in result.cues]
+        self._append({"result": key, **fields, "cues": cues})
+
+    def add_load(self, model: str, load: LoadRecord) -> None:
+        """
+        Keep a load, likewise.
+        """
+        self._loads[model] = load
+        self._append({"load": model, **asdict(load)})
+
+    def _append(self, record: Mapping[str, object]) -> None:
+        if self._path is None:
+            return
+        # ASCII, so that file names which are no text come back as they were.
+        line = json.dumps(record).encode() + b"\n"
+        with self._path.open("a+b", buffering=0) as file:
+            if size := file.seek(0, os.SEEK_END):
+                file.seek(size - 1)
+                if file.read(1) != b"\n":
+                    line = b"\n" + line
+            file.write(line)
+            os.fsync(file.fileno())
+
+    def _read(self, text: bytes) -> None:
+        for line in text.split(b"\n"):
+            # A torn line means that its result is found once more, and nothing else.
+            with suppress(ValueError, TypeError, KeyError):
+                self._keep(json.loads(line))
+
+    def _keep(self, record: dict[str, object]) -> None:
+        if "result" in record:
+            key = str(record.pop("result"))
+            cues = record.pop("cues")
+            if not isinstance(cues, list) or {*record} != {*_RESULT_FIELDS}:
+                raise ValueError("not a record of this version")
+            heard = tuple(Cue(**cue) for cue in cues)
+            self._results[key] = Result(
+                **record,  # type: ignore[arg-type]
+                cues=heard,
+                is_kept=True,
+            )
+        else:
+            key = str(record.pop("load"))
+            self._loads[key] = LoadRecord(**record)  # type: ignore[arg-type]
+
+
+_RESULT_FIELDS = (
+    *("model", "file", "language", "certainty", "text"),
+    *("duration_s", "work_s", "latency_s", "peak_bytes"),
+)
+"""
+What is kept of a result; its score depends on the references, and is made anew.
+"""

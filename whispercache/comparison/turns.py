@@ -1,0 +1,305 @@
+"""
+Turns: each model on each file, model by model.
+
+A model is leased once for all of its files and leaves when they are done, so that the
+models do not disturb each other's figures. What is found is kept at once.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from whispercache.errors import AudioError
+from whispercache.formats import Cue
+from whispercache.model import workload_of
+
+from .gauge import Gauge
+from .store import LoadRecord, Store, fingerprint
+from .values import Failure, Progress, Result
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from faster_whisper import WhisperModel
+    from numpy.typing import NDArray
+
+    from whispercache.cache import ModelCache
+
+    from .plan import Entrant, Input
+
+__all__ = ["Findings", "Run"]
+
+_RATE_HZ = 16_000
+_WARM_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """
+    One call, as it was timed.
+    """
+
+    cues: tuple[Cue, ...]
+    language: str
+    certainty: float | None
+    latency_s: float | None
+    work_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """
+    What a run found, before it is scored.
+
+    Attributes:
+        entrants: The models.
+        loads: How each one's load went, in this run or an earlier one; by name.
+        results: Of each model on each file, in order.
+        failures: Files that were passed over.
+        loaded: Names of the models that this run loaded.
+    """
+
+    entrants: tuple[Entrant, ...]
+    loads: dict[str, LoadRecord]
+    results: tuple[Result, ...]
+    failures: tuple[Failure, ...]
+    loaded: frozenset[str]
+
+
+@dataclass(slots=True)
+class Run:
+    """
+    A comparison on its way.
+
+    Attributes:
+        cache: Where models are leased.
+        call: Options of ``transcribe``.
+        load_options: Options of the loads.
+        entrants: The models.
+        inputs: The files that could be read.
+        failures: Files that were passed over.
+        store: Keeps what was found.
+        progress: Is told of each step.
+        loaded: Names of the models that were loaded.
+        done: Pairs of a model and a file that are there.
+        spent: Estimated work that is done.
+        work: Estimated work of this run.
+    """
+
+    cache: ModelCache
+    call: dict[str, object]
+    load_options: dict[str, object]
+    entrants: Sequence[Entrant]
+    inputs: Sequence[Input]
+    failures: list[Failure]
+    store: Store
+    progress: Callable[[Progress], None] | None = None
+    loaded: list[str] = field(default_factory=list)
+    done: int = 0
+    spent: float = 0.0
+    work: float = 0.0
+
+    def run(self) -> None:
+        """
+        Find what is missing; the rest is there.
+        """
+        self.done = len(self.entrants) * len(self.inputs)
+        for entrant in self.entrants:
+            missing = self._missing(entrant)
+            self.done -= len(missing)
+            self.work += sum(entrant.cost * each.size_bytes for each in missing)
+        for entrant in self.entrants:
+            if missing := self._missing(entrant):
+                self._session(entrant, missing)
+
+    def findings(self) -> Findings:
+        """
+        What there is now, from this run and earlier ones.
+        """
+        bad = {failure.file for failure in self.failures}
+        results = []
+        for entrant in self.entrants:
+            for each in self.inputs:
+                found = self.store.result(self._key(entrant, each))
+                if found is not None and each.file not in bad:
+                    # An earlier run may have used other names.
+                    found = replace(found, model=entrant.name, file=each.file)
+                    results.append(found)
+        none = LoadRecord(0.0, 0.0, 0, None)
+        return Findings(
+            entrants=tuple(self.entrants),
+            loads={
+                entrant.name: self.store.load(entrant.identity) or none
+                for entrant in self.entrants
+            },
+            results=tuple(results),
+            failures=tuple(self.failures),
+            loaded=frozenset(self.loaded),
+        )
+
+    def _missing(self, entrant: Entrant) -> list[Input]:
+        bad = {failure.file for failure in self.failures}
+        return [
+            each
+            for each in self.inputs
+            if each.file not in bad
+            and self.store.result(self._key(entrant, each)) is None
+        ]
+
+    def _key(self, entrant: Entrant, each: Input) -> str:
+        return fingerprint(each.content, entrant.identity, self.call)
+
+    def _session(self, entrant: Entrant, missing: Sequence[Input]) -> None:
+        """
+        Load a model, let it hear the files, and let it go.
+        """
+        key = entrant.key
+        place = (key.model, key.device, key.compute_type)
+        self._tell("loading", entrant)
+        self.cache.evict(*place)
+        try:
+            with Gauge(self.cache._core.probe, key.device) as gauge:
+                self._hold(entrant, missing, gauge)
+        finally:
+            self.cache.evict(*place)
+
+    def _hold(self, entrant: Entrant, missing: Sequence[Input], gauge: Gauge) -> None:
+        spec, key = entrant.spec, entrant.key
+        lease = self.cache.lease(
+            spec.model,
+            key.device,
+            spec.compute_type,
+            workload=workload_of(self.call, None),
+            fallback=(),
+            **self.load_options,  # type: ignore[arg-type]
+        )
+        with lease as whisper:
+            self.loaded.append(entrant.name)
+            self._tell("warming up", entrant)
+            load = self._warm(entrant, whisper, gauge)
+            self.store.add_load(entrant.identity, load)
+            for each in missing:
+                try:
+                    samples = self.cache._core.loader.decode_audio(each.file)
+                except (AudioError, OSError) as error:
+                    reason = getattr(error, "reason", None) or str(error)
+                    self.failures.append(Failure(each.file, reason))
+                    continue
+                gauge.take_peak()
+                try:
+                    heard = self._hear(entrant, each, whisper, samples)
+                except Exception as error:
+                    # Out of memory, perhaps: then what is idle makes room.
+                    if not lease.recover(error):
+                        raise
+                    traceback.clear_frames(error.__traceback__)
+                    heard = self._hear(entrant, each, whisper, samples)
+                if not lease.loaded.is_multilingual:
+                    heard = replace(heard, certainty=None)
+                self._keep(entrant, each, heard, len(samples), gauge)
+
+    def _warm(
+        self, entrant: Entrant, whisper: WhisperModel, gauge: Gauge
+    ) -> LoadRecord:
+        """
+        Make the first call, which allocates buffers and opens libraries.
+
+        A few words at most: some models tell long stories about silence.
+        """
+        import numpy as np
+
+        (info,) = (each for each in self.cache.models() if each.key == entrant.key)
+        started_s = time.perf_counter()
+        call = {**self.call, "max_new_tokens": _WARM_TOKENS}
+        silence = np.zeros(_RATE_HZ, np.float32)
+        segments, _ = whisper.transcribe(silence, **call)
+        for _ in segments:
+            pass
+        return LoadRecord(
+            load_s=info.load_s,
+            warm_up_s=time.perf_counter() - started_s,
+            weights_bytes=info.weights_bytes,
+            peak_bytes=gauge.take_peak(),
+        )
+
+    def _hear(
+        self,
+        entrant: Entrant,
+        each: Input,
+        whisper: WhisperModel,
+        samples: NDArray[np.float32],
+    ) -> _Heard:
+        """
+        One file, timed.
+        """
+        self._tell("listening", entrant, each)
+        latency_s, told_s = None, 0.0
+        started_s = time.perf_counter()
+        segments, info = whisper.transcribe(samples, **self.call)
+        cues = []
+        for segment in segments:
+            if latency_s is None:
+                latency_s = time.perf_counter() - started_s
+            cues.append(Cue(segment.start, segment.end, segment.text))
+            heard_s = time.perf_counter()
+            share = segment.end * _RATE_HZ / len(samples)
+            self._tell("listening", entrant, each, share)
+            told_s += time.perf_counter() - heard_s
+        # Whoever watches takes time too, which is not the model's.
+        work_s = time.perf_counter() - started_s - told_s
+        is_told = self.call["language"] is not None
+        certainty = None if is_told else float(info.language_probability)
+        return _Heard(tuple(cues), info.language, certainty, latency_s, work_s)
+
+    def _keep(
+        self, entrant: Entrant, each: Input, heard: _Heard, n: int, gauge: Gauge
+    ) -> None:
+        result = Result(
+            model=entrant.name,
+            file=each.file,
+            language=heard.language,
+            certainty=heard.certainty,
+            text="".join(cue.text for cue in heard.cues).strip(),
+            cues=heard.cues,
+            duration_s=n / _RATE_HZ,
+            work_s=heard.work_s,
+            latency_s=heard.latency_s,
+            peak_bytes=gauge.take_peak(),
+        )
+        self.store.add_result(self._key(entrant, each), result)
+        self.spent += entrant.cost * each.size_bytes
+        self.done += 1
+        self._tell("done", entrant, each, result=result)
+
+    def _tell(
+        self,
+        stage: str,
+        entrant: Entrant,
+        each: Input | None = None,
+        share: float = 0.0,
+        result: Result | None = None,
+    ) -> None:
+        """
+        Say how far it is; *share* of the file is done.
+        """
+        if self.progress is None:
+            return
+        total = len(self.entrants) * len(self.inputs)
+        size_bytes = 0 if each is None else each.size_bytes
+        spent = self.spent + entrant.cost * size_bytes * min(1.0, share)
+        self.progress(
+            Progress(
+                stage=stage,
+                model=entrant.name,
+                file="" if each is None else each.file,
+                done=self.done,
+                total=total,
+                fraction=min(1.0, spent / self.work) if self.work else 1.0,
+                share=1.0 if result else min(1.0, share),
+                result=result,
+            )
+        )

@@ -1,0 +1,385 @@
+"""
+Values: what a comparison found. All of it is frozen and plain.
+
+Rates are fractions of what was really said: 0.05 are 5 errors in 100 words. A rate is
+None where nothing was said, since errors cannot be a share of nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from whispercache.formats import Cue
+
+__all__ = [
+    "Agreement",
+    "Comparison",
+    "Difference",
+    "Edit",
+    "Failure",
+    "FileInfo",
+    "Interval",
+    "ModelSummary",
+    "Progress",
+    "Reference",
+    "Result",
+    "Tally",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """
+    What is said in a file, by somebody who knows.
+
+    Attributes:
+        text: The words; empty for a file in which nobody speaks.
+        language: Code of the language, or None to go by what the models detect.
+    """
+
+    text: str
+    language: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """
+    Words, or characters, that were heard right and wrong.
+
+    Attributes:
+        hits: Heard right.
+        substitutions: Something else was heard instead.
+        deletions: Not heard.
+        insertions: Heard, but not said.
+    """
+
+    hits: int = 0
+    substitutions: int = 0
+    deletions: int = 0
+    insertions: int = 0
+
+    @property
+    def errors(self) -> int:
+        """
+        Substitutions, deletions and insertions.
+        """
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def said(self) -> int:
+        """
+        How many there are in the reference.
+        """
+        return self.hits + self.substitutions + self.deletions
+
+    @property
+    def rate(self) -> float | None:
+        """
+        Errors as a share of what was said, above 1 if much was made up; None if nothing
+        was said.
+        """
+        return self.errors / self.said if self.said else None
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.hits + other.hits,
+            self.substitutions + other.substitutions,
+            self.deletions + other.deletions,
+            self.insertions + other.insertions,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """
+    A stretch of words on which reference and transcript agree, or do not.
+
+    Attributes:
+        kind: ``"equal"``, ``"substitute"``, ``"delete"`` or ``"insert"``.
+        said: The words of the reference, normalised; empty for an insertion.
+        heard: The words of the transcript, normalised; empty for a deletion.
+    """
+
+    kind: str
+    said: str
+    heard: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """
+    One of the files.
+
+    Attributes:
+        file: As it was named.
+        language: Code of the language that its texts are normalised in: of the
+            reference, else the one asked for, else the one that was detected with the
+            greatest certainty.
+        duration_s: Length of the audio in seconds.
+        reference: What is said in it, or None if that is not known.
+    """
+
+    file: str
+    language: str
+    duration_s: float
+    reference: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """
+    What one model made of one file.
+
+    Attributes:
+        model: Name of the model in this comparison.
+        file: The file, as it was named.
+        language: Code of the language, asked for or detected.
+        certainty: How sure the model was of the language, 0 to 1; None where it was
+            told, and where it knows no other than English.
+        text: What was heard.
+        cues: The same in pieces, with their times.
+        duration_s: Length of the audio in seconds.
+        work_s: Seconds from the call to the last segment, the model being in memory and
+            the audio decoded. Language detection is in it where no language was given.
+        latency_s: Seconds from the call to the first segment; None if there was none.
+        peak_bytes: Largest growth of memory seen during the call, counted from before
+            the model was loaded; None where nothing is measured. On the host it is this
+            process's own memory, on a card that of all programs. A look every 10 ms, so
+            a shorter peak may be missed; model, audio and working memory are all in it.
+        words: Words right and wrong; None without a reference.
+        characters: Characters likewise, spaces between words included.
+        edits: Reference and transcript side by side, in pieces; empty without a
+            reference.
+        is_kept: Found by an earlier run, with that run's figures.
+    """
+
+    model: str
+    file: str
+    language: str
+    certainty: float | None
+    text: str
+    cues: tuple[Cue, ...]
+    duration_s: float
+    work_s: float
+    latency_s: float | None
+    peak_bytes: int | None
+    words: Tally | None = None
+    characters: Tally | None = None
+    edits: tuple[Edit, ...] = ()
+    is_kept: bool = False
+
+    @property
+    def wer(self) -> float | None:
+        """
+        Word error rate; None without a reference, and where nothing was said.
+        """
+        return self.words.rate if self.words else None
+
+    @property
+    def cer(self) -> float | None:
+        """
+        Character error rate, likewise.
+        """
+        return self.characters.rate if self.characters else None
+
+    @property
+    def real_time_factor(self) -> float | None:
+        """
+        Seconds of work for each second of audio: below 1 it keeps up with speech.
+        """
+        return self.work_s / self.duration_s if self.duration_s else None
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """
+    Where a value lies with 95 % confidence, as far as these files can tell.
+    """
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """
+    One model over all files that it was tried on.
+
+    Attributes:
+        name: What it is called in this comparison.
+        key: What it is: the text of its `ModelKey`.
+        model: Size, repository or directory.
+        device: Where it ran.
+        compute_type: What it computed in.
+        files: How many files it heard.
+        load_s: Seconds of the load itself, without a download or a wait for room.
+        warm_up_s: Seconds of the first call after the load, on a second of silence,
+            for a few words at most. It takes what only a first call costs out of the
+            other figures, and is in none of them.
+        loads: How often this run loaded it: once, or not at all if an earlier run had
+            found everything already.
+        weights_bytes: What the cache counts for the model itself.
+        peak_bytes: Largest of the results' ``peak_bytes`` and of the load's own.
+        duration_s: Length of all the audio in seconds.
+        work_s: Sum of the results' ``work_s``.
+        latency_s: Median of the results' ``latency_s``.
+        words: Words of all files with a reference, pooled; None if there is none.
+        characters: Characters likewise.
+        wer_interval: Confidence interval of `wer`; None with too few files.
+    """
+
+    name: str
+    key: str
+    model: str
+    device: str
+    compute_type: str
+    files: int
+    load_s: float
+    warm_up_s: float
+    loads: int
+    weights_bytes: int
+    peak_bytes: int | None
+    duration_s: float
+    work_s: float
+    latency_s: float | None
+    words: Tally | None
+    characters: Tally | None
+    wer_interval: Interval | None
+
+    @property
+    def wer(self) -> float | None:
+        """
+        Errors in all files as a share of the words in all files.
+        """
+        return self.words.rate if self.words else None
+
+    @property
+    def cer(self) -> float | None:
+        """
+        The same for characters.
+        """
+        return self.characters.rate if self.characters else None
+
+    @property
+    def real_time_factor(self) -> float | None:
+        """
+        Seconds of work for each second of audio.
+        """
+        return self.work_s / self.duration_s if self.duration_s else None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """
+    Two models on the same files: is one really better?
+
+    Attributes:
+        first: Name of one.
+        second: Name of the other.
+        files: How many files with a reference both have heard.
+        wer: Word error rate of *first* less that of *second*, pooled over those files;
+            positive if the second is better. None if nothing was said in them.
+        interval: Confidence interval of *wer*; None with too few files.
+        better: Name of the better one, if the files are enough to tell; else None.
+        verdict: All this in a sentence.
+    """
+
+    first: str
+    second: str
+    files: int
+    wer: float | None
+    interval: Interval | None
+    better: str | None
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """
+    How alike two models hear, whatever was really said.
+
+    Attributes:
+        first: Name of one.
+        second: Name of the other.
+        files: How many files both have heard.
+        share: 1 less the word errors of one text against the other as a share of the
+            longer text, pooled over the files: from 0 (nothing in common) to 1 (equal
+            words), and the same whichever comes first. None if neither heard a word.
+    """
+
+    first: str
+    second: str
+    files: int
+    share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """
+    A file that could not be decoded; it was passed over.
+    """
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """
+    Some models on some files.
+
+    Attributes:
+        models: The models, in the order in which they were named.
+        files: The files that could be decoded, likewise.
+        results: Each model on each file, model by model.
+        differences: Each pair of models; empty without references.
+        agreements: Each pair of models.
+        failures: Files that were passed over.
+        loads: How many loads this run took.
+        loads_saved: How many more it would have taken file by file, in a memory that
+            holds one model.
+        options: The options of ``transcribe`` that were used.
+        notes: What a reader should know, a sentence each.
+    """
+
+    models: tuple[ModelSummary, ...]
+    files: tuple[FileInfo, ...]
+    results: tuple[Result, ...]
+    differences: tuple[Difference, ...]
+    agreements: tuple[Agreement, ...]
+    failures: tuple[Failure, ...]
+    loads: int
+    loads_saved: int
+    options: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """
+    How far a comparison is.
+
+    Attributes:
+        stage: ``"loading"``, ``"warming up"``, ``"listening"`` or ``"done"``.
+        model: Name of the model.
+        file: The file, or empty while the model is loaded.
+        done: Pairs of a model and a file that are done, those of earlier runs too.
+        total: All pairs.
+        fraction: Share of this run's work that is done, 0 to 1: an estimate, for which
+            the work goes with the bytes of the file and those of the model.
+        share: Share of the file that is done, 0 to 1.
+        result: What was found, without its score, at the stage ``"done"``.
+    """
+
+    stage: str
+    model: str
+    file: str
+    done: int
+    total: int
+    fraction: float
+    share: float = 0.0
+    result: Result | None = None
