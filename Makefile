@@ -3,8 +3,9 @@
 # make bench  set up, then measure
 # make soak   set up, then try what may happen for much longer
 #
-# Each sets up .venv by itself and touches nothing else; all that it needs is Python 3.10
-# or later. PYTHON=python3.12 chooses which.
+# Each sets up .venv by itself; all that it needs is Python 3.10 or later, and
+# PYTHON=python3.12 chooses which. Nothing else is touched, but for one thing: as root on
+# Debian, `make test` installs the package chromium if it is missing.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -31,13 +32,14 @@ types: .venv/test
 layers: .venv/test
 	$(BIN)/lint-imports
 
-unit: .venv/test
+unit: .venv/test .venv/browser
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/hit_path.py
 	$(BIN)/python benchmarks/switch.py
 	$(BIN)/python benchmarks/simulate.py
+	$(BIN)/python benchmarks/serve.py
 
 # A hundred thousand steps of the state machine: minutes, not for every run.
 soak: .venv/test
@@ -60,9 +62,18 @@ clean:
 	@touch $@
 
 .venv/test: .venv/pip pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[demo]' --group test
+	$(BIN)/pip install --quiet --editable '.[demo,server,compare]' --group test
+	@touch $@
+
+# The page and the report are tested in a real browser. Where it may, this installs one.
+.venv/browser: .venv/pip
+	@command -v chromium > /dev/null || { \
+	    test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	    apt-get update -qq && \
+	    apt-get install -qq --no-install-recommends chromium > /dev/null; \
+	} || echo "there is no chromium here: tests in a browser will be skipped"
 	@touch $@
 
 .venv/bench: .venv/pip pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[demo]' --group bench
+	$(BIN)/pip install --quiet --editable '.[demo,server]' --group bench
 	@touch $@

@@ -326,11 +326,12 @@ def test_the_same_words_do_the_same(make_cache: MakeCache) -> None:
         assert cache.devices() == inner.devices()
         assert cache.models() == inner.models()
         assert cache.stats() == inner.stats()
+        assert cache.waiting() == inner.waiting() == ()
         assert cache.cache is inner
         await cache.close()
 
     run(main())
-    assert len(heard) == 6
+    assert len(heard) == 8
     cancel()
     assert repr(cache) == "<AsyncModelCache closed | no models | 0 waiting>"
     with pytest.raises(TypeError, match="not both"):

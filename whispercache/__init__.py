@@ -55,9 +55,11 @@ from .footprint import Footprint, Workload, footprint
 from .keys import ModelKey
 from .lease import Lease, Leases
 from .model import CachedModel
+from .version import __version__
 
 if TYPE_CHECKING:
     from .aio import AsyncCachedModel, AsyncModelCache
+    from .comparison import compare
 
 __all__ = [
     "AsyncCachedModel",
@@ -100,12 +102,11 @@ __all__ = [
     "WhisperCacheError",
     "Workload",
     "__version__",
+    "compare",
     "default_cache",
     "footprint",
     "get_model",
 ]
-
-__version__ = "0.1.0"
 
 
 if not TYPE_CHECKING:  # or any name at all would pass a type checker
@@ -116,4 +117,8 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
             from . import aio
 
             return getattr(aio, name)
+        if name == "compare":
+            from .comparison import compare
+
+            return compare
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -581,6 +581,19 @@ class ModelCache:
         """
         return self._core.outbox.subscribe(listener)
 
+    def top(self, interval_s: float = 1.0) -> None:
+        """
+        Show all that live in the terminal, until Ctrl-C. Without a terminal, once.
+
+        Blocks: call it on a thread of its own where the program does the work. Only a
+        program's main thread sees Ctrl-C.
+        """
+        from .live import Watch
+        from .top import watch
+
+        with Watch(self) as seen:
+            watch(seen.snapshot, interval_s=interval_s)
+
     # Closing --------------------------------------------------------------------------
 
     def close(self, timeout_s: float | None = 10.0) -> None:

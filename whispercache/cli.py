@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
+from .comparison import command as compare
 from .errors import WhisperCacheError
 from .formats import FORMATS
 from .job import INTERRUPTED, WRONG_USE, error_line, transcribe
 from .keys import canonical_device
 from .loader import FasterWhisperLoader
 from .memory import SystemProbe
+from .server import command as serve
+from .units import parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +32,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["main"]
+
+KEY_VARIABLE = "WHISPERCACHE_API_KEY"
+"""
+Environment variable with a server's key; a command line is seen by others.
+"""
 
 BROKEN_PIPE = 141
 """
@@ -38,6 +47,9 @@ Exit code where the reader left: 128 and the number of the signal.
 _COMMANDS_HELP = """\
 commands:
   transcribe  transcribe files with one or more models
+  serve       OpenAI's audio API over the models you name
+  top         what a server is doing, live
+  compare     how well, and how fast, models hear your audio
   models      what each known model takes, and where it fits now
   doctor      what is needed here, what works, and how to mend the rest
 
@@ -130,6 +142,30 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    top = commands.add_parser(
+        "top", description="What a server is doing, live in this terminal."
+    )
+    top.add_argument("--url", default="http://127.0.0.1:8000", help="(%(default)s)")
+    top.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"with its key; or ${KEY_VARIABLE}",
+    )
+    top.add_argument("--once", action="store_true", help="show it once, and end")
+    top.add_argument(
+        "--interval",
+        default="1s",
+        metavar="TIME",
+        help="between two looks (default: %(default)s)",
+    )
+    top.set_defaults(run=_top)
+    compare.add_options(
+        commands.add_parser(
+            "compare",
+            description="How well, and how fast, models hear your audio.",
+        )
+    )
     models = commands.add_parser(
         "models",
         description="What each known model takes, and where there is room for it.",
@@ -137,6 +173,14 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true", help="print bytes as JSON")
     _add_place(models, "all that are here", "what is worth a look")
     models.set_defaults(run=_models, compute_type=None)
+    serve.add_options(
+        commands.add_parser(
+            "serve",
+            description="OpenAI's audio API over the models you name, and no others.",
+            epilog=serve.HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     doctor = commands.add_parser(
         "doctor",
         description="Examine this machine. The exit code is 1 if something is wrong.",
@@ -204,6 +248,24 @@ def _models(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{as_json(found)}\n")
     else:
         _print(lambda console: show(found, console))
+    return 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    from .top import remote, view, watch
+
+    key = os.environ.get(KEY_VARIABLE)
+    if options.key_file is not None:
+        key = options.key_file.read_text(encoding="utf-8").strip()
+    source = remote(options.url, key)
+    interval_s = parse_duration(options.interval, "--interval")
+    if not 0 < interval_s < math.inf:
+        raise ValueError("--interval must be a time above 0, such as 500ms")
+    if options.once:
+        seen = source()
+        _print(lambda console: console.print(view(seen)))
+    else:
+        watch(source, interval_s=interval_s)
     return 0
 
 

@@ -26,11 +26,11 @@ try:
         GaugeMetricFamily,
         HistogramMetricFamily,
     )
-except ImportError as missing:
+except ImportError as _missing:
     raise ImportError(
         "whispercache.metrics needs prometheus-client: "
         "run pip install 'whispercache[metrics]'"
-    ) from missing
+    ) from _missing
 
 from .cache import ModelCache
 from .events import EvictionCause, ModelEvicted, ModelGranted, ModelLoaded
