@@ -187,6 +187,21 @@ def test_a_snapshot_is_what_the_cache_does_now(
         assert Snapshot.from_json(json.loads(text)) == snapshot
 
 
+def test_a_cache_shows_itself(
+    make_cache: MakeCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Once, where there is no terminal; it is no longer watched then.
+    """
+    cache = make_cache(vram="4GiB")
+    cache.preload("medium", "cuda")
+    cache.top()
+    shown = capsys.readouterr().out
+    assert "medium" in shown
+    assert "3.0 GiB" in shown
+    assert not cache._core.outbox._listeners
+
+
 def cache_stats_then(seen: Snapshot) -> events.Stats:
     """
     What the counters must have been: two requests, of which one waits.

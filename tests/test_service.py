@@ -646,3 +646,33 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
     assert "address already in use" in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - started_s < 30
+
+
+def test_top_shows_a_server(cache: ModelCache, tmp_path: Path) -> None:
+    """
+    With the key from a file or from the environment; what is wrong is one line.
+    """
+    (tmp_path / "key").write_text("secret\n", encoding="utf-8")
+    file = ("--key-file", str(tmp_path / "key"))
+
+    def top(*arguments: str, key: str = "") -> subprocess.CompletedProcess[str]:
+        place = str(client.base_url)
+        line = ["-m", "whispercache.cli", "top", "--once", "--url", place, *arguments]
+        return subprocess.run(
+            [sys.executable, *line],
+            env=child_environment({"WHISPERCACHE_API_KEY": key}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    with serving(cache, models=micros(), keys=("secret",)) as client:
+        cache.preload(micro("micro a"), "cpu")
+        for done in (top(*file), top(key="secret")):
+            assert done.returncode == 0, done.stderr
+            assert A in done.stdout
+        for done in (top(), top(key="wrong"), top("--interval", "-1", *file)):
+            assert done.returncode == 2
+            assert not done.stdout
+            assert done.stderr.count("\n") == 1
