@@ -121,6 +121,21 @@ def test_causes_are_told_apart() -> None:
     assert len(texts) == len(EvictionCause)
 
 
+def test_who_asked_for_a_load_is_not_told_apart_from_it() -> None:
+    """
+    Others who waited for the model are.
+    """
+    cache = Told()
+    with Watch(cache) as watch:
+        cache.tell(events.ModelLoaded(KEY, 1, GIB, None, reloaded=False))
+        cache.tell(events.ModelGranted(KEY, 1))
+        assert [event.kind for event in watch.snapshot().events] == ["loaded"]
+        cache.tell(events.ModelGranted(ModelKey("b", "cpu", "float32"), 1))
+        cache.tell(events.ModelGranted(KEY, 2))
+        kinds = [event.kind for event in watch.snapshot().events]
+    assert kinds == ["loaded", "granted", "granted"]
+
+
 def test_a_lost_device_is_named() -> None:
     """
     It is the device that is lost, not the model that noticed.

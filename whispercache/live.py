@@ -249,16 +249,14 @@ class Watch:
 
     def _note(self, event: Event) -> None:
         kind, text = _sentence(event)
-        name = event.device if isinstance(event, DeviceLost) else None
-        self._events.append(
-            LiveEvent(
-                next(self._numbers),
-                self._clock(),
-                kind,
-                name or self._name_of(event.key),
-                text,
-            )
-        )
+        name = self._name_of(event.key)
+        if isinstance(event, DeviceLost):
+            name = event.device
+        last = self._events[-1] if self._events else None
+        if kind == "granted" and last and (last.kind, last.model) == ("loaded", name):
+            return  # to whoever asked for the load, which tells as much
+        number = next(self._numbers)
+        self._events.append(LiveEvent(number, self._clock(), kind, name, text))
 
     def snapshot(self) -> Snapshot:
         """
