@@ -289,6 +289,25 @@ def test_keep_alive_is_ollamas(http: httpx.Client, client: openai.OpenAI) -> Non
     assert "base:int8" not in names
 
 
+def test_a_language_costs_no_second_lease(
+    http: httpx.Client, cache: ModelCache, client: openai.OpenAI
+) -> None:
+    """
+    A model that leaves at once is loaded once for a request.
+    """
+    http.delete("/api/models/base:int8")
+    before = cache.stats()
+    client.audio.transcriptions.create(
+        model="base:int8",
+        file=opened(TRAIN),
+        language="de",
+        extra_body={"keep_alive": 0},
+    )
+    after = cache.stats()
+    assert after.requests == before.requests + 1
+    assert after.loads == before.loads + 1
+
+
 def test_models_are_resources(http: httpx.Client) -> None:
     """
     To be loaded, pinned, unpinned and evicted by name.

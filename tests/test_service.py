@@ -71,11 +71,11 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def request_of(model: str, length: int | None = None) -> bytes:
+def request_of(model: str, length: int | None, clip_name: str) -> bytes:
     """
     The same request as bytes; one that stops in the middle of *length* if given.
     """
-    with Path(clip("en-bread")).open("rb") as file:
+    with Path(clip(clip_name)).open("rb") as file:
         audio = file.read()
     fields = {"model": model}
     url = "http://127.0.0.1/v1/audio/transcriptions"
@@ -89,14 +89,17 @@ def request_of(model: str, length: int | None = None) -> bytes:
 
 @contextmanager
 def asking(
-    client: httpx.Client, model: str, length: int | None = None
+    client: httpx.Client,
+    model: str,
+    length: int | None = None,
+    clip_name: str = "en-bread",
 ) -> Iterator[socket.socket]:
     """
     Somebody who asks for *model*, and hangs up at the end.
     """
     address = (client.base_url.host, client.base_url.port or 80)
     with socket.create_connection(address, timeout=30) as asked:
-        asked.sendall(request_of(model, length))
+        asked.sendall(request_of(model, length, clip_name))
         yield asked
 
 
@@ -277,8 +280,9 @@ def test_a_client_that_leaves_in_mid_upload_leaves_nothing(
     """
     No file, no lease, no place in the queue.
     """
+    models = micros()  # made in a temporary directory, too
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with serving(cache, models=micros()) as client:
+    with serving(cache, models=models) as client:
         for _ in range(5):
             with asking(client, A, 9_000_000) as upload:
                 upload.sendall(b"\0" * 4_000_000)
@@ -570,6 +574,31 @@ def test_sigterm_lets_what_has_begun_be_finished() -> None:
         assert process.returncode == 0, log
         assert "Traceback" not in log
         assert "leaked" not in log
+
+
+def test_what_is_not_finished_in_time_is_told_so() -> None:
+    """
+    503 with Retry-After for those who wait, and for those who worked for too long.
+    """
+    (spec,) = offered(TINY)
+    place = (f"{TINY}={spec.model}", "--device", "cpu", "--preload", TINY)
+    with (
+        command(*place, "--drain", "1", "--parallel", "1") as (process, client),
+        ExitStack() as asked,
+    ):
+        for _ in range(3):
+            there = asking(client, TINY, clip_name="en-harbour-long")
+            sockets = asked.enter_context(there)
+        wait_until(lambda: waiting(client) == 2, "the others at the gate")
+        sockets.settimeout(30)
+        process.send_signal(signal.SIGTERM)
+        answer = sockets.recv(10_000).decode()
+        assert answer.startswith("HTTP/1.1 503"), answer
+        assert "retry-after" in answer
+        assert "shutting_down" in answer
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in log
 
 
 def test_ctrl_c_ends_it_as_usual() -> None:

@@ -15,6 +15,7 @@ from whispercache.cache import ModelCache
 from whispercache.version import __version__
 
 from . import audio, errors, manage
+from .drain import Unfinished
 from .guard import Guard
 from .limits import UploadLimit
 from .service import Service
@@ -77,6 +78,7 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
     app.add_middleware(
         Guard, keys=options.keys, hosts=options.hosts, origins=options.origins
     )
+    app.add_middleware(Unfinished)
     if options.origins:
         app.add_middleware(
             CORSMiddleware,

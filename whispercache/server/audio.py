@@ -15,6 +15,7 @@ from fastapi import APIRouter, Depends, File, Form, Request, Response, UploadFil
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from whispercache.errors import WhisperCacheError
 from whispercache.units import parse_duration
 
 from .decode import samples
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from faster_whisper.transcribe import Segment, TranscriptionInfo
 
-    from whispercache.aio import AsyncCachedModel, AsyncSegments
+    from whispercache.aio import AsyncSegments
 
     from .offers import Offer
 
@@ -255,30 +256,32 @@ async def _begin(
     model = await service.cache.get_model(
         *offer.place, timeout_s=left_s, keep_alive=job.keep_alive
     )
-    await _check_languages(model, job)
     heard = await run_in_threadpool(samples, decoded)
-    segments, info = await model.transcribe(heard, **job.options())
-    return await lifetime.enter_async_context(segments), info
+    try:
+        segments, info = await model.transcribe(heard, **job.options())
+    except WhisperCacheError:
+        raise
+    except ValueError as error:
+        if job.language is None:
+            raise
+        raise _nonsense("language", str(error)) from None
+    await lifetime.enter_async_context(segments)
+    _check_language(info, job)
+    return segments, info
 
 
-async def _check_languages(model: AsyncCachedModel, job: Job) -> None:
+def _check_language(info: TranscriptionInfo, job: Job) -> None:
     """
-    See whether the model knows the language asked for.
+    See whether a model of English alone was asked for more.
 
     Raises:
-        ApiError: it does not.
+        ApiError: it was.
     """
-    if job.language is None and job.task == "transcribe":
-        return
-    async with model.lease() as whisper:
-        known = whisper.supported_languages
-    if job.task == "translate" and known == ["en"]:
+    if job.language is not None and info.language != job.language:
+        raise _nonsense("language", "this model understands English only")
+    # One of many languages has looked which of them it is.
+    if job.task == "translate" and info.all_language_probs is None:
         raise _nonsense("model", "this model understands English only")
-    if job.language is not None and job.language not in known:
-        codes = ", ".join(known)
-        raise _nonsense(
-            "language", f"this model knows no {job.language[:20]!r}; it knows {codes}"
-        )
 
 
 async def _decode(

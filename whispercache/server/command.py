@@ -116,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
         import uvicorn
 
         from .app import create_app
+        from .drain import Server
     except ModuleNotFoundError as missing:
         raise WhisperCacheError(
             f"{missing.name} is missing; pip install 'whispercache[server]'"
@@ -129,16 +130,16 @@ def run(options: argparse.Namespace) -> int:
         pressure="watch" if options.watch else "load",
         coordinate=options.coordinate,
     ) as cache:
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(served, cache),
-                host=options.host,
-                port=options.port,
-                timeout_graceful_shutdown=math.ceil(_seconds(options, "drain")),
-                server_header=False,
-                log_config=_LOGGING,
-            )
+        app = create_app(served, cache)
+        config = uvicorn.Config(
+            app,
+            host=options.host,
+            port=options.port,
+            timeout_graceful_shutdown=math.ceil(_seconds(options, "drain")),
+            server_header=False,
+            log_config=_LOGGING,
         )
+        server = Server(config, app.state.service.gate)
         _warn(options, served)
         # uvicorn raises the signal again when it has finished; its work is done then.
         signal.signal(signal.SIGTERM, lambda *_: None)

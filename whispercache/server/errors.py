@@ -18,6 +18,7 @@ from starlette.routing import Match
 
 from whispercache.errors import (
     AudioError,
+    CacheClosed,
     LeaseTimeout,
     LoadFailed,
     ModelTooLarge,
@@ -41,6 +42,7 @@ __all__ = [
     "as_refusal",
     "install",
     "responses",
+    "shutting_down",
 ]
 
 _log = logging.getLogger("whispercache")
@@ -150,8 +152,8 @@ def _unavailable(error: WhisperCacheError) -> ApiError:
     if isinstance(error, LeaseTimeout):
         message = f"the model could not be had within {error.waited_s:.1f} s"
         return _later(503, f"{message}; try again later", "model_busy", RETRY_S)
-    if isinstance(error, DecoderClosed):
-        return _later(503, str(error), "shutting_down", RETRY_S)
+    if isinstance(error, (CacheClosed, DecoderClosed)):
+        return shutting_down()
     if isinstance(error, ModelTooLarge):
         message = f"there is no room for the model: {error.reason}"
         return _later(503, message, "no_room", RETRY_S)
@@ -160,6 +162,14 @@ def _unavailable(error: WhisperCacheError) -> ApiError:
     message = "the model cannot be had at present; the server's log tells why"
     retry_s = error.retry_in_s if isinstance(error, LoadFailed) else None
     return _later(503, message, "model_unavailable", retry_s or RETRY_S)
+
+
+def shutting_down() -> ApiError:
+    """
+    What is told to clients that come too late.
+    """
+    message = "the server is shutting down"
+    return _later(503, message, "shutting_down", RETRY_S)
 
 
 def _later(status: int, message: str, code: str, retry_s: float) -> ApiError:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from whispercache.errors import LeaseTimeout, TooManyWaiters
+from whispercache.errors import CacheClosed, LeaseTimeout, TooManyWaiters
 from whispercache.live import LiveRequest
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Gate:
         self._parallel = parallel
         self._max_waiting = max_waiting
         self._models: dict[str, anyio.Semaphore] = {}
-        self._since_s: dict[object, tuple[str, float]] = {}
+        self._since_s: dict[anyio.CancelScope, tuple[str, float]] = {}
+        self._is_closed = False
 
     def waiting(self) -> tuple[LiveRequest, ...]:
         """
@@ -50,6 +51,14 @@ class Gate:
             for name, since_s in self._since_s.values()
         )
 
+    def close(self) -> None:
+        """
+        Send those away who wait, and all who come.
+        """
+        self._is_closed = True
+        for scope in self._since_s:
+            scope.cancel()
+
     @asynccontextmanager
     async def turn(self, name: str, timeout_s: float) -> AsyncIterator[float]:
         """
@@ -59,7 +68,9 @@ class Gate:
         Raises:
             TooManyWaiters: ``max_waiting`` others wait.
             LeaseTimeout: it did not come in time.
+            CacheClosed: the gate was closed.
         """
+        self._check_open()
         semaphore = self._models.setdefault(name, anyio.Semaphore(self._parallel))
         since_s = time.monotonic()
         try:
@@ -77,14 +88,18 @@ class Gate:
         waiting = len(self._since_s)
         if waiting >= self._max_waiting:
             raise TooManyWaiters(name, waiting)
-        ticket, since_s = object(), time.monotonic()
-        self._since_s[ticket] = (name, since_s)
-        try:
-            with anyio.fail_after(timeout_s):
+        since_s = time.monotonic()
+        with anyio.move_on_after(timeout_s) as scope:
+            self._since_s[scope] = (name, since_s)
+            try:
                 await semaphore.acquire()
-        except TimeoutError:
+            finally:
+                del self._since_s[scope]
+        if scope.cancelled_caught:
+            self._check_open()
             same = [asked for asked, _ in self._since_s.values() if asked == name]
-            waited_s = time.monotonic() - since_s
-            raise LeaseTimeout(name, waited_s, len(same)) from None
-        finally:
-            del self._since_s[ticket]
+            raise LeaseTimeout(name, time.monotonic() - since_s, len(same) + 1)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise CacheClosed("the server is shutting down")

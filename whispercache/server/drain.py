@@ -1,0 +1,75 @@
+"""
+Drain: how the server ends. What has begun is finished, as far as there is time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from .errors import shutting_down
+
+if TYPE_CHECKING:
+    import socket
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from .gate import Gate
+
+__all__ = ["Server", "Unfinished"]
+
+
+class Server(uvicorn.Server):
+    """
+    uvicorn, which first sends those away who wait for their turn.
+
+    Args:
+        config: As for uvicorn.
+        gate: Where they wait.
+    """
+
+    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+        super().__init__(config)
+        self._gate = gate
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """
+        Refuse new work, and wait for what has begun.
+        """
+        self._gate.close()
+        await super().shutdown(sockets)
+
+
+class Unfinished:
+    """
+    ASGI middleware for requests that the server cancels, as it has no more time for
+    them: 503 if nothing was answered yet. Without it, that is a 500 and a traceback.
+
+    Args:
+        app: The app behind.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """
+        Pass a request on.
+        """
+        is_answered = False
+
+        async def note(message: Message) -> None:
+            nonlocal is_answered
+            is_answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            # The server asks for no more than that this ends.
+            if not is_answered:
+                await shutting_down().response()(scope, receive, send)
