@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from real import child_environment, clip, micro, micro_copy, packaged
 from served import TINY, offered, running, serving
@@ -289,6 +291,86 @@ def test_a_client_that_leaves_in_mid_upload_leaves_nothing(
         assert transcribe(client, A).status_code == 200
         wait_until(lambda: not list(tmp_path.iterdir()), "no files")
     assert cache.stats().requests == 1
+
+
+def test_a_call_that_nobody_waits_for_keeps_its_turn_until_it_ends(
+    cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    It cannot be stopped: others who were let in would only wait behind it, on threads.
+    """
+    go, running, most = threading.Event(), 0, 0
+
+    def slow(*_args: object, **_options: object) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        assert go.wait(30)
+        running -= 1
+        raise RuntimeError("nobody hears this")
+
+    monkeypatch.setattr("faster_whisper.WhisperModel.transcribe", slow)
+    with serving(cache, models=micros(), parallel=1, max_waiting=8) as client:
+        with asking(client, A):
+            wait_until(lambda: running == 1, "the call")
+        for _ in range(3):
+            with asking(client, A):
+                wait_until(lambda: waiting(client) == 1, "the next at the gate")
+            wait_until(lambda: waiting(client) == 0, "it to be forgotten")
+        assert cache.stats().leases == most == 1
+        go.set()
+        wait_until(lambda: cache.stats().leases == 0, "the end of the call")
+        assert transcribe(client, A).status_code == 500
+    assert most == 1
+
+
+def test_only_so_much_audio_is_in_memory(
+    cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    More waits on disk; what alone is too much has its turn all the same.
+    """
+    go, running = threading.Event(), 0
+
+    def slow(*_args: object, **_options: object) -> None:
+        nonlocal running
+        running += 1
+        assert go.wait(30)
+        raise RuntimeError("that was all")
+
+    monkeypatch.setattr("faster_whisper.WhisperModel.transcribe", slow)
+    with (
+        serving(cache, models=micros(), parallel=8, max_audio_s=6.5) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        asked = [pool.submit(transcribe, client, A) for _ in range(4)]  # 2.9 s each
+        wait_until(lambda: (running, waiting(client)) == (2, 2), "two at work")
+        go.set()
+        assert [each.result().status_code for each in asked] == [500] * 4
+        assert running == 4
+    with serving(cache, models=micros(), max_audio_s=1) as client:
+        assert transcribe(client, A).status_code == 500
+
+
+def test_uploads_beyond_those_who_may_wait_are_not_even_read(
+    cache: ModelCache,
+) -> None:
+    """
+    429 before the body, for what fits neither in the queue nor on the disk.
+    """
+    with (
+        serving(cache, models=micros(), max_waiting=0, parallel=1) as client,
+        ExitStack() as asked,
+    ):
+        for _ in range(4):
+            asked.enter_context(asking(client, A, 9_000_000))
+
+        def refused() -> bool:
+            answer = transcribe(client, A)
+            return answer.status_code == 429 and "under way" in answer.text
+
+        wait_until(refused, "a refusal")
+        assert client.get("/v1/models").status_code == 200
 
 
 def test_calls_on_one_model_take_turns(cache: ModelCache) -> None:
@@ -620,10 +702,13 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("one\n\n two \n", encoding="utf-8")
     arguments = (f"m={micro('micro a')}", "--key-file", str(file), "--device", "cpu")
-    with command(*arguments, WHISPERCACHE_API_KEYS="three,four") as (_, client):
+    with command(*arguments, WHISPERCACHE_API_KEYS="three,four") as (server, client):
         for key, status in (("one", 200), ("two", 200), ("four", 200), ("-", 401)):
             headers = {"authorization": f"Bearer {key}"}
             assert client.get("/v1/models", headers=headers).status_code == status
+        children = psutil.Process(server.pid).children()
+        assert children
+        assert not [c for c in children if "four" in str(c.environ())]
 
 
 @pytest.mark.parametrize(

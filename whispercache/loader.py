@@ -36,6 +36,7 @@ from .errors import (
     UnknownModel,
     WhisperCacheError,
 )
+from .features import InBlocks
 from .footprint import estimate, read_header
 from .keys import MODELS, is_directory
 from .learned import LearnedFootprints
@@ -546,13 +547,15 @@ class FasterWhisperLoader:
         options = dict(key.options)
         for hub_option in ("download_root", "revision"):
             options.pop(hub_option, None)
-        return self._tokenizers.build(
+        whisper = self._tokenizers.build(
             files.directory,
             device=kind,
             device_index=int(index or 0),
             compute_type=key.compute_type,
             **options,
         )
+        whisper.feature_extractor = InBlocks(whisper.feature_extractor)
+        return whisper
 
     def unload(self, loaded: LoadedModel, *, load_follows: bool) -> Released:
         """

@@ -74,6 +74,8 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
         UploadLimit,
         max_bytes=options.max_upload_bytes,
         timeout_s=options.upload_timeout_s,
+        # Those who wait, those who work, and as many again who arrive.
+        max_at_once=options.max_waiting + 2 * options.parallel * len(options.models),
     )
     app.add_middleware(
         Guard, keys=options.keys, hosts=options.hosts, origins=options.origins

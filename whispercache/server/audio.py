@@ -16,8 +16,10 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from whispercache.errors import WhisperCacheError
+from whispercache.model import workload_of
 from whispercache.units import parse_duration
 
+from .calls import transcribe
 from .decode import samples
 from .errors import ApiError, as_refusal, responses
 from .forms import SmallForm
@@ -249,16 +251,21 @@ async def _begin(
     """
     folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="whispercache-"))
     decoded = Path(folder, "samples")
-    await _decode(service, file, Path(folder, "upload"), decoded)
+    audio_s = await _decode(service, file, Path(folder, "upload"), decoded)
     left_s = await lifetime.enter_async_context(
-        service.gate.turn(offer.name, service.options.timeout_s)
+        service.gate.turn(offer.name, service.options.timeout_s, audio_s)
     )
-    model = await service.cache.get_model(
-        *offer.place, timeout_s=left_s, keep_alive=job.keep_alive
+    options = job.options()
+    lease = await service.cache.lease(
+        *offer.place,
+        timeout_s=left_s,
+        keep_alive=job.keep_alive,
+        workload=workload_of(options, None),
     )
+    lifetime.callback(lease.release)
     heard = await run_in_threadpool(samples, decoded)
     try:
-        segments, info = await model.transcribe(heard, **job.options())
+        segments, info = await transcribe(lease, heard, options)
     except WhisperCacheError:
         raise
     except ValueError as error:
@@ -286,16 +293,19 @@ def _check_language(info: TranscriptionInfo, job: Job) -> None:
 
 async def _decode(
     service: Service, file: UploadFile, upload: Path, decoded: Path
-) -> None:
+) -> float:
+    """
+    Decode an upload, and keep no more of it than its samples; its seconds.
+    """
     await run_in_threadpool(_save, file, upload)
     try:
-        await service.decoder.decode(upload, decoded)
+        return await service.decoder.decode(upload, decoded)
     finally:
         await run_in_threadpool(upload.unlink)
 
 
 def _save(file: UploadFile, target: Path) -> None:
-    with target.open("wb") as out:
+    with file.file, target.open("wb") as out:
         shutil.copyfileobj(file.file, out)
 
 

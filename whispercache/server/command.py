@@ -78,7 +78,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits of a request")
     add = limits.add_argument
     add("--max-upload", metavar="SIZE", default="100MiB", help="default: %(default)s")
-    add("--max-duration", metavar="TIME", default="2h", help="of audio (%(default)s)")
+    add("--max-duration", metavar="TIME", default="1h", help="of audio (%(default)s)")
+    add("--max-audio", metavar="TIME", help="of all at work (as --max-duration)")
     add("--timeout", metavar="TIME", default="60s", help="for a model (%(default)s)")
     add("--max-waiting", type=int, default=64, metavar="N", help="default: %(default)s")
     add(
@@ -162,6 +163,7 @@ def _served(options: argparse.Namespace) -> ServerOptions:
         origins=tuple(options.allow_origin),
         max_upload_bytes=max_upload_bytes or 0,
         max_duration_s=_seconds(options, "max_duration"),
+        max_audio_s=_seconds(options, "max_audio") if options.max_audio else None,
         timeout_s=_seconds(options, "timeout"),
         max_waiting=options.max_waiting,
         parallel=options.parallel,
@@ -176,7 +178,8 @@ def _seconds(options: argparse.Namespace, name: str) -> float:
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
-    text = os.environ.get(KEYS_VARIABLE, "").replace(",", "\n")
+    # The processes that decode what strangers sent need not know them.
+    text = os.environ.pop(KEYS_VARIABLE, "").replace(",", "\n")
     if file is not None:
         text += "\n" + file.read_text(encoding="utf-8")
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())

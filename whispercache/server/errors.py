@@ -4,6 +4,7 @@ Errors as clients see them: an HTTP status, and JSON in the shape of OpenAI's AP
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from http import HTTPStatus
@@ -28,6 +29,7 @@ from whispercache.errors import (
 from whispercache.faults import Fault, classify
 
 from .decode import AudioTooLong, DecodeCrashed, DecoderClosed, DecodeTimeout
+from .limits import RETRY_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,11 +54,6 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 _CLIENT_LEFT = 499
 """
 What nginx calls it, for logs.
-"""
-
-RETRY_S = 5
-"""
-Seconds after which a refused client may try again; by then a queue has moved on.
 """
 
 
@@ -128,6 +125,10 @@ def as_refusal(error: Exception) -> ApiError:
     """
     if isinstance(error, WhisperCacheError):
         return _from_cache(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        _log.error("%s", error)
+        message = "the server's disk is full; try again later"
+        return _later(503, message, "disk_full", RETRY_S)
     if classify(error) is not Fault.OTHER:
         _log.error("%s", error)
         message = "the device ran out of memory, or failed; the server's log tells more"

@@ -8,6 +8,7 @@ thread; the cache sees those who are next.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -25,18 +26,22 @@ __all__ = ["Gate"]
 
 class Gate:
     """
-    Lets so many requests at a time to each model, in the order in which they came.
+    Lets so many requests at a time to each model, in the order in which they came, and
+    so much audio to all of them.
 
     For the tasks of one event loop.
 
     Args:
         parallel: Requests at a time, for each model.
         max_waiting: So many wait, for all models together.
+        max_audio_s: Seconds of audio that all who have their turn may bring, as it is
+            in memory then. One alone may bring more.
     """
 
-    def __init__(self, parallel: int, max_waiting: int) -> None:
+    def __init__(self, parallel: int, max_waiting: int, max_audio_s: float) -> None:
         self._parallel = parallel
         self._max_waiting = max_waiting
+        self._audio = _Audio(max_audio_s)
         self._models: dict[str, anyio.Semaphore] = {}
         self._since_s: dict[anyio.CancelScope, tuple[str, float]] = {}
         self._is_closed = False
@@ -60,10 +65,12 @@ class Gate:
             scope.cancel()
 
     @asynccontextmanager
-    async def turn(self, name: str, timeout_s: float) -> AsyncIterator[float]:
+    async def turn(
+        self, name: str, timeout_s: float, audio_s: float = 0.0
+    ) -> AsyncIterator[float]:
         """
-        Have one's turn with the model of that *name* in an ``async with`` block, whose
-        value are the seconds left of *timeout_s*.
+        Have one's turn with the model of that *name*, with *audio_s* seconds of audio,
+        in an ``async with`` block; its value are the seconds left of *timeout_s*.
 
         Raises:
             TooManyWaiters: ``max_waiting`` others wait.
@@ -73,17 +80,16 @@ class Gate:
         self._check_open()
         semaphore = self._models.setdefault(name, anyio.Semaphore(self._parallel))
         since_s = time.monotonic()
-        try:
-            semaphore.acquire_nowait()
-        except anyio.WouldBlock:
-            await self._wait(semaphore, name, timeout_s)
+        if not _enter_at_once(semaphore, self._audio, audio_s):
+            await self._wait(semaphore, name, timeout_s, audio_s)
         try:
             yield max(0.0, timeout_s - (time.monotonic() - since_s))
         finally:
+            self._audio.release(audio_s)
             semaphore.release()
 
     async def _wait(
-        self, semaphore: anyio.Semaphore, name: str, timeout_s: float
+        self, semaphore: anyio.Semaphore, name: str, timeout_s: float, audio_s: float
     ) -> None:
         waiting = len(self._since_s)
         if waiting >= self._max_waiting:
@@ -92,7 +98,7 @@ class Gate:
         with anyio.move_on_after(timeout_s) as scope:
             self._since_s[scope] = (name, since_s)
             try:
-                await semaphore.acquire()
+                await _enter(semaphore, self._audio, audio_s)
             finally:
                 del self._since_s[scope]
         if scope.cancelled_caught:
@@ -103,3 +109,70 @@ class Gate:
     def _check_open(self) -> None:
         if self._is_closed:
             raise CacheClosed("the server is shutting down")
+
+
+class _Audio:
+    """
+    A semaphore of seconds, first come, first served.
+    """
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s = most_s
+        self._used_s = 0.0
+        self._users = 0
+        self._first = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    def acquire_nowait(self, audio_s: float) -> bool:
+        """
+        Take *audio_s* seconds, if nobody waits and there are as many; or nothing.
+        """
+        if self._first.locked() or not self._fits(audio_s):
+            return False
+        self._take(audio_s)
+        return True
+
+    async def acquire(self, audio_s: float) -> None:
+        """
+        Take *audio_s* seconds, as soon as there are as many.
+        """
+        async with self._first:
+            while not self._fits(audio_s):
+                self._freed.clear()
+                await self._freed.wait()
+            self._take(audio_s)
+
+    def release(self, audio_s: float) -> None:
+        """
+        Give them back.
+        """
+        self._used_s -= audio_s
+        self._users -= 1
+        self._freed.set()
+
+    def _fits(self, audio_s: float) -> bool:
+        return not self._users or self._used_s + audio_s <= self._most_s
+
+    def _take(self, audio_s: float) -> None:
+        self._used_s += audio_s
+        self._users += 1
+
+
+def _enter_at_once(semaphore: anyio.Semaphore, audio: _Audio, audio_s: float) -> bool:
+    try:
+        semaphore.acquire_nowait()
+    except anyio.WouldBlock:
+        return False
+    if audio.acquire_nowait(audio_s):
+        return True
+    semaphore.release()
+    return False
+
+
+async def _enter(semaphore: anyio.Semaphore, audio: _Audio, audio_s: float) -> None:
+    await semaphore.acquire()
+    try:
+        await audio.acquire(audio_s)
+    except BaseException:
+        semaphore.release()
+        raise

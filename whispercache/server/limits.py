@@ -28,6 +28,11 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _LINGER_S = 2.0
 
+RETRY_S = 5
+"""
+Seconds after which a refused client may try again; by then a queue has moved on.
+"""
+
 
 class UploadLimit:
     """
@@ -41,6 +46,7 @@ class UploadLimit:
         app: The app behind.
         max_bytes: So large may the body of a request be.
         timeout_s: So long may it take to arrive; None is for ever.
+        max_at_once: So many requests with a body may be under way; None is no limit.
         linger_s: So long is more of a refused body read, and dropped. A connection that
             is closed in mid-upload would be reset, and its client never see the answer.
     """
@@ -50,10 +56,13 @@ class UploadLimit:
         app: App,
         max_bytes: int,
         timeout_s: float | None = None,
+        max_at_once: int | None = None,
         linger_s: float = _LINGER_S,
     ) -> None:
         self._app = app
         self.max_bytes = max_bytes
+        self.max_at_once = max_at_once
+        self._at_once = 0
         self.timeout_s = timeout_s
         self.linger_s = linger_s
 
@@ -68,16 +77,22 @@ class UploadLimit:
         headers = dict(cast("Iterable[tuple[bytes, bytes]]", scope["headers"]))
         if _claimed_bytes(headers) > self.max_bytes:
             upload.refuse_large()
+        elif _has_body(headers) and self._at_once == self.max_at_once:
+            upload.refuse_many()
+        if upload.is_refused:
             # A client that waits until it is told to go on is not told so: reading
             # would do that.
             await upload.answer(0 if b"expect" in headers else self.linger_s)
             return
+        self._at_once += _has_body(headers)
         try:
             await self._app(scope, upload.receive, upload.send)
         except Exception:
             # How it takes that the client has left is its own affair.
             if not upload.is_refused:
                 raise
+        finally:
+            self._at_once -= _has_body(headers)
         if upload.is_refused:
             await upload.answer(self.linger_s)
 
@@ -87,6 +102,8 @@ class _Refusal:
     status: int
     code: str
     message: str
+    type: str = "invalid_request_error"
+    retry_s: int | None = None
 
     def body(self) -> bytes:
         """
@@ -94,7 +111,7 @@ class _Refusal:
         """
         error = {
             "message": self.message,
-            "type": "invalid_request_error",
+            "type": self.type,
             "param": None,
             "code": self.code,
         }
@@ -126,6 +143,12 @@ class _Upload:
         limit_bytes = self._limit.max_bytes
         message = f"the upload is larger than {format_bytes(limit_bytes)}"
         self._refusal = _Refusal(413, "upload_too_large", message)
+
+    def refuse_many(self) -> None:
+        message = f"{self._limit.max_at_once} uploads are under way; try again later"
+        self._refusal = _Refusal(
+            429, "too_many_requests", message, "rate_limit_error", RETRY_S
+        )
 
     async def receive(self) -> Message:
         """
@@ -170,6 +193,8 @@ class _Upload:
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
+        if self._refusal.retry_s is not None:
+            headers.append((b"retry-after", str(self._refusal.retry_s).encode()))
         status = self._refusal.status
         await self._send(
             {"type": "http.response.start", "status": status, "headers": headers}
@@ -185,6 +210,10 @@ class _Upload:
     async def _drain(self) -> None:
         while not self._is_over:
             self._is_over = not (await self._receive()).get("more_body", False)
+
+
+def _has_body(headers: Mapping[bytes, bytes]) -> bool:
+    return _claimed_bytes(headers) > 0 or b"transfer-encoding" in headers
 
 
 def _claimed_bytes(headers: Mapping[bytes, bytes]) -> int:

@@ -36,6 +36,9 @@ class ServerOptions:
             ``"https://app.example"``.
         max_upload_bytes: Of one request's whole body.
         max_duration_s: Of one request's audio.
+        max_audio_s: Of the audio of all requests that are at work, which is in memory:
+            at most 130 kB for each second, and 60 MB for each request. None for that
+            of the longest request. What waits is on disk.
         upload_timeout_s: For one request's body to arrive.
         decode_timeout_s: For its audio to be decoded.
         timeout_s: For a model to be had, from the moment at which the audio is decoded.
@@ -53,7 +56,8 @@ class ServerOptions:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     max_upload_bytes: int = 100 * _MIB
-    max_duration_s: float = 2 * 3600.0
+    max_duration_s: float = 3600.0
+    max_audio_s: float | None = None
     upload_timeout_s: float = 300.0
     decode_timeout_s: float = 60.0
     timeout_s: float = 60.0

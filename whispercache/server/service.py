@@ -24,8 +24,9 @@ from whispercache.live import Snapshot, Watch
 from whispercache.metrics import CacheCollector
 
 from .decode import Decoder
-from .errors import RETRY_S, ApiError
+from .errors import ApiError
 from .gate import Gate
+from .limits import RETRY_S
 from .offers import Offer, Offers
 
 if TYPE_CHECKING:
@@ -58,7 +59,11 @@ class Service:
         self.offers: Offers = Offers(options.models, options.device, cache)
         for offer in self.offers:
             cache.get_model(*offer.place)
-        self.gate: Gate = Gate(options.parallel, options.max_waiting)
+        self.gate: Gate = Gate(
+            options.parallel,
+            options.max_waiting,
+            options.max_audio_s or options.max_duration_s,
+        )
         self.decoder: Decoder = Decoder(
             processes=options.decoders,
             max_duration_s=options.max_duration_s,

@@ -1,0 +1,165 @@
+"""
+Features: what a model sees of the audio, its log-Mel spectrogram.
+
+faster-whisper computes it for a whole file at once, which takes 0.9 MiB of memory for
+each second of audio. Long audio is taken in blocks here: what stays is the result, a
+thirtieth of that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["FeatureExtractor", "InBlocks"]
+
+BLOCK_S = 30
+LONG_S = 60
+"""
+Seconds of audio that are a block, and above which audio is taken in blocks.
+"""
+
+_RANGE = 8.0
+"""
+Powers of ten that the spectrogram spans; what is fainter is cut off.
+
+Source: openai/whisper, audio.py, ``log_mel_spectrogram``; with the two lines after it.
+"""
+
+
+class FeatureExtractor(Protocol):
+    """
+    faster-whisper's own, as far as it is used here.
+    """
+
+    n_fft: int
+    hop_length: int
+    sampling_rate: int
+    n_samples: int
+    nb_max_frames: int
+    mel_filters: NDArray[np.float32]
+
+    def stft(
+        self,
+        samples: NDArray[np.float32],
+        n_fft: int,
+        hop_length: int,
+        *,
+        window: NDArray[np.float32],
+        center: bool,
+        return_complex: bool,
+    ) -> NDArray[np.complexfloating]:
+        """
+        The short-time Fourier transform of *samples*: complex (frequencies, frames).
+        """
+
+    def __call__(
+        self,
+        waveform: NDArray[np.float32],
+        padding: int = ...,
+        chunk_length: int | None = ...,
+    ) -> NDArray[np.float32]:
+        """
+        The spectrogram of *waveform*.
+        """
+
+
+class InBlocks:
+    """
+    A feature extractor that takes long audio in blocks; otherwise the one it is made
+    of.
+
+    Args:
+        extractor: faster-whisper's.
+    """
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        self._extractor = extractor
+
+    def __getattr__(self, name: str) -> object:
+        if name == "_extractor":  # not there yet, as when this is copied
+            raise AttributeError(name)
+        return getattr(self._extractor, name)
+
+    def __call__(
+        self,
+        waveform: NDArray[np.float32],
+        padding: int = 160,
+        chunk_length: int | None = None,
+    ) -> NDArray[np.float32]:
+        """
+        The log-Mel spectrogram of *waveform*: float32 (mels, frames), 100 frames a
+        second.
+
+        The same as from faster-whisper, up to the rounding of float32.
+
+        Args:
+            waveform: float32 (samples,), mono, 16 kHz.
+            padding: Samples of silence after it.
+            chunk_length: Seconds of a window, if not 30.
+        """
+        extractor = self._extractor
+        if len(waveform) <= LONG_S * extractor.sampling_rate:
+            return extractor(waveform, padding=padding, chunk_length=chunk_length)
+        if chunk_length is not None:
+            extractor.n_samples = chunk_length * extractor.sampling_rate
+            extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
+        return _log_mel(extractor, waveform, padding)
+
+
+def _log_mel(
+    extractor: FeatureExtractor, waveform: NDArray[np.float32], padding: int
+) -> NDArray[np.float32]:
+    import numpy as np
+
+    hop = extractor.hop_length
+    n_frames = (len(waveform) + padding) // hop
+    block = BLOCK_S * extractor.sampling_rate // hop
+    mels = len(extractor.mel_filters)
+    spectrogram = np.empty((mels, n_frames), np.float32)
+    window = np.hanning(extractor.n_fft + 1)[:-1].astype(np.float32)
+    for first in range(0, n_frames, block):
+        last = min(first + block, n_frames)
+        samples = _around(waveform, padding, first * hop, last * hop, extractor)
+        stft = extractor.stft(
+            samples,
+            extractor.n_fft,
+            hop,
+            window=window,
+            center=False,
+            return_complex=True,
+        ).astype(np.complex64)
+        power = extractor.mel_filters @ (np.abs(stft) ** 2)
+        np.clip(power, 1e-10, None, out=power)
+        np.log10(power, out=spectrogram[:, first:last])
+    np.maximum(spectrogram, spectrogram.max() - _RANGE, out=spectrogram)
+    spectrogram += 4.0
+    spectrogram /= 4.0
+    return spectrogram
+
+
+def _around(
+    waveform: NDArray[np.float32],
+    padding: int,
+    start: int,
+    stop: int,
+    extractor: FeatureExtractor,
+) -> NDArray[np.float32]:
+    """
+    The samples of the frames that begin at *start*, up to *stop*: each frame is centred
+    on its sample. Before its beginning and after its end, audio is its mirror image.
+    """
+    import numpy as np
+
+    half = extractor.n_fft // 2
+    end = len(waveform) + padding - 1
+    places = np.arange(start - half, stop - extractor.hop_length + half)
+    places = np.abs(places)
+    places = np.where(places > end, 2 * end - places, places)
+    samples = np.zeros(len(places), np.float32)
+    is_heard = places < len(waveform)
+    samples[is_heard] = waveform[places[is_heard]]
+    return samples
