@@ -216,8 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
             if place == len(pieces) - 1 and model in self.stub.gates:
                 self.stub.gates[model].pass_through()
             self._event({"type": "transcript.text.delta", "delta": piece})
-        text, usage = "".join(pieces), {"type": "duration", "seconds": 12}
-        self._event({"type": "transcript.text.done", "text": text, "usage": usage})
+        text = "".join(pieces)
+        self._event({"type": "transcript.text.done", "text": text, "duration": 12})
 
     def _event(self, event: dict[str, object]) -> None:
         try:

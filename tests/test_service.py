@@ -4,6 +4,8 @@ The server under strain: queues, limits, keys, clients that leave, and its own e
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import signal
@@ -21,11 +23,11 @@ import httpx
 import openai
 import psutil
 import pytest
-from real import child_environment, clip, micro, micro_copy, packaged
+from real import SILENCE, child_environment, clip, micro, micro_copy, packaged
 from served import TINY, offered, running, serving
 
-from whispercache import ModelCache
-from whispercache.server import ServerOptions, create_app, service
+from whispercache import AsyncModelCache, ModelCache
+from whispercache.server import ServerOptions, calls, create_app, service
 from whispercache.server.offers import Offers
 from whispercache.specs import ModelSpec, parse_spec
 from whispercache.testing import wait_until
@@ -123,6 +125,8 @@ def test_who_waits_too_long_for_a_model_is_told_when_to_try_again(
         assert int(answer.headers["retry-after"]) > 0
         assert error_of(answer)["code"] == "model_busy"
         assert cache.stats().timeouts == 1
+        for action in ("load", "pin"):
+            assert client.post(f"/api/models/{B}/{action}").status_code == 503
         assert transcribe(client, A).json()["text"] == "micro a"
 
 
@@ -324,6 +328,39 @@ def test_a_call_that_nobody_waits_for_keeps_its_turn_until_it_ends(
     assert most == 1
 
 
+def test_a_call_holds_its_lease_however_often_it_is_cancelled(
+    cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The client leaves, then the server ends: the model must not leave under the call.
+    """
+    running, go = threading.Event(), threading.Event()
+
+    def slow(*_args: object, **_options: object) -> None:
+        running.set()
+        assert go.wait(30)
+        raise RuntimeError("nobody hears this")
+
+    monkeypatch.setattr("faster_whisper.WhisperModel.transcribe", slow)
+
+    async def main() -> None:
+        lease = await AsyncModelCache(cache).lease(micro("micro a"), "cpu")
+        call = asyncio.create_task(calls.transcribe(lease, SILENCE, {}))
+        del lease
+        await asyncio.to_thread(running.wait, 10)
+        for _ in range(2):
+            call.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert cache.stats().leases == 1
+        go.set()
+        await asyncio.to_thread(wait_until, lambda: cache.stats().leases == 0)
+
+    asyncio.run(main())
+
+
 def test_only_so_much_audio_is_in_memory(
     cache: ModelCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,7 +445,10 @@ def test_an_upload_that_is_too_large_is_refused(cache: ModelCache) -> None:
         answer = transcribe(client, A)
         assert answer.status_code == 413
         assert error_of(answer)["code"] == "upload_too_large"
-        chunks = (b"x" * 1000 for _ in range(100))
+        head = (
+            b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        )
+        chunks = (head if not i else b"\0" * 1000 for i in range(100))
         kind = {"content-type": "multipart/form-data; boundary=x"}
         url = "/v1/audio/transcriptions"
         answer = client.post(url, content=chunks, headers=kind)
@@ -434,6 +474,28 @@ def test_a_form_holds_one_file_and_a_few_short_fields(
         answer = client.post("/v1/audio/transcriptions", **form)
         assert answer.status_code == 400
         assert "Too many" in answer.text or "exceeded" in answer.text
+
+
+@pytest.mark.parametrize(
+    "where", ["tempfile.SpooledTemporaryFile.write", "shutil.copyfileobj"]
+)
+def test_a_full_disk_is_no_fault_of_the_client(
+    cache: ModelCache, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """
+    503, while the upload arrives and afterwards.
+    """
+
+    def fail(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "secret")
+
+    with serving(cache, models=micros()) as client:
+        monkeypatch.setattr(where, fail)
+        answer = transcribe(client, A)
+        assert answer.status_code == 503
+        assert error_of(answer)["code"] == "disk_full"
+        assert "retry-after" in answer.headers
+        assert "secret" not in answer.text
 
 
 def test_audio_that_is_too_long_is_refused(cache: ModelCache) -> None:
@@ -596,14 +658,54 @@ def test_a_cache_of_its_own_is_closed_and_a_given_one_is_not(cache: ModelCache) 
     assert own._core.is_closed
 
 
+HANGING = """
+import sys, time
+from whispercache.loader import FasterWhisperLoader
+from whispercache.server import command
+from whispercache.cli import main
+
+if __name__ == "__main__":
+    locate = FasterWhisperLoader.locate
+
+    def hang(*args, download, **options):
+        if download:
+            time.sleep(1000)
+        return locate(*args, download=download, **options)
+
+    FasterWhisperLoader.locate = hang
+    command.EXIT_S = 0.5
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_download_that_never_ends_holds_up_nobody(tmp_path: Path) -> None:
+    """
+    Neither the request, beyond its time limit, nor the end of the server.
+    """
+    program = tmp_path / "hanging.py"
+    program.write_text(HANGING, encoding="utf-8")
+    place = (f"m={micro('micro a')}", "--device", "cpu", "--timeout", "200ms")
+    with command(*place, program=str(program)) as (process, client):
+        answer = transcribe(client, "m")
+        assert answer.status_code == 503
+        assert error_of(answer)["code"] == "model_busy"
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in log
+
+
 @contextmanager
-def command(*arguments: str, **environment: str) -> Iterator[tuple[Any, httpx.Client]]:
+def command(
+    *arguments: str, program: str = "", **environment: str
+) -> Iterator[tuple[Any, httpx.Client]]:
     """
     ``whispercache serve`` as a process, and a client of it.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    line = ["-m", "whispercache.cli", "serve", *arguments, "--port", str(port)]
+    start = [program] if program else ["-m", "whispercache.cli"]
+    line = [*start, "serve", *arguments, "--port", str(port)]
     with (
         subprocess.Popen(
             [sys.executable, *line],

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,7 +34,6 @@ from .transcripts import (
     as_plain,
     as_verbose,
     text_of,
-    usage_of,
 )
 
 if TYPE_CHECKING:
@@ -249,6 +248,7 @@ async def _begin(
     """
     Decode, wait for the model, and begin to listen; *lifetime* ends all of it.
     """
+    service.gate.check(offer.name)
     folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="whispercache-"))
     decoded = Path(folder, "samples")
     audio_s = await _decode(service, file, Path(folder, "upload"), decoded)
@@ -256,14 +256,14 @@ async def _begin(
         service.gate.turn(offer.name, service.options.timeout_s, audio_s)
     )
     options = job.options()
-    lease = await service.cache.lease(
-        *offer.place,
-        timeout_s=left_s,
-        keep_alive=job.keep_alive,
-        workload=workload_of(options, None),
+    lease = await service.lease(
+        offer, left_s, job.keep_alive, workload_of(options, None)
     )
-    lifetime.callback(lease.release)
-    heard = await run_in_threadpool(samples, decoded)
+    with ExitStack() as held:
+        held.callback(lease.release)
+        heard = await run_in_threadpool(samples, decoded)
+        # From now on the call has it, whatever becomes of the request.
+        held.pop_all()
     try:
         segments, info = await transcribe(lease, heard, options)
     except WhisperCacheError:
@@ -322,5 +322,5 @@ async def _events(
         # The status has been sent: what went wrong is an event, too.
         yield as_event("error", error=as_refusal(error).detail.model_dump())
         return
-    usage = usage_of(info).model_dump()
-    yield as_event("transcript.text.done", text=text_of(heard), usage=usage)
+    # Its usage would be in tokens, which a Whisper of OpenAI's does not stream.
+    yield as_event("transcript.text.done", text=text_of(heard), duration=info.duration)

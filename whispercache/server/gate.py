@@ -64,6 +64,22 @@ class Gate:
         for scope in self._since_s:
             scope.cancel()
 
+    def check(self, name: str) -> None:
+        """
+        See whether one more may ask for the model of that *name*.
+
+        Raises:
+            TooManyWaiters: it is taken, and ``max_waiting`` others wait.
+            CacheClosed: the gate was closed.
+        """
+        self._check_open()
+        waiting = len(self._since_s)
+        if waiting >= self._max_waiting and not self._turns(name).value:
+            raise TooManyWaiters(name, waiting)
+
+    def _turns(self, name: str) -> anyio.Semaphore:
+        return self._models.setdefault(name, anyio.Semaphore(self._parallel))
+
     @asynccontextmanager
     async def turn(
         self, name: str, timeout_s: float, audio_s: float = 0.0
@@ -77,8 +93,8 @@ class Gate:
             LeaseTimeout: it did not come in time.
             CacheClosed: the gate was closed.
         """
-        self._check_open()
-        semaphore = self._models.setdefault(name, anyio.Semaphore(self._parallel))
+        self.check(name)
+        semaphore = self._turns(name)
         since_s = time.monotonic()
         if not _enter_at_once(semaphore, self._audio, audio_s):
             await self._wait(semaphore, name, timeout_s, audio_s)

@@ -15,7 +15,6 @@ from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from whispercache.footprint import DEFAULT_WORKLOAD
 from whispercache.units import parse_duration
 from whispercache.version import __version__
 
@@ -136,13 +135,7 @@ async def _load(service: Service, offer: Offer, keep_alive: str | None) -> None:
     except ValueError as error:
         message, param = str(error), "keep_alive"
         raise ApiError(400, message, code="invalid_value", param=param) from None
-    async with service.cache.lease(
-        *offer.place,
-        timeout_s=service.options.timeout_s,
-        keep_alive=keep_alive,
-        workload=DEFAULT_WORKLOAD,
-    ):
-        pass
+    (await service.lease(offer, service.options.timeout_s, keep_alive)).release()
 
 
 @router.post("/api/models/{name:path}/pin", responses=_ASKED)
@@ -151,9 +144,14 @@ async def pin(request: Request, service: Served, name: str) -> Done:
     Load a model, and keep it, idle or not.
     """
     offer = service.offer(name)
-    timeout_s = service.options.timeout_s
-    await while_present(request, service.cache.pin(*offer.place, timeout_s=timeout_s))
+    await while_present(request, _pin(service, offer))
     return Done(model=name, status="pinned")
+
+
+async def _pin(service: Service, offer: Offer) -> None:
+    timeout_s = service.options.timeout_s
+    (await service.lease(offer, timeout_s)).release()
+    await service.cache.pin(*offer.place, timeout_s=timeout_s)
 
 
 @router.delete("/api/models/{name:path}/pin", responses=_ASKED)

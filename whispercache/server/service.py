@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
+import anyio
 from fastapi import Depends, Request
 from prometheus_client import (
     CollectorRegistry,
@@ -19,7 +20,7 @@ from prometheus_client import (
 )
 
 from whispercache.aio import AsyncModelCache
-from whispercache.errors import LoadFailed, WhisperCacheError
+from whispercache.errors import LeaseTimeout, LoadFailed, WhisperCacheError
 from whispercache.live import Snapshot, Watch
 from whispercache.metrics import CacheCollector
 
@@ -32,13 +33,17 @@ from .offers import Offer, Offers
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from whispercache import ModelCache
+    from whispercache.cache import ModelCache
+    from whispercache.footprint import Workload
+    from whispercache.lease import Lease
 
     from .options import ServerOptions
 
 __all__ = ["Served", "Service"]
 
 _log = logging.getLogger("whispercache")
+
+_GRACE_S = 0.5
 
 
 class Service:
@@ -133,6 +138,29 @@ class Service:
         assert self._watch is not None, "the server is not running"
         seen = self._watch.snapshot()
         return replace(seen, waiting=(*self.gate.waiting(), *seen.waiting))
+
+    async def lease(
+        self,
+        offer: Offer,
+        timeout_s: float,
+        keep_alive: str | None = None,
+        workload: Workload | None = None,
+    ) -> Lease:
+        """
+        A lease on a model, downloaded and loaded if need be; see `ModelCache.lease`.
+
+        Raises:
+            LeaseTimeout: not within *timeout_s*, the download included, which goes on.
+        """
+        # The cache's own limit begins once the files are there, and tells more.
+        with anyio.move_on_after(timeout_s + _GRACE_S):
+            return await self.cache.lease(
+                *offer.place,
+                timeout_s=timeout_s,
+                keep_alive=keep_alive,
+                workload=workload,
+            )
+        raise LeaseTimeout(offer.name, timeout_s, 0)
 
     def offer(self, name: str) -> Offer:
         """

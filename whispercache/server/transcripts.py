@@ -11,6 +11,8 @@ from pydantic import BaseModel
 
 from whispercache.formats import FORMATS, Cue, Transcript
 
+from .languages import LANGUAGES
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -126,7 +128,7 @@ def as_verbose(
     has_words = "word" in granularities
     return Verbose(
         task=task,
-        language=info.language,
+        language="english" if task == "translate" else LANGUAGES[info.language],
         duration=info.duration,
         text=text_of(segments),
         segments=None

@@ -59,7 +59,7 @@ class Reading {
         this.body.append(event.delta);
       } else if (event.type === "transcript.text.done") {
         this.text = event.text;
-        this.audio_s = event.usage?.seconds;
+        this.audio_s = event.duration;
         say(this.body, event.text);
         this.isDone = true;
       }
