@@ -266,6 +266,29 @@ def test_nonsense_is_refused_in_openais_shape(
     assert error["message"]
 
 
+def test_languages_go_by_code_or_name_and_granularities_with_or_without_brackets(
+    http: httpx.Client,
+) -> None:
+    """
+    Clients differ.
+    """
+    name, audio = opened(TRAIN)
+    fields = {"model": "base:int8", "response_format": "verbose_json"}
+    for language, brackets in (("German", ""), ("DE", "[]"), ("german", "[]")):
+        answer = http.post(
+            "/v1/audio/transcriptions",
+            data={
+                **fields,
+                "language": language,
+                f"timestamp_granularities{brackets}": "word",
+            },
+            files={"file": (name, audio)},
+        )
+        audio.seek(0)
+        assert answer.json()["language"] == "german", answer.text
+        assert answer.json()["words"]
+
+
 # OpenAI now calls translations old; they are still there.
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")
 def test_a_model_of_english_alone_translates_nothing(client: openai.OpenAI) -> None:

@@ -579,6 +579,8 @@ def test_pages_of_other_sites_can_do_nothing(cache: ModelCache) -> None:
         ({"pin": ("tiny",)}, "tiny is not among"),
         ({"keys": ("a", " ")}, "everybody"),
         ({"parallel": 0}, "parallel"),
+        ({"origins": ("*",)}, "no origin"),
+        ({"origins": ("https://app.example/",)}, "no origin"),
         ({"timeout_s": -1}, "timeout_s"),
         ({"max_duration_s": float("nan")}, "max_duration_s"),
     ],
@@ -644,6 +646,30 @@ def test_it_is_ready_once_all_is_loaded_that_should_be(
         assert model["pinned"] is True
 
 
+def test_it_is_not_ready_when_it_takes_no_more_work(cache: ModelCache) -> None:
+    """
+    The cache under it was closed.
+    """
+    with serving(cache, models=micros(), preload=(A,)) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200, "it to be ready")
+        cache.close()
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/readyz").json()["status"] == "closing"
+        answer = transcribe(client, A)
+        assert answer.status_code == 503
+        assert error_of(answer)["code"] == "shutting_down"
+
+
+def test_an_application_can_be_started_again(cache: ModelCache) -> None:
+    """
+    As test clients do.
+    """
+    app = create_app(ServerOptions(models=micros(), device="cpu"), cache)
+    for _ in range(2):
+        with running(app) as url, httpx.Client(base_url=url) as client:
+            assert transcribe(client, A).json()["text"] == "micro a"
+
+
 def test_a_cache_of_its_own_is_closed_and_a_given_one_is_not(cache: ModelCache) -> None:
     """
     Whoever made it closes it.
@@ -659,10 +685,9 @@ def test_a_cache_of_its_own_is_closed_and_a_given_one_is_not(cache: ModelCache) 
 
 
 HANGING = """
-import sys, time
+import time
 from whispercache.loader import FasterWhisperLoader
-from whispercache.server import command
-from whispercache.cli import main
+from whispercache import cli
 
 if __name__ == "__main__":
     locate = FasterWhisperLoader.locate
@@ -673,8 +698,8 @@ if __name__ == "__main__":
         return locate(*args, download=download, **options)
 
     FasterWhisperLoader.locate = hang
-    command.EXIT_S = 0.5
-    sys.exit(main(sys.argv[1:]))
+    cli.EXIT_S = 0.5
+    cli.script()
 """
 
 
@@ -686,9 +711,15 @@ def test_a_download_that_never_ends_holds_up_nobody(tmp_path: Path) -> None:
     program.write_text(HANGING, encoding="utf-8")
     place = (f"m={micro('micro a')}", "--device", "cpu", "--timeout", "200ms")
     with command(*place, program=str(program)) as (process, client):
-        answer = transcribe(client, "m")
-        assert answer.status_code == 503
-        assert error_of(answer)["code"] == "model_busy"
+        with ThreadPoolExecutor(70) as pool:
+            asked = [
+                pool.submit(client.post, "/api/models/m/load", timeout=60)
+                for _ in range(70)
+            ]
+            codes = [error_of(each.result())["code"] for each in asked]
+        assert set(codes) == {"model_busy"}
+        assert psutil.Process(process.pid).num_threads() < 50
+        assert transcribe(client, "m").status_code == 503
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=30)
     assert process.returncode == 0

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -31,11 +32,16 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["main"]
+__all__ = ["main", "script"]
 
 KEY_VARIABLE = "WHISPERCACHE_API_KEY"
 """
 Environment variable with a server's key; a command line is seen by others.
+"""
+
+EXIT_S = 15.0
+"""
+Most seconds from the end of the command to that of its process.
 """
 
 BROKEN_PIPE = 141
@@ -95,6 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error_line(error)}\n")
         return WRONG_USE
     return code
+
+
+def script() -> NoReturn:
+    """
+    Run the command as a process of its own, and end that.
+
+    The end of the interpreter waits for threads; a download may never end.
+    """
+    code = main()
+    last = threading.Timer(EXIT_S, os._exit, (code,))
+    last.daemon = True
+    last.start()
+    sys.exit(code)
 
 
 def _prepare() -> None:
@@ -292,4 +311,4 @@ def _print(show: Callable[[Console], None]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

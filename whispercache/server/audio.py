@@ -23,6 +23,7 @@ from .calls import transcribe
 from .decode import samples
 from .errors import ApiError, as_refusal, responses
 from .forms import SmallForm
+from .languages import LANGUAGES
 from .presence import while_present
 from .service import Served, Service
 from .transcripts import (
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 __all__ = ["router"]
 
 router: APIRouter = APIRouter(prefix="/v1/audio", tags=["audio"], route_class=SmallForm)
+
+_CODES = {name: code for code, name in LANGUAGES.items()}
 
 Kind = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Task = Literal["transcribe", "translate"]
@@ -165,6 +168,10 @@ async def transcriptions(
     timestamp_granularities: Annotated[
         list[Literal["word", "segment"]] | None, Form(alias="timestamp_granularities[]")
     ] = None,
+    granularities: Annotated[
+        list[Literal["word", "segment"]] | None,
+        Form(alias="timestamp_granularities", description="The same, as some send it."),
+    ] = None,
     stream: Annotated[bool, Form(description="Send text as it is heard.")] = False,
     keep_alive: KeepAlive = None,
 ) -> Response | Plain | Verbose:
@@ -174,15 +181,23 @@ async def transcriptions(
     job = Job(
         task="transcribe",
         kind=response_format,
-        language=language or None,
+        language=_code(language),
         prompt=prompt or None,
         temperature=temperature,
-        granularities=tuple(timestamp_granularities or ()),
+        granularities=tuple(timestamp_granularities or granularities or ()),
         keep_alive=keep_alive or None,
         stream=stream,
     )
     work = _answer(service, lifetime, file, model, job)
     return await while_present(request, work)
+
+
+def _code(language: str | None) -> str | None:
+    """
+    The code of a language that was asked for by code or by name.
+    """
+    asked = (language or "").strip().lower()
+    return _CODES.get(asked, asked) or None
 
 
 @router.post(
@@ -271,7 +286,8 @@ async def _begin(
     except ValueError as error:
         if job.language is None:
             raise
-        raise _nonsense("language", str(error)) from None
+        message = f"no model knows the language {job.language[:20]!r}; give a code"
+        raise _nonsense("language", f"{message} such as en") from error
     await lifetime.enter_async_context(segments)
     _check_language(info, job)
     return segments, info

@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,11 +40,6 @@ Limits are bytes or 100MiB, times are seconds or 5m. Keys are lines of --key-fil
 ${KEYS_VARIABLE}, with commas between; clients send Authorization: Bearer KEY.
 
 The page is at /, Prometheus metrics at /metrics, probes look at /healthz and /readyz.
-"""
-
-EXIT_S = 15.0
-"""
-Seconds after which the process ends, once all is closed that could be.
 """
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -146,19 +140,14 @@ def run(options: argparse.Namespace) -> int:
             server_header=False,
             log_config=_LOGGING,
         )
-        server = Server(config, app.state.service.gate)
+        server = Server(config, app.state.service)
         _warn(options, served)
         # uvicorn raises the signal again when it has finished; its work is done then.
         signal.signal(signal.SIGTERM, lambda *_: None)
         server.run()
         # The second one ends it at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    code = 0 if server.started else 1
-    # The end of the interpreter waits for threads, and a download may never end.
-    last = threading.Timer(EXIT_S, os._exit, (code,))
-    last.daemon = True
-    last.start()
-    return code
+    return 0 if server.started else 1
 
 
 def _served(options: argparse.Namespace) -> ServerOptions:

@@ -200,6 +200,9 @@ class Decoder:
                 "no process for decoding starts; a program that runs the server itself "
                 "does so under `if __name__ == '__main__':`"
             ) from None
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from .gate import Gate
+    from .service import Service
 
 __all__ = ["Server", "Unfinished"]
 
@@ -27,18 +27,18 @@ class Server(uvicorn.Server):
 
     Args:
         config: As for uvicorn.
-        gate: Where they wait.
+        service: Where they wait.
     """
 
-    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._gate = gate
+        self._service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """
         Refuse new work, and wait for what has begun.
         """
-        self._gate.close()
+        self._service.gate.close()
         await super().shutdown(sockets)
 
 

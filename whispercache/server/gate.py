@@ -56,6 +56,13 @@ class Gate:
             for name, since_s in self._since_s.values()
         )
 
+    @property
+    def is_closed(self) -> bool:
+        """
+        Whether it was closed.
+        """
+        return self._is_closed
+
     def close(self) -> None:
         """
         Send those away who wait, and all who come.

@@ -72,11 +72,11 @@ class Health(BaseModel):
     Whether the server is alive, or ready.
 
     Attributes:
-        status: In one word.
+        status: In one word; ``"closing"`` once no more work is taken.
         pending: Models that are still to be loaded, and why they are not yet.
     """
 
-    status: Literal["alive", "ready", "loading"]
+    status: Literal["alive", "ready", "loading", "closing"]
     pending: dict[str, str] = {}
 
 
@@ -149,9 +149,9 @@ async def pin(request: Request, service: Served, name: str) -> Done:
 
 
 async def _pin(service: Service, offer: Offer) -> None:
-    timeout_s = service.options.timeout_s
-    (await service.lease(offer, timeout_s)).release()
-    await service.cache.pin(*offer.place, timeout_s=timeout_s)
+    lease = await service.lease(offer, service.options.timeout_s)
+    with lease:
+        service.cache.cache._core.pin(lease._entry)
 
 
 @router.delete("/api/models/{name:path}/pin", responses=_ASKED)
@@ -217,11 +217,11 @@ async def healthz() -> Health:
 @health.get("/readyz", responses={503: {"model": Health}})
 async def readyz(service: Served) -> Response:
     """
-    Whether all models are up that were to be loaded at the start.
+    Whether work is taken, and all models have been up that were to be loaded at the
+    start. Those that are not pinned may have left since; they come back when asked for.
     """
-    pending = service.pending
-    state = Health(status="loading" if pending else "ready", pending=pending)
-    return JSONResponse(state.model_dump(), 503 if pending else 200)
+    state = Health(status=service.state, pending=service.pending)
+    return JSONResponse(state.model_dump(), 200 if state.status == "ready" else 503)
 
 
 def add_page(app: FastAPI) -> None:

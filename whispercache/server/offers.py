@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from whispercache.cache import as_request
+from whispercache.footprint import DEFAULT_WORKLOAD
 from whispercache.keys import ALIASES, MODELS
 from whispercache.specs import short_name
 
@@ -45,6 +46,15 @@ class Offer:
         """
         entry = self._cache._resolver.known(as_request(*self.place, {}))
         return None if entry is None else entry.key
+
+    def fetch(self) -> None:
+        """
+        Have its files on this machine. Blocks, through a download if it takes one.
+
+        Raises:
+            LoadFailed: they cannot be had.
+        """
+        self._cache._locate([as_request(*self.place, {})], DEFAULT_WORKLOAD)
 
 
 class Offers:

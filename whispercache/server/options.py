@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from whispercache.specs import ModelSpec
@@ -77,6 +78,8 @@ class ServerOptions:
                 f"{', '.join(sorted(unknown))} is not among the models served: "
                 f"{', '.join(names)}"
             )
+        for origin in self.origins:
+            _check_origin(origin)
         if any(not key.strip() for key in self.keys):
             raise ValueError("an empty key would let everybody in")
         for field in _ABOVE_0:
@@ -85,3 +88,11 @@ class ServerOptions:
         for field in ("timeout_s", "max_waiting"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must be 0 or more")
+
+
+def _check_origin(origin: str) -> None:
+    parts = urlsplit(origin)
+    if not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
+        raise ValueError(
+            f"{origin!r} is no origin; name sites as in https://app.example"
+        )

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import anyio
 from fastapi import Depends, Request
@@ -64,16 +65,8 @@ class Service:
         self.offers: Offers = Offers(options.models, options.device, cache)
         for offer in self.offers:
             cache.get_model(*offer.place)
-        self.gate: Gate = Gate(
-            options.parallel,
-            options.max_waiting,
-            options.max_audio_s or options.max_duration_s,
-        )
-        self.decoder: Decoder = Decoder(
-            processes=options.decoders,
-            max_duration_s=options.max_duration_s,
-            timeout_s=options.decode_timeout_s,
-        )
+        self.gate: Gate = self._new_gate()
+        self.decoder: Decoder = self._new_decoder()
         self.registry: CollectorRegistry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -88,6 +81,24 @@ class Service:
             (*options.preload, *options.pin), "loading"
         )
         self._watch: Watch | None = None
+        # Not the loop's own pool, for which the end of the loop waits. Threads are made
+        # when they are needed, one for each model at most.
+        self._fetchers = ThreadPoolExecutor(
+            len(options.models), thread_name_prefix="whispercache-fetch"
+        )
+        self._fetching: dict[str, asyncio.Future[None]] = {}
+
+    def _new_gate(self) -> Gate:
+        options = self.options
+        max_audio_s = options.max_audio_s or options.max_duration_s
+        return Gate(options.parallel, options.max_waiting, max_audio_s)
+
+    def _new_decoder(self) -> Decoder:
+        return Decoder(
+            processes=self.options.decoders,
+            max_duration_s=self.options.max_duration_s,
+            timeout_s=self.options.decode_timeout_s,
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -95,6 +106,8 @@ class Service:
         All that runs while the server does, in an ``async with`` block.
         """
         cache = self.cache.cache
+        # An application may be started again, as by test clients.
+        self.gate, self.decoder = self._new_gate(), self._new_decoder()
         async with AsyncExitStack() as stack:
             self._watch = stack.enter_context(Watch(cache, self.offers.name_of))
             collector = CacheCollector(cache)
@@ -131,6 +144,15 @@ class Service:
                 del self.pending[name]
                 return
 
+    @property
+    def state(self) -> Literal["ready", "loading", "closing"]:
+        """
+        Whether it takes work, and has loaded what it should at the start.
+        """
+        if self.gate.is_closed or self.cache.cache._core.is_closed:
+            return "closing"
+        return "loading" if self.pending else "ready"
+
     def snapshot(self) -> Snapshot:
         """
         What the cache and the gate are doing now.
@@ -154,6 +176,7 @@ class Service:
         """
         # The cache's own limit begins once the files are there, and tells more.
         with anyio.move_on_after(timeout_s + _GRACE_S):
+            await self._fetch(offer)
             return await self.cache.lease(
                 *offer.place,
                 timeout_s=timeout_s,
@@ -161,6 +184,22 @@ class Service:
                 workload=workload,
             )
         raise LeaseTimeout(offer.name, timeout_s, 0)
+
+    async def _fetch(self, offer: Offer) -> None:
+        """
+        Have a model's files here. All who want them wait for one download, on a thread
+        that is none of those for calls: it may take long, or for ever.
+        """
+        fetching = self._fetching.get(offer.name)
+        if fetching is None:
+            loop = asyncio.get_running_loop()
+            fetching = loop.run_in_executor(self._fetchers, offer.fetch)
+            self._fetching[offer.name] = fetching
+            fetching.add_done_callback(lambda _: self._fetching.pop(offer.name))
+        # Whoever leaves does not end it for the others. What went wrong is told by the
+        # lease, which may fall back.
+        await asyncio.wait((fetching,))
+        fetching.exception()
 
     def offer(self, name: str) -> Offer:
         """
