@@ -46,9 +46,9 @@ class UploadLimit:
         app: The app behind.
         max_bytes: So large may the body of a request be.
         timeout_s: So long may it take to arrive; None is for ever.
-        max_at_once: So many requests with a body may be under way; None is no limit.
         linger_s: So long is more of a refused body read, and dropped. A connection that
             is closed in mid-upload would be reset, and its client never see the answer.
+        max_at_once: So many requests with a body may be under way; None is no limit.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class UploadLimit:
         app: App,
         max_bytes: int,
         timeout_s: float | None = None,
-        max_at_once: int | None = None,
         linger_s: float = _LINGER_S,
+        max_at_once: int | None = None,
     ) -> None:
         self._app = app
         self.max_bytes = max_bytes
