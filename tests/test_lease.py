@@ -155,7 +155,7 @@ def test_the_collector_calls_no_listener(
         gc.enable()
     settle(cache)
     assert loader.loads == {"base": 1, "small": 1}
-    assert len(heard) == 3
+    assert len(heard) == 4
 
 
 def test_a_lease_tells_what_it_is(make_cache: MakeCache) -> None:

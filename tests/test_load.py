@@ -126,7 +126,7 @@ def test_a_crowd_is_served_or_told_to_come_again_and_leaves_nothing(
             grown.append(anonymous_bytes() or 0)
         (host,) = cache.devices()
         sizes = [footprint(spec.model).total_bytes for spec in models]
-        assert host.peak_bytes <= 2 * max(sizes)
+        assert host.peak_bytes < sum(sizes)
         # Models came and went all the time: kept, they would take more than that.
         stats = cache.stats()
         assert stats.loads > 20

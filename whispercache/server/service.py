@@ -108,6 +108,7 @@ class Service:
         cache = self.cache.cache
         # An application may be started again, as by test clients.
         self.gate, self.decoder = self._new_gate(), self._new_decoder()
+        self._fetching = {}
         async with AsyncExitStack() as stack:
             self._watch = stack.enter_context(Watch(cache, self.offers.name_of))
             collector = CacheCollector(cache)
