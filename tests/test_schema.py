@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -107,6 +108,10 @@ def http() -> Iterator[httpx.Client]:
 # The schema ---------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    find_spec("schemathesis") is None,
+    reason="schemathesis, as it is used here, needs Python 3.11",
+)
 @pytest.mark.parametrize("keys", [(), (KEY,)], ids=["open", "with keys"])
 def test_the_server_keeps_to_its_own_schema(
     cache: ModelCache, tmp_path: Path, keys: tuple[str, ...]
