@@ -22,7 +22,7 @@ from whispercache.testing import wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from whispercache.server.limits import App, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MIB = 1024**2
 
@@ -57,7 +57,7 @@ class Client:
         """
         self.answers.append(message)
 
-    def ask(self, app: App, **headers: str) -> tuple[int, Any]:
+    def ask(self, app: ASGIApp, **headers: str) -> tuple[int, Any]:
         """
         Status and body of the answer; the body's error if it has one.
         """
@@ -68,17 +68,17 @@ class Client:
         scope: Scope = {"type": "http", "headers": pairs}
         asyncio.run(asyncio.wait_for(app_call(app, scope, self), 20))
         start, *rest = self.answers
-        body = b"".join(message["body"] for message in rest)  # type: ignore[misc]
+        body = b"".join(message["body"] for message in rest)
         assert not rest[-1].get("more_body")
         status = start["status"]
         assert isinstance(status, int)
         if status < 400:
             return status, body
-        assert (b"connection", b"close") in start["headers"]  # type: ignore[operator]
+        assert (b"connection", b"close") in start["headers"]
         return status, json.loads(body)["error"]
 
 
-async def app_call(app: App, scope: Scope, client: Client) -> None:
+async def app_call(app: ASGIApp, scope: Scope, client: Client) -> None:
     """
     Pass the request of *client* to *app*.
     """
@@ -105,7 +105,7 @@ class Echo:
                 self.was_left = (await receive())["type"] == "http.disconnect"
                 await self._answer(send, 400, b"left")
                 return
-            self.saw += message["body"]  # type: ignore[operator]
+            self.saw += message["body"]
             self.has_seen_all = not message["more_body"]
         await self._answer(send, 200, str(len(self.saw)).encode())
 
@@ -238,7 +238,7 @@ def test_other_protocols_pass() -> None:
 
 
 @contextmanager
-def served(app: App) -> Iterator[str]:
+def served(app: ASGIApp) -> Iterator[str]:
     """
     The address of a server of *app*.
     """

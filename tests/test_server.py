@@ -18,6 +18,7 @@ from served import TINY, serving
 from whispercache import ModelCache
 from whispercache.formats import FORMATS
 from whispercache.server.languages import LANGUAGES
+from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -316,12 +317,11 @@ def test_keep_alive_is_ollamas(http: httpx.Client, client: openai.OpenAI) -> Non
     client.audio.transcriptions.create(
         model="base:int8", file=opened(BREAD), extra_body={"keep_alive": 0}
     )
-    names = [m["name"] for m in http.get("/api/ps").json()["models"]]
-    for _ in range(100):
-        if "base:int8" not in names:
-            break
-        names = [m["name"] for m in http.get("/api/ps").json()["models"]]
-    assert "base:int8" not in names
+
+    def names() -> list[str]:
+        return [m["name"] for m in http.get("/api/ps").json()["models"]]
+
+    wait_until(lambda: "base:int8" not in names(), "it to leave")
 
 
 def test_a_language_costs_no_second_lease(

@@ -161,24 +161,11 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
-    top = commands.add_parser(
-        "top", description="What a server is doing, live in this terminal."
+    _add_top(
+        commands.add_parser(
+            "top", description="What a server is doing, live in this terminal."
+        )
     )
-    top.add_argument("--url", default="http://127.0.0.1:8000", help="(%(default)s)")
-    top.add_argument(
-        "--key-file",
-        type=Path,
-        metavar="FILE",
-        help=f"with its key; or ${KEY_VARIABLE}",
-    )
-    top.add_argument("--once", action="store_true", help="show it once, and end")
-    top.add_argument(
-        "--interval",
-        default="1s",
-        metavar="TIME",
-        help="between two looks (default: %(default)s)",
-    )
-    top.set_defaults(run=_top)
     compare.add_options(
         commands.add_parser(
             "compare",
@@ -245,6 +232,24 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
     add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
     parser.set_defaults(run=transcribe)
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="(%(default)s)")
+    parser.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"with its key; or ${KEY_VARIABLE}",
+    )
+    parser.add_argument("--once", action="store_true", help="show it once, and end")
+    parser.add_argument(
+        "--interval",
+        default="1s",
+        metavar="TIME",
+        help="between two looks (default: %(default)s)",
+    )
+    parser.set_defaults(run=_top)
 
 
 def _count(text: str) -> int:

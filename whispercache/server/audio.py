@@ -17,12 +17,11 @@ from starlette.concurrency import run_in_threadpool
 
 from whispercache.errors import WhisperCacheError
 from whispercache.model import workload_of
-from whispercache.units import parse_duration
 
 from .calls import transcribe
 from .decode import samples
-from .errors import ApiError, as_refusal, responses
-from .forms import SmallForm
+from .errors import as_refusal, nonsense, responses
+from .forms import SmallForm, check_keep_alive
 from .languages import LANGUAGES
 from .presence import while_present
 from .service import Served, Service
@@ -79,19 +78,16 @@ class Job:
             ApiError: it does not.
         """
         if self.granularities and self.kind != "verbose_json":
-            raise _nonsense(
+            raise nonsense(
                 "timestamp_granularities[]",
                 "timestamps come with response_format=verbose_json only",
             )
         if self.stream and self.kind not in ("json", "text"):
-            raise _nonsense(
+            raise nonsense(
                 "stream", "a stream carries text: response_format json or text"
             )
         if self.keep_alive is not None:
-            try:
-                parse_duration(self.keep_alive, "keep_alive")
-            except ValueError as error:
-                raise _nonsense("keep_alive", str(error)) from None
+            check_keep_alive(self.keep_alive)
 
     def options(self) -> dict[str, Any]:
         """
@@ -107,10 +103,6 @@ class Job:
         if self.temperature > 0:
             options["temperature"] = self.temperature
         return options
-
-
-def _nonsense(param: str, message: str) -> ApiError:
-    return ApiError(400, message, code="invalid_value", param=param)
 
 
 async def _lifetime() -> AsyncIterator[AsyncExitStack]:
@@ -287,7 +279,7 @@ async def _begin(
         if job.language is None:
             raise
         message = f"no model knows the language {job.language[:20]!r}; give a code"
-        raise _nonsense("language", f"{message} such as en") from error
+        raise nonsense("language", f"{message} such as en") from error
     await lifetime.enter_async_context(segments)
     _check_language(info, job)
     return segments, info
@@ -301,10 +293,10 @@ def _check_language(info: TranscriptionInfo, job: Job) -> None:
         ApiError: it was.
     """
     if job.language is not None and info.language != job.language:
-        raise _nonsense("language", "this model understands English only")
+        raise nonsense("language", "this model understands English only")
     # One of many languages has looked which of them it is.
     if job.task == "translate" and info.all_language_probs is None:
-        raise _nonsense("model", "this model understands English only")
+        raise nonsense("model", "this model understands English only")
 
 
 async def _decode(

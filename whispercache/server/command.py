@@ -4,7 +4,6 @@ Command: ``whispercache serve``.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import signal
@@ -43,8 +42,6 @@ The page is at /, Prometheus metrics at /metrics, probes look at /healthz and /r
 """
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-_log = logging.getLogger("whispercache")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

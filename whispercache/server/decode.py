@@ -48,7 +48,7 @@ __all__ = [
     "samples",
 ]
 
-_logger = logging.getLogger("whispercache")
+_log = logging.getLogger("whispercache")
 
 _ATTEMPTS = 2
 _START_TIMEOUT_S = 60.0
@@ -259,10 +259,10 @@ class Decoder:
                 try:
                     return await self._attempt(call, timeout_s)
                 except (TimeoutError, asyncio.TimeoutError):
-                    _logger.warning("decoding took over %g s and was ended", timeout_s)
+                    _log.warning("decoding took over %g s and was ended", timeout_s)
                     raise DecodeTimeout(timeout_s) from None
                 except ProcessExpired as expired:
-                    _logger.warning("decoding ended with code %s", expired.exitcode)
+                    _log.warning("decoding ended with code %s", expired.exitcode)
                     # A service manager stops all processes of a service at once, but
                     # this one finishes what it has begun.
                     if expired.exitcode != -signal.SIGTERM:
@@ -270,7 +270,7 @@ class Decoder:
                 except RuntimeError:
                     # pebble gives the whole pool up when a process ends that has
                     # nothing to do. The next attempt has a new pool.
-                    _logger.info("the processes for decoding have ended")
+                    _log.info("the processes for decoding have ended")
         raise DecodeCrashed
 
     async def _attempt(self, call: Callable[[], Outcome], timeout_s: float) -> Outcome:

@@ -29,7 +29,6 @@ from whispercache.errors import (
 from whispercache.faults import Fault, classify
 
 from .decode import AudioTooLong, DecodeCrashed, DecoderClosed, DecodeTimeout
-from .limits import RETRY_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,6 +42,8 @@ __all__ = [
     "ErrorDetail",
     "as_refusal",
     "install",
+    "nonsense",
+    "refused_for_now",
     "responses",
     "shutting_down",
 ]
@@ -50,6 +51,11 @@ __all__ = [
 _log = logging.getLogger("whispercache")
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+RETRY_S = 5
+"""
+Seconds after which a refused client may try again; by then a queue has moved on.
+"""
 
 _CLIENT_LEFT = 499
 """
@@ -128,11 +134,11 @@ def as_refusal(error: Exception) -> ApiError:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         _log.error("%s", error)
         message = "the server's disk is full; try again later"
-        return _later(503, message, "disk_full", RETRY_S)
+        return refused_for_now(503, message, "disk_full")
     if classify(error) is not Fault.OTHER:
         _log.error("%s", error)
         message = "the device ran out of memory, or failed; the server's log tells more"
-        return _later(503, message, "device_failed", RETRY_S)
+        return refused_for_now(503, message, "device_failed")
     _log.error("a request failed", exc_info=error)
     message = "something went wrong in the server; its log tells what"
     return ApiError(500, message, code=type(error).__name__)
@@ -145,24 +151,24 @@ def _from_cache(error: WhisperCacheError) -> ApiError:
         return ApiError(400, str(error), code="invalid_audio", param="file")
     if isinstance(error, TooManyWaiters):
         message = f"{error.waiting} requests wait already; try again later"
-        return _later(429, message, "too_many_requests", RETRY_S)
+        return refused_for_now(429, message, "too_many_requests")
     return _unavailable(error)
 
 
 def _unavailable(error: WhisperCacheError) -> ApiError:
     if isinstance(error, LeaseTimeout):
         message = f"the model could not be had within {error.waited_s:.1f} s"
-        return _later(503, f"{message}; try again later", "model_busy", RETRY_S)
+        return refused_for_now(503, f"{message}; try again later", "model_busy")
     if isinstance(error, (CacheClosed, DecoderClosed)):
         return shutting_down()
     if isinstance(error, ModelTooLarge):
         message = f"there is no room for the model: {error.reason}"
-        return _later(503, message, "no_room", RETRY_S)
+        return refused_for_now(503, message, "no_room")
     # Its message may name files of this machine: that is for the log.
     _log.error("%s", error)
     message = "the model cannot be had at present; the server's log tells why"
     retry_s = error.retry_in_s if isinstance(error, LoadFailed) else None
-    return _later(503, message, "model_unavailable", retry_s or RETRY_S)
+    return refused_for_now(503, message, "model_unavailable", retry_s or RETRY_S)
 
 
 def shutting_down() -> ApiError:
@@ -170,10 +176,22 @@ def shutting_down() -> ApiError:
     What is told to clients that come too late.
     """
     message = "the server is shutting down"
-    return _later(503, message, "shutting_down", RETRY_S)
+    return refused_for_now(503, message, "shutting_down")
 
 
-def _later(status: int, message: str, code: str, retry_s: float) -> ApiError:
+def nonsense(param: str, message: str) -> ApiError:
+    """
+    A refusal of a parameter that makes no sense.
+    """
+    return ApiError(400, message, code="invalid_value", param=param)
+
+
+def refused_for_now(
+    status: int, message: str, code: str, retry_s: float = RETRY_S
+) -> ApiError:
+    """
+    A refusal that says after how many seconds to try again.
+    """
     headers = {"Retry-After": str(max(1, math.ceil(retry_s)))}
     return ApiError(status, message, code=code, headers=headers)
 
@@ -203,7 +221,7 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
         return Response(status_code=_CLIENT_LEFT)  # which nobody reads
 
     @app.exception_handler(RequestValidationError)
-    async def nonsense(
+    async def misshapen(
         _request: Request, error: RequestValidationError
     ) -> JSONResponse:
         first = error.errors()[0]
@@ -211,7 +229,7 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
         message = f"{param}: {first['msg']}"
         if param == "file":
             message = "file: send the audio as a file of a multipart form"
-        return ApiError(400, message, code="invalid_value", param=param).response()
+        return nonsense(param, message).response()
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:

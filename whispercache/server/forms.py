@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 
+from whispercache.units import parse_duration
+
+from .errors import nonsense
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.datastructures import FormData
     from starlette.responses import Response
 
-__all__ = ["SmallForm"]
+__all__ = ["SmallForm", "check_keep_alive"]
 
 _FILES = 1
 _FIELDS = 50
@@ -51,3 +55,16 @@ class _Request(Request):
         return super().form(
             max_files=_FILES, max_fields=_FIELDS, max_part_size=_FIELD_BYTES
         )
+
+
+def check_keep_alive(text: str) -> None:
+    """
+    See whether *text* is a time in Ollama's words.
+
+    Raises:
+        ApiError: it is none.
+    """
+    try:
+        parse_duration(text, "keep_alive")
+    except ValueError as error:
+        raise nonsense("keep_alive", str(error)) from None

@@ -4,34 +4,23 @@ Uploads that are too large, or too slow, are refused before anything reads them 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING
 
 import anyio
 
 from whispercache.errors import format_bytes
 
+from .errors import ApiError, refused_for_now
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
-__all__ = ["App", "Message", "Receive", "Scope", "Send", "UploadLimit"]
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# ASGI's own shapes: https://asgi.readthedocs.io/en/latest/specs/main.html
-Scope: TypeAlias = MutableMapping[str, object]
-Message: TypeAlias = MutableMapping[str, object]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+__all__ = ["UploadLimit"]
 
 _LINGER_S = 2.0
-
-RETRY_S = 5
-"""
-Seconds after which a refused client may try again; by then a queue has moved on.
-"""
 
 
 class UploadLimit:
@@ -53,7 +42,7 @@ class UploadLimit:
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         max_bytes: int,
         timeout_s: float | None = None,
         linger_s: float = _LINGER_S,
@@ -74,7 +63,7 @@ class UploadLimit:
             await self._app(scope, receive, send)
             return
         upload = _Upload(self, receive, send)
-        headers = dict(cast("Iterable[tuple[bytes, bytes]]", scope["headers"]))
+        headers = dict(scope["headers"])
         if _claimed_bytes(headers) > self.max_bytes:
             upload.refuse_large()
         elif _has_body(headers) and self._at_once == self.max_at_once:
@@ -97,27 +86,6 @@ class UploadLimit:
             await upload.answer(self.linger_s)
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    status: int
-    code: str
-    message: str
-    type: str = "invalid_request_error"
-    retry_s: int | None = None
-
-    def body(self) -> bytes:
-        """
-        The refusal in the shape of OpenAI's API.
-        """
-        error = {
-            "message": self.message,
-            "type": self.type,
-            "param": None,
-            "code": self.code,
-        }
-        return json.dumps({"error": error}).encode()
-
-
 class _Upload:
     """
     One request: what arrives and what is answered passes through here.
@@ -127,7 +95,7 @@ class _Upload:
         self._limit = limit
         self._receive = receive
         self._send = send
-        self._refusal: _Refusal | None = None
+        self._refusal: ApiError | None = None
         self._n_bytes = 0
         self._is_over = False  # nothing more of it comes
         self._is_answered = False
@@ -142,13 +110,11 @@ class _Upload:
     def refuse_large(self) -> None:
         limit_bytes = self._limit.max_bytes
         message = f"the upload is larger than {format_bytes(limit_bytes)}"
-        self._refusal = _Refusal(413, "upload_too_large", message)
+        self._refusal = ApiError(413, message, code="upload_too_large")
 
     def refuse_many(self) -> None:
         message = f"{self._limit.max_at_once} uploads are under way; try again later"
-        self._refusal = _Refusal(
-            429, "too_many_requests", message, "rate_limit_error", RETRY_S
-        )
+        self._refusal = refused_for_now(429, message, "too_many_requests")
 
     async def receive(self) -> Message:
         """
@@ -163,10 +129,10 @@ class _Upload:
             message = await self._receive()
         if scope.cancelled_caught:
             text = f"the upload did not arrive within {self._limit.timeout_s:g} s"
-            self._refusal = _Refusal(408, "upload_timeout", text)
+            self._refusal = ApiError(408, text, code="upload_timeout")
             return message
         self._is_over = not message.get("more_body", False)
-        self._n_bytes += len(cast("bytes", message.get("body", b"")))
+        self._n_bytes += len(message.get("body", b""))
         if self._n_bytes > self._limit.max_bytes:
             self.refuse_large()
             return {"type": "http.disconnect"}
@@ -187,20 +153,16 @@ class _Upload:
         """
         if self._is_answered or self._refusal is None:
             return
-        body = self._refusal.body()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        if self._refusal.retry_s is not None:
-            headers.append((b"retry-after", str(self._refusal.retry_s).encode()))
-        status = self._refusal.status
+        response = self._refusal.response()
         await self._send(
-            {"type": "http.response.start", "status": status, "headers": headers}
+            {
+                "type": "http.response.start",
+                "status": response.status_code,
+                "headers": [*response.raw_headers, (b"connection", b"close")],
+            }
         )
         await self._send(
-            {"type": "http.response.body", "body": body, "more_body": True}
+            {"type": "http.response.body", "body": response.body, "more_body": True}
         )
         if linger_s:
             with anyio.move_on_after(linger_s):

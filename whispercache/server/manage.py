@@ -15,10 +15,10 @@ from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from whispercache.units import parse_duration
 from whispercache.version import __version__
 
-from .errors import ApiError, responses
+from .errors import responses
+from .forms import check_keep_alive
 from .presence import while_present
 from .service import Served, Service
 
@@ -129,12 +129,8 @@ async def load(
 
 
 async def _load(service: Service, offer: Offer, keep_alive: str | None) -> None:
-    try:
-        if keep_alive is not None:
-            parse_duration(keep_alive, "keep_alive")
-    except ValueError as error:
-        message, param = str(error), "keep_alive"
-        raise ApiError(400, message, code="invalid_value", param=param) from None
+    if keep_alive is not None:
+        check_keep_alive(keep_alive)
     (await service.lease(offer, service.options.timeout_s, keep_alive)).release()
 
 

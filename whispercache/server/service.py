@@ -26,9 +26,8 @@ from whispercache.live import Snapshot, Watch
 from whispercache.metrics import CacheCollector
 
 from .decode import Decoder
-from .errors import ApiError
+from .errors import RETRY_S, ApiError
 from .gate import Gate
-from .limits import RETRY_S
 from .offers import Offer, Offers
 
 if TYPE_CHECKING:
