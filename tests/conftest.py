@@ -4,6 +4,7 @@ Fixtures for all tests: fakes, and caches that are checked and closed afterwards
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
@@ -35,6 +36,14 @@ class MakeCache(Protocol):
         """
         Make one.
         """
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _heeds_ctrl_c() -> None:
+    """
+    A shell's background jobs ignore Ctrl-C, and so would the programs under test.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

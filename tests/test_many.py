@@ -929,7 +929,7 @@ def test_overlapping_groups_never_deadlock() -> None:
     def work(number: int) -> None:
         dice = random.Random(seed + number)  # noqa: S311
         try:
-            while time.monotonic() < over:
+            while number not in served or time.monotonic() < over:
                 wanted = [dice.choice(models) for _ in range(dice.randint(1, 3))]
                 with cache.lease_many(wanted, timeout_s=10) as whispers:
                     for whisper in whispers:
@@ -950,10 +950,9 @@ def test_overlapping_groups_never_deadlock() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(30)
         check(cache)
     assert not wrong, wrong
-    assert len(served) >= len(threads)
     assert set(served) == set(range(12)), "somebody was never served"
     assert not any(machine.held_bytes.values())
 
