@@ -5,18 +5,20 @@ Cells: a workload, on a card of some size, with a seed.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from contenders import MODELS
+from pieces import NOTHING
 from traces import WORKLOADS
 from virtual import Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pieces import Model, Report, Strategy
+    from pieces import Host, Model, Report, Strategy
     from traces import Request
 
 __all__ = ["SHARES", "Cell", "cells"]
@@ -50,22 +52,34 @@ class Cell:
         work_bytes = max(model.workspace_bytes for model in self.models)
         return int(self.share * weights_bytes) + work_bytes
 
-    def alone(self, strategy: Strategy, *, ram_bytes: int = 0) -> Report:
+    @property
+    def file_bytes(self) -> int:
+        """
+        What the files of all models take.
+        """
+        return sum(model.file_bytes for model in self.models)
+
+    @property
+    def by_popularity(self) -> tuple[int, ...]:
+        """
+        All models, by place; first what is asked for most often.
+        """
+        asked = Counter(request.model for request in self.requests)
+        places = range(len(self.models))
+        return tuple(sorted(places, key=lambda place: -asked[place]))
+
+    def alone(self, strategy: Strategy, host: Host = NOTHING) -> Report:
         """
         A single caller, who asks for nothing before it was served.
         """
-        simulation = Simulation(
-            self.models, self.capacity_bytes, strategy, ram_bytes=ram_bytes
-        )
+        simulation = Simulation(self.models, self.capacity_bytes, strategy, host)
         return simulation.run(callers=[self.requests])
 
-    def together(self, strategy: Strategy, *, ram_bytes: int = 0) -> Report:
+    def together(self, strategy: Strategy, host: Host = NOTHING) -> Report:
         """
         Requests that come when they come.
         """
-        simulation = Simulation(
-            self.models, self.capacity_bytes, strategy, ram_bytes=ram_bytes
-        )
+        simulation = Simulation(self.models, self.capacity_bytes, strategy, host)
         return simulation.run(self.requests)
 
 

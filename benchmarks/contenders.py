@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 __all__ = [
     "CONTENDERS",
     "MODELS",
+    "OWN_DISK_BYTES_PER_S",
+    "WARM_BYTES_PER_S",
     "Slots",
+    "on_disk",
     "overtaking",
     "slots",
     "with_bar",
@@ -45,12 +48,32 @@ _SIZES = (
 )
 
 
+_OPEN_S = 0.25
+
+WARM_BYTES_PER_S = 6e9
+"""
+How fast a load takes a file out of the page cache and its weights to the card.
+
+Source: page.py; read() takes the 145 MB of base out of the page cache at 12 GB/s, and a
+copy to the card goes at 12 GB/s. On the CPU, the float32 files of tiny.en and base, 151
+and 290 MB, load in 25 and 51 ms: 5.3 GB/s.
+"""
+
+OWN_DISK_BYTES_PER_S = 2.3e9
+"""
+How fast a disk can be: that of the machine all this was measured on.
+
+Source: page.py; read() of base's 145 MB takes 62 ms after POSIX_FADV_DONTNEED.
+"""
+
+
 def _model(size: str, compute_type: str) -> Model:
     """
     What a model takes on a card, by the closed form.
 
     Source: the seconds are those of the earlier study (FACTS, simulated policies): from
-    a file at 0.6 GB/s, from host RAM at 12 GB/s. Files are float16 on the hub.
+    a file at 0.6 GB/s, from host RAM at 12 GB/s. Files are float16 on the hub. From the
+    page cache see `WARM_BYTES_PER_S`.
     """
     architecture = ARCHITECTURES[size]
     footprint = estimate(architecture, compute_type, CARD)
@@ -59,9 +82,20 @@ def _model(size: str, compute_type: str) -> Model:
         ModelKey(size, CARD, compute_type),
         footprint.weights_bytes,
         footprint.workspace_bytes,
-        load_s=0.25 + file_bytes / 0.6e9,
+        load_s=_OPEN_S + file_bytes / 0.6e9,
         restore_s=0.03 + footprint.weights_bytes / 12e9,
+        file_bytes=file_bytes,
+        read_s=file_bytes / 0.6e9,
+        warm_load_s=_OPEN_S + file_bytes / WARM_BYTES_PER_S,
     )
+
+
+def on_disk(model: Model, bytes_per_s: float) -> Model:
+    """
+    The same model, with its file on a disk of that speed.
+    """
+    read_s = model.file_bytes / bytes_per_s
+    return replace(model, load_s=_OPEN_S + read_s, read_s=read_s)
 
 
 MODELS = tuple(_model(size, each) for size in _SIZES for each in _COMPUTE_TYPES)

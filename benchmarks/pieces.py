@@ -1,5 +1,6 @@
 """
-What a simulated cache is made of: models, who waits, copies in host RAM, a report.
+What a simulated cache is made of: models, who waits, copies in host RAM, files, a
+report.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from whispercache.admission import POLICIES, Resident
 from whispercache.cache import PATIENCE_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+    from collections.abc import (
+        Callable,
+        Container,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from traces import Request
 
@@ -33,8 +41,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CARD",
+    "NOTHING",
     "Copies",
+    "Disk",
     "Entry",
+    "Host",
     "Model",
     "Report",
     "State",
@@ -54,8 +65,11 @@ class Model:
         key: Its key.
         weights_bytes: While it is in memory.
         workspace_bytes: On top of that, while it is leased.
-        load_s: To load it from its file.
+        load_s: To load it from its file, read from the disk.
         restore_s: To restore it from a copy in host RAM, and to make that copy.
+        file_bytes: Its file.
+        read_s: To read that from the disk; part of *load_s*.
+        warm_load_s: To load it when its file is in the page cache.
     """
 
     key: ModelKey
@@ -63,6 +77,9 @@ class Model:
     workspace_bytes: int
     load_s: float
     restore_s: float = 0.0
+    file_bytes: int = 0
+    read_s: float = 0.0
+    warm_load_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +92,37 @@ class Strategy:
         plan: What happens to those who wait.
         keep_alive_s: How long an idle model stays.
         patience_s: How long hits may pass one who waits.
+        reads_ahead: The file of a model that somebody waits for is read at once.
     """
 
     policy: Policy = POLICIES["lru"]
     plan: Planner = admission.plan
     keep_alive_s: float = math.inf
     patience_s: float = PATIENCE_S
+    reads_ahead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """
+    What the host lends a card's cache.
+
+    Attributes:
+        ram_bytes: For copies of models that were evicted; 0 for none.
+        page_bytes: For pages of files; with 0 every load reads the disk.
+        preloaded: Models whose files were read before the first request, by place, the
+            most wanted first; as far as *page_bytes* hold them.
+    """
+
+    ram_bytes: int = 0
+    page_bytes: int = 0
+    preloaded: tuple[int, ...] = ()
+
+
+NOTHING = Host()
+"""
+A host that lends nothing.
+"""
 
 
 class State(Enum):
@@ -239,3 +281,89 @@ class Copies:
         self._entries[entry] = None
         self._free_bytes -= n_bytes
         return True
+
+
+class Disk:
+    """
+    The models' files on their disk, and the kernel's page cache before it.
+
+    A file is in the page cache as a whole or not at all, and the least recently read
+    leave first. The kernel is kinder to files that were read twice, and can have parts.
+    The disk reads one file at a time: what a load needs, else what was asked for, in
+    order. A load that finds a part read ahead gains the time of that part.
+
+    Args:
+        page_bytes: What the page cache has.
+    """
+
+    def __init__(self, page_bytes: int) -> None:
+        self._free_bytes = self._page_bytes = page_bytes
+        self._files: dict[Entry, None] = {}  # the least recently read first
+        self._asked: dict[Entry, float] = {}  # seconds left of each
+        self._now_s = 0.0  # until when the disk's time is accounted for
+
+    def fill(self, entries: Iterable[Entry]) -> None:
+        """
+        Have read the files of *entries*, the most wanted first, as far as they fit.
+        """
+        fitting = []
+        left_bytes = self._free_bytes
+        for entry in entries:
+            if entry.model.file_bytes <= left_bytes:
+                left_bytes -= entry.model.file_bytes
+                fitting.append(entry)
+        for entry in reversed(fitting):
+            self._keep(entry)
+
+    def ask(self, entry: Entry, now_s: float) -> None:
+        """
+        Read the file of *entry* ahead, once nothing else is to be read.
+        """
+        self._pass(now_s)
+        if entry not in self._files and entry.model.file_bytes <= self._page_bytes:
+            self._asked.setdefault(entry, entry.model.read_s)
+
+    def load_s(self, entry: Entry, now_s: float) -> float:
+        """
+        Seconds of a load of *entry* that begins now.
+        """
+        self._pass(now_s)
+        model = entry.model
+        left_s = 0.0
+        if entry not in self._files:
+            left_s = self._asked.pop(entry, model.read_s)
+        self._now_s += left_s  # what was asked for waits
+        self._keep(entry)
+        load_s = model.load_s - (model.read_s - left_s)
+        return min(model.load_s, max(model.warm_load_s, load_s))
+
+    def _pass(self, now_s: float) -> None:
+        """
+        Read what was asked for, until *now_s*.
+        """
+        while self._asked and self._now_s < now_s:
+            entry, left_s = next(iter(self._asked.items()))
+            if self._now_s + left_s > now_s:
+                self._asked[entry] = left_s - (now_s - self._now_s)
+                break
+            self._now_s += left_s
+            del self._asked[entry]
+            self._keep(entry)
+        self._now_s = max(self._now_s, now_s)
+
+    def _keep(self, entry: Entry) -> None:
+        """
+        Note that the file of *entry* was read; others leave for it.
+        """
+        n_bytes = entry.model.file_bytes
+        if n_bytes > self._page_bytes:
+            return
+        if entry in self._files:
+            del self._files[entry]
+            self._free_bytes += n_bytes
+        while self._free_bytes < n_bytes:
+            other = next(iter(self._files))
+            del self._files[other]
+            self._free_bytes += other.model.file_bytes
+        self._files[entry] = None
+        self._free_bytes -= n_bytes

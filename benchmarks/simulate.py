@@ -9,6 +9,9 @@ from a CSV file with the columns t_seconds, key_id (24 keys, 0 the most popular)
 service_seconds. The decisions are those of `whispercache.admission`, by the same code;
 virtual.py carries them out as the cache does, without threads, models or time.
 
+A load reads the disk, but in the section on the page cache: there a file stays in host
+RAM once it was read, by a load or ahead of one (page.py has the real thing).
+
 Everything is seeded: two runs print the same, but for the speed of the simulator.
 """
 
@@ -20,15 +23,25 @@ import random
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cells import SHARES, Cell, cells
-from contenders import CONTENDERS, MODELS, overtaking, slots, with_bar, without_drain
+from contenders import (
+    CONTENDERS,
+    MODELS,
+    OWN_DISK_BYTES_PER_S,
+    on_disk,
+    overtaking,
+    slots,
+    with_bar,
+    without_drain,
+)
 from contention import CALLERS, LOAD_S, LONGEST_LEASE_S, alternate, starve
 from optimum import MAX_MODELS, least_load_s
-from pieces import Strategy
+from pieces import NOTHING, Host, Strategy
 from report import Table, machine, write
 from traces import WORKLOADS, read_trace
 from virtual import Simulation, StrictFifo
@@ -166,7 +179,7 @@ def together_tables(all_cells: Sequence[Cell]) -> list[object]:
         weights_bytes = sum(model.weights_bytes for model in cell.models)
         for share in (0.5, 1.0):
             ram_bytes = int(share * weights_bytes)
-            report = cell.together(Strategy(), ram_bytes=ram_bytes)
+            report = cell.together(Strategy(), Host(ram_bytes))
             table.add(f"LRU + keep, {share:.0%} in host RAM", *_measures(report))
         tables.append(table)
     return tables
@@ -195,7 +208,7 @@ def tier_table(all_cells: Sequence[Cell]) -> Table:
 
 def _with_and_without_s(way: Callable[..., Report], cell: Cell) -> tuple[float, float]:
     ram_bytes = sum(model.weights_bytes for model in cell.models)
-    with_copies = way(cell, Strategy(), ram_bytes=ram_bytes)
+    with_copies = way(cell, Strategy(), Host(ram_bytes))
     return with_copies.stall_s_per_1000, way(cell, Strategy()).stall_s_per_1000
 
 
@@ -238,6 +251,82 @@ def rules_table(all_cells: Sequence[Cell], share: float) -> Table:
         )
         table.add(name, *row)
     return table
+
+
+# The page cache ----------------------------------------------------------------------
+
+PAGE_SHARES = (0.1, 0.25, 0.5, 1.0)
+DISKS_BYTES_PER_S = (0.6e9, OWN_DISK_BYTES_PER_S)
+STARTING = 100
+
+
+def _page_stalls_s(
+    cell: Cell, way: Callable[[Cell, Strategy, Host], Report], page_share: float
+) -> list[float]:
+    """
+    Stall with no page cache, with one, with one that is filled at the start, and with
+    one into which what somebody waits for is read.
+    """
+    page_bytes = int(page_share * cell.file_bytes)
+    with_pages = Host(page_bytes=page_bytes)
+    filled = Host(page_bytes=page_bytes, preloaded=cell.by_popularity)
+    reading = Strategy(reads_ahead=True)
+    reports = [
+        way(cell, Strategy(), NOTHING),
+        way(cell, Strategy(), with_pages),
+        way(cell, Strategy(), filled),
+        way(cell, reading, with_pages),
+    ]
+    return [report.stall_s_per_1000 for report in reports]
+
+
+def page_table(all_cells: Sequence[Cell], disk_bytes_per_s: float, asked: str) -> Table:
+    """
+    What the kernel's page cache is worth, and what reading ahead adds to it.
+
+    What is preloaded is there before the first request: who cannot wait for that gains
+    less.
+    """
+    table = Table(
+        f"Stall with files on a disk of {disk_bytes_per_s / 1e9:g} GB/s, {asked}; "
+        f"medians of {len(all_cells)} cells: files that stayed in the page cache ÷ no "
+        "page cache, then reading ahead ÷ that",
+        [
+            "page cache, of all files",
+            *("single caller: no more", "÷ preloaded", "÷ read for who waits"),
+            *("as they come: no more", "÷ preloaded", "÷ read for who waits"),
+        ],
+    )
+    models = tuple(on_disk(model, disk_bytes_per_s) for model in MODELS)
+    by_key = {model.key: model for model in models}
+    chosen = [
+        replace(cell, models=[by_key[model.key] for model in cell.models])
+        for cell in all_cells
+    ]
+    for share in PAGE_SHARES:
+        row = []
+        for way in (Cell.alone, Cell.together):
+            found = [_page_stalls_s(cell, way, share) for cell in chosen]
+            for column, base in ((1, 0), (2, 1), (3, 1)):
+                ratios_s = [stalls_s[column] / stalls_s[base] for stalls_s in found]
+                row.append(f"{statistics.median(ratios_s):.2f}")
+        table.add(f"{share:.0%}", *row)
+    return table
+
+
+def page_tables(all_cells: Sequence[Cell]) -> list[object]:
+    """
+    Slow disks and fast ones; the start, and all of it.
+    """
+    starts = [replace(each, requests=each.requests[:STARTING]) for each in all_cells]
+    return [
+        page_table(chosen, disk_bytes_per_s, asked)
+        for disk_bytes_per_s in DISKS_BYTES_PER_S
+        for chosen, asked in (
+            (starts, f"the first {STARTING} requests"),
+            (all_cells, "all requests"),
+        )
+    ]
 
 
 # Contention --------------------------------------------------------------------------
@@ -335,13 +424,15 @@ def main() -> None:
     sizes = {"n_requests": options.requests, "seeds": options.seeds}
     small = list(cells(trace, n_models=MAX_MODELS, **sizes))
     large = list(cells(trace, n_models=len(MODELS), **sizes))
-    firsts = cells(trace, n_models=len(MODELS), n_requests=options.requests, seeds=1)
+    one_seed = {"n_requests": options.requests, "seeds": 1}
+    firsts = list(cells(trace, n_models=len(MODELS), **one_seed))
     shown = [cell for cell in firsts if cell.share < SHARES[-1]]
     parts: list[object] = [
         *([CITATION] if trace else []),
         *optimum_tables(small),
         slots_table([cell for cell in small if cell.share == SHARES[0]]),
         tier_table(large),
+        *page_tables(firsts),
         *contention_tables(),
         rules_table(large, SHARES[0]),
         *together_tables(shown),

@@ -16,14 +16,14 @@ from collections import Counter, deque
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pieces import CARD, Copies, Entry, Report, State, Waiter
+from pieces import CARD, NOTHING, Copies, Disk, Entry, Report, State, Waiter
 
 from whispercache.admission import Demand, Need, Outcome, Pending, Room, next_gap_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from pieces import Model, Strategy
+    from pieces import Host, Model, Strategy
     from traces import Request
 
     from whispercache.admission import Decision, Resident
@@ -42,7 +42,7 @@ class Simulation:
         models: Those that may be asked for.
         capacity_bytes: What may be charged on the card.
         strategy: How the cache decides.
-        ram_bytes: Host RAM for copies of models that were evicted; 0 for none.
+        host: What the host lends it.
 
     Raises:
         ValueError: a model never fits.
@@ -53,8 +53,7 @@ class Simulation:
         models: Sequence[Model],
         capacity_bytes: int,
         strategy: Strategy,
-        *,
-        ram_bytes: int = 0,
+        host: Host = NOTHING,
     ) -> None:
         largest_bytes = max(m.weights_bytes + m.workspace_bytes for m in models)
         if largest_bytes > capacity_bytes:
@@ -67,9 +66,12 @@ class Simulation:
         self._shelf: dict[Entry, None] = {}  # idle, in the order of release
         # Those that wait, by model, in the order in which each first came.
         self._queue: dict[Entry, list[Waiter]] = {}
-        self._copies = Copies(ram_bytes)
+        self._copies = Copies(host.ram_bytes)
+        self._disk = Disk(host.page_bytes)
+        self._disk.fill(self._entries[place] for place in host.preloaded)
         self._charged_bytes = 0
-        self._thread_free_s = 0.0
+        # What the card's one thread has to do: serial, how long it takes, what follows.
+        self._jobs: deque[tuple[int, Callable[[], float], Callable[[], None]]] = deque()
         self._sweep_at_s = math.inf
         self._now_s = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -117,13 +119,28 @@ class Simulation:
     def _at(self, when_s: float, call: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when_s, next(self._serials), call))
 
-    def _on_thread(self, busy_s: float, done: Callable[[], None]) -> None:
+    def _on_thread(self, begin: Callable[[], float], done: Callable[[], None]) -> None:
         """
         Keep the card's one thread busy, after all that it has to do already.
+
+        How long it will be, *begin* says when its turn comes.
         """
-        self._thread_free_s = max(self._thread_free_s, self._now_s) + busy_s
+        # Of what happens at the same time, first comes what was first asked for.
+        self._jobs.append((next(self._serials), begin, done))
+        if len(self._jobs) == 1:
+            self._begin()
+
+    def _begin(self) -> None:
+        serial, begin, _ = self._jobs[0]
+        busy_s = begin()
         self._load_s += busy_s
-        self._at(self._thread_free_s, done)
+        heapq.heappush(self._events, (self._now_s + busy_s, serial, self._end))
+
+    def _end(self) -> None:
+        *_, done = self._jobs.popleft()
+        if self._jobs:
+            self._begin()
+        done()
 
     # Requests ------------------------------------------------------------------------
 
@@ -161,7 +178,11 @@ class Simulation:
         self._admit()
 
     def _enqueue(self, waiter: Waiter) -> None:
-        self._queue.setdefault(waiter.entry, []).append(waiter)
+        entry = waiter.entry
+        self._queue.setdefault(entry, []).append(waiter)
+        is_on_disk = entry.state in {State.ABSENT, State.UNLOADING}
+        if is_on_disk and self._strategy.reads_ahead:
+            self._disk.ask(entry, self._now_s)
 
     # Admit ---------------------------------------------------------------------------
 
@@ -256,11 +277,18 @@ class Simulation:
         self._present[entry] = None
         self._charge(model.weights_bytes + model.workspace_bytes)
         is_copied = self._copies.use(entry)
-        entry.load_s = model.restore_s if is_copied else model.load_s
-        entry.seen = None
         self._counts["loads"] += 1
         self._counts["restores"] += is_copied
-        self._on_thread(entry.load_s, partial(self._loaded, entry))
+        begin = partial(self._begin_load, entry, is_copied=is_copied)
+        self._on_thread(begin, partial(self._loaded, entry))
+
+    def _begin_load(self, entry: Entry, *, is_copied: bool) -> float:
+        if is_copied:
+            entry.load_s = entry.model.restore_s
+        else:
+            entry.load_s = self._disk.load_s(entry, self._now_s)
+        entry.seen = None
+        return entry.load_s
 
     def _loaded(self, entry: Entry) -> None:
         self._charge(-entry.model.workspace_bytes)
@@ -339,7 +367,7 @@ class Simulation:
         entry.state = State.UNLOADING
         is_copied = self._copies.keep(entry, self._queue)
         copy_s = entry.model.restore_s if is_copied else 0.0
-        self._on_thread(copy_s, partial(self._unloaded, entry))
+        self._on_thread(lambda: copy_s, partial(self._unloaded, entry))
 
     def _unloaded(self, entry: Entry) -> None:
         self._charge(-entry.model.weights_bytes)

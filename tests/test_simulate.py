@@ -9,6 +9,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from cells import cells
+from cells import Cell, cells
 from contenders import (
     CONTENDERS,
     MODELS,
+    on_disk,
     overtaking,
     slots,
     with_bar,
@@ -30,7 +32,7 @@ from contenders import (
 )
 from contention import LOAD_S, LONGEST_LEASE_S, alternate, starve
 from optimum import MAX_MODELS, least_load_s
-from pieces import CARD, Model, Report, Strategy
+from pieces import CARD, Disk, Entry, Host, Model, Report, Strategy
 from traces import WORKLOADS, Request, read_trace
 from virtual import Simulation, StrictFifo
 
@@ -50,10 +52,11 @@ from whispercache.testing import FakeClock, FakeLoader, FakeMachine, settle
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from pieces import Entry, Planner, Waiter
+    from pieces import Planner, Waiter
 
     from whispercache import Event, ModelKey
-    from whispercache.loader import LoadedModel, ModelFiles
+    from whispercache.files import ModelFiles
+    from whispercache.loader import LoadedModel
 
 MANY = settings(max_examples=200, deadline=None)
 FEWER = settings(max_examples=60, deadline=None)
@@ -205,7 +208,7 @@ def test_each_request_is_served_once_and_within_the_memory(
     requests = sorted(timed(order, models))
     expected = Counter((request.at_s, request.model) for request in requests)
     for name, strategy in VARIANTS.items():
-        simulation = Recording(models, capacity, strategy, ram_bytes=ram_bytes)
+        simulation = Recording(models, capacity, strategy, Host(ram_bytes))
         simulation.served = []
         report = simulation.run(requests)
         assert Counter(simulation.served) == expected, name
@@ -447,8 +450,8 @@ def test_copies_in_host_ram_replace_loads() -> None:
     ]
     requests = [Request(0.0, place % 2, 1.0) for place in range(6)]
     without = Simulation(models, 5, Strategy()).run(callers=[requests])
-    copies = Simulation(models, 5, Strategy(), ram_bytes=6).run(callers=[requests])
-    too_few = Simulation(models, 5, Strategy(), ram_bytes=2).run(callers=[requests])
+    copies = Simulation(models, 5, Strategy(), Host(6)).run(callers=[requests])
+    too_few = Simulation(models, 5, Strategy(), Host(2)).run(callers=[requests])
     assert without.load_s == too_few.load_s == 60.0
     # Two from their files, four restored, and each copied once.
     assert (copies.loads, copies.restores) == (6, 4)
@@ -466,8 +469,225 @@ def test_under_pressure_duplicates_leave_host_ram_first() -> None:
     # When 3 comes and 2 leaves, there are copies of 1, which is nowhere else, and of 0,
     # which was restored. Then 1 is restored too.
     requests = [Request(0.0, place, 1.0) for place in (0, 1, 2, 0, 3, 1)]
-    report = Simulation(models, 6, Strategy(), ram_bytes=6).run(callers=[requests])
+    report = Simulation(models, 6, Strategy(), Host(6)).run(callers=[requests])
     assert report.restores == 2
+
+
+def filed(models: Sequence[Model]) -> list[Model]:
+    """
+    The same models with files as large as they are: of a load's 10 s, 8 are reading.
+    """
+    return [
+        replace(
+            model,
+            load_s=10.0,
+            read_s=8.0,
+            warm_load_s=3.0,
+            file_bytes=model.weights_bytes,
+        )
+        for model in models
+    ]
+
+
+def three_files(page_bytes: int) -> tuple[Disk, list[Entry]]:
+    """
+    A disk with three files of 3 B.
+    """
+    models = filed([replace(model, weights_bytes=3) for model in MODELS[:3]])
+    return Disk(page_bytes), [Entry(model, i) for i, model in enumerate(models)]
+
+
+@FEWER
+@given(world=worlds(), order=orders(60))
+def test_without_a_page_cache_reading_ahead_changes_nothing(
+    world: tuple[list[Model], int], order: list[int]
+) -> None:
+    """
+    With no room for pages, each load reads the disk, whatever was asked for.
+    """
+    models, capacity = filed(world[0]), world[1]
+    requests = timed(order, models)
+    places = tuple(range(len(models)))
+    plain = Simulation(models, capacity, Strategy()).run(requests)
+    reading = Strategy(reads_ahead=True)
+    host = Host(page_bytes=0, preloaded=places)
+    assert Simulation(models, capacity, reading, host).run(requests) == plain
+    assert plain.load_s == 10.0 * plain.loads
+
+
+@FEWER
+@given(world=worlds(), order=orders(60), is_preloaded=st.booleans())
+def test_a_page_cache_for_everything_reads_each_file_once(
+    world: tuple[list[Model], int], order: list[int], *, is_preloaded: bool
+) -> None:
+    """
+    A file is cold for its first load at most, and for none if it was preloaded.
+    """
+    models, capacity = filed(world[0]), world[1]
+    requests = timed(order, models)
+    page_bytes = sum(model.file_bytes for model in models)
+    places = tuple(range(len(models))) if is_preloaded else ()
+    host = Host(page_bytes=page_bytes, preloaded=places)
+    report = Simulation(models, capacity, Strategy(), host).run(callers=[requests])
+    cold = 0 if is_preloaded else len({request.model for request in requests})
+    assert report.load_s == 10.0 * cold + 3.0 * (report.loads - cold)
+
+
+MOVES = st.lists(
+    st.tuples(st.sampled_from(["ask", "load"]), st.integers(0, 2), st.integers(0, 12)),
+    max_size=30,
+)
+
+
+def load_seconds(
+    moves: list[tuple[str, int, int]], page_bytes: int, *, asks: bool
+) -> list[float]:
+    """
+    How long each load takes; one begins when the one before has ended.
+    """
+    disk, entries = three_files(page_bytes)
+    now_s, loads_s = 0.0, []
+    for what, place, later_s in moves:
+        now_s += later_s
+        if what == "load":
+            loads_s.append(disk.load_s(entries[place], now_s))
+            now_s += 10.0
+        elif asks:
+            disk.ask(entries[place], now_s)
+    return loads_s
+
+
+@MANY
+@given(moves=MOVES, page_bytes=st.integers(0, 10))
+def test_reading_ahead_never_makes_a_load_slower(
+    moves: list[tuple[str, int, int]], page_bytes: int
+) -> None:
+    """
+    A load takes as long as a cold one at most and as a warm one at least; and where no
+    file pushes out another, none takes longer than without reading ahead.
+    """
+    ahead_s = load_seconds(moves, page_bytes, asks=True)
+    assert all(3.0 <= load_s <= 10.0 for load_s in ahead_s)
+    if page_bytes >= 9:
+        plain_s = load_seconds(moves, page_bytes, asks=False)
+        assert all(a <= b for a, b in zip(ahead_s, plain_s, strict=True))
+
+
+def test_a_load_gains_what_was_read_until_then() -> None:
+    """
+    Five of eight seconds of reading ahead are five seconds less of a load, however
+    often the file was asked for.
+    """
+    disk, [first, second, _] = three_files(9)
+    disk.ask(first, 1.0)
+    disk.ask(first, 4.0)
+    assert disk.load_s(first, 6.0) == 5.0
+    disk.ask(second, 20.0)
+    assert disk.load_s(second, 40.0) == 3.0
+
+
+def test_a_disk_faster_than_the_page_cache_decides() -> None:
+    """
+    A load that is quicker from the disk is no slower for a file in the page cache.
+    """
+    [model] = filed([replace(MODELS[0], weights_bytes=3)])
+    entry = Entry(replace(model, load_s=2.0, read_s=1.0), 0)
+    disk = Disk(3)
+    assert [disk.load_s(entry, at_s) for at_s in (0.0, 10.0)] == [2.0, 2.0]
+
+
+def test_a_load_reads_before_what_was_asked_for() -> None:
+    """
+    What is read ahead waits while the file of a load is read, and goes on after.
+    """
+    disk, [first, second, third] = three_files(9)
+    disk.ask(first, 0.0)
+    disk.ask(second, 0.0)
+    assert disk.load_s(third, 4.0) == 10.0  # reads until 12
+    # Until 16 the other half of the first is read, until 18 a quarter of the second.
+    assert disk.load_s(second, 18.0) == 8.0
+    assert disk.load_s(first, 18.0) == 3.0
+
+
+def test_the_file_read_longest_ago_leaves_the_page_cache() -> None:
+    """
+    A load counts as reading, also if it finds its file in memory.
+    """
+    disk, [first, second, third] = three_files(6)
+    order = (first, second, first, third, first, second)
+    loads_s = [disk.load_s(entry, 10.0 * at) for at, entry in enumerate(order)]
+    assert loads_s == [10.0, 10.0, 3.0, 10.0, 3.0, 10.0]
+
+
+def test_what_is_wanted_most_is_preloaded_as_far_as_it_fits() -> None:
+    """
+    What finds no room is passed over, and what is wanted least leaves first.
+    """
+    sizes = (4, 5, 2, 3)
+    models = filed([replace(MODELS[0], weights_bytes=size) for size in sizes])
+    entries = [Entry(model, place) for place, model in enumerate(models)]
+    disk = Disk(7)
+    disk.fill(entries)  # 4 B and 2 B; nothing else fits beside these
+    order = (3, 0, 2)  # the 3 B take the room of the 2 B
+    loads_s = [disk.load_s(entries[place], 10.0 * i) for i, place in enumerate(order)]
+    assert loads_s == [10.0, 3.0, 10.0]
+
+
+def test_a_file_is_read_while_its_model_waits_for_room() -> None:
+    """
+    A request that waits for the end of a lease finds its file in memory after that.
+    """
+    models = filed([replace(m, weights_bytes=3, workspace_bytes=0) for m in MODELS[:2]])
+    requests = [Request(0.0, 0, 20.0), Request(11.0, 1, 1.0)]
+    host = Host(page_bytes=6)
+    for reads_ahead, load_s in ((False, 10.0), (True, 3.0)):
+        strategy = Strategy(reads_ahead=reads_ahead)
+        report = Simulation(models, 3, strategy, host).run(requests)
+        assert report.waits_s == [10.0, 19.0 + load_s]
+
+
+class Ordered(Simulation):
+    """
+    A simulation whose thread has two things to do, each for a second.
+    """
+
+    def ends(self) -> list[str]:
+        """
+        What ends in which order, with something else at the end of the second.
+        """
+        found: list[str] = []
+        for name in ("first", "second"):
+            self._on_thread(lambda: 1.0, partial(found.append, name))
+        self._at(2.0, partial(found.append, "later"))
+        self.run()
+        return found
+
+
+def test_of_what_happens_at_once_the_first_asked_for_comes_first() -> None:
+    """
+    What the thread was given before something else was planned ends before that.
+    """
+    ends = Ordered(MODELS[:1], 10**10, Strategy()).ends()
+    assert ends == ["first", "second", "later"]
+
+
+def test_what_is_popular_is_what_was_asked_for_most() -> None:
+    """
+    The order of preloading follows from the requests; all models are in it.
+    """
+    requests = [Request(0.0, place, 1.0) for place in (2, 1, 2, 0, 2, 1)]
+    cell = Cell("example", 1.0, MODELS[:4], requests)
+    assert cell.by_popularity == (2, 1, 0, 3)
+
+
+def test_a_faster_disk_gains_by_its_reading_alone() -> None:
+    """
+    A load from it takes less by what reading takes less; a warm one takes as long.
+    """
+    for model in MODELS:
+        fast = on_disk(model, 2 * model.file_bytes / model.read_s)
+        assert fast.load_s == pytest.approx(model.load_s - model.read_s / 2)
+        assert fast.warm_load_s == model.warm_load_s < fast.load_s
 
 
 def test_slots_hold_one_more_than_their_name_says() -> None:
