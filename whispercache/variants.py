@@ -1,0 +1,390 @@
+"""
+Variants: copies of models in another weight type, kept in the user's cache directory.
+
+A load whose file has another type converts it each time, which takes several times as
+long as reading it. A variant is the same model converted once: a directory with a
+model.bin in its type, copies of the small files beside it, and a sealed manifest. It
+appears whole, by a rename, or not at all; one whose seal is broken is used again only
+if its content is proven, or else removed.
+
+Its name is a digest of the source, the version of the library that loads it, and the
+type. So what has changed is not found, and leaves when its room is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachetools import LRUCache
+
+from .convert import Origin, converted_bytes, write_converted
+from .errors import WhisperCacheError, format_bytes
+from .header import ModelHeader, read_header
+from .seals import MANIFEST, Manifest, Sealed, remove, writing
+
+__all__ = [
+    "MIN_SOURCE_BYTES",
+    "Variant",
+    "VariantRefused",
+    "Variants",
+]
+
+_log = logging.getLogger("whispercache")
+
+MIN_SOURCE_BYTES = 16 * 1024**2
+"""
+Size of a model.bin below which converting it costs too little to matter.
+"""
+
+KEPT_FREE_BYTES = 2 * 1024**3
+"""
+What a new variant leaves free on its disk.
+"""
+
+IN_USE_S = 3600.0
+"""
+Seconds after its last use in which a variant does not leave for another one: two that
+take turns would be written again and again.
+"""
+
+LOCK_S = 1800.0
+"""
+Most seconds that a build waits for others that build.
+"""
+
+_SMALL_FILES = (
+    *("config.json", "preprocessor_config.json", "tokenizer.json"),
+    *("vocabulary.json", "vocabulary.txt"),
+)
+_NEEDED = ("config.json", "tokenizer.json")
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+
+
+class VariantRefused(WhisperCacheError):
+    """
+    A variant cannot be written, or there is no room for it.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """
+    One variant on the disk.
+
+    Attributes:
+        directory: Where it is.
+        n_bytes: Bytes of its files.
+        used_s: When it was last used, in seconds since 1970.
+        state: ``"ready"``; ``"stale"``, if its source has changed or gone, or was
+            converted for another version of the library; or ``"broken"``, if its files
+            are not what was written.
+        model: What its source was called.
+        source: Directory of the source.
+        kind: Type of its weights: ``"int8"``, ``"float32"`` or ``"float16"``.
+    """
+
+    directory: Path
+    n_bytes: int
+    used_s: float
+    state: str
+    model: str = "?"
+    source: str = "?"
+    kind: str = "?"
+
+
+class Variants:
+    """
+    The variants of a user.
+
+    Thread-safe, and safe between processes.
+
+    Args:
+        engine: Name and version of the library that loads them.
+        limit_bytes: Most bytes that all of them may take.
+        directory: Where they are; ``variants`` in the user's cache directory if None.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        limit_bytes: int,
+        directory: Path | None = None,
+    ) -> None:
+        self.engine: str = engine
+        self.limit_bytes: int = limit_bytes
+        self._directory = directory
+        self._lock = threading.Lock()
+        # All that follows is guarded by _lock.
+        self._identities: LRUCache[object, str] = LRUCache(64)
+        self._rejected: set[str] = set()
+
+    @property
+    def directory(self) -> Path:
+        """
+        Where the variants are.
+        """
+        if self._directory is None:
+            from platformdirs import user_cache_dir
+
+            self._directory = Path(user_cache_dir("whispercache")) / "variants"
+        return self._directory
+
+    def forked(self) -> None:
+        """
+        Forget who held the lock, in a child that was forked.
+        """
+        self._lock = threading.Lock()
+
+    # Use -----------------------------------------------------------------------------
+
+    def find(self, source: Origin, kind: str) -> Path | None:
+        """
+        The directory of a variant, if there is one that can be trusted.
+
+        Blocks: for some system calls; where a seal is broken, to read the variant.
+        """
+        try:
+            directory = self.directory / self._name(source, kind)
+            if directory.name in self._rejected or not self._is_good(directory):
+                return None
+        except OSError as error:
+            _log.debug("no %s variant of %s: %s", kind, source.model, error)
+            return None
+        with suppress(OSError):  # where nobody can write, none has to leave, either
+            os.utime(directory / MANIFEST)
+        return directory
+
+    def reject(self, source: Origin, kind: str) -> None:
+        """
+        Find this variant no more: it is there, but could not be loaded.
+        """
+        if self.find(source, kind) is None:
+            return
+        name = self._name(source, kind)
+        _log.warning("the %s variant of %s cannot be loaded", kind, source.model)
+        with self._lock:
+            self._rejected.add(name)
+
+    def is_rejected(self, source: Origin, kind: str) -> bool:
+        """
+        Whether it was rejected.
+        """
+        return self._name(source, kind) in self._rejected
+
+    def _is_good(self, directory: Path) -> bool:
+        """
+        Whether the variant is there as it was written; if it is not, it goes.
+        """
+        manifest = Manifest.read(directory)
+        if manifest is not None:
+            if manifest.is_sealed(directory):
+                return True
+            if manifest.is_whole(directory):  # a copy of the whole, for example
+                manifest.sealed_again(directory).write(directory)
+                return True
+        elif not directory.exists():
+            return False
+        _log.warning("a variant is not as it was written, and goes: %s", directory)
+        remove(directory)
+        return False
+
+    # Build ---------------------------------------------------------------------------
+
+    def build(self, source: Origin, kind: str) -> Path:
+        """
+        Write a variant of *source*, unless it is there; its directory.
+
+        Blocks: reads and writes the model, base for about a second; first, for others
+        that build.
+
+        Raises:
+            VariantRefused: there is no room for it, or the source cannot have one.
+            CorruptModel: the source is broken.
+            OSError: it cannot be written.
+        """
+        from filelock import FileLock, Timeout
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.directory / ".lock", timeout=LOCK_S):
+                return self._build_in_turn(source, kind)
+        except (Timeout, NotImplementedError) as error:
+            raise VariantRefused(f"others build variants there: {error}") from error
+
+    def _build_in_turn(self, source: Origin, kind: str) -> Path:
+        name = self._name(source, kind)
+        target = self.directory / name
+        if self._is_good(target):
+            return target
+        for pattern in (".new-*", ".gone-*"):  # of processes that were killed
+            for left in self.directory.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
+        small = [source.directory / name for name in _SMALL_FILES]
+        small_bytes = sum(each.stat().st_size for each in small if each.is_file())
+        self._make_room(converted_bytes(source.header, kind) + small_bytes)
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=self.directory))
+        try:
+            self._write(source, kind, new, name)
+            new.rename(self._still(source, kind, target))
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        for other in self.list():
+            place = (other.source, other.kind)
+            if other.state == "stale" and place == (str(source.directory), kind):
+                remove(other.directory)
+        return target
+
+    def _still(self, source: Origin, kind: str, target: Path) -> Path:
+        """
+        *target*, if the source is still what its name says.
+        """
+        if self._name(source._replace(stamp=()), kind) != target.name:
+            raise VariantRefused("the files of its source changed meanwhile")
+        return target
+
+    def _write(self, source: Origin, kind: str, directory: Path, name: str) -> None:
+        """
+        Write all files of a variant, and its manifest last.
+        """
+        files: dict[str, Sealed] = {}
+        with writing(directory / "model.bin", files) as target:
+            write_converted(source.header, kind, target)
+        for small in _SMALL_FILES:
+            original = source.directory / small
+            if original.is_file():
+                with writing(directory / small, files) as target:
+                    target.write(original.read_bytes())
+            elif small in _NEEDED:
+                raise VariantRefused(f"its source has no {small}")
+        home = str(source.directory)
+        Manifest(name, source.model, home, kind, self.engine, files).write(directory)
+
+    def _make_room(self, n_bytes: int) -> None:
+        """
+        Remove what was least recently used until *n_bytes* more are within the limit.
+
+        Raises:
+            VariantRefused: there is too little room, even so.
+        """
+        limit = format_bytes(self.limit_bytes)
+        wanted = f"it takes {format_bytes(n_bytes)}"
+        if n_bytes > self.limit_bytes:
+            raise VariantRefused(f"{wanted}, and all variants may take {limit}")
+        # What no load would find goes first.
+        others = sorted(
+            self.list(), key=lambda each: (each.state == "ready", each.used_s)
+        )
+        over_bytes = sum(each.n_bytes for each in others) + n_bytes - self.limit_bytes
+        leaving: list[Variant] = []
+        for other in others:
+            if over_bytes <= 0:
+                break
+            if other.state == "ready" and time.time() - other.used_s < IN_USE_S:
+                reason = f"{wanted}, and those in use leave too little of {limit}"
+                raise VariantRefused(reason)
+            leaving.append(other)
+            over_bytes -= other.n_bytes
+        free_bytes = shutil.disk_usage(self.directory).free
+        kept_bytes = free_bytes + sum(each.n_bytes for each in leaving) - n_bytes
+        if kept_bytes < KEPT_FREE_BYTES:
+            free = format_bytes(free_bytes)
+            raise VariantRefused(f"{wanted}, and its disk has {free} left")
+        for other in leaving:
+            remove(other.directory)
+
+    # Look after ----------------------------------------------------------------------
+
+    def list(self) -> list[Variant]:
+        """
+        All variants on the disk, of whatever source.
+
+        Blocks: for system calls; where a seal is broken, to read the variant.
+        """
+        if not self.directory.is_dir():
+            return []
+        found = (self._look_at(each) for each in sorted(self.directory.iterdir()))
+        return [variant for variant in found if variant is not None]
+
+    def remove(self, variant: Variant) -> None:
+        """
+        Delete one. A load from it goes on, where the system lets open files go.
+
+        Raises:
+            OSError: it cannot be deleted.
+        """
+        remove(variant.directory)
+
+    def _look_at(self, directory: Path) -> Variant | None:
+        if directory.name.startswith(".") or not directory.is_dir():
+            return None
+        try:
+            n_bytes = sum(each.stat().st_size for each in directory.iterdir())
+            manifest = Manifest.read(directory)
+            if manifest is None:
+                return Variant(directory, n_bytes, 0.0, "broken")
+            used_s = (directory / MANIFEST).stat().st_mtime
+        except FileNotFoundError:  # it is leaving just now
+            return None
+        if not manifest.is_whole(directory):
+            state = "broken"
+        else:
+            state = "ready" if self._is_current(directory, manifest) else "stale"
+        told = (manifest.model, manifest.source, manifest.kind)
+        return Variant(directory, n_bytes, used_s, state, *told)
+
+    def _is_current(self, directory: Path, manifest: Manifest) -> bool:
+        """
+        Whether a load of its source would find it.
+        """
+        try:
+            source = Origin(manifest.model, read_header(manifest.source))
+            return self._name(source, manifest.kind) == directory.name
+        except (WhisperCacheError, OSError):
+            return False
+
+    # Names ---------------------------------------------------------------------------
+
+    def _name(self, source: Origin, kind: str) -> str:
+        """
+        What the directory of a variant is called.
+        """
+        place = (source.header.path, source.stamp)
+        with self._lock:
+            identity = self._identities.get(place) if source.stamp else None
+        if identity is None:
+            identity = _identity(source.header, self.engine)
+            if source.stamp:
+                with self._lock:
+                    self._identities[place] = identity
+        return f"{identity}-{kind}"
+
+
+def _identity(header: ModelHeader, engine: str) -> str:
+    """
+    A digest of what a source is: time, header and samples of its weights, and the small
+    files whole.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with header.path.open("rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        told = (engine, status.st_size, status.st_mtime_ns, header.variables)
+        digest.update(repr(told).encode())
+        for place in range(_SAMPLES):
+            file.seek(status.st_size * place // _SAMPLES)
+            digest.update(file.read(_SAMPLE_BYTES))
+    for name in _SMALL_FILES:
+        path = header.path.parent / name
+        if path.is_file():
+            digest.update(name.encode() + hashlib.blake2b(path.read_bytes()).digest())
+    return digest.hexdigest()
