@@ -29,13 +29,15 @@ from whispercache import (
     UnknownModel,
     WhisperCacheError,
 )
-from whispercache.loader import KEPT_SHELLS, FasterWhisperLoader
+from whispercache.loader import FasterWhisperLoader
 from whispercache.memory import SystemProbe
+from whispercache.shells import KEPT_SHELLS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from whispercache.loader import LoadedModel, ModelFiles
+    from whispercache.files import ModelFiles
+    from whispercache.loader import LoadedModel
 
 OTHER = " another text of others"
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from whispercache.admission import Resident
     from whispercache.entries import Entry
     from whispercache.faults import Fault
-    from whispercache.loader import ModelFiles
+    from whispercache.files import ModelFiles
     from whispercache.memory import MemoryReading
 
 GIB = 1024**3

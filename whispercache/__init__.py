@@ -33,24 +33,6 @@ from .errors import (
     UnsupportedComputeType,
     WhisperCacheError,
 )
-from .events import (
-    DeviceInfo,
-    DeviceLost,
-    Event,
-    EvictionCause,
-    Explanation,
-    FellBack,
-    ModelEvicted,
-    ModelGranted,
-    ModelInfo,
-    ModelLoaded,
-    ModelLoadFailed,
-    ModelLoading,
-    ModelStillReferenced,
-    ReleaseUnconfirmed,
-    Stats,
-    WaitingInfo,
-)
 from .footprint import Footprint, Workload, footprint
 from .keys import ModelKey
 from .lease import Lease, Leases
@@ -60,6 +42,24 @@ from .version import __version__
 if TYPE_CHECKING:
     from .aio import AsyncCachedModel, AsyncModelCache
     from .comparison import compare
+    from .events import (
+        DeviceInfo,
+        DeviceLost,
+        Event,
+        EvictionCause,
+        Explanation,
+        FellBack,
+        ModelEvicted,
+        ModelGranted,
+        ModelInfo,
+        ModelLoaded,
+        ModelLoadFailed,
+        ModelLoading,
+        ModelStillReferenced,
+        ReleaseUnconfirmed,
+        Stats,
+        WaitingInfo,
+    )
 
 __all__ = [
     "AsyncCachedModel",
@@ -110,15 +110,38 @@ __all__ = [
 
 
 if not TYPE_CHECKING:  # or any name at all would pass a type checker
+    # What many programs never ask for, and all would wait for: asyncio, and classes.
+    _LATER = {
+        "AsyncCachedModel": "aio",
+        "AsyncModelCache": "aio",
+        "compare": "comparison",
+        "DeviceInfo": "events",
+        "DeviceLost": "events",
+        "Event": "events",
+        "EvictionCause": "events",
+        "Explanation": "events",
+        "FellBack": "events",
+        "ModelEvicted": "events",
+        "ModelGranted": "events",
+        "ModelInfo": "events",
+        "ModelLoaded": "events",
+        "ModelLoadFailed": "events",
+        "ModelLoading": "events",
+        "ModelStillReferenced": "events",
+        "ReleaseUnconfirmed": "events",
+        "Stats": "events",
+        "WaitingInfo": "events",
+    }
 
     def __getattr__(name: str) -> object:
-        # Importing asyncio takes a third of the time, and threads do without it.
-        if name in ("AsyncCachedModel", "AsyncModelCache"):
-            from . import aio
+        module = _LATER.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
-            return getattr(aio, name)
-        if name == "compare":
-            from .comparison import compare
+        found = getattr(import_module(f".{module}", __name__), name)
+        globals()[name] = found
+        return found
 
-            return compare
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

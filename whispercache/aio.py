@@ -240,12 +240,18 @@ class AsyncModelCache:
         device: str = "auto",
         compute_type: str = "default",
         *,
+        tier: str = "device",
         timeout_s: float | None = None,
         **load_options: object,
     ) -> None:
         """
-        Load a model now. See `ModelCache.preload`.
+        Load a model now, or read its files. See `ModelCache.preload`.
         """
+        if tier != "device":
+            place = (model_size_or_path, device, compute_type)
+            preload = functools.partial(self._cache.preload, *place, tier=tier)
+            await _in_thread(preload, **load_options)
+            return
         request = as_request(model_size_or_path, device, compute_type, load_options)
         terms = self._cache._terms(timeout_s, None, None)
         async with self._lease(request, DEFAULT_WORKLOAD, terms):

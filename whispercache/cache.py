@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import threading
-import tracemalloc
 import weakref
 from concurrent.futures import wait
 from contextlib import suppress
@@ -20,18 +19,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, cast
 
-from . import cuda, report
-from .admission import POLICIES
-from .core import Core
-from .entries import Part
 from .errors import LeaseTimeout, NotDownloaded
 from .fallback import Attempts, Terms, as_ladder
 from .footprint import DEFAULT_WORKLOAD
 from .lease import Leases
-from .loader import FasterWhisperLoader
-from .memory import SystemProbe
 from .model import CachedModel
-from .resolve import Resolver, matcher
 from .threads import MonotonicClock, caller, current_owner
 from .units import Limit, parse_duration, parse_limit
 
@@ -44,7 +36,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .admission import Policy
+    from .core import Core
     from .deadlock import Owner
+    from .entries import Part
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
     from .footprint import Workload
     from .keys import ModelKey
@@ -80,6 +74,17 @@ Seconds for which hits may pass a request that waits for memory.
 """
 
 PRESSURES = ("load", "watch")
+TIERS = ("device", "page")
+
+VARIANTS_VARIABLE = "WHISPERCACHE_VARIANTS"
+"""
+Environment variable that turns variants off, for programs whose code one cannot change.
+"""
+
+DEFAULT_VARIANTS_BYTES = 16 * 1024**3
+"""
+Most bytes that variants take on disk, unless a limit is given: eight of large-v3.
+"""
 
 UNCHANGED = cast("LimitValue", object())
 # A core outlives a cache that was forgotten while a lease is out.
@@ -102,6 +107,7 @@ class CacheOptions(TypedDict, total=False):
     fallback: Sequence[str]
     pressure: str
     coordinate: bool
+    variants: bool | LimitValue
     loader: Loader | None
     probe: MemoryProbe | None
     clock: Clock | None
@@ -140,6 +146,12 @@ class ModelCache:
         coordinate: Take turns to load with other processes of this user that have it
             set too, keep out of each other's reservations, and let idle models leave
             when another process needs the room.
+        variants: Keep copies of models in the compute type that they are used in, in
+            the user's cache directory; they load several times as fast. They are made
+            in the background, after the first load. True for 16 GiB at most, or bytes,
+            ``"5GiB"``; the least recently used leave. False for none, and so does the
+            environment variable ``WHISPERCACHE_VARIANTS=off``. Only with the usual
+            *loader*.
         loader: Loads the models; a fake in tests.
         probe: Reads the memory of the devices; likewise.
         clock: Tells the time; likewise. The cache closes it.
@@ -162,10 +174,20 @@ class ModelCache:
         fallback: Sequence[str] = (),
         pressure: str = "load",
         coordinate: bool = False,
+        variants: bool | LimitValue = True,
         loader: Loader | None = None,
         probe: MemoryProbe | None = None,
         clock: Clock | None = None,
     ) -> None:
+        # Whoever imports the package and makes no cache does not wait for the rest.
+        from tracemalloc import is_tracing
+
+        from .admission import POLICIES
+        from .core import Core
+        from .loader import FasterWhisperLoader
+        from .memory import SystemProbe
+        from .resolve import Resolver
+
         if isinstance(policy, str) and policy not in POLICIES:
             raise ValueError(
                 f"policy must be one of {', '.join(POLICIES)}, or a function"
@@ -176,11 +198,13 @@ class ModelCache:
             )
         if pressure not in PRESSURES:
             raise ValueError(f"pressure must be one of {', '.join(PRESSURES)}")
+        variants_bytes = _variants_bytes(variants)
         probe = probe or SystemProbe()
         self._limits = (vram, ram)
-        self._fallback = as_ladder(fallback)
+        self._usual_terms = Terms(ladder=as_ladder(fallback))
+        self._is_tracing: Callable[[], bool] = is_tracing
         self._core = Core(
-            loader=loader or FasterWhisperLoader(probe),
+            loader=loader or FasterWhisperLoader(probe, variants_bytes=variants_bytes),
             probe=probe,
             clock=clock or MonotonicClock(),
             policy=POLICIES[policy] if isinstance(policy, str) else policy,
@@ -341,7 +365,7 @@ class ModelCache:
         terms = self._terms(timeout_s, keep_alive, ())
         parts = self._locate(requests, workload or DEFAULT_WORKLOAD)
         leases = Leases(self._wait(parts, terms))
-        if tracemalloc.is_tracing():
+        if self._is_tracing():
             for lease in leases:
                 lease.taken_at = caller()
         return leases
@@ -352,16 +376,19 @@ class ModelCache:
         keep_alive: DurationValue | None,
         fallback: Sequence[str] | None,
     ) -> Terms:
+        if timeout_s is None and keep_alive is None and fallback is None:
+            return self._usual_terms
         if timeout_s is not None and math.isnan(timeout_s):
             raise ValueError("timeout_s must be seconds or None, not NaN")
-        ladder = self._fallback if fallback is None else as_ladder(fallback)
+        usual = self._usual_terms.ladder
+        ladder = usual if fallback is None else as_ladder(fallback)
         return Terms(timeout_s, as_seconds(keep_alive), ladder)
 
     def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
         lease = self._hit(request, workload, terms, current_owner())
         if lease is None:
             lease = self._climb(request, workload, terms)
-        if tracemalloc.is_tracing():
+        if self._is_tracing():
             lease.taken_at = caller()
         return lease
 
@@ -386,6 +413,8 @@ class ModelCache:
         raise attempts.failure()
 
     def _locate(self, requests: Iterable[Request], workload: Workload) -> list[Part]:
+        from .entries import Part
+
         targets = [self._resolver.resolve(request) for request in requests]
         for target in targets:
             self._resolver.locate(target, workload)
@@ -406,14 +435,36 @@ class ModelCache:
         device: str = "auto",
         compute_type: str = "default",
         *,
+        tier: str = "device",
         timeout_s: float | None = None,
         **load_options: object,
     ) -> None:
         """
         Load a model now, so that the next call on it need not.
 
-        Blocks, and raises, as `lease` does.
+        Args:
+            model_size_or_path: As for `get_model`, like the following.
+            device: See there.
+            compute_type: See there.
+            tier: ``"device"``; or ``"page"`` to read its files only, into the kernel's
+                page cache, which takes no memory that anybody else could use: the load
+                itself will not wait for the disk.
+            timeout_s: As for `lease`. It does not end a read.
+            load_options: As for `get_model`.
+
+        Raises:
+            ValueError: no such tier.
+            Also what `lease` raises.
+
+        Blocks: as `lease` does, or until the files are read.
         """
+        if tier not in TIERS:
+            raise ValueError(f"tier must be one of {', '.join(TIERS)}, not {tier!r}")
+        if tier == "page":
+            request = as_request(model_size_or_path, device, compute_type, load_options)
+            target = self._resolver.resolve(request)
+            self._resolver.read(target)
+            return
         self.lease(
             model_size_or_path,
             device,
@@ -454,6 +505,8 @@ class ModelCache:
         Returns:
             How many were pinned.
         """
+        from .resolve import matcher
+
         return self._core.unpin(matcher(model_size_or_path, device, compute_type))
 
     def evict(
@@ -485,6 +538,8 @@ class ModelCache:
             LeaseDeadlock: without *timeout_s*, this thread would wait for itself, since
                 it holds a lease on one of them.
         """
+        from .resolve import matcher
+
         matches = matcher(model_size_or_path, device, compute_type)
         waits_for = current_owner() if timeout_s is None else None
         return self._await_gone(self._core.evict(matches, waits_for), timeout_s)
@@ -529,24 +584,32 @@ class ModelCache:
         """
         Counters since the cache was made.
         """
+        from . import report
+
         return report.stats(self._core)
 
     def models(self) -> tuple[ModelInfo, ...]:
         """
         The models in memory, or on their way in or out.
         """
+        from . import report
+
         return report.models(self._core)
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """
         The devices that were used, and what the cache holds of them.
         """
+        from . import report
+
         return report.devices(self._core)
 
     def waiting(self) -> tuple[WaitingInfo, ...]:
         """
         The requests that wait for their models, the oldest first.
         """
+        from . import report
+
         return report.waiting(self._core)
 
     def explain(
@@ -563,6 +626,8 @@ class ModelCache:
 
         Nothing is loaded or evicted. Takes and raises what `get_model` does.
         """
+        from . import report
+
         request = as_request(model_size_or_path, device, compute_type, load_options)
         workload = workload or DEFAULT_WORKLOAD
         target = self._resolver.resolve(request, download=False)
@@ -634,6 +699,8 @@ class ModelCache:
             _log.warning("closing: %s", held)
 
     def __repr__(self) -> str:
+        from . import report
+
         return report.describe(self._core, type(self).__name__)
 
 
@@ -722,6 +789,8 @@ def _close_all() -> None:
     for core in list(_cores):
         leaving = core.close() or []
         wait([gone for entry, gone in leaving if not entry.leases], EXIT_S)
+        if core._is_over:  # what models left behind goes, too
+            core.join(EXIT_S)
         core.quiesce(EXIT_S)
 
 
@@ -731,7 +800,10 @@ def _after_fork() -> None:
     """
     global _default_lock
     _default_lock = threading.Lock()
-    for core in list(_cores):
+    cores = list(_cores)
+    if cores:
+        from . import cuda
+    for core in cores:
         core.forked(gpu_in_use=cuda.is_open())
     for cache in list(_caches):
         cache._forked()
@@ -794,6 +866,21 @@ def _limits(
         name: parse_limit(value, f"vram[{name!r}]") for name, value in vram.items()
     }
     return lambda device: host if device == "cpu" else cards.get(device, Limit())
+
+
+def _variants_bytes(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - checked
+    """
+    Most bytes for variants; None for none at all.
+    """
+    is_off = os.environ.get(VARIANTS_VARIABLE, "").lower() in ("off", "0", "no")
+    if value is False or value is None or is_off:
+        return None
+    limit = Limit() if value is True else parse_limit(value, "variants")
+    if limit.fraction is not None:
+        raise ValueError(
+            f"variants must be bytes, such as '5GiB', or False, not {value!r}"
+        )
+    return limit.n_bytes or DEFAULT_VARIANTS_BYTES
 
 
 def _count(name: str, value: int | None) -> int | None:

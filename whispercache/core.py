@@ -48,6 +48,7 @@ from .errors import (
 from .events import EvictionCause, ModelGranted
 from .lease import Lease
 from .moves import Moves
+from .threads import AT_ONCE, take_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -128,11 +129,11 @@ class Core(Moves):
         """
         A lease on a model that is in memory, if nobody waits; else None.
         """
-        self._lock.acquire()
+        if not self._lock.acquire(AT_ONCE):
+            take_turn(self._lock)
         try:
             if (
-                entry.state is not State.RESIDENT
-                or self.queue
+                self.queue
                 or self._closed is not None
                 or not entry.is_open_to(None)
                 or entry.device.sick is not None
@@ -196,11 +197,25 @@ class Core(Moves):
                     self._leave_locked(waiter)
                     self._let_go_locked(waiter)
                 raise
+        if waiter.waits:
+            self._read_ahead(waiter)
         if timeout_s is not None and not waiter.future.done():
             # The timer outlives the wait, and must not keep a lease from collection.
             expire = partial(self._expire, weakref.ref(waiter.future))
             self.clock.call_at(waiter.since_s + timeout_s, expire)
         return waiter
+
+    def _read_ahead(self, waiter: Waiter) -> None:
+        """
+        Have what is wanted read from the disk while others leave memory for it.
+        """
+        try:
+            for entry in set(waiter.entries):
+                if entry.files is not None and entry.state is State.ABSENT:
+                    self.loader.read_ahead(entry.files)
+        except BaseException:  # Ctrl-C again
+            self.abandon(waiter)
+            raise
 
     def _ends_now_locked(self, waiter: Waiter) -> bool:
         """
@@ -301,6 +316,8 @@ class Core(Moves):
         Unload what is idle where a limit was lowered below what is held.
         """
         for device in self.devices.values():
+            if device.shell_bytes:
+                self._shed_locked(device)
             if device.is_over_limit:
                 idle = self._idle_locked(device.name)
                 for victim in admission.shrink(device.room(), idle):
@@ -504,6 +521,8 @@ class Core(Moves):
         entry.take(serial, owner, workspace_bytes, self.clock.now())
         self.leases += 1
         self._grants += 1
+        if entry.device.shell_bytes:
+            self._shed_locked(entry.device)
         return Lease(self, entry, serial, keep_alive_s)
 
     # Release -------------------------------------------------------------------------
@@ -513,7 +532,8 @@ class Core(Moves):
         End a lease. Nothing happens if it has ended.
         """
         work: list[Callable[[], None]] | None = None
-        self._lock.acquire()
+        if not self._lock.acquire(AT_ONCE):
+            take_turn(self._lock)
         try:
             self._release_locked(entry, serial, keep_alive_s)
             if self.queue or entry.device.is_over_limit:
@@ -560,10 +580,11 @@ class Core(Moves):
         """
         if keep_alive_s is None:
             keep_alive_s = self._keep_alive_s
-        entry.device.is_stale = True
-        entry.last_used_s = self.clock.now()
-        entry.expires_at_s = entry.last_used_s + keep_alive_s
-        entry.device.shelf[entry] = None
+        device, now_s = entry.device, self.clock.now()
+        device.is_stale = True
+        device.shelf[entry] = None
+        entry.last_used_s = now_s
+        entry.expires_at_s = now_s + keep_alive_s
         if entry.cause is not None:
             self._unload_locked(entry, entry.cause)
         elif keep_alive_s <= 0 and self._may_expire_locked(entry):
@@ -690,7 +711,7 @@ class Core(Moves):
         Whether anything is on *device*, or waited for.
         """
         with self.changing():
-            return bool(device.entries) or any(
+            return bool(device.entries or device.shell_bytes) or any(
                 device in (entry.device, entry.host)
                 for waiter in self.queue
                 for entry in waiter.entries
@@ -711,8 +732,9 @@ class Core(Moves):
             idle_bytes = sum(e.weights_bytes for e in device.shelf if not e.stays)
             return {
                 "promised_bytes": device.charged_bytes - device.lost_bytes - held_bytes,
-                "held_bytes": held_bytes - pinned_bytes,  # what may be given up
-                "idle_bytes": idle_bytes,
+                # What may be given up.
+                "held_bytes": held_bytes - pinned_bytes + device.shell_bytes,
+                "idle_bytes": idle_bytes + device.shell_bytes,
                 "wanted_bytes": self._wanted_locked(device, idle_bytes),
             }
 
@@ -737,6 +759,10 @@ class Core(Moves):
         """
         with self.changing():
             n_bytes -= device.room().coming_bytes
+            if n_bytes > 0 and device.shell_bytes:
+                n_bytes -= device.shell_bytes
+                shrink = partial(self._shrink_shells, device, 0)
+                self._work.append(partial(device.thread.submit, shrink))
             if n_bytes > 0:
                 idle = self._idle_locked(device.name)
                 victims = admission.choose_victims(idle, n_bytes)
@@ -811,6 +837,10 @@ class Core(Moves):
         if not self._is_over:
             return
         self._work.append(self.clock.close)
+        host = self.devices.get("cpu")
+        if host is not None and host.shell_bytes:
+            shrink = partial(self._shrink_shells, host, 0)
+            self._work.append(partial(host.thread.submit, shrink))
         if self.peers is not None:
             self._work.append(self.peers.close)
         self._work.extend(device.thread.stop for device in self.devices.values())

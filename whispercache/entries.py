@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
     from .deadlock import Owner
     from .events import EvictionCause
+    from .files import ModelFiles
     from .footprint import Footprint, Workload
     from .keys import ModelKey
     from .lease import Lease
-    from .loader import LoadedModel, ModelFiles
+    from .loader import LoadedModel
     from .memory import MemoryReading
     from .units import Limit
 
@@ -67,6 +68,8 @@ class Device:
         self.loads_begun: int = 0
         self.is_stale: bool = False  # whether the gauge would tell something new
         self.sick: str | None = None  # the error that made it unusable
+        self.shell_bytes: int = 0  # of what models left behind; gives way to anything
+        self.is_shedding: bool = False  # shells are about to go
         self.lost_bytes: int = 0  # held by models that it does not give back any more
         self.thread: DeviceThread = DeviceThread(name)
         self.most_bytes: int | None = None  # by the gauge, if other processes give way
@@ -97,6 +100,20 @@ class Device:
         return too_many or (
             self.limit_bytes is not None and self.charged_bytes > self.limit_bytes
         )
+
+    @property
+    def left_bytes(self) -> int:
+        """
+        What nothing is charged for. Shells may have it as long as nothing else does.
+        """
+        return self.capacity_bytes - self.charged_bytes
+
+    @property
+    def has_too_many_shells(self) -> bool:
+        """
+        Whether they take more than what is left.
+        """
+        return self.shell_bytes > max(0, self.left_bytes)
 
     def charge(self, n_bytes: int) -> None:
         """
@@ -136,7 +153,8 @@ class Device:
         """
         self.is_stale = False
         self.total_bytes = reading.total_bytes
-        usable_bytes = self._usable(reading) - promised_bytes
+        # What shells take can be had.
+        usable_bytes = self._usable(reading) - promised_bytes + self.shell_bytes
         self._gauge_capacity_bytes = max(0, usable_bytes + self._held_bytes())
         # A load that has not begun takes nothing yet. One of another process may show
         # on the gauge and be promised, too: what could be had errs upwards.
@@ -342,7 +360,9 @@ class Entry:
             self.device.shelf.pop(self, None)
             if self.last_used_s is not None:
                 self.gap_s = next_gap_s(self.gap_s, now_s - self.last_used_s)
-        self._set_workspace(self.workspace_with(n_bytes))
+            self._set_workspace(n_bytes)
+        else:
+            self._set_workspace(self.workspace_with(n_bytes))
         self.leases[serial] = n_bytes
         self.owners[serial] = owner
 

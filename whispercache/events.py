@@ -323,6 +323,8 @@ class DeviceInfo:
         charged_bytes: What it counts for models and their work now.
         peak_bytes: Largest that *charged_bytes* has been.
         models: How many models are there, or on their way in or out.
+        shell_bytes: What models that have left keep of it so that they return faster,
+            such as their tokenizers. Not in *charged_bytes*: it gives way to anything.
     """
 
     device: str
@@ -331,6 +333,7 @@ class DeviceInfo:
     charged_bytes: int
     peak_bytes: int
     models: int
+    shell_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .books import one_line
 from .errors import (
     CorruptModel,
     DeviceUnavailable,
@@ -19,7 +18,6 @@ from .errors import (
     UnsupportedComputeType,
     WhisperCacheError,
 )
-from .events import FellBack
 from .keys import COMPUTE_TYPES, canonical_device
 
 if TYPE_CHECKING:
@@ -175,6 +173,9 @@ class Attempts:
         """
         failure, self._failure = self._failure, None
         if failure is not None:
+            from .books import one_line
+            from .events import FellBack
+
             model, device, compute_type, *_ = self._wanted
             wanted = f"{model}/{device}/{compute_type}"
             reason = one_line(failure)

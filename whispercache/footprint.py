@@ -8,7 +8,6 @@ architecture of a known size; both go through the same sums.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .architecture import (
@@ -254,14 +253,13 @@ def _source(model: str) -> tuple[Source, str]:
     """
     if known := ARCHITECTURES.get(model):
         return known, HUB_COMPUTE_TYPE
-    directory = Path(model) if is_directory(model) else _downloaded(model)
-    header = read_header(directory)
+    header = read_header(model if is_directory(model) else _downloaded(model))
     return header, header.saved_compute_type
 
 
-def _downloaded(repository: str) -> Path:
+def _downloaded(repository: str) -> str:
     """
-    Directory of a hub repository in the local cache.
+    The model.bin of a hub repository in the local cache.
 
     Raises:
         UnknownModel: it was not downloaded yet.
@@ -275,4 +273,4 @@ def _downloaded(repository: str) -> Path:
             "its size is not listed and it is not on this disk; download it first, "
             "with cache.preload() or huggingface_hub.snapshot_download()",
         )
-    return Path(found).parent
+    return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from .architecture import ITEM_BYTES, Architecture, Variable
@@ -18,6 +17,7 @@ from .errors import CorruptModel, LoadFailed, UnknownModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 __all__ = ["ModelHeader", "read_header"]
 
@@ -85,6 +85,8 @@ def read_header(path: str | os.PathLike[str]) -> ModelHeader:
     Source: CTranslate2 python/ctranslate2/specs/model_spec.py:382-414 and
     src/models/model.cc:588-767 @ 0d8bcd3.
     """
+    from pathlib import Path
+
     file_path = Path(path)
     if file_path.is_dir():
         file_path /= "model.bin"

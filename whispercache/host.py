@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
 import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
@@ -116,8 +115,11 @@ def cpu_name(root: Path = Path("/")) -> str:
     match = re.search(
         r"^model name\s*:\s*(\S.*)$", _text(root / "proc/cpuinfo"), re.MULTILINE
     )
-    name = match[1] if match else platform.processor()
-    return name.strip() or platform.machine() or "cpu"
+    if match:
+        return match[1].strip()
+    import platform
+
+    return platform.processor().strip() or platform.machine() or "cpu"
 
 
 @functools.cache

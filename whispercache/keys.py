@@ -8,7 +8,6 @@ is its real path. Nothing here needs a model, a driver or CTranslate2.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -178,6 +177,8 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
         return _BY_REPOSITORY.get(name.lower(), name)
     if os.sep in name or name.startswith((".", "~")):
         raise UnknownModel(name, "no such directory")
+    import difflib
+
     near = difflib.get_close_matches(name, [*MODELS, *ALIASES], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UnknownModel(

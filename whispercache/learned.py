@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import statistics
-import tempfile
 import threading
 from pathlib import Path
 
@@ -92,6 +90,8 @@ class LearnedFootprints:
             )
             if len(ratios) < _ENOUGH:
                 return predicted_bytes
+            import statistics
+
             return round(predicted_bytes * statistics.median(ratios))
 
     def _record_locked(self, key: str, ratio: float) -> None:
@@ -168,6 +168,8 @@ def _is_plausible(ratio: object) -> bool:
 
 
 def _replace(path: Path, ratios: dict[str, list[float]]) -> None:
+    import tempfile
+
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

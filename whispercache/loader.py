@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import sys
@@ -23,23 +22,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, cast
 
-from cachetools import LRUCache
-
 from . import memory
+from .convert import Origin, kind_for
 from .errors import (
     AudioError,
     CacheClosed,
     CacheForked,
-    CorruptModel,
     DeviceUnavailable,
     LoadFailed,
-    UnknownModel,
     WhisperCacheError,
 )
+from .faults import Fault, classify
 from .features import InBlocks
-from .footprint import estimate, read_header
-from .keys import MODELS, is_directory
+from .files import ModelFiles, downloaded, files_in, is_whole, snapshot, stamp_of
+from .footprint import estimate
+from .header import ModelHeader
+from .keys import is_directory
 from .learned import LearnedFootprints
+from .pages import ReadAhead, read_through
+from .shells import Shell, Shells
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -48,9 +49,11 @@ if TYPE_CHECKING:
     from faster_whisper import WhisperModel
     from numpy.typing import NDArray
 
-    from .footprint import Footprint, Source, Workload
+    from .building import Builder
+    from .footprint import Footprint, Workload
     from .keys import ModelKey, OptionValue
     from .memory import MemoryProbe
+    from .variants import Variants
 
     AudioInput: TypeAlias = str | os.PathLike[str] | BinaryIO | NDArray[np.float32]
 
@@ -58,7 +61,6 @@ __all__ = [
     "FasterWhisperLoader",
     "LoadedModel",
     "Loader",
-    "ModelFiles",
     "Released",
     "versions",
 ]
@@ -86,42 +88,6 @@ QUIET_LOOKS = 10
 """
 Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
 """
-
-KEPT_SHELLS = 4
-KEPT_TOKENIZERS = 4
-
-_HUB_FILES = (
-    "config.json",
-    "preprocessor_config.json",
-    "model.bin",
-    "tokenizer.json",
-    "vocabulary.*",
-)
-
-
-_STAMPED = (
-    *("model.bin", "config.json", "preprocessor_config.json", "tokenizer.json"),
-    *("vocabulary.json", "vocabulary.txt"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """
-    Where a model's files are, and what its header says.
-
-    Attributes:
-        directory: The directory with model.bin.
-        saved_compute_type: The type of the weights in the file.
-        stamp: Size, time and inode of each file when the header was read.
-        source: The header, or the architecture of a known size whose files are not
-            here; None where a loader needs neither.
-    """
-
-    directory: str
-    saved_compute_type: str
-    stamp: tuple[int, ...] = ()
-    source: Source | None = None
 
 
 @dataclass(slots=True)
@@ -207,11 +173,18 @@ class Loader(Protocol):
             UnknownModel: the hub has no such repository.
         """
 
+    def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
+        """
+        What to load *key* from: *files*, or others that give the same model faster.
+
+        Blocks: for some system calls.
+        """
+
     def footprint(
         self, key: ModelKey, files: ModelFiles, workload: Workload
     ) -> Footprint:
         """
-        What the model will take.
+        What the model will take, loaded from *files*.
         """
 
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
@@ -219,9 +192,25 @@ class Loader(Protocol):
         Let a quiet measurement correct later footprints.
         """
 
+    def read_ahead(self, files: ModelFiles) -> None:
+        """
+        Have the files of a model read that will soon be loaded. Returns at once.
+        """
+
+    def read(self, files: ModelFiles) -> None:
+        """
+        Read the files of a model into the page cache. Blocks until that is done.
+        """
+
     def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
         """
         Load a model. Blocks until it can be used; any exception means that it failed.
+        """
+
+    def follow_up(self, loaded: LoadedModel) -> None:
+        """
+        Do what the next load of a model will be glad of, now that nobody waits for this
+        one. Returns at once.
         """
 
     def unload(self, loaded: LoadedModel, *, load_follows: bool) -> Released:
@@ -230,6 +219,18 @@ class Loader(Protocol):
 
         If *load_follows* on the same device, memory may be left for that load to use,
         which returns the rest to the system when it ends; or else `return_memory` will.
+        """
+
+    def shell_bytes(self) -> int:
+        """
+        Host memory that is kept of models that have left, so that they return faster.
+        """
+
+    def shrink_shells(self, most_bytes: int, but: ModelKey | None = None) -> None:
+        """
+        Keep no more than *most_bytes* of that, besides what *but* left.
+
+        Called on the thread of a device.
         """
 
     def return_memory(self, device: str) -> None:
@@ -262,16 +263,6 @@ class Loader(Protocol):
             AudioError: it cannot be decoded.
             OSError: it cannot be opened.
         """
-
-
-@dataclass(slots=True)
-class _Shell:
-    """
-    A model without weights: tokenizer, feature extractor, worker threads.
-    """
-
-    whisper: WhisperModel
-    files: ModelFiles
 
 
 @functools.cache
@@ -343,65 +334,35 @@ class _Gone:
         raise CacheClosed(f"the interpreter is ending; {name!r} of a model is gone")
 
 
-class _Tokenizers:
+def _construct(directory: str, shells: Shells, **options: object) -> WhisperModel:
     """
-    Builds models that share one tokenizer per content of tokenizer.json.
+    A `WhisperModel` of *directory* whose tokenizer is shared.
 
     Parsing it takes a third of a small model's load and holds the GIL all the while,
     and WhisperModel's constructor has no hook for it. So the constructor is run with
     its own view of the name ``tokenizers``; faster-whisper's module stays as it is.
-
-    Source: one shared by six threads, 346,000 operations, no error (tokenizers 0.22).
     """
+    _ctranslate2()
+    from faster_whisper import WhisperModel
 
-    def __init__(self) -> None:
-        self._by_content: LRUCache[bytes, object] = LRUCache(KEPT_TOKENIZERS)
-        self._lock = threading.Lock()
-
-    def build(self, directory: str, **options: object) -> WhisperModel:
-        """
-        A `WhisperModel` of *directory*, its tokenizer shared.
-        """
-        _ctranslate2()
-        from faster_whisper import WhisperModel
-
-        plain = WhisperModel.__init__
-        shared = types.SimpleNamespace(
-            Tokenizer=types.SimpleNamespace(
-                from_file=self.from_file,
-                from_pretrained=partial(_tokenizer_from_hub, directory),
-            )
+    plain = WhisperModel.__init__
+    shared = types.SimpleNamespace(
+        Tokenizer=types.SimpleNamespace(
+            from_file=shells.tokenizer,
+            from_pretrained=partial(_tokenizer_from_hub, directory),
         )
-        init = types.FunctionType(
-            plain.__code__,
-            {**plain.__globals__, "tokenizers": shared},
-            plain.__name__,
-            plain.__defaults__,
-            plain.__closure__,
-        )
-        init.__kwdefaults__ = plain.__kwdefaults__
-        whisper: WhisperModel = WhisperModel.__new__(WhisperModel)
-        init(whisper, directory, **options)
-        return whisper
-
-    def from_file(self, path: str) -> object:
-        """
-        The tokenizer of a tokenizer.json, parsed once.
-        """
-        from tokenizers import Tokenizer
-
-        content = Path(path).read_bytes()
-        digest = hashlib.blake2b(content, digest_size=16).digest()
-        with self._lock:
-            tokenizer = self._by_content.get(digest)
-        if tokenizer is None:
-            try:
-                tokenizer = Tokenizer.from_buffer(content)
-            except Exception as error:  # tokenizers raises nothing narrower
-                raise CorruptModel(path, str(error)) from error
-            with self._lock:
-                self._by_content[digest] = tokenizer
-        return tokenizer
+    )
+    init = types.FunctionType(
+        plain.__code__,
+        {**plain.__globals__, "tokenizers": shared},
+        plain.__name__,
+        plain.__defaults__,
+        plain.__closure__,
+    )
+    init.__kwdefaults__ = plain.__kwdefaults__
+    whisper: WhisperModel = WhisperModel.__new__(WhisperModel)
+    init(whisper, directory, **options)
+    return whisper
 
 
 @dataclass(slots=True)
@@ -412,14 +373,15 @@ class FasterWhisperLoader:
     Attributes:
         probe: Gauge for measurements on GPUs.
         learned: Corrections of footprints that were measured before.
+        variants_bytes: Most bytes of disk for all variants; None to use none.
     """
 
     probe: MemoryProbe
     learned: LearnedFootprints = field(default_factory=LearnedFootprints)
-    _shells: LRUCache[ModelKey, _Shell] = field(
-        default_factory=lambda: LRUCache(KEPT_SHELLS)
-    )
-    _tokenizers: _Tokenizers = field(default_factory=_Tokenizers)
+    variants_bytes: int | None = None
+    _shells: Shells = field(default_factory=Shells)
+    _pages: ReadAhead = field(default_factory=ReadAhead)
+    _builder: Builder | None = None
     _downloading: dict[str, threading.Lock] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -453,14 +415,75 @@ class FasterWhisperLoader:
         A model's files: a directory, the hub's local cache, or a download into it.
         """
         if is_directory(model):
-            return _files_in(model)
-        here = _snapshot(model, options, local_files_only=True)
-        if download and not (here and _is_whole(here)):
+            return files_in(model)
+        here = snapshot(model, options, local_files_only=True)
+        if download and not (here and is_whole(here)):
             with self._lock:
                 downloading = self._downloading.setdefault(model, threading.Lock())
             with downloading:
-                here = _downloaded(model, options)
-        return None if here is None else _files_in(here)
+                here = downloaded(model, options)
+        return None if here is None else files_in(here)
+
+    def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
+        """
+        The variant of *files* that CTranslate2 need not convert, if there is one.
+        """
+        original = files.original or files
+        builder = self._get_builder()
+        wanted = _wanted_variant(key, original)
+        if builder is None or wanted is None:
+            return original
+        directory = builder.variants.find(*wanted)
+        if directory is None:
+            return original
+        try:
+            variant = files_in(str(directory))
+        except WhisperCacheError as error:  # it has just gone
+            _log.debug("no variant of %s: %s", key, error)
+            return original
+        saved = original.saved_compute_type
+        return replace(variant, saved_compute_type=saved, original=original)
+
+    def follow_up(self, loaded: LoadedModel) -> None:
+        """
+        Have the variant built that was not there.
+        """
+        builder = self._get_builder()
+        wanted = _wanted_variant(loaded.key, loaded.files)
+        if builder is not None and wanted is not None:
+            builder.build_soon(*wanted)
+
+    @property
+    def variants(self) -> Variants | None:
+        """
+        The user's variants; None if none are to be used.
+        """
+        builder = self._get_builder()
+        return None if builder is None else builder.variants
+
+    def _reject(self, key: ModelKey, original: ModelFiles) -> None:
+        """
+        Use a variant no more that could not be loaded.
+        """
+        builder, wanted = self._get_builder(), _wanted_variant(key, original)
+        if builder is not None and wanted is not None:
+            builder.variants.reject(*wanted)
+
+    def _get_builder(self) -> Builder | None:
+        """
+        The user's variants, and who builds them; None if there should be none.
+        """
+        if self.variants_bytes is None:
+            return None
+        if self._builder is None:
+            from .building import Builder
+            from .variants import Variants
+
+            engine = f"CTranslate2 {_ctranslate2().__version__}"
+            builder = Builder(Variants(engine, self.variants_bytes))
+            with self._lock:
+                self._builder = self._builder or builder
+        return self._builder
 
     def footprint(
         self, key: ModelKey, files: ModelFiles, workload: Workload
@@ -505,25 +528,31 @@ class FasterWhisperLoader:
         """
         Build the model, or read the weights back into a shell that was kept.
         """
-        if _stamp(files.directory) != files.stamp:
+        original = files.original or files
+        if stamp_of(original.directory) != original.stamp:
             raise LoadFailed(
                 str(key), "its files changed while the request waited; ask again"
             )
         _use_in_this_process()
         before = self._held_bytes(key.device)
-        with self._lock:
-            shell = self._shells.pop(key, None)
-        # A shell of other files would decode the new weights with the old tokenizer.
-        if shell is not None and shell.files == files:
-            whisper = shell.whisper
-            whisper.model.load_model()
-        else:
-            shell = None
-            whisper = self._build(key, files)
+        shell = self._shells.take(key)
+        # One of other files would decode the new weights with the old tokenizer.
+        kept = shell.whisper if shell is not None and shell.files == files else None
+        reloaded = kept is not None
+        try:
+            if kept is not None:
+                whisper = kept
+                whisper.model.load_model()
+            else:  # its tokenizer is still of use, so it lives until then
+                whisper = self._build(key, files)
+        except Exception as error:
+            if files.original is not None and classify(error) is Fault.OTHER:
+                self._reject(key, files.original)
+            raise
         model = whisper.model
         if model.compute_type != key.compute_type:
             _log.warning("%s computes in %s", key, model.compute_type)
-        if shell is None:
+        if not reloaded:
             # A reload leaves its buffers for the next one; `return_memory` comes later.
             memory.return_free_memory()
         after = self._held_bytes(key.device)
@@ -535,10 +564,10 @@ class FasterWhisperLoader:
             compute_type=str(model.compute_type),
             is_multilingual=bool(model.is_multilingual),
             supported_languages=tuple(whisper.supported_languages),
-            measured_bytes=None if shell else grown,
-            reloaded=shell is not None,
+            measured_bytes=None if reloaded else grown,
+            reloaded=reloaded,
         )
-        del model, whisper, shell
+        del model, whisper, kept, shell
         loaded.references = loaded.count_references()
         return loaded
 
@@ -547,8 +576,9 @@ class FasterWhisperLoader:
         options = dict(key.options)
         for hub_option in ("download_root", "revision"):
             options.pop(hub_option, None)
-        whisper = self._tokenizers.build(
+        whisper = _construct(
             files.directory,
+            self._shells,
             device=kind,
             device_index=int(index or 0),
             compute_type=key.compute_type,
@@ -564,8 +594,8 @@ class FasterWhisperLoader:
         A load that follows at once takes the freed pages as they are: asking the system
         for new ones costs a third of a small model's load.
 
-        On the CPU the shell is kept for a while. On a GPU it would keep cuBLAS handles
-        and their memory on the card, so the whole object goes.
+        On the CPU the whole shell is kept for a while. On a GPU it would keep cuBLAS
+        handles and their memory on the card, so of that only the tokenizer is.
         """
         before = self._held_bytes(loaded.key.device)
         references = max(0, loaded.count_references() - loaded.references)
@@ -580,9 +610,7 @@ class FasterWhisperLoader:
                 reason = f"{model.num_active_batches} batches are still active"
                 return Released(confirmed=False, reason=f"not unloaded: {reason}")
             time.sleep(0.0005)
-        if loaded.key.device == "cpu":
-            with self._lock:
-                self._shells[loaded.key] = _Shell(loaded.whisper, loaded.files)
+        self._shells.keep(loaded.key, _shell_of(loaded))
         del model, loaded.whisper
         if load_follows:
             return Released(confirmed=True, references=references)
@@ -598,6 +626,35 @@ class FasterWhisperLoader:
         del device
         memory.return_free_memory()
 
+    def shell_bytes(self) -> int:
+        """
+        What the shells take.
+        """
+        return self._shells.n_bytes
+
+    def shrink_shells(self, most_bytes: int, but: ModelKey | None = None) -> None:
+        """
+        Drop shells, and give their memory back.
+        """
+        if self._shells.shrink(most_bytes, but):
+            memory.return_free_memory()
+
+    def read_ahead(self, files: ModelFiles) -> None:
+        """
+        Ask the kernel for model.bin.
+        """
+        if files.directory:  # else it is to be downloaded
+            self._pages.start(Path(files.directory, "model.bin"))
+
+    def read(self, files: ModelFiles) -> None:
+        """
+        Read model.bin.
+        """
+        try:
+            read_through(Path(files.directory, "model.bin"))
+        except OSError as error:
+            raise LoadFailed(files.directory, f"it cannot be read: {error}") from error
+
     def forked(self, loaded: Iterable[LoadedModel]) -> None:
         """
         Keep the parent's models for ever: the threads that their destructors wait for
@@ -606,13 +663,15 @@ class FasterWhisperLoader:
         Source: CTranslate2 4.8.5, CPU: a child with a model in it never ended, and with
         one more reference it did.
         """
-        shells = [shell.whisper for shell in self._shells.values()]
-        for whisper in (*shells, *(each.whisper for each in loaded)):
+        kept = [shell.whisper for shell in self._shells.all() if shell.whisper]
+        for whisper in (*kept, *(each.whisper for each in loaded)):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(whisper.model))
-        self._shells.clear()
+        self._shells = Shells()
+        self._pages = ReadAhead()
         self._downloading.clear()
         self._lock = threading.Lock()
-        self._tokenizers = _Tokenizers()
+        if self._builder is not None:
+            self._builder.forked()
         self.learned.forked()
 
     def quiesce(self, loaded: LoadedModel, timeout_s: float) -> bool:
@@ -685,6 +744,30 @@ class FasterWhisperLoader:
         return samples
 
 
+def _shell_of(loaded: LoadedModel) -> Shell:
+    whisper = loaded.whisper
+    tokenizer = whisper.hf_tokenizer
+    is_whole = loaded.key.device == "cpu"
+    return Shell(
+        loaded.files,
+        tokenizer,
+        tokenizer.get_vocab_size(),
+        whisper if is_whole else None,
+    )
+
+
+def _wanted_variant(key: ModelKey, files: ModelFiles) -> tuple[Origin, str] | None:
+    """
+    What to look for, if *files* would have to be converted at each load.
+    """
+    if files.original is not None or not isinstance(files.source, ModelHeader):
+        return None
+    kind = kind_for(files.source, key.compute_type)
+    if kind is None:
+        return None
+    return Origin(key.model, files.source, files.stamp), kind
+
+
 def _tokenizer_from_hub(directory: str, repository: str) -> object:
     """
     The tokenizer of a model that brings none, from the hub, as faster-whisper does.
@@ -699,113 +782,3 @@ def _tokenizer_from_hub(directory: str, repository: str) -> object:
             "it has no tokenizer.json and the model hub cannot be reached; put the "
             f"tokenizer.json of {repository} beside its model.bin",
         ) from error
-
-
-def _stamp(directory: str) -> tuple[int, ...]:
-    stamp: list[int] = []
-    for name in _STAMPED:
-        try:
-            status = os.stat(os.path.join(directory, name))
-        except FileNotFoundError as error:
-            if name == "model.bin":
-                raise LoadFailed(directory, "its model.bin is gone") from error
-            stamp.append(0)
-        except OSError as error:
-            raise LoadFailed(directory, f"{name} cannot be read: {error}") from error
-        else:
-            stamp += status.st_size, status.st_mtime_ns, status.st_ino
-    return tuple(stamp)
-
-
-def _files_in(directory: str) -> ModelFiles:
-    stamp = _stamp(directory)
-    header = read_header(directory)
-    if not Path(directory, "config.json").is_file():
-        raise CorruptModel(directory, "config.json is missing")
-    return ModelFiles(directory, header.saved_compute_type, stamp, header)
-
-
-def _downloaded(model: str, options: Mapping[str, OptionValue]) -> str:
-    """
-    Directory of a repository, after a download if need be.
-    """
-    # Somebody else may have fetched it while this caller waited.
-    here = _snapshot(model, options, local_files_only=True)
-    if here is not None and (_is_whole(here) or options.get("local_files_only")):
-        return here
-    if options.get("local_files_only"):
-        raise LoadFailed(
-            model,
-            "it is not on this disk and local_files_only is set; allow the download, "
-            "or give the directory of a model",
-        )
-    _log.info("downloading %s", model)
-    try:
-        fetched = _snapshot(model, options, local_files_only=False)
-    except LoadFailed:
-        if here is None:
-            raise
-        return here
-    assert fetched is not None
-    return fetched
-
-
-def _is_whole(directory: str) -> bool:
-    """
-    Whether no file is missing, as after an interrupted download.
-
-    huggingface-hub tells by itself from 2.0 on only. A few repositories have no
-    tokenizer; they look interrupted for ever, which costs a question to the hub each
-    time.
-    """
-    found = set(os.listdir(directory))
-    return {"config.json", "model.bin", "tokenizer.json"} <= found and any(
-        name.startswith("vocabulary.") for name in found
-    )
-
-
-def _snapshot(
-    model: str, options: Mapping[str, OptionValue], *, local_files_only: bool
-) -> str | None:
-    """
-    Directory of a repository in the hub's local cache, after a download if allowed.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    token = options.get("use_auth_token")
-    try:
-        directory = snapshot_download(
-            MODELS.get(model, model),
-            revision=_text(options.get("revision")),
-            cache_dir=_text(options.get("download_root")),
-            token=token if isinstance(token, bool) else _text(token),
-            local_files_only=local_files_only,
-            allow_patterns=list(_HUB_FILES),
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        reason = "the model hub has no such repository or revision, or it is private"
-        raise UnknownModel(model, reason) from error
-    except Exception as error:  # also those of its HTTP library, whichever that is
-        if local_files_only:
-            return None
-        raise _unreachable(model, error) from error
-    # An interrupted download leaves a snapshot without its largest file.
-    if not Path(directory, "model.bin").is_file():
-        if local_files_only:
-            return None
-        raise UnknownModel(model, "the repository has no model.bin for CTranslate2")
-    return str(directory)
-
-
-def _text(value: OptionValue) -> str | None:
-    return None if value is None else str(value)
-
-
-def _unreachable(model: str, error: Exception) -> WhisperCacheError:
-    first = str(error).strip().partition("\n")[0]
-    return LoadFailed(
-        model,
-        f"it is not on this disk and the download failed ({first}); check the network, "
-        "or give the directory of a model",
-    )

@@ -80,6 +80,7 @@ _DEVICE_GAUGES = (
     ("capacity_bytes", "What the cache may use now, by its limit and the gauge."),
     ("charged_bytes", "What is counted for models, their work and loads under way."),
     ("peak_bytes", "Largest that the charged bytes have been."),
+    ("shell_bytes", "What models that have left keep so that they return faster."),
     ("limit_bytes", "The limit that was set; absent without one."),
 )
 _SINCE = "counted since the cache was added to the collector."

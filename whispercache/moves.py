@@ -127,9 +127,12 @@ class Moves(Books):
 
     def _load_in_turn(self, entry: Entry) -> None:
         peers, name = self.peers, entry.device.name
+        if self._has_other_files(entry):
+            return
+        self._shrink_shells(entry.host, but=entry.key)
         with nullcontext() if peers is None else peers.turn(name):
             self._tell_peers(entry.device)
-            if (reading := self._shortage(entry.device)) is not None:
+            if (reading := self._shortage(entry)) is not None:
                 self._put_back(entry, reading)
                 return
             with self.changing():
@@ -140,7 +143,9 @@ class Moves(Books):
         if loaded is None:
             return
         load_s = self.clock.now() - started_s
+        shell_bytes = self.loader.shell_bytes()
         with self.changing():
+            entry.host.shell_bytes = shell_bytes
             # Work of others in the process moves what the loader measured.
             is_quiet = quiet_since == self._grants
             self._loaded_locked(entry, loaded, load_s)
@@ -149,6 +154,51 @@ class Moves(Books):
                 self._return_later_locked(entry.device)
         if is_quiet and loaded.measured_bytes is not None:
             self.loader.remember(entry.key, loaded.files, loaded.measured_bytes)
+        self.loader.follow_up(loaded)
+
+    def _has_other_files(self, entry: Entry) -> bool:
+        """
+        Whether others are to be read than those that its memory was reserved for: a
+        variant came, or went, while the load waited. Then it is admitted anew.
+        """
+        assert entry.files is not None
+        files = self.loader.choose(entry.key, entry.files)
+        if files == entry.files:
+            return False
+        footprints = {
+            workload: self.loader.footprint(entry.key, files, workload)
+            for workload in entry.footprints
+        }
+        with self.changing():
+            self._take_back_locked(entry)
+            entry.located(files, footprints)
+            self._admit_locked()
+        return True
+
+    def _shrink_shells(
+        self, host: Device, most_bytes: int | None = None, but: ModelKey | None = None
+    ) -> None:
+        """
+        Let shells leave the host, down to *most_bytes* or to what is left for them; on
+        the thread of a device. That of *but* is about to be used.
+        """
+        with self.changing():
+            host.is_shedding = False
+            left_bytes = host.left_bytes if most_bytes is None else most_bytes
+        self.loader.shrink_shells(max(0, left_bytes), but)
+        n_bytes = self.loader.shell_bytes()
+        with self.changing():
+            host.shell_bytes = n_bytes
+
+    def _shed_locked(self, host: Device) -> None:
+        """
+        Have shells go that are more than what is left for them. A load sees to it
+        itself, and spares its own.
+        """
+        is_loading = any(e.state is State.LOADING for e in self.entries.values())
+        if host.has_too_many_shells and not host.is_shedding and not is_loading:
+            host.is_shedding = True
+            host.thread.submit(partial(self._shrink_shells, host))
 
     def _tell_peers(self, device: Device) -> None:
         """
@@ -157,14 +207,16 @@ class Moves(Books):
         if self.peers is not None and not self._is_over:
             self.peers.publish(device.name, self.account(device))
 
-    def _shortage(self, device: Device) -> MemoryReading | None:
+    def _shortage(self, entry: Entry) -> MemoryReading | None:
         """
         The gauge, if it no longer shows room for what is charged: other programs may
         have come since. None if it does, or cannot be read.
         """
-        reading = None
+        device, reading = entry.device, None
         for _ in "12":
-            if reading is not None:  # what an unload left in the heap for this load
+            if reading is not None:
+                self._shrink_shells(entry.host, 0)  # its own, too
+                # What an unload left in the heap for this load.
                 self.loader.return_memory(device.name)
             try:
                 reading = self.probe.read(device.name)
@@ -184,14 +236,20 @@ class Moves(Books):
         Take a load back that has not begun; whoever waits for it waits again.
         """
         with self.changing():
-            self._absent_locked(entry)
-            for waiter in self.queue:
-                if waiter.held is not None and waiter.wants(entry):
-                    self._let_go_locked(waiter)
+            self._take_back_locked(entry)
         # On its thread, so nothing moves, whatever is on its way.
         self.take_reading(entry.device, reading, is_still=True)
         with self.changing():
             self._admit_locked()
+
+    def _take_back_locked(self, entry: Entry) -> None:
+        """
+        Close the books of a load that has not begun; whoever waits for it waits again.
+        """
+        self._absent_locked(entry)
+        for waiter in self.queue:
+            if waiter.held is not None and waiter.wants(entry):
+                self._let_go_locked(waiter)
 
     def _try_to_load(self, entry: Entry) -> LoadedModel | None:
         """
@@ -206,6 +264,8 @@ class Moves(Books):
                 # The frames of the traceback hold the half-built model.
                 traceback.clear_frames(error.__traceback__)
                 fault = self._fault(entry.device, error, entry.weights_bytes)
+                if fault is Fault.OTHER and self._has_other_files(entry):
+                    return None
                 if fault is not Fault.OUT_OF_MEMORY or tried:
                     self._failed(entry, error, fault, tried)
                     return None
@@ -240,6 +300,8 @@ class Moves(Books):
                 self._leave_memory_locked(entry, EvictionCause.OUT_OF_MEMORY)
         for entry in idle:
             self._unload(entry)
+        if device.name == "cpu":
+            self._shrink_shells(device, 0)
         self.loader.return_memory(device.name)
         return [entry.key for entry in idle if not entry.is_present]
 
@@ -370,7 +432,9 @@ class Moves(Books):
         )
 
     def _unloaded(self, entry: Entry, released: Released) -> None:
+        shell_bytes = self.loader.shell_bytes()
         with self.changing():
+            entry.host.shell_bytes = shell_bytes
             assert entry.cause is not None
             self.counts["evictions"] += 1
             unload_s = self.clock.now() - entry.unload_started_s

@@ -78,6 +78,7 @@ def devices(core: Core) -> tuple[DeviceInfo, ...]:
                 limit_bytes=device.limit_bytes,
                 capacity_bytes=device.capacity_bytes,
                 charged_bytes=device.charged_bytes,
+                shell_bytes=device.shell_bytes,
                 peak_bytes=device.peak_bytes,
                 models=len(device.entries),
             )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from .architecture import ARCHITECTURES, HUB_COMPUTE_TYPE
 from .entries import Entry, State
 from .errors import DeviceUnavailable, NotDownloaded, UnsupportedComputeType
+from .files import ModelFiles
 from .footprint import DEFAULT_WORKLOAD
 from .keys import (
     ModelKey,
@@ -24,7 +25,6 @@ from .keys import (
     effective_compute_type,
     is_directory,
 )
-from .loader import ModelFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -67,6 +67,12 @@ class Resolver:
     def known(self, request: Request) -> Entry | None:
         """
         The books of a request that was resolved before, if it was.
+
+        Every hit asks, so it is a plain dict that makes no system call, and starts anew
+        when it is full. What a name means is not kept: a link may point elsewhere.
+
+        Source: benchmarks/hit_path.py; a look-up takes 0.03 µs, and 0.1 to 0.2 in the
+        bounded maps of cachetools.
         """
         try:
             return self._known.get(request)
@@ -130,6 +136,7 @@ class Resolver:
                 model = entry.key.model
                 files = self._loader.locate(model, target.options, download=download)
                 files = files or self._peek(model, target.options, download=False)
+                files = self._loader.choose(entry.key, files)
             wanted = {*entry.footprints, DEFAULT_WORKLOAD, workload}
             footprints = {
                 each: self._loader.footprint(entry.key, files, each) for each in wanted
@@ -140,6 +147,20 @@ class Resolver:
             self._core.observe(entry.device)
             if entry.host is not entry.device:
                 self._core.observe(entry.host)
+
+    def read(self, target: Target) -> None:
+        """
+        Read the files of an absent model into the page cache.
+
+        Blocks: until they are read; for a download, if need be.
+
+        Raises:
+            LoadFailed: they are not here and cannot be downloaded, or not be read.
+        """
+        self.locate(target, DEFAULT_WORKLOAD)
+        files = target.entry.files
+        if files is not None and not target.entry.is_present:
+            self._loader.read(files)
 
     def _peek(
         self, model: str, options: Mapping[str, OptionValue], *, download: bool

@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, cast
 
 from .cache import ModelCache
 from .errors import DeviceUnavailable
+from .files import ModelFiles
 from .footprint import Footprint
 from .keys import TYPICAL_COMPUTE_TYPES
-from .loader import LoadedModel, ModelFiles, Released
+from .loader import LoadedModel, Released
 from .memory import MemoryReading
 from .units import parse_limit
 
@@ -296,10 +297,14 @@ class FakeLoader:
         missing: Names that have to be "downloaded" first.
         fail_loads: By model name, errors for its next loads, the first first.
         refuse_unloads: So many unloads to come will silently do nothing.
+        shell_size: What each model that has left leaves on the host, ``"cpu"``.
         loads: How often each model was loaded.
         unloads: How often each was unloaded.
         downloads: How often each was downloaded.
         resident: What is in memory.
+        shells: Models that have left, and left something.
+        read_files: How often each directory was read.
+        read_ahead_files: How often each was asked to be read ahead.
     """
 
     machine: FakeMachine
@@ -316,11 +321,15 @@ class FakeLoader:
         default_factory=lambda: defaultdict(list)
     )
     refuse_unloads: int = 0
+    shell_size: int | str = 0
     loads: Counter[str] = field(default_factory=Counter)
     unloads: Counter[str] = field(default_factory=Counter)
     downloads: Counter[str] = field(default_factory=Counter)
     resident: dict[ModelKey, FakeWhisper] = field(default_factory=dict)
     remembered: list[tuple[ModelKey, int]] = field(default_factory=list)
+    shells: dict[ModelKey, int] = field(default_factory=dict)
+    read_files: Counter[str] = field(default_factory=Counter)
+    read_ahead_files: Counter[str] = field(default_factory=Counter)
     _load_gates: dict[str, Gate] = field(default_factory=dict)
     _unload_gates: dict[str, Gate] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -376,6 +385,25 @@ class FakeLoader:
                 self.downloads[model] += 1
         return ModelFiles(f"fake/{model}", self.saved_compute_type)
 
+    def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
+        """
+        There are no others.
+        """
+        del key
+        return files
+
+    def read_ahead(self, files: ModelFiles) -> None:
+        """
+        Note it.
+        """
+        self.read_ahead_files[files.directory] += 1
+
+    def read(self, files: ModelFiles) -> None:
+        """
+        Note it.
+        """
+        self.read_files[files.directory] += 1
+
     def footprint(
         self, key: ModelKey, files: ModelFiles, workload: Workload
     ) -> Footprint:
@@ -410,6 +438,8 @@ class FakeLoader:
             raise errors.pop(0)
         assert key not in self.resident, f"{key} was loaded twice"
         n_bytes = _n_bytes(self.sizes.get(key.model, self.default_size))
+        if shell_bytes := self.shells.pop(key, 0):
+            self.machine.give_back("cpu", shell_bytes)
         self.machine.take(key.device, n_bytes)
         whisper = FakeWhisper(key)
         self.resident[key] = whisper
@@ -423,6 +453,26 @@ class FakeLoader:
             supported_languages=("en",),
             measured_bytes=n_bytes,
         )
+
+    def follow_up(self, loaded: LoadedModel) -> None:
+        """
+        There is nothing to do.
+        """
+
+    def shell_bytes(self) -> int:
+        """
+        What the shells take.
+        """
+        return sum(self.shells.values())
+
+    def shrink_shells(self, most_bytes: int, but: ModelKey | None = None) -> None:
+        """
+        Drop shells, the oldest first.
+        """
+        most_bytes += self.shells.get(but, 0) if but is not None else 0
+        for key in [each for each in self.shells if each != but]:
+            if self.shell_bytes() > most_bytes:
+                self.machine.give_back("cpu", self.shells.pop(key))
 
     def forked(self, loaded: Iterable[LoadedModel]) -> None:
         """
@@ -457,6 +507,9 @@ class FakeLoader:
         n_bytes = _n_bytes(self.sizes.get(key.model, self.default_size))
         self.machine.give_back(key.device, n_bytes)
         self.unloads[key.model] += 1
+        if shell_bytes := _n_bytes(self.shell_size):
+            self.machine.take("cpu", shell_bytes)
+            self.shells[key] = shell_bytes
         return Released(confirmed=True, returned_bytes=n_bytes)
 
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:

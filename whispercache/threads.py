@@ -11,16 +11,33 @@ import queue
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Clock", "DeviceThread", "MonotonicClock", "caller", "current_owner"]
+__all__ = [
+    "AT_ONCE",
+    "Clock",
+    "DeviceThread",
+    "MonotonicClock",
+    "caller",
+    "current_owner",
+    "take_turn",
+]
 
 _log = logging.getLogger("whispercache")
 
+
+AT_ONCE = False
+"""
+For `Lock.acquire`: now or not at all. By keyword it takes twice as long.
+"""
+
+_TURNS = 100
+"""
+How often `take_turn` lets others go first: about 100 µs.
+"""
 
 _owners = itertools.count()
 
@@ -41,6 +58,8 @@ def caller() -> str:
     """
     File and line outside this package from which it was called.
     """
+    from pathlib import Path
+
     package = str(Path(__file__).parent)
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
@@ -53,6 +72,24 @@ def current_owner() -> object:
     A token of the calling thread, as the owner of leases.
     """
     return _here.owner
+
+
+def take_turn(lock: threading.Lock) -> None:
+    """
+    Acquire a lock that is held for microseconds, and was not free.
+
+    Its holder most likely waits for the interpreter, which this thread has. Who sleeps
+    on such a lock gets it when he has not got the interpreter; whoever has it then must
+    sleep too, and from then on each use of the lock costs a change of threads. So the
+    interpreter is passed on first, and only a lock that stays taken is slept on.
+
+    Source: benchmarks/hit_path.py; 16 threads: 20 µs a hit without, 4 to 6 with this.
+    """
+    for _ in range(_TURNS):
+        time.sleep(0)
+        if lock.acquire(AT_ONCE):
+            return
+    lock.acquire()
 
 
 class Clock(Protocol):

@@ -11,9 +11,7 @@ Source: CTranslate2 src/models/model.cc:178-425 @ 0d8bcd3; on the CPU measured w
 from __future__ import annotations
 
 import os
-import platform
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .architecture import ITEM_BYTES, Architecture, Variable, layout
@@ -193,6 +191,9 @@ def packs_weights() -> bool:
 
 @lru_cache(maxsize=1)
 def _is_intel() -> bool:
+    import platform
+    from pathlib import Path
+
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -1,0 +1,105 @@
+"""
+What ``import whispercache`` imports, and what it leaves for later.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# What takes long to import, and is of no use before there is a cache.
+LATER = {
+    "asyncio",
+    "ctypes",
+    "hashlib",
+    "json",
+    "pathlib",
+    "tempfile",
+    "tracemalloc",
+    "whispercache.aio",
+    "whispercache.core",
+    "whispercache.events",
+    "whispercache.loader",
+    "whispercache.memory",
+    "whispercache.report",
+}
+
+
+def printed(program: str) -> str:
+    """
+    What a fresh interpreter prints that runs *program*.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import whispercache", "from whispercache import get_model, ModelCache"],
+)
+def test_who_imports_names_does_not_wait_for_what_a_cache_needs(
+    statement: str,
+) -> None:
+    """
+    The names that all programs use are there without the rest of the package.
+    """
+    # What an empty interpreter has imported does not count.
+    seen = printed(
+        f"import sys; before = set(sys.modules); {statement}; "
+        f"print(sorted({LATER!r} & (set(sys.modules) - before)))"
+    )
+    assert seen == "[]"
+
+
+def test_every_public_name_is_found_by_who_asks_for_it_first() -> None:
+    """
+    Also those that are imported when they are first asked for; they are listed, too.
+    """
+    seen = printed(
+        "import importlib, sys, whispercache\n"
+        "missing = set(whispercache.__all__) - set(dir(whispercache))\n"
+        "for name in whispercache.__all__:\n"
+        "    for module in [m for m in sys.modules if m.startswith('whispercache')]:\n"
+        "        del sys.modules[module]\n"
+        "    package = importlib.import_module('whispercache')\n"
+        "    first = getattr(package, name)\n"
+        "    assert getattr(package, name) is first, name\n"
+        "    assert name in vars(package), name\n"
+        "print(sorted(missing))"
+    )
+    assert seen == "[]"
+
+
+def test_the_function_footprint_is_not_hidden_by_its_module() -> None:
+    """
+    They share a name, and importing the module sets it anew.
+    """
+    seen = printed(
+        "import whispercache.footprint\n"
+        "from whispercache.footprint import estimate\n"
+        "import whispercache\n"
+        "print(whispercache.footprint('base').weights_bytes > 0)"
+    )
+    assert seen == "True"
+
+
+def test_a_name_that_came_later_is_the_one_in_its_module() -> None:
+    """
+    So that ``isinstance`` and ``except`` mean the same class everywhere.
+    """
+    seen = printed(
+        "import whispercache\n"
+        "first = whispercache.ModelLoaded\n"
+        "from whispercache import events\n"
+        "print(first is events.ModelLoaded is whispercache.ModelLoaded)"
+    )
+    assert seen == "True"
