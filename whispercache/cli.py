@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from . import __version__
+from . import __version__, upkeep
 from .comparison import command as compare
 from .errors import WhisperCacheError
 from .formats import FORMATS
@@ -57,6 +57,7 @@ commands:
   top         what a server is doing, live
   compare     how well, and how fast, models hear your audio
   models      what each known model takes, and where it fits now
+  variants    copies of models that load faster: list, build and remove them
   doctor      what is needed here, what works, and how to mend the rest
 
 'whispercache COMMAND --help' tells more.
@@ -179,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true", help="print bytes as JSON")
     _add_place(models, "all that are here", "what is worth a look")
     models.set_defaults(run=_models, compute_type=None)
+    upkeep.add_options(
+        commands.add_parser(
+            "variants",
+            description="List, build and remove copies of models that load faster.",
+        )
+    )
     serve.add_options(
         commands.add_parser(
             "serve",
@@ -231,6 +238,7 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=Path, metavar="DIR", help="write files there, not stdout")
     add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
     add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
+    add("--no-variants", action="store_true", help="read models as they were saved")
     parser.set_defaults(run=transcribe)
 
 

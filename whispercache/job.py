@@ -109,7 +109,10 @@ class _Job:
         loader = FasterWhisperLoader(probe)
         files = list(dict.fromkeys(options.files))
         with ModelCache(
-            vram=options.vram, ram=options.ram, loader=loader, probe=probe
+            vram=options.vram,
+            ram=options.ram,
+            variants=not options.no_variants,
+            probe=probe,
         ) as cache:
             models = self._models(cache)
             if options.output_dir is not None:

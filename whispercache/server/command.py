@@ -72,6 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--fallback", action="append", default=[], metavar="RUNG", help="as in the API")
     add("--watch", action="store_true", help="leave before other programs run out")
     add("--coordinate", action="store_true", help="with other processes of this user")
+    add("--no-variants", action="store_true", help="read models as they were saved")
     limits = parser.add_argument_group("limits of a request")
     add = limits.add_argument
     add("--max-upload", metavar="SIZE", default="100MiB", help="default: %(default)s")
@@ -127,6 +128,7 @@ def run(options: argparse.Namespace) -> int:
         fallback=options.fallback,
         pressure="watch" if options.watch else "load",
         coordinate=options.coordinate,
+        variants=not options.no_variants,
     ) as cache:
         app = create_app(served, cache)
         config = uvicorn.Config(
