@@ -147,6 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.loader.workspace_bytes = GIB // 8
         self.loader.host_loading_bytes = GIB // 4
         self.loader.loading_factor = 1.25
+        self.loader.shell_size = GIB // 2
         self.clock = FakeClock()
         self.cache = ModelCache(
             vram="5GiB",
@@ -606,10 +607,13 @@ class CacheMachine(RuleBasedStateMachine):
         for name, device in self.core.devices.items():
             held = [e for e in device.entries.values() if e.state in there]
             weights_bytes = sum(entry.weights_bytes for entry in held)
-            assert self.machine.held_bytes[name] == weights_bytes
+            held_bytes = weights_bytes + device.shell_bytes
+            assert self.machine.held_bytes[name] == held_bytes
             assert {entry.key for entry in held} == {
                 key for key in self.loader.resident if key.device == name
             }
+        if (host := self.core.devices.get("cpu")) is not None:
+            assert host.shell_bytes == self.loader.shell_bytes()
 
     @invariant()
     def lives_make_sense(self) -> None:

@@ -95,12 +95,14 @@ class ModelLoaded(Event):
         measured_bytes: Growth of memory that was seen, or None where nothing is
             measured. Other work in the process or on the card moves it.
         reloaded: Only the weights were read again; the rest had been kept.
+        from_variant: They came from a copy that was converted before.
     """
 
     load_s: float
     charged_bytes: int
     measured_bytes: int | None
     reloaded: bool
+    from_variant: bool = False
 
 
 @dataclass(frozen=True, slots=True)

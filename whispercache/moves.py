@@ -195,8 +195,10 @@ class Moves(Books):
         Have shells go that are more than what is left for them. A load sees to it
         itself, and spares its own.
         """
-        is_loading = any(e.state is State.LOADING for e in self.entries.values())
-        if host.has_too_many_shells and not host.is_shedding and not is_loading:
+        if host.is_shedding or not host.has_too_many_shells:
+            return
+        present = (e for each in self.devices.values() for e in each.entries.values())
+        if not any(entry.state is State.LOADING for entry in present):
             host.is_shedding = True
             host.thread.submit(partial(self._shrink_shells, host))
 
@@ -336,7 +338,12 @@ class Moves(Books):
         measured_bytes = loaded.measured_bytes
         self.outbox.append(
             ModelLoaded(
-                entry.key, load_s, weights_bytes, measured_bytes, loaded.reloaded
+                entry.key,
+                load_s,
+                weights_bytes,
+                measured_bytes,
+                loaded.reloaded,
+                from_variant=loaded.files.original is not None,
             )
         )
         # Whoever waited for this load comes first, even if it is to leave meanwhile.

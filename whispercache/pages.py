@@ -76,11 +76,15 @@ def read_through(path: Path) -> None:
     """
     with path.open("rb", buffering=0) as file:
         if sys.platform == "linux":
-            _send_away(file)
-        else:
-            block = bytearray(_BLOCK_BYTES)
-            while file.readinto(block):
-                pass
+            try:
+                _send_away(file)
+            except OSError as error:  # some file systems cannot
+                _log.debug("%s is read with a copy: %s", path, error)
+            else:
+                return
+        block = bytearray(_BLOCK_BYTES)
+        while file.readinto(block):
+            pass
 
 
 def _send_away(file: BinaryIO) -> None:
