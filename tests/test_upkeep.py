@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import ctranslate2
 import pytest
 from real import MIB, child_environment, clip, micro, micro_copy, packaged, reference
 
@@ -313,6 +314,7 @@ class TestList:
             "n_bytes": n_bytes,
             "used_s": used_s,
             "state": "ready",
+            "engine": f"CTranslate2 {ctranslate2.__version__}",
         }
 
     def test_json_may_be_asked_for_on_either_side_of_list(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,13 @@ from typing import TYPE_CHECKING
 from .convert import Origin
 from .errors import WhisperCacheError
 from .header import read_header
-from .variants import LOCK_S, MIN_SOURCE_BYTES, VariantRefused, Variants
+from .variants import (
+    IN_USE_S,
+    LOCK_S,
+    MIN_SOURCE_BYTES,
+    VariantRefused,
+    Variants,
+)
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -55,7 +62,7 @@ class Builder:
         self.variants: Variants = variants
         self._lock = threading.Lock()
         # All that follows is guarded by _lock.
-        self._tried: set[tuple[Origin, str]] = set()
+        self._tried: dict[tuple[Origin, str], float] = {}  # until when, at the least
         self._wanted: deque[tuple[Origin, str]] = deque()
         self._is_building = False
 
@@ -79,9 +86,9 @@ class Builder:
             return
         task = (source, kind)
         with self._lock:
-            if task in self._tried:
+            if time.monotonic() < self._tried.get(task, -math.inf):
                 return
-            self._tried.add(task)
+            self._tried[task] = math.inf
             self._wanted.append(task)
             if self._is_building:
                 return
@@ -106,20 +113,19 @@ class Builder:
                     return
                 source, kind = self._wanted.popleft()
             try:
-                is_built = self._build(source, kind)
+                pause_s = self._build(source, kind)
             except (OSError, subprocess.SubprocessError) as error:
                 _log.warning("no %s variant of %s: %s", kind, source.model, error)
                 continue
-            if is_built:
-                with self._lock:  # it may be wanted again once it has left
-                    self._tried.discard((source, kind))
+            with self._lock:
+                self._tried[source, kind] = time.monotonic() + pause_s
 
-    def _build(self, source: Origin, kind: str) -> bool:
+    def _build(self, source: Origin, kind: str) -> float:
         """
-        Let a process build a variant; whether it did.
+        Let a process build a variant; seconds until it may be tried again.
         """
         if self.variants.is_rejected(source, kind):
-            return False
+            return math.inf
         started_s = time.monotonic()
         task = {
             "model": source.model,
@@ -147,11 +153,12 @@ class Builder:
             _log.info(
                 "wrote the %s variant of %s in %.1f s", kind, source.model, took_s
             )
-            return True
-        level = logging.INFO if done.returncode == _REFUSED else logging.WARNING
+            return 0.0  # it may be wanted again once it has left
+        is_refused = done.returncode == _REFUSED
+        level = logging.INFO if is_refused else logging.WARNING
         told = done.stderr.strip().rpartition("\n")[2] or f"exit {done.returncode}"
         _log.log(level, "no %s variant of %s: %s", kind, source.model, told)
-        return False
+        return IN_USE_S if is_refused else math.inf
 
 
 def run_task(text: str) -> NoReturn:

@@ -81,6 +81,8 @@ VARIANTS_VARIABLE = "WHISPERCACHE_VARIANTS"
 Environment variable that turns variants off, for programs whose code one cannot change.
 """
 
+_OFF = ("off", "0", "no", "none", "false")
+
 DEFAULT_VARIANTS_BYTES = 16 * 1024**3
 """
 Most bytes that variants take on disk, unless a limit is given: eight of large-v3.
@@ -872,8 +874,8 @@ def _variants_bytes(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - c
     """
     Most bytes for variants; None for none at all.
     """
-    is_off = os.environ.get(VARIANTS_VARIABLE, "").lower() in ("off", "0", "no")
-    if value is False or value is None or is_off:
+    variable = os.environ.get(VARIANTS_VARIABLE, "").lower()
+    if value is False or value is None or variable in _OFF:
         return None
     limit = Limit() if value is True else parse_limit(value, "variants")
     if limit.fraction is not None:

@@ -108,6 +108,21 @@ def return_free_memory() -> None:
         trim(0)
 
 
+def user_cache() -> Path:
+    """
+    This program's directory in the cache directory of the user.
+
+    Raises:
+        OSError: the user has none.
+    """
+    from platformdirs import user_cache_dir
+
+    path = Path(user_cache_dir("whispercache"))
+    if not path.is_absolute():  # no HOME, and a number for a user
+        raise FileNotFoundError("the user has no home directory; set XDG_CACHE_HOME")
+    return path
+
+
 def cpu_name(root: Path = Path("/")) -> str:
     """
     The processor's model name, or at the least its architecture.

@@ -13,6 +13,8 @@ import os
 import threading
 from pathlib import Path
 
+from .host import user_cache
+
 __all__ = ["LearnedFootprints"]
 
 _log = logging.getLogger("whispercache")
@@ -128,9 +130,7 @@ class LearnedFootprints:
 
     def _file(self) -> Path:
         if self._path is None:
-            from platformdirs import user_cache_dir
-
-            self._path = Path(user_cache_dir("whispercache")) / "footprints.json"
+            self._path = user_cache() / "footprints.json"
         return self._path
 
 

@@ -29,6 +29,7 @@ from cachetools import LRUCache
 from .convert import Origin, converted_bytes, write_converted
 from .errors import WhisperCacheError, format_bytes
 from .header import ModelHeader, read_header
+from .host import user_cache
 from .seals import MANIFEST, Manifest, Sealed, remove, writing
 
 __all__ = [
@@ -91,6 +92,7 @@ class Variant:
         model: What its source was called.
         source: Directory of the source.
         kind: Type of its weights: ``"int8"``, ``"float32"`` or ``"float16"``.
+        engine: Name and version of the library that it was converted for.
     """
 
     directory: Path
@@ -100,6 +102,7 @@ class Variant:
     model: str = "?"
     source: str = "?"
     kind: str = "?"
+    engine: str = "?"
 
 
 class Variants:
@@ -134,9 +137,7 @@ class Variants:
         Where the variants are.
         """
         if self._directory is None:
-            from platformdirs import user_cache_dir
-
-            self._directory = Path(user_cache_dir("whispercache")) / "variants"
+            self._directory = user_cache() / "variants"
         return self._directory
 
     def forked(self) -> None:
@@ -190,7 +191,8 @@ class Variants:
             if manifest.is_sealed(directory):
                 return True
             if manifest.is_whole(directory):  # a copy of the whole, for example
-                manifest.sealed_again(directory).write(directory)
+                with suppress(OSError):  # else it is read whole the next time, too
+                    manifest.sealed_again(directory).write(directory)
                 return True
         elif not directory.exists():
             return False
@@ -240,8 +242,10 @@ class Variants:
             shutil.rmtree(new, ignore_errors=True)
             raise
         for other in self.list():
-            place = (other.source, other.kind)
-            if other.state == "stale" and place == (str(source.directory), kind):
+            # Those of another version may be in use by another environment.
+            place = (other.source, other.kind, other.engine)
+            taken = (str(source.directory), kind, self.engine)
+            if other.state == "stale" and place == taken:
                 remove(other.directory)
         return target
 
@@ -290,7 +294,8 @@ class Variants:
         for other in others:
             if over_bytes <= 0:
                 break
-            if other.state == "ready" and time.time() - other.used_s < IN_USE_S:
+            is_of_use = other.state == "ready" or other.engine not in ("?", self.engine)
+            if is_of_use and time.time() - other.used_s < IN_USE_S:
                 reason = f"{wanted}, and those in use leave too little of {limit}"
                 raise VariantRefused(reason)
             leaving.append(other)
@@ -340,7 +345,7 @@ class Variants:
             state = "broken"
         else:
             state = "ready" if self._is_current(directory, manifest) else "stale"
-        told = (manifest.model, manifest.source, manifest.kind)
+        told = (manifest.model, manifest.source, manifest.kind, manifest.engine)
         return Variant(directory, n_bytes, used_s, state, *told)
 
     def _is_current(self, directory: Path, manifest: Manifest) -> bool:
@@ -378,7 +383,8 @@ def _identity(header: ModelHeader, engine: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with header.path.open("rb", buffering=0) as file:
         status = os.fstat(file.fileno())
-        told = (engine, status.st_size, status.st_mtime_ns, header.variables)
+        made_of = (header.variables, header.aliases)
+        told = (engine, status.st_size, status.st_mtime_ns, made_of)
         digest.update(repr(told).encode())
         for place in range(_SAMPLES):
             file.seek(status.st_size * place // _SAMPLES)
