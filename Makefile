@@ -36,8 +36,12 @@ unit: .venv/test .venv/browser
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
 
 bench: .venv/bench
+	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/hit_path.py
 	$(BIN)/python benchmarks/switch.py
+	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/page.py
+	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/serve.py
 

@@ -123,7 +123,7 @@ class TestBuild:
         assert result.code == 0
         first, second = result.out.splitlines()
         assert re.fullmatch(r"alpha:int8: [\d.]+ KiB in \d+\.\d s", first)
-        assert re.fullmatch(r"beta:float32: [\d.]+ MiB in \d+\.\d s", second)
+        assert re.fullmatch(r"beta:float32: [\d.]+ [KM]iB in \d+\.\d s", second)
         assert re.fullmatch(
             rf"alpha:int8: converting [\d.]+ KiB of {re.escape(str(alpha))}\n"
             rf"beta:float32: converting [\d.]+ KiB of {re.escape(str(beta))}\n",

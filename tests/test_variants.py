@@ -170,26 +170,72 @@ class TestFind:
 
     def test_it_is_all_that_a_load_needs(self, store: Variants, source: Origin) -> None:
         """
-        The small files are in it as they were, and what was not there is not.
+        The small files are in it as they were, but for the vocabulary, and what was not
+        there is not.
         """
         built = store.build(source, "int8")
-        small = {each.name for each in source.directory.iterdir()} - {"model.bin"}
-        assert names(built) == {*small, "model.bin", MANIFEST}
+        small = {each.name for each in source.directory.iterdir()}
+        small -= {"model.bin", "vocabulary.json"}
+        assert names(built) == {*small, "vocabulary.txt", "model.bin", MANIFEST}
         for name in small:
             original = (source.directory / name).read_bytes()
             assert (built / name).read_bytes() == original
 
-    def test_the_same_content_elsewhere_has_the_same_variant(
+    def test_its_vocabulary_has_a_line_for_each_token(
+        self, store: Variants, source: Origin
+    ) -> None:
+        """
+        Which is read twice as fast; empty tokens count, too.
+        """
+        vocabulary = source.directory / "vocabulary.json"
+        tokens = json.loads(vocabulary.read_text(encoding="utf-8"))
+        assert "" in tokens
+        built = store.build(source, "int8")
+        lines = (built / "vocabulary.txt").read_text(encoding="utf-8").split("\n")
+        assert lines == [*tokens, ""]
+
+    @pytest.mark.parametrize("token", ["two\nlines", "ends\r"])
+    def test_a_vocabulary_that_lines_cannot_hold_stays_as_it_is(
+        self, store: Variants, source: Origin, token: str
+    ) -> None:
+        """
+        A token may be anything.
+        """
+        vocabulary = source.directory / "vocabulary.json"
+        tokens = [*json.loads(vocabulary.read_text(encoding="utf-8"))[:-1], token]
+        vocabulary.write_text(json.dumps(tokens), encoding="utf-8")
+        built = store.build(source._replace(stamp=()), "int8")
+        assert not (built / "vocabulary.txt").exists()
+        assert (built / "vocabulary.json").read_bytes() == vocabulary.read_bytes()
+
+    def test_models_that_differ_where_no_sample_is_have_their_own(
         self, store: Variants, source: Origin, tmp_path: Path
     ) -> None:
         """
-        A copy that kept its times, as hub snapshots and archives do, needs none of its
-        own.
+        Some archives set all times to one; so size and time may be the same.
         """
-        built = store.build(source, "int8")
+        os.utime(source.header.path, ns=(1, 1))
+        built = store.build(source._replace(stamp=()), "int8")
         elsewhere = tmp_path / "elsewhere"
         shutil.copytree(source.directory, elsewhere)
-        assert store.find(origin(elsewhere), "int8") == built
+        flip_byte(elsewhere / "model.bin")
+        os.utime(elsewhere / "model.bin", ns=(1, 1))
+        assert store.find(origin(elsewhere), "int8") is None
+        assert store.find(source._replace(stamp=()), "int8") == built
+
+    def test_weights_that_were_changed_with_their_time_set_back_find_nothing(
+        self, store: Variants, source: Origin
+    ) -> None:
+        """
+        By the same process, too, which has seen this size and time before.
+        """
+        assert source.stamp
+        store.build(source, "int8")
+        status = source.header.path.stat()
+        flip_byte(source.header.path)
+        os.utime(source.header.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert store.find(origin(source.directory), "int8") is None
+        assert store.find(source, "int8") is None
 
     @pytest.mark.parametrize("change", ["touch", "weights", "tokenizer.json", "config"])
     def test_a_source_that_changed_finds_nothing(

@@ -195,11 +195,11 @@ def estimate(
     parsing_bytes = architecture.vocabulary * _PARSING_BYTES_PER_TOKEN
     if not is_cpu(device):
         weights += output_copy_bytes(architecture, compute_type)
-        host_loading = max(converting, host_bytes + parsing_bytes)
+        host_loading = host_bytes + max(converting, parsing_bytes)
         return Footprint(weights, workspace, weights, host_loading)
     resident = weights + host_bytes
-    # The tokenizer is parsed once the weights are there.
-    peak = max(converting, resident + parsing_bytes)
+    # The tokenizer is parsed before the weights come.
+    peak = max(resident, host_bytes + max(converting, parsing_bytes))
     if packs_weights():
         extra, unpacked = packing_bytes(source, compute_type)
         resident += extra

@@ -55,6 +55,10 @@ class ModelHeader:
     aliases: tuple[tuple[str, str], ...]
     architecture: Architecture
 
+    def __hash__(self) -> int:
+        # All variables would take longer than most that is done with one.
+        return hash((self.path, self.version, self.revision, self.file_bytes))
+
     @property
     def saved_compute_type(self) -> str:
         """

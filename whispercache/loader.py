@@ -334,6 +334,10 @@ class _Gone:
         raise CacheClosed(f"the interpreter is ending; {name!r} of a model is gone")
 
 
+# A model that comes and goes takes the same each time.
+_estimate = functools.lru_cache(maxsize=256)(estimate)
+
+
 def _construct(directory: str, shells: Shells, **options: object) -> WhisperModel:
     """
     A `WhisperModel` of *directory* whose tokenizer is shared.
@@ -341,14 +345,21 @@ def _construct(directory: str, shells: Shells, **options: object) -> WhisperMode
     Parsing it takes a third of a small model's load and holds the GIL all the while,
     and WhisperModel's constructor has no hook for it. So the constructor is run with
     its own view of the name ``tokenizers``; faster-whisper's module stays as it is.
+
+    It is parsed first, as what that takes besides would come on top of the weights.
+
+    Source: the peak of loading base as int8 was 1.28 times what it leaves, and is 1.02
+    (tests/test_variants.py, benchmarks/switch.py).
     """
     _ctranslate2()
     from faster_whisper import WhisperModel
 
+    path = os.path.join(directory, "tokenizer.json")
+    parsed = shells.tokenizer(path) if os.path.isfile(path) else None
     plain = WhisperModel.__init__
     shared = types.SimpleNamespace(
         Tokenizer=types.SimpleNamespace(
-            from_file=shells.tokenizer,
+            from_file=lambda _path: parsed,
             from_pretrained=partial(_tokenizer_from_hub, directory),
         )
     )
@@ -492,7 +503,7 @@ class FasterWhisperLoader:
         From the header or the architecture, corrected by what was measured before.
         """
         assert files.source is not None
-        predicted = estimate(files.source, key.compute_type, key.device, workload)
+        predicted = _estimate(files.source, key.compute_type, key.device, workload)
         weights_bytes = self.learned.correct(
             key.model,
             key.compute_type,
@@ -515,7 +526,7 @@ class FasterWhisperLoader:
         Note what a load took, for the next footprint.
         """
         assert files.source is not None
-        predicted = estimate(files.source, key.compute_type, key.device)
+        predicted = _estimate(files.source, key.compute_type, key.device)
         self.learned.record(
             key.model,
             key.compute_type,

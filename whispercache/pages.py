@@ -18,6 +18,7 @@ __all__ = ["ReadAhead", "read_through"]
 _log = logging.getLogger("whispercache")
 
 _BLOCK_BYTES = 4 << 20
+_MOST_AT_ONCE = 2
 
 
 class ReadAhead:
@@ -37,10 +38,11 @@ class ReadAhead:
         """
         Have *path* read.
 
-        Returns at once. What cannot be read will be told by who loads it.
+        Returns at once. What cannot be read will be told by who loads it. Nothing is
+        read while two others are: those whose turn is later would push them out.
         """
         with self._lock:
-            if path in self._reading:
+            if path in self._reading or len(self._reading) >= _MOST_AT_ONCE:
                 return
             self._reading.add(path)
         thread = threading.Thread(

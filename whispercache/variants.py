@@ -14,6 +14,7 @@ type. So what has changed is not found, and leaves when its room is needed.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -66,7 +67,7 @@ _SMALL_FILES = (
     *("config.json", "preprocessor_config.json", "tokenizer.json"),
     *("vocabulary.json", "vocabulary.txt"),
 )
-_NEEDED = ("config.json", "tokenizer.json")
+_NEEDED = frozenset({"config.json", "tokenizer.json"})
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
@@ -169,12 +170,12 @@ class Variants:
         """
         Find this variant no more: it is there, but could not be loaded.
         """
-        if self.find(source, kind) is None:
+        directory = self.find(source, kind)
+        if directory is None:
             return
-        name = self._name(source, kind)
         _log.warning("the %s variant of %s cannot be loaded", kind, source.model)
         with self._lock:
-            self._rejected.add(name)
+            self._rejected.add(directory.name)
 
     def is_rejected(self, source: Origin, kind: str) -> bool:
         """
@@ -231,12 +232,17 @@ class Variants:
         for pattern in (".new-*", ".gone-*"):  # of processes that were killed
             for left in self.directory.glob(pattern):
                 shutil.rmtree(left, ignore_errors=True)
-        small = [source.directory / name for name in _SMALL_FILES]
-        small_bytes = sum(each.stat().st_size for each in small if each.is_file())
+        small = _small_files(source.directory)
+        for missing in sorted(_NEEDED - small.keys()):
+            raise VariantRefused(f"its source has no {missing}")
+        small_bytes = sum(map(len, small.values()))
         self._make_room(converted_bytes(source.header, kind) + small_bytes)
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=self.directory))
         try:
-            self._write(source, kind, new, name)
+            files = _write(source.header, kind, small, new)
+            home = str(source.directory)
+            manifest = Manifest(name, source.model, home, kind, self.engine, files)
+            manifest.write(new)
             new.rename(self._still(source, kind, target))
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
@@ -256,23 +262,6 @@ class Variants:
         if self._name(source._replace(stamp=()), kind) != target.name:
             raise VariantRefused("the files of its source changed meanwhile")
         return target
-
-    def _write(self, source: Origin, kind: str, directory: Path, name: str) -> None:
-        """
-        Write all files of a variant, and its manifest last.
-        """
-        files: dict[str, Sealed] = {}
-        with writing(directory / "model.bin", files) as target:
-            write_converted(source.header, kind, target)
-        for small in _SMALL_FILES:
-            original = source.directory / small
-            if original.is_file():
-                with writing(directory / small, files) as target:
-                    target.write(original.read_bytes())
-            elif small in _NEEDED:
-                raise VariantRefused(f"its source has no {small}")
-        home = str(source.directory)
-        Manifest(name, source.model, home, kind, self.engine, files).write(directory)
 
     def _make_room(self, n_bytes: int) -> None:
         """
@@ -364,7 +353,8 @@ class Variants:
         """
         What the directory of a variant is called.
         """
-        place = (source.header.path, source.stamp)
+        changed_ns = source.header.path.stat().st_ctime_ns
+        place = (source.header.path, source.stamp, changed_ns)
         with self._lock:
             identity = self._identities.get(place) if source.stamp else None
         if identity is None:
@@ -375,16 +365,55 @@ class Variants:
         return f"{identity}-{kind}"
 
 
+def _write(
+    header: ModelHeader, kind: str, small: dict[str, bytes], directory: Path
+) -> dict[str, Sealed]:
+    """
+    Write the files of a variant; what each of them is.
+    """
+    files: dict[str, Sealed] = {}
+    with writing(directory / "model.bin", files) as target:
+        write_converted(header, kind, target)
+    for name, content in small.items():
+        with writing(directory / name, files) as target:
+            target.write(content)
+    return files
+
+
+def _small_files(directory: Path) -> dict[str, bytes]:
+    """
+    What a variant has beside its weights: the files of its source, but for a vocabulary
+    in JSON, which CTranslate2 takes twice as long to read as lines.
+
+    Source: a third of a load of base as int8, 52 ms against 37 (CTranslate2 4.8.5).
+    """
+    paths = (directory / name for name in _SMALL_FILES)
+    found = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    tokens = json.loads(found.get("vocabulary.json", b"null"))
+    if isinstance(tokens, list):
+        # A line ends at its first line break. All lines that end in a carriage return
+        # lose it.
+        is_plain = not any("\n" in token or token.endswith("\r") for token in tokens)
+        if is_plain:
+            del found["vocabulary.json"]
+            found["vocabulary.txt"] = "".join(f"{each}\n" for each in tokens).encode()
+    return found
+
+
 def _identity(header: ModelHeader, engine: str) -> str:
     """
-    A digest of what a source is: time, header and samples of its weights, and the small
-    files whole.
+    A digest of what a source is: its place and times, header and samples of its
+    weights, and the small files whole.
+
+    Nobody can set the time of the last change, as one can that of the last writing:
+    files of one size, with a time that was set, may differ where there is no sample.
     """
     digest = hashlib.blake2b(digest_size=16)
     with header.path.open("rb", buffering=0) as file:
         status = os.fstat(file.fileno())
-        made_of = (header.variables, header.aliases)
-        told = (engine, status.st_size, status.st_mtime_ns, made_of)
+        file_is = (os.path.realpath(header.path), status.st_ino, status.st_ctime_ns)
+        written = (status.st_size, status.st_mtime_ns)
+        told = (engine, file_is, written, header.variables, header.aliases)
         digest.update(repr(told).encode())
         for place in range(_SAMPLES):
             file.seek(status.st_size * place // _SAMPLES)
