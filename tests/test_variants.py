@@ -756,7 +756,7 @@ class Processes:
         """
         Like `subprocess.run`.
         """
-        self.calls.append(Call(command, json.loads(command[4])))
+        self.calls.append(Call(command, json.loads(command[5])))
         assert self.go.wait(60)
         errors = "Traceback\nsome error\n" if self.returncode else ""
         return subprocess.CompletedProcess(command, self.returncode, "", errors)
@@ -979,7 +979,7 @@ class TestBuilder:
         Builder(store).build_soon(source, "int8")
         wait_until(lambda: processes.calls, "a build")
         wanted = [each for each in sys.path[2:] if each]
-        assert processes.calls[0].command[5].split("\n") == wanted
+        assert processes.calls[0].command[6].split("\n") == wanted
 
     def test_a_forked_child_waits_for_nobody(
         self, store: Variants, source: Origin, processes: Processes

@@ -138,7 +138,7 @@ class Builder:
         # Others than texts may be in it, which the import system passes over.
         paths = "\n".join(each for each in sys.path if isinstance(each, str) and each)
         done = subprocess.run(  # noqa: S603 - this very Python
-            [sys.executable, "-I", "-c", _CHILD, json.dumps(task), paths],
+            [sys.executable, "-I", "-B", "-c", _CHILD, json.dumps(task), paths],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -169,11 +169,12 @@ def run_task(text: str) -> NoReturn:
 
     task = json.loads(text)
     me = psutil.Process()
-    me.nice(getattr(psutil, "IDLE_PRIORITY_CLASS", _LOWEST_PRIORITY))
+    with suppress(OSError, psutil.Error):  # some sandboxes have no such call
+        me.nice(getattr(psutil, "IDLE_PRIORITY_CLASS", _LOWEST_PRIORITY))
     with suppress(OSError):  # Linux weighs sessions first, if it was built to do so
         Path("/proc/self/autogroup").write_text(str(_LOWEST_PRIORITY), encoding="ascii")
     if hasattr(psutil, "IOPRIO_CLASS_IDLE"):
-        with suppress(OSError, psutil.Error):  # some sandboxes have no such call
+        with suppress(OSError, psutil.Error):
             me.ionice(psutil.IOPRIO_CLASS_IDLE)
     directory = Path(task["directory"])
     variants = Variants(task["engine"], task["limit_bytes"], directory)

@@ -48,7 +48,7 @@ from .errors import (
 from .events import EvictionCause, ModelGranted
 from .lease import Lease
 from .moves import Moves
-from .threads import AT_ONCE, take_turn
+from .threads import take_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -129,23 +129,23 @@ class Core(Moves):
         """
         A lease on a model that is in memory, if nobody waits; else None.
         """
-        if not self._lock.acquire(AT_ONCE):
+        if self._lock.locked():
             take_turn(self._lock)
         try:
-            if (
-                self.queue
-                or self._closed is not None
-                or not entry.is_open_to(None)
-                or entry.device.sick is not None
-            ):
-                return None
-            workspace_bytes = entry.workspace_of(workload)
-            if workspace_bytes is None or not entry.fits(workspace_bytes):
-                return None
-            self.counts["hits"] += 1
-            return self._grant_locked(entry, workspace_bytes, keep_alive_s, owner)
+            with self._lock:
+                if (
+                    self.queue
+                    or self._closed is not None
+                    or not entry.is_open_to(None)
+                    or entry.device.sick is not None
+                ):
+                    return None
+                workspace_bytes = entry.workspace_of(workload)
+                if workspace_bytes is None or not entry.fits(workspace_bytes):
+                    return None
+                self.counts["hits"] += 1
+                return self._grant_locked(entry, workspace_bytes, keep_alive_s, owner)
         finally:
-            self._lock.release()
             if self._dropped:
                 self._perform([])
 
@@ -518,12 +518,14 @@ class Core(Moves):
         owner: Owner,
     ) -> Lease:
         serial = next(self._serials)
+        # It is made first: what a signal handler raises in here then gives it back.
+        lease = Lease(self, entry, serial, keep_alive_s)
         entry.take(serial, owner, workspace_bytes, self.clock.now())
         self.leases += 1
         self._grants += 1
         if entry.device.shell_bytes:
             self._shed_locked(entry.device)
-        return Lease(self, entry, serial, keep_alive_s)
+        return lease
 
     # Release -------------------------------------------------------------------------
 
@@ -532,16 +534,16 @@ class Core(Moves):
         End a lease. Nothing happens if it has ended.
         """
         work: list[Callable[[], None]] | None = None
-        if not self._lock.acquire(AT_ONCE):
+        if self._lock.locked():
             take_turn(self._lock)
         try:
-            self._release_locked(entry, serial, keep_alive_s)
-            if self.queue or entry.device.is_over_limit:
-                self._admit_locked()
-            if self._work:
-                work = self._take_work_locked()
+            with self._lock:
+                self._release_locked(entry, serial, keep_alive_s)
+                if self.queue or entry.device.is_over_limit:
+                    self._admit_locked()
+                if self._work:
+                    work = self._take_work_locked()
         finally:
-            self._lock.release()
             if work or self._dropped:
                 self._perform(work or [])
 

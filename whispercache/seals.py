@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
@@ -87,7 +87,14 @@ class Manifest:
             manifest = cls(**texts, files=files)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ):
             _log.warning("%s is broken", path)
             return None
         return manifest if files else None
@@ -138,14 +145,17 @@ class Manifest:
         others = there - {MANIFEST, *self.files}
         return directory.name == self.name and all(map(_is_hidden, others))
 
-    def sealed_again(self, directory: Path) -> Manifest:
+    def sealed_again(self, directory: Path) -> Manifest | None:
         """
-        The same with the seals that the files have now.
+        The same with the seals that the files have now; None if some are missing.
         """
-        files = {
-            name: replace(sealed, seal=_seal(directory / name))
-            for name, sealed in self.files.items()
-        }
+        try:
+            files = {
+                name: replace(sealed, seal=_seal(directory / name))
+                for name, sealed in self.files.items()
+            }
+        except FileNotFoundError:
+            return None
         return replace(self, files=files)
 
 
@@ -188,14 +198,19 @@ def writing(path: Path, files: dict[str, Sealed]) -> Iterator[Writing]:
 
 def remove(directory: Path) -> None:
     """
-    Delete a directory, which is out of reach before its first file goes.
+    Delete a directory, which is out of reach before its first file goes; or whatever
+    has its name.
     """
+    if directory.is_symlink() or directory.is_file():
+        directory.unlink(missing_ok=True)
+        return
     gone = directory.with_name(f".gone-{directory.name}-{os.getpid()}")
     try:
         directory.rename(gone)
     except FileNotFoundError:
         return
-    shutil.rmtree(gone)
+    with suppress(FileNotFoundError):  # a build that clears up deletes it, too
+        shutil.rmtree(gone)
 
 
 def _is_hidden(name: str) -> bool:

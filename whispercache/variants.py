@@ -191,9 +191,11 @@ class Variants:
         if manifest is not None:
             if manifest.is_sealed(directory):
                 return True
-            if manifest.is_whole(directory):  # a copy of the whole, for example
+            # Before it is read, or what is written meanwhile would be sealed, too.
+            again = manifest.sealed_again(directory)
+            if again is not None and manifest.is_whole(directory):
                 with suppress(OSError):  # else it is read whole the next time, too
-                    manifest.sealed_again(directory).write(directory)
+                    again.write(directory)
                 return True
         elif not directory.exists():
             return False
@@ -252,7 +254,7 @@ class Variants:
             place = (other.source, other.kind, other.engine)
             taken = (str(source.directory), kind, self.engine)
             if other.state == "stale" and place == taken:
-                remove(other.directory)
+                self._remove_if_possible(other)
         return target
 
     def _still(self, source: Origin, kind: str, target: Path) -> Path:
@@ -276,15 +278,15 @@ class Variants:
             raise VariantRefused(f"{wanted}, and all variants may take {limit}")
         # What no load would find goes first.
         others = sorted(
-            self.list(), key=lambda each: (each.state == "ready", each.used_s)
+            self.list(), key=lambda each: (self._is_of_use(each), each.used_s)
         )
         over_bytes = sum(each.n_bytes for each in others) + n_bytes - self.limit_bytes
         leaving: list[Variant] = []
+        now_s = time.time()
         for other in others:
             if over_bytes <= 0:
                 break
-            is_of_use = other.state == "ready" or other.engine not in ("?", self.engine)
-            if is_of_use and time.time() - other.used_s < IN_USE_S:
+            if self._is_of_use(other) and 0 <= now_s - other.used_s < IN_USE_S:
                 reason = f"{wanted}, and those in use leave too little of {limit}"
                 raise VariantRefused(reason)
             leaving.append(other)
@@ -295,7 +297,22 @@ class Variants:
             free = format_bytes(free_bytes)
             raise VariantRefused(f"{wanted}, and its disk has {free} left")
         for other in leaving:
-            remove(other.directory)
+            self._remove_if_possible(other)
+
+    def _is_of_use(self, variant: Variant) -> bool:
+        """
+        Whether a load may find it: here, or in an environment with another library.
+        """
+        return variant.state == "ready" or variant.engine not in ("?", self.engine)
+
+    def _remove_if_possible(self, variant: Variant) -> None:
+        """
+        Delete one that is only in the way.
+        """
+        try:
+            remove(variant.directory)
+        except OSError as error:
+            _log.warning("a variant that should leave stays: %s", error)
 
     # Look after ----------------------------------------------------------------------
 
@@ -330,6 +347,9 @@ class Variants:
             used_s = (directory / MANIFEST).stat().st_mtime
         except FileNotFoundError:  # it is leaving just now
             return None
+        except OSError as error:
+            _log.warning("a variant cannot be read: %s", error)
+            return Variant(directory, 0, 0.0, "broken")
         if not manifest.is_whole(directory):
             state = "broken"
         else:
