@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CorruptModel
+from .host import return_free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -100,6 +101,7 @@ class Shells:
             parsed = Tokenizer.from_buffer(content)
         except Exception as error:  # tokenizers raises nothing narrower
             raise CorruptModel(path, str(error)) from error
+        return_free_memory()  # of the parser; the weights come on top of it
         with self._lock:  # another device's thread may have been faster
             return self._tokenizers.setdefault(digest, parsed)
 
