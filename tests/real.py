@@ -193,13 +193,22 @@ def child(
     *arguments: str | Path,
     environment: Mapping[str, str | Path] = MappingProxyType({}),
     timeout_s: float = 60,
+    covered: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """
     Run *code* in a Python of its own, for what may crash or is there once per process.
+
+    Not *covered*: without coverage, whose own lock is taken for ever by what a signal
+    handler raises, and in a child that is forked while another thread has it.
     """
+    inherited = child_environment(environment)
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env=child_environment(environment),
+        env={
+            name: value
+            for name, value in inherited.items()
+            if covered or not name.startswith("COV")
+        },
         capture_output=True,
         text=True,
         timeout=timeout_s,
