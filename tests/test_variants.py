@@ -194,16 +194,16 @@ class TestFind:
         lines = (built / "vocabulary.txt").read_text(encoding="utf-8").split("\n")
         assert lines == [*tokens, ""]
 
-    @pytest.mark.parametrize("token", ["two\nlines", "ends\r"])
+    @pytest.mark.parametrize("token", ["two\nlines", "ends\r", 7, None])
     def test_a_vocabulary_that_lines_cannot_hold_stays_as_it_is(
-        self, store: Variants, source: Origin, token: str
+        self, store: Variants, source: Origin, token: object
     ) -> None:
         """
         A token may be anything.
         """
         vocabulary = source.directory / "vocabulary.json"
         tokens = [*json.loads(vocabulary.read_text(encoding="utf-8"))[:-1], token]
-        vocabulary.write_text(json.dumps(tokens), encoding="utf-8")
+        vocabulary.write_text(json.dumps(tokens) if token else "{", encoding="utf-8")
         built = store.build(source._replace(stamp=()), "int8")
         assert not (built / "vocabulary.txt").exists()
         assert (built / "vocabulary.json").read_bytes() == vocabulary.read_bytes()

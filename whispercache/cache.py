@@ -85,7 +85,7 @@ _OFF = ("off", "0", "no", "none", "false")
 
 DEFAULT_VARIANTS_BYTES = 16 * 1024**3
 """
-Most bytes that variants take on disk, unless a limit is given: eight of large-v3.
+Most bytes that variants take on disk, unless a limit is given: ten of large-v3 in int8.
 """
 
 UNCHANGED = cast("LimitValue", object())

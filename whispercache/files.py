@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CorruptModel, LoadFailed, UnknownModel, WhisperCacheError
-from .header import read_header
+from .header import SMALL_FILES, read_header
 from .keys import MODELS
 
 if TYPE_CHECKING:
@@ -34,11 +34,7 @@ _HUB_FILES = (
     "vocabulary.*",
 )
 
-
-_STAMPED = (
-    *("model.bin", "config.json", "preprocessor_config.json", "tokenizer.json"),
-    *("vocabulary.json", "vocabulary.txt"),
-)
+_STAMPED = ("model.bin", *SMALL_FILES)
 
 
 @dataclass(frozen=True, slots=True)

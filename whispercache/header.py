@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["ModelHeader", "read_header"]
+__all__ = ["SMALL_FILES", "ModelHeader", "read_header"]
+
+SMALL_FILES = (
+    *("config.json", "preprocessor_config.json", "tokenizer.json"),
+    *("vocabulary.json", "vocabulary.txt"),
+)
+"""
+What a load reads beside model.bin, where it is there.
+"""
 
 # How files before version 4 named their types: by the width of an element.
 _TYPE_BY_WIDTH = {4: "float32", 2: "int16", 1: "int8"}

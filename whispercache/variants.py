@@ -29,7 +29,7 @@ from cachetools import LRUCache
 
 from .convert import Origin, converted_bytes, write_converted
 from .errors import WhisperCacheError, format_bytes
-from .header import ModelHeader, read_header
+from .header import SMALL_FILES, ModelHeader, read_header
 from .host import user_cache
 from .seals import MANIFEST, Manifest, Sealed, remove, writing
 
@@ -63,10 +63,6 @@ LOCK_S = 1800.0
 Most seconds that a build waits for others that build.
 """
 
-_SMALL_FILES = (
-    *("config.json", "preprocessor_config.json", "tokenizer.json"),
-    *("vocabulary.json", "vocabulary.txt"),
-)
 _NEEDED = frozenset({"config.json", "tokenizer.json"})
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
@@ -407,17 +403,30 @@ def _small_files(directory: Path) -> dict[str, bytes]:
 
     Source: a third of a load of base as int8, 52 ms against 37 (CTranslate2 4.8.5).
     """
-    paths = (directory / name for name in _SMALL_FILES)
+    paths = (directory / name for name in SMALL_FILES)
     found = {path.name: path.read_bytes() for path in paths if path.is_file()}
-    tokens = json.loads(found.get("vocabulary.json", b"null"))
-    if isinstance(tokens, list):
-        # A line ends at its first line break. All lines that end in a carriage return
-        # lose it.
-        is_plain = not any("\n" in token or token.endswith("\r") for token in tokens)
-        if is_plain:
-            del found["vocabulary.json"]
-            found["vocabulary.txt"] = "".join(f"{each}\n" for each in tokens).encode()
+    lines = _as_lines(found.get("vocabulary.json", b""))
+    if lines is not None:
+        del found["vocabulary.json"]
+        found["vocabulary.txt"] = lines
     return found
+
+
+def _as_lines(vocabulary: bytes) -> bytes | None:
+    """
+    A vocabulary in JSON with a line for each token; None if that would be another one.
+    """
+    try:
+        tokens = json.loads(vocabulary)
+    except ValueError:  # nor would it be loaded as it is
+        return None
+    # A line ends at its first line break, and may lose a carriage return.
+    if not isinstance(tokens, list) or not all(
+        isinstance(each, str) and "\n" not in each and not each.endswith("\r")
+        for each in tokens
+    ):
+        return None
+    return "".join(f"{each}\n" for each in tokens).encode()
 
 
 def _identity(header: ModelHeader, engine: str) -> str:
@@ -438,7 +447,7 @@ def _identity(header: ModelHeader, engine: str) -> str:
         for place in range(_SAMPLES):
             file.seek(status.st_size * place // _SAMPLES)
             digest.update(file.read(_SAMPLE_BYTES))
-    for name in _SMALL_FILES:
+    for name in SMALL_FILES:
         path = header.path.parent / name
         if path.is_file():
             digest.update(name.encode() + hashlib.blake2b(path.read_bytes()).digest())
