@@ -409,6 +409,7 @@ def test_what_happened_is_told(http: httpx.Client) -> None:
     """
     By the names that clients know; no path of the machine is among them.
     """
+    http.post("/api/models/tiny.en/load")  # no test before may have needed it
     http.delete("/api/models/tiny.en")
     http.post("/api/models/tiny.en/load")
     seen = http.get("/api/ps")
