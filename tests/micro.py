@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
 import numpy as np
+from byte_level import tokenizer, visible, vocabulary
 from ctranslate2.specs import WhisperSpec
 from faster_whisper.tokenizer import _LANGUAGE_CODES
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ctranslate2.specs.attention_spec import MultiHeadAttentionSpec
     from ctranslate2.specs.common_spec import LayerNormSpec, LinearSpec
     from numpy.typing import NDArray
@@ -35,19 +38,6 @@ _WORD_FRAMES = 8
 _FIRST_WORD = 5
 # What the layers add; zeros would be merged into one tensor on saving.
 _QUIET = 1e-3
-
-
-def _characters() -> list[str]:
-    """
-    The character of each byte in byte-level BPE: itself, or one from 256 on.
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    codes = {byte: 256 + place for place, byte in enumerate(others)}
-    return [chr(codes.get(byte, byte)) for byte in range(256)]
-
-
-_CHARACTERS = _characters()
 
 
 def build_micro(
@@ -80,7 +70,7 @@ def build_micro(
     chain = _chain(ids, words, english=english)
     decoder = spec.decoder
     decoder.embeddings.weight, decoder.projection.weight = builder.script(
-        len(tokens), chain, (ids[_visible(words[-1])], ids["<|endoftext|>"])
+        len(tokens), chain, (ids[visible(words[-1])], ids["<|endoftext|>"])
     )
     spec.register_vocabulary(tokens)
     spec.config.suppress_ids = []
@@ -91,8 +81,8 @@ def build_micro(
     spec.optimize(quantization=quantization)
     directory.mkdir(parents=True, exist_ok=True)
     spec.save(str(directory))
-    tokenizer = json.dumps(_tokenizer(tokens, special), ensure_ascii=False)
-    (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    content = json.dumps(tokenizer(tokens, special), ensure_ascii=False)
+    (directory / "tokenizer.json").write_text(content, encoding="utf-8")
     return directory
 
 
@@ -185,7 +175,7 @@ def _chain(ids: dict[str, int], words: list[str], *, english: bool) -> dict[int,
     """
     Which token follows which.
     """
-    spoken = [_visible(word) for word in words]
+    spoken = [visible(word) for word in words]
     script = ["<|0.00|>", *spoken, f"<|{_END_S:.2f}|>", "<|endoftext|>"]
     pairs = [
         ("<|startoftranscript|>", script[0] if english else "<|en|>"),
@@ -198,46 +188,4 @@ def _chain(ids: dict[str, int], words: list[str], *, english: bool) -> dict[int,
 
 
 def _vocabulary(words: list[str], *, english: bool) -> tuple[list[str], list[str]]:
-    """
-    All tokens in Whisper's order, and the special ones among them.
-    """
-    tokens = list(dict.fromkeys([*_CHARACTERS, *map(_visible, words)]))
-    # CTranslate2 takes a model for multilingual if it has the empty token.
-    tokens += [] if english else [""]
-    special = ["<|endoftext|>", "<|startoftranscript|>"]
-    special += [f"<|{code}|>" for code in _LANGUAGES]
-    special += ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>"]
-    special += ["<|nospeech|>", "<|notimestamps|>"]
-    stamps = [f"<|{step * 0.02:.2f}|>" for step in range(1501)]
-    return tokens + special + stamps, special
-
-
-def _visible(text: str) -> str:
-    """
-    *text* as byte-level BPE writes it: each byte a printable character.
-    """
-    return "".join(_CHARACTERS[byte] for byte in text.encode())
-
-
-def _tokenizer(tokens: list[str], special: list[str]) -> dict[str, object]:
-    """
-    A tokenizer.json without merges.
-    """
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": tokens.index(token), "content": token, **flags, "special": True}
-        for token in special
-    ]
-    texts = tokens[: tokens.index("<|endoftext|>")]
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": {**level, "use_regex": True},
-        "decoder": {**level, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "vocab": {token: number for number, token in enumerate(texts)},
-            "merges": [],
-        },
-    }
+    return vocabulary(words, _LANGUAGES, english=english)

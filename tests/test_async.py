@@ -64,7 +64,7 @@ def test_a_block_holds_the_model(make_cache: MakeCache) -> None:
     cache = AsyncModelCache(make_cache())
 
     async def main() -> None:
-        async with cache.lease("base", "cuda") as whisper:
+        async with cache.lease("base", "cuda:0") as whisper:
             assert whisper.detect_language()[0] == "en"
             assert cache.stats().leases == 1
         assert cache.stats().leases == 0
@@ -82,7 +82,7 @@ def test_a_block_that_never_began_ends_quietly(
     loader.fail_loads["base"] = [RuntimeError("broken")]
 
     async def main() -> None:
-        lease = cache.lease("base", "cuda")
+        lease = cache.lease("base", "cuda:0")
         with pytest.raises(LoadFailed):
             await lease.__aenter__()
         await lease.__aexit__(None, None, None)
@@ -100,9 +100,9 @@ def test_a_task_cancelled_in_the_queue_leaves_it(
     cache = AsyncModelCache(make_cache(vram="4GiB"))
 
     async def main() -> None:
-        held = await cache.lease("small", "cuda")
-        stuck = await waiting(cache, "medium", "cuda")
-        behind = await waiting(cache, "base", "cuda")
+        held = await cache.lease("small", "cuda:0")
+        stuck = await waiting(cache, "medium", "cuda:0")
+        behind = await waiting(cache, "base", "cuda:0")
         assert not behind.done()
         stuck.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -126,7 +126,7 @@ def test_a_task_cancelled_after_its_grant_gives_it_back(
 
     async def main() -> None:
         with loader.holding_loads("base") as gate:
-            task = await waiting(cache, "base", "cuda")
+            task = await waiting(cache, "base", "cuda:0")
             gate.open()
             # The loop stands still meanwhile, so that the task cannot see the grant.
             wait_until(lambda: inner.stats().leases == 1)
@@ -148,7 +148,7 @@ def test_a_task_cancelled_when_its_wait_is_over_gives_the_lease_back(
 
     async def main() -> None:
         with loader.holding_loads("base") as gate:
-            task = await waiting(cache, "base", "cuda")
+            task = await waiting(cache, "base", "cuda:0")
             gate.open()
             wait_until(lambda: cache.stats().leases == 1)
         await asyncio.sleep(0)
@@ -175,7 +175,7 @@ def test_the_loop_turns_while_a_load_is_held(
 
     async def main() -> None:
         with loader.holding_loads("base") as gate:
-            task = await waiting(cache, "base", "cuda")
+            task = await waiting(cache, "base", "cuda:0")
             await turns()
             assert not task.done()
             gate.open()
@@ -202,10 +202,10 @@ def test_two_loops_and_a_thread_share_one_cache(
     leases: list[Lease] = []
 
     async def ask() -> None:
-        leases.append(await cache.lease("base", "cuda"))
+        leases.append(await cache.lease("base", "cuda:0"))
 
     def ask_as_thread() -> None:
-        leases.append(inner.lease("base", "cuda"))
+        leases.append(inner.lease("base", "cuda:0"))
 
     with loader.holding_loads("base") as gate:
         threads = [
@@ -235,7 +235,7 @@ def test_a_loop_that_ended_with_a_waiting_task_strands_nothing(
 
     def strand() -> None:
         loop = asyncio.new_event_loop()
-        asking = AsyncModelCache(inner).lease("base", "cuda")
+        asking = AsyncModelCache(inner).lease("base", "cuda:0")
         task = loop.create_task(asking._acquire)
         task._log_destroy_pending = False  # type: ignore[attr-defined]
         while not inner.stats().waiting:
@@ -260,10 +260,10 @@ def test_eviction_cancelled_is_eviction_taken_back(make_cache: MakeCache) -> Non
     cache = AsyncModelCache(make_cache())
 
     async def main() -> None:
-        held = await cache.lease("base", "cuda")
+        held = await cache.lease("base", "cuda:0")
         evicting = asyncio.create_task(cache.evict("base"))
         await asyncio.sleep(0)
-        asked = await waiting(cache, "base", "cuda")
+        asked = await waiting(cache, "base", "cuda:0")
         evicting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await evicting
@@ -293,7 +293,7 @@ def test_closing_on_exit_raises_only_where_nothing_else_did(
         ticking = asyncio.create_task(tick())
         try:
             async with cache:
-                lease = await cache.lease("base", "cuda")
+                lease = await cache.lease("base", "cuda:0")
                 if error:
                     raise error
         finally:
@@ -318,9 +318,9 @@ def test_the_same_words_do_the_same(make_cache: MakeCache) -> None:
     cancel = cache.subscribe(heard.append)
 
     async def main() -> None:
-        await cache.preload("tiny", "cuda")
-        await cache.pin("base", "cuda")
-        assert (await cache.explain("base", "cuda")).outcome == "hit"
+        await cache.preload("tiny", "cuda:0")
+        await cache.pin("base", "cuda:0")
+        assert (await cache.explain("base", "cuda:0")).outcome == "hit"
         cache.resize(max_models=3)
         assert cache.unpin("base") == 1
         assert cache.devices() == inner.devices()
@@ -346,7 +346,7 @@ async def open_segments(cache: AsyncModelCache) -> Any:
     """
     A transcription that has just begun.
     """
-    model = await cache.get_model("base", "cuda", keep_alive=0)
+    model = await cache.get_model("base", "cuda:0", keep_alive=0)
     segments, info = await model.transcribe(AUDIO, language="de")
     assert info == {"language": "de", "audio": AUDIO}
     return segments
@@ -501,7 +501,7 @@ def test_a_cancelled_call_holds_its_model_until_its_thread_ended(
     cache = AsyncModelCache(inner)
 
     async def main() -> None:
-        model = await cache.get_model("base", "cuda")
+        model = await cache.get_model("base", "cuda:0")
         task = asyncio.ensure_future(cast("Awaitable[object]", call(model)))
         await until(steps.reached.is_set)
         task.cancel()
@@ -535,7 +535,7 @@ def test_a_call_cancelled_before_its_thread_began_gives_its_lease_back(
     monkeypatch.setattr(aio, "_pool", lambda: one)
 
     async def main() -> None:
-        model = await AsyncModelCache(inner).get_model("base", "cuda")
+        model = await AsyncModelCache(inner).get_model("base", "cuda:0")
         async with model.lease() as whisper:
             fake = cast("Any", whisper)
         go = threading.Event()
@@ -606,7 +606,7 @@ def test_a_call_that_fails_lets_its_model_go(
     monkeypatch.setattr(FakeWhisper, "detect_language", fail)
 
     async def main() -> None:
-        model = await AsyncModelCache(inner).get_model("base", "cuda")
+        model = await AsyncModelCache(inner).get_model("base", "cuda:0")
         cancelled = asyncio.create_task(model.detect_language())
         await until(reached.is_set)
         cancelled.cancel()
@@ -627,7 +627,7 @@ def test_a_model_may_be_batched(make_cache: MakeCache) -> None:
     inner = make_cache()
 
     async def main() -> None:
-        model = await AsyncModelCache(inner).get_model("base", "cuda", timeout_s=5)
+        model = await AsyncModelCache(inner).get_model("base", "cuda:0", timeout_s=5)
         assert repr(model) == "<AsyncCachedModel base/cuda:0/float16>"
         assert str(model.key) == "base/cuda:0/float16"
         segments, info = await model.transcribe(AUDIO, batch_size=4)

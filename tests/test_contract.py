@@ -68,7 +68,9 @@ def state_of(cache: ModelCache, name: str) -> str:
     return states[0] if states else "absent"
 
 
-def use(driver: Driver, cache: ModelCache, *models: str, device: str = "cuda") -> None:
+def use(
+    driver: Driver, cache: ModelCache, *models: str, device: str = "cuda:0"
+) -> None:
     """
     Lease and release models, one after the other.
     """
@@ -102,7 +104,7 @@ def test_many_callers_cause_one_load(
     """
     cache = make_cache()
     with loader.holding_loads("base") as gate:
-        asked = [driver.start(cache, "lease", "base", "cuda") for _ in range(8)]
+        asked = [driver.start(cache, "lease", "base", "cuda:0") for _ in range(8)]
         gate.wait_reached()
         wait_waiting(cache, 8)
         gate.open()
@@ -121,7 +123,7 @@ def test_a_hit_needs_no_other_thread(make_cache: MakeCache, driver: Driver) -> N
     use(driver, cache, "base")
     loader = cache._core.loader
     with loader.holding_loads("tiny") as gate:  # type: ignore[attr-defined]
-        loading = driver.start(cache, "lease", "tiny", "cuda")
+        loading = driver.start(cache, "lease", "tiny", "cuda:0")
         gate.wait_reached()
         use(driver, cache, "base")
         assert not loading.done()
@@ -133,7 +135,7 @@ def test_a_lease_is_the_model_itself(make_cache: MakeCache, driver: Driver) -> N
     What is leased can be used, until the lease ends.
     """
     cache = make_cache()
-    lease = driver.lease(cache, "base.en", "cuda", "int8")
+    lease = driver.lease(cache, "base.en", "cuda:0", "int8")
     assert str(lease.key) == "base.en/cuda:0/int8_float16"
     with lease as whisper:
         segments, _ = whisper.transcribe("audio")
@@ -149,7 +151,7 @@ def test_a_lease_may_be_released_twice_and_by_any_thread(
     The second release does nothing, whoever calls it.
     """
     cache = make_cache()
-    first, second = (driver.lease(cache, "base", "cuda") for _ in range(2))
+    first, second = (driver.lease(cache, "base", "cuda:0") for _ in range(2))
     for _ in range(2):
         thread = threading.Thread(target=first.release)
         thread.start()
@@ -171,7 +173,7 @@ def test_a_failed_load_reaches_all_who_wait_and_the_next_one_loads_anew(
     broken = RuntimeError("disk\n on   fire")
     loader.fail_loads["base"] = [broken]
     with loader.holding_loads("base") as gate:
-        asked = [driver.start(cache, "lease", "base", "cuda") for _ in range(3)]
+        asked = [driver.start(cache, "lease", "base", "cuda:0") for _ in range(3)]
         wait_waiting(cache, 3)
         gate.open()
     errors = [each.exception(10) for each in asked]
@@ -195,7 +197,7 @@ def test_an_error_of_ours_keeps_its_type(
     said = DeviceUnavailable("cuda:0", "libcublas is missing")
     loader.fail_loads["base"] = [said]
     with pytest.raises(DeviceUnavailable, match="libcublas") as caught:
-        driver.lease(cache, "base", "cuda")
+        driver.lease(cache, "base", "cuda:0")
     assert caught.value is not said
 
 
@@ -217,7 +219,7 @@ def test_a_failed_load_is_told_even_if_cleaning_up_fails_too(
     cache = make_cache()
     loader.fail_loads["base"] = [RuntimeError("broken")]
     with pytest.raises(LoadFailed, match="broken"):
-        driver.lease(cache, "base", "cuda")
+        driver.lease(cache, "base", "cuda:0")
     assert "the card fell off" in caplog.text
 
 
@@ -232,10 +234,10 @@ def test_a_timeout_of_zero_never_waits(
     """
     cache = make_cache()
     with pytest.raises(LeaseTimeout):
-        driver.lease(cache, "base", "cuda", timeout_s=0)
+        driver.lease(cache, "base", "cuda:0", timeout_s=0)
     assert not loader.loads
     use(driver, cache, "base")
-    driver.lease(cache, "base", "cuda", timeout_s=0).release()
+    driver.lease(cache, "base", "cuda:0", timeout_s=0).release()
     assert cache.stats().timeouts == 1
 
 
@@ -247,11 +249,11 @@ def test_a_timeout_of_zero_takes_what_is_there_while_others_wait(
     """
     cache = make_cache(vram="4GiB")
     use(driver, cache, "tiny")
-    held = driver.lease(cache, "small", "cuda")
-    waiting = driver.waiting(cache, "medium", "cuda")
-    driver.lease(cache, "tiny", "cuda", timeout_s=0).release()
+    held = driver.lease(cache, "small", "cuda:0")
+    waiting = driver.waiting(cache, "medium", "cuda:0")
+    driver.lease(cache, "tiny", "cuda:0", timeout_s=0).release()
     other = Workload(beam_size=1)
-    driver.lease(cache, "tiny", "cuda", timeout_s=0, workload=other).release()
+    driver.lease(cache, "tiny", "cuda:0", timeout_s=0, workload=other).release()
     held.release()
     waiting.result(10).release()
 
@@ -264,7 +266,7 @@ def test_a_timeout_ends_the_wait_and_not_the_load(
     """
     cache = make_cache()
     with loader.holding_loads("base") as gate:
-        asked = driver.waiting(cache, "base", "cuda", timeout_s=5)
+        asked = driver.waiting(cache, "base", "cuda:0", timeout_s=5)
         gate.wait_reached()
         wait_until(lambda: clock._calls, "the timer")
         clock.tick(4.9)
@@ -275,7 +277,7 @@ def test_a_timeout_ends_the_wait_and_not_the_load(
     assert caught.value.waited_s == pytest.approx(5)
     assert caught.value.position == 1
     settle(cache)
-    driver.lease(cache, "base", "cuda", timeout_s=0).release()
+    driver.lease(cache, "base", "cuda:0", timeout_s=0).release()
     assert loader.loads == {"base": 1}
     assert cache.stats().timeouts == 1
 
@@ -291,9 +293,9 @@ def test_who_times_out_makes_room_for_the_next(
     """
     monkeypatch.setattr(admission, "MAX_OVERTAKES", 0)
     cache = make_cache(vram="4GiB")
-    held = driver.lease(cache, "small", "cuda")
-    stuck = driver.waiting(cache, "medium", "cuda", timeout_s=5)
-    behind = driver.waiting(cache, "base", "cuda")
+    held = driver.lease(cache, "small", "cuda:0")
+    stuck = driver.waiting(cache, "medium", "cuda:0", timeout_s=5)
+    behind = driver.waiting(cache, "base", "cuda:0")
     wait_until(lambda: clock._calls, "the timer")
     assert not behind.done()  # nobody passes
     clock.tick(5)
@@ -311,9 +313,9 @@ def test_more_than_max_waiting_are_refused_at_the_door(
     """
     cache = make_cache(max_waiting=2)
     with loader.holding_loads("base") as gate:
-        asked = [driver.waiting(cache, "base", "cuda") for _ in range(2)]
+        asked = [driver.waiting(cache, "base", "cuda:0") for _ in range(2)]
         with pytest.raises(TooManyWaiters) as caught:
-            driver.lease(cache, "base", "cuda")
+            driver.lease(cache, "base", "cuda:0")
         assert caught.value.waiting == 2
         assert cache.stats().refused == 1
         gate.open()
@@ -329,8 +331,8 @@ def test_max_waiting_does_not_refuse_who_need_not_wait(
     """
     cache = make_cache(vram="4GiB", max_waiting=1)
     use(driver, cache, "tiny")
-    held = driver.lease(cache, "small", "cuda")
-    waiting = driver.waiting(cache, "medium", "cuda")
+    held = driver.lease(cache, "small", "cuda:0")
+    waiting = driver.waiting(cache, "medium", "cuda:0")
     use(driver, cache, "tiny")
     held.release()
     waiting.result(10).release()
@@ -343,16 +345,16 @@ def test_closing_ends_all_waits(
     Whoever waits, for a load or for room, is told; new requests are refused.
     """
     cache = make_cache(vram="4GiB")
-    held = driver.lease(cache, "small", "cuda")
+    held = driver.lease(cache, "small", "cuda:0")
     with loader.holding_loads("base"):
-        loading = driver.waiting(cache, "base", "cuda")
-        stuck = driver.waiting(cache, "medium", "cuda")
+        loading = driver.waiting(cache, "base", "cuda:0")
+        stuck = driver.waiting(cache, "medium", "cuda:0")
         closing = driver.start(cache, "close", None)
         for each in (loading, stuck):
             with pytest.raises(CacheClosed):
                 each.result(10)
         with pytest.raises(CacheClosed):
-            driver.lease(cache, "small", "cuda")
+            driver.lease(cache, "small", "cuda:0")
         with pytest.raises(CacheClosed):
             driver.lease(cache, "tiny", "cpu")
     assert not closing.done()
@@ -380,7 +382,7 @@ def test_closing_with_a_timeout_names_what_is_held(
     A model that is still leased then leaves when its lease ends.
     """
     cache = make_cache()
-    lease = driver.lease(cache, "base", "cuda")
+    lease = driver.lease(cache, "base", "cuda:0")
     use(driver, cache, "tiny")
     closing = driver.start(cache, "close", 5)
     wait_until(lambda: "tiny" not in names(cache), "the end of tiny")
@@ -403,7 +405,7 @@ def test_the_least_recently_released_leaves_first(
     What counts is when a lease ended, not when it began.
     """
     cache = make_cache(vram="3GiB")
-    long = driver.lease(cache, "tiny", "cuda")
+    long = driver.lease(cache, "tiny", "cuda:0")
     for model in ("base", "base.en"):
         use(driver, cache, model)
         clock.tick(1)
@@ -450,8 +452,8 @@ def test_a_leased_model_is_never_evicted(
     Others wait for as long as it takes.
     """
     cache = make_cache(vram="2GiB")
-    leases = [driver.lease(cache, model, "cuda") for model in ("tiny", "base")]
-    waiting = driver.waiting(cache, "small", "cuda")
+    leases = [driver.lease(cache, model, "cuda:0") for model in ("tiny", "base")]
+    waiting = driver.waiting(cache, "small", "cuda:0")
     leases[0].release()
     settle(cache)
     assert not waiting.done()
@@ -471,7 +473,7 @@ def test_what_can_never_fit_fails_at_once_and_evicts_nothing(
     cache = make_cache(vram="4GiB")
     use(driver, cache, "tiny", "base")
     with pytest.raises(ModelTooLarge, match="that is the limit") as caught:
-        driver.lease(cache, "large-v3", "cuda")
+        driver.lease(cache, "large-v3", "cuda:0")
     assert caught.value.needed_bytes == 6 * GIB
     assert caught.value.capacity_bytes == 4 * GIB
     assert names(cache) == ["base", "tiny"]
@@ -484,7 +486,7 @@ def test_a_limit_too_small_for_anything_is_no_hang(
     Every request fails at once.
     """
     cache = make_cache(vram="1MiB", ram="1MiB")
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", "cuda:0"):
         with pytest.raises(ModelTooLarge):
             driver.lease(cache, "tiny", device)
 
@@ -498,7 +500,7 @@ def test_a_device_without_memory_is_no_hang(
     machine.others("cuda:0", "10.5GiB")
     cache = make_cache()
     with pytest.raises(ModelTooLarge, match="other programs hold the rest"):
-        driver.lease(cache, "tiny", "cuda")
+        driver.lease(cache, "tiny", "cuda:0")
     machine.others("cuda:0", 0)
     use(driver, cache, "tiny")
 
@@ -530,9 +532,9 @@ def test_pins_that_fill_max_models_are_named(
     Whoever asks for one more model is told what is in the way.
     """
     cache = make_cache(max_models=1)
-    driver.call(cache, "pin", "tiny", "cuda")
+    driver.call(cache, "pin", "tiny", "cuda:0")
     with pytest.raises(ModelTooLarge, match="max_models is 1, and all of them are"):
-        driver.lease(cache, "base", "cuda")
+        driver.lease(cache, "base", "cuda:0")
 
 
 def test_the_work_of_a_lease_is_reserved(
@@ -543,10 +545,10 @@ def test_the_work_of_a_lease_is_reserved(
     """
     loader.workspace_bytes = GIB
     cache = make_cache(vram="4GiB")
-    first = driver.lease(cache, "small", "cuda")
-    second = driver.lease(cache, "small", "cuda")
+    first = driver.lease(cache, "small", "cuda:0")
+    second = driver.lease(cache, "small", "cuda:0")
     assert charged_gib(cache) == 3
-    waiting = driver.waiting(cache, "tiny", "cuda")
+    waiting = driver.waiting(cache, "tiny", "cuda:0")
     first.release()
     assert charged_gib(cache) == 3
     second.release()
@@ -565,7 +567,7 @@ def test_each_worker_runs_a_call_of_its_own(
     charged = []
     with ExitStack() as stack:
         for _ in range(3):
-            lease = driver.lease(cache, "small", "cuda", num_workers=2)
+            lease = driver.lease(cache, "small", "cuda:0", num_workers=2)
             stack.callback(lease.release)
             charged.append(charged_gib(cache))
     assert charged == [3, 4, 4]
@@ -581,12 +583,12 @@ def test_a_larger_batch_waits_for_its_work_to_fit(
     loader.workspace_bytes = GIB // 4
     cache = make_cache(vram="4GiB")
     use(driver, cache, "tiny", "small")
-    lease = driver.lease(cache, "small", "cuda", workload=Workload(batch_size=8))
+    lease = driver.lease(cache, "small", "cuda:0", workload=Workload(batch_size=8))
     assert names(cache) == ["small"]
     assert charged_gib(cache) == 4
     lease.release()
     with pytest.raises(ModelTooLarge):
-        driver.lease(cache, "small", "cuda", workload=Workload(batch_size=9))
+        driver.lease(cache, "small", "cuda:0", workload=Workload(batch_size=9))
 
 
 def test_a_load_onto_a_card_needs_host_memory_meanwhile(
@@ -599,7 +601,7 @@ def test_a_load_onto_a_card_needs_host_memory_meanwhile(
     cache = make_cache(ram="2GiB")
     use(driver, cache, "tiny", device="cpu")
     with loader.holding_loads("base") as gate:
-        loading = driver.start(cache, "lease", "base", "cuda")
+        loading = driver.start(cache, "lease", "base", "cuda:0")
         gate.wait_reached()
         assert state_of(cache, "tiny") == "absent"
         assert charged_gib(cache, "cpu") == 2
@@ -607,24 +609,22 @@ def test_a_load_onto_a_card_needs_host_memory_meanwhile(
     assert charged_gib(cache, "cpu") == 0
     cache.resize(ram="1GiB")
     with pytest.raises(ModelTooLarge, match=r"needs 2\.0 GiB on cpu"):
-        driver.lease(cache, "small", "cuda")
+        driver.lease(cache, "small", "cuda:0")
 
 
-def test_auto_is_the_first_card_that_can_hold_the_model(
+def test_auto_is_the_card_with_most_room_that_can_hold_the_model(
     make_cache: MakeCache, loader: FakeLoader, driver: Driver
 ) -> None:
     """
-    Then the next one, then the CPU.
+    Then another card, then the CPU.
     """
     loader.sizes = {"small": "5GiB", "medium": "8GiB", "large-v3": "12GiB"}
     cache = make_cache(vram={"cuda:0": "4GiB"})
-    devices = []
     for model in ("tiny", "small", "medium", "large-v3"):
-        with driver.lease(cache, model) as _:
-            devices.append(cache.models()[-1].device)
+        driver.lease(cache, model).release()
     placed = {info.key.model: info.device for info in cache.models()}
     assert placed == {
-        "tiny": "cuda:0",
+        "tiny": "cuda:1",
         "small": "cuda:1",
         "medium": "cpu",
         "large-v3": "cpu",
@@ -648,7 +648,7 @@ def test_a_shrinking_card_holds_less(
     assert names(cache) == ["medium", "tiny", "tiny.en"]
     machine.others("cuda:0", "5GiB")
     with pytest.raises(ModelTooLarge, match="other programs"):
-        driver.lease(cache, "large-v3", "cuda")
+        driver.lease(cache, "large-v3", "cuda:0")
 
 
 def test_what_others_give_back_serves_those_who_wait(
@@ -662,9 +662,9 @@ def test_what_others_give_back_serves_those_who_wait(
     """
     loader.workspace_bytes = 3 * GIB
     cache = make_cache()
-    held = driver.lease(cache, "medium", "cuda")
+    held = driver.lease(cache, "medium", "cuda:0")
     machine.others("cuda:0", 3 * GIB)  # its work, as the gauge sees it
-    waiting = driver.waiting(cache, "large-v3", "cuda")
+    waiting = driver.waiting(cache, "large-v3", "cuda:0")
     machine.others("cuda:0", 0)
     held.release()
     waiting.result(10).release()
@@ -714,7 +714,7 @@ def test_an_idle_model_leaves_after_its_keep_alive(
     The clock starts when the last lease ends.
     """
     cache = make_cache(keep_alive="5m")
-    first, second = (driver.lease(cache, "base", "cuda") for _ in range(2))
+    first, second = (driver.lease(cache, "base", "cuda:0") for _ in range(2))
     clock.tick(1000)
     first.release()
     clock.tick(1000)
@@ -759,7 +759,7 @@ def test_a_request_may_say_its_own_keep_alive(
     It counts instead of the cache's, for the lease that ended last.
     """
     cache = make_cache()
-    driver.lease(cache, "base", "cuda", keep_alive=keep_alive).release()
+    driver.lease(cache, "base", "cuda:0", keep_alive=keep_alive).release()
     settle(cache)
     if left_after_s is None:
         clock.tick(1e9)
@@ -784,7 +784,7 @@ def test_a_model_that_was_never_used_waits_for_its_keep_alive(
     """
     cache = make_cache(keep_alive=10)
     with loader.holding_loads("base") as gate:
-        asked = driver.waiting(cache, "base", "cuda", timeout_s=5)
+        asked = driver.waiting(cache, "base", "cuda:0", timeout_s=5)
         gate.wait_reached()
         wait_until(lambda: clock._calls, "the timer")
         clock.tick(100)
@@ -807,7 +807,7 @@ def test_many_keep_alives_leave_one_timer(
     cache = make_cache(keep_alive=300)
     use(driver, cache, "base")
     for _ in range(20):
-        driver.lease(cache, "tiny", "cuda", keep_alive=1).release()
+        driver.lease(cache, "tiny", "cuda:0", keep_alive=1).release()
         clock.tick(2)
         settle(cache)
     clock.tick(300)
@@ -825,9 +825,9 @@ def test_a_model_expires_though_somebody_waited_for_it_in_vain(
     loader.workspace_bytes = GIB // 4
     cache = make_cache(vram="4GiB", keep_alive=10)
     use(driver, cache, "tiny")
-    held = driver.lease(cache, "small", "cuda")
+    held = driver.lease(cache, "small", "cuda:0")
     waiting = driver.waiting(
-        cache, "tiny", "cuda", timeout_s=30, workload=Workload(batch_size=8)
+        cache, "tiny", "cuda:0", timeout_s=30, workload=Workload(batch_size=8)
     )
     wait_until(lambda: len(clock._calls) == 2, "the timer")
     clock.tick(20)
@@ -848,12 +848,12 @@ def test_a_pinned_model_stays_until_it_is_unpinned(
     Neither time nor need moves it; then its keep-alive begins.
     """
     cache = make_cache(vram="2GiB", keep_alive=10)
-    driver.call(cache, "pin", "tiny", "cuda")
+    driver.call(cache, "pin", "tiny", "cuda:0")
     clock.tick(100)
     use(driver, cache, "base", "base.en")
     assert names(cache) == ["base.en", "tiny"]
     with pytest.raises(ModelTooLarge, match=r"1\.0 GiB are pinned; unpin"):
-        driver.lease(cache, "small", "cuda")
+        driver.lease(cache, "small", "cuda:0")
     info = cache.models()[1]
     assert info.pinned
     assert info.expires_in_s is None
@@ -869,10 +869,10 @@ def test_unpinning_serves_those_who_wait(make_cache: MakeCache, driver: Driver) 
     A model that is leased and unpinned leaves for a waiter as soon as it is idle.
     """
     cache = make_cache(vram="3GiB")
-    driver.call(cache, "pin", "tiny", "cuda")
-    held = driver.lease(cache, "base", "cuda")
-    waiting = driver.waiting(cache, "small", "cuda")
-    assert driver.call(cache, "unpin", device="cuda") == 1
+    driver.call(cache, "pin", "tiny", "cuda:0")
+    held = driver.lease(cache, "base", "cuda:0")
+    waiting = driver.waiting(cache, "small", "cuda:0")
+    assert driver.call(cache, "unpin", device="cuda:0") == 1
     waiting.result(10).release()
     held.release()
 
@@ -889,15 +889,15 @@ def test_evict_returns_the_memory_of_idle_models(
     cache = make_cache()
     use(driver, cache, "tiny", "base")
     use(driver, cache, "tiny", device="cpu")
-    driver.call(cache, "pin", "small", "cuda")
+    driver.call(cache, "pin", "small", "cuda:0")
     assert driver.call(cache, "evict", "medium") == 0
-    assert driver.call(cache, "evict", "tiny", "cuda") == 1
+    assert driver.call(cache, "evict", "tiny", "cuda:0") == 1
     assert machine.held_bytes["cuda:0"] == 3 * GIB
     assert driver.call(cache, "evict", compute_type="float32") == 1
     assert driver.call(cache, "evict") == 2
     assert not any(machine.held_bytes.values())
     assert cache.stats().evictions == 4
-    driver.call(cache, "pin", "small", "cuda")
+    driver.call(cache, "pin", "small", "cuda:0")
     assert driver.call(cache, "unpin") == 1
 
 
@@ -908,10 +908,10 @@ def test_evicting_a_leased_model_waits_and_new_leases_wait_too(
     It leaves when its lease ends, and comes back for whoever asked meanwhile.
     """
     cache = make_cache()
-    lease = driver.lease(cache, "base", "cuda")
+    lease = driver.lease(cache, "base", "cuda:0")
     evicting = driver.start(cache, "evict", "base")
     wait_until(lambda: not cache._core.entries[lease.key].is_open_to(None), "eviction")
-    asked = driver.waiting(cache, "base", "cuda")
+    asked = driver.waiting(cache, "base", "cuda:0")
     assert not asked.done()
     assert not evicting.done()
     lease.release()
@@ -928,7 +928,7 @@ def test_evicting_a_model_that_loads_serves_its_waiters_first(
     """
     cache = make_cache()
     with loader.holding_loads("base") as gate:
-        asked = driver.waiting(cache, "base", "cuda")
+        asked = driver.waiting(cache, "base", "cuda:0")
         gate.wait_reached()
         evicting = driver.start(cache, "evict", "base")
         wait_until(lambda: cache._core.entries[next(iter(cache._core.entries))].gone)
@@ -940,7 +940,7 @@ def test_evicting_a_model_that_loads_serves_its_waiters_first(
     assert loader.loads == {"base": 1}
     loader.fail_loads["base"] = [RuntimeError("broken")]
     with loader.holding_loads("base") as gate:
-        asked = driver.waiting(cache, "base", "cuda")
+        asked = driver.waiting(cache, "base", "cuda:0")
         gate.wait_reached()
         evicting = driver.start(cache, "evict", "base")
         wait_until(lambda: cache._core.entries[next(iter(cache._core.entries))].gone)
@@ -955,11 +955,11 @@ def test_an_eviction_that_times_out_is_taken_back(
     The model stays, pinned as it was, and whoever waited for it is served.
     """
     cache = make_cache()
-    driver.call(cache, "pin", "base", "cuda")
-    lease = driver.lease(cache, "base", "cuda")
+    driver.call(cache, "pin", "base", "cuda:0")
+    lease = driver.lease(cache, "base", "cuda:0")
     evicting = driver.start(cache, "evict", "base", timeout_s=5)
     wait_until(lambda: clock._calls, "the timer")
-    asked = driver.waiting(cache, "base", "cuda")
+    asked = driver.waiting(cache, "base", "cuda:0")
     clock.tick(5)
     with pytest.raises(LeaseTimeout, match="did not leave within"):
         evicting.result(10)
@@ -978,7 +978,7 @@ def test_one_of_two_evictions_may_be_taken_back(
     The other still stands.
     """
     cache = make_cache()
-    lease = driver.lease(cache, "base", "cuda")
+    lease = driver.lease(cache, "base", "cuda:0")
     short = driver.start(cache, "evict", "base", timeout_s=5)
     wait_until(lambda: clock._calls, "the timer")
     long = driver.start(cache, "evict", "base")
@@ -998,7 +998,7 @@ def test_a_pin_does_not_outlive_an_eviction(
     A model that comes back after `evict` leaves like any other.
     """
     cache = make_cache(vram="2GiB")
-    driver.call(cache, "pin", "base", "cuda")
+    driver.call(cache, "pin", "base", "cuda:0")
     driver.call(cache, "evict", "base")
     use(driver, cache, "base")
     assert not cache.models()[0].pinned
@@ -1015,9 +1015,9 @@ def test_a_victim_is_not_resurrected(
     cache = make_cache(vram="2GiB")
     use(driver, cache, "small")
     with loader.holding_unloads("small") as gate:
-        first = driver.waiting(cache, "base", "cuda")
+        first = driver.waiting(cache, "base", "cuda:0")
         gate.wait_reached()
-        again = driver.waiting(cache, "small", "cuda")
+        again = driver.waiting(cache, "small", "cuda:0")
         assert state_of(cache, "small") == "unloading"
         assert cache.stats().waiting == 2
     lease = first.result(10)
@@ -1036,7 +1036,7 @@ def test_memory_is_credited_when_the_unload_is_confirmed(
     cache = make_cache(vram="2GiB")
     use(driver, cache, "small")
     loader.refuse_unloads = 3
-    waiting = driver.waiting(cache, "base", "cuda")
+    waiting = driver.waiting(cache, "base", "cuda:0")
     for pause_s in (0.1, 0.2, 0.4):
         settle(cache)
         assert state_of(cache, "small") == "unloading"
@@ -1086,7 +1086,7 @@ def test_a_lowered_limit_is_met_as_leases_end(
     Idle models leave at once, leased ones when they are idle; nobody need ask again.
     """
     cache = make_cache(vram="8GiB")
-    held = driver.lease(cache, "medium", "cuda")
+    held = driver.lease(cache, "medium", "cuda:0")
     use(driver, cache, "small", "base")
     driver.call(cache, "resize", vram="2GiB")
     settle(cache)
@@ -1127,11 +1127,11 @@ def test_a_raised_limit_serves_those_who_wait(
     Bytes and numbers alike; what is not given stays as it was.
     """
     cache = make_cache(vram="2GiB", max_models=1)
-    held = driver.lease(cache, "base", "cuda")
-    waiting = driver.waiting(cache, "tiny", "cuda")
+    held = driver.lease(cache, "base", "cuda:0")
+    waiting = driver.waiting(cache, "tiny", "cuda:0")
     driver.call(cache, "resize", max_models=2)
     waiting.result(10).release()
-    waiting = driver.waiting(cache, "small", "cuda")
+    waiting = driver.waiting(cache, "small", "cuda:0")
     driver.call(cache, "resize", vram="4GiB", ram="1GiB")
     waiting.result(10).release()
     assert len(cache.models()) == 2
@@ -1152,7 +1152,7 @@ def test_a_nonsense_limit_changes_none(make_cache: MakeCache, driver: Driver) ->
         with pytest.raises((TypeError, ValueError)):
             driver.call(cache, "resize", **options)
     with pytest.raises(ModelTooLarge):
-        driver.lease(cache, "medium", "cuda")
+        driver.lease(cache, "medium", "cuda:0")
 
 
 # Fairness -----------------------------------------------------------------------------
@@ -1165,12 +1165,12 @@ def test_hits_pass_a_waiter_until_its_patience_ends(
     Then no new lease is granted on what it needs, however busy that is.
     """
     cache = make_cache(vram="4GiB", patience_s=5)
-    lease = driver.lease(cache, "small", "cuda")
-    waiting = driver.waiting(cache, "medium", "cuda")
-    overlapping = driver.lease(cache, "small", "cuda")
+    lease = driver.lease(cache, "small", "cuda:0")
+    waiting = driver.waiting(cache, "medium", "cuda:0")
+    overlapping = driver.lease(cache, "small", "cuda:0")
     lease.release()
     clock.tick(5)
-    late = driver.waiting(cache, "small", "cuda")
+    late = driver.waiting(cache, "small", "cuda:0")
     assert not late.done()
     overlapping.release()
     first = waiting.result(10)
@@ -1188,9 +1188,9 @@ def test_draining_leaves_other_devices_alone(
     """
     loader.host_loading_bytes = GIB
     cache = make_cache(vram="3GiB", ram="8GiB", patience_s=5)
-    held = driver.lease(cache, "small", "cuda")
+    held = driver.lease(cache, "small", "cuda:0")
     use(driver, cache, "tiny", device="cpu")
-    waiting = driver.waiting(cache, "medium", "cuda")
+    waiting = driver.waiting(cache, "medium", "cuda:0")
     clock.tick(5)
     driver.lease(cache, "tiny", "cpu", timeout_s=0).release()
     held.release()
@@ -1204,11 +1204,11 @@ def test_a_drain_ends_with_the_waiter_that_wanted_it(
     When that one gives up, leases are granted again.
     """
     cache = make_cache(vram="4GiB", patience_s=5)
-    lease = driver.lease(cache, "small", "cuda")
-    waiting = driver.waiting(cache, "medium", "cuda", timeout_s=10)
+    lease = driver.lease(cache, "small", "cuda:0")
+    waiting = driver.waiting(cache, "medium", "cuda:0", timeout_s=10)
     wait_until(lambda: clock._calls, "the timer")
     clock.tick(6)
-    late = driver.waiting(cache, "small", "cuda")
+    late = driver.waiting(cache, "small", "cuda:0")
     assert not late.done()
     clock.tick(4)
     assert isinstance(waiting.exception(10), LeaseTimeout)
@@ -1224,12 +1224,12 @@ def test_a_model_that_an_older_request_will_get_does_not_leave_for_a_younger_one
     """
     loader.workspace_bytes = GIB // 4
     cache = make_cache(vram="3GiB", patience_s=5)
-    leases = [driver.lease(cache, model, "cuda") for model in ("base", "tiny")]
+    leases = [driver.lease(cache, model, "cuda:0") for model in ("base", "tiny")]
     large = Workload(batch_size=8)
-    older = driver.waiting(cache, "base", "cuda", workload=large)
-    younger = driver.waiting(cache, "small", "cuda")
+    older = driver.waiting(cache, "base", "cuda:0", workload=large)
+    younger = driver.waiting(cache, "small", "cuda:0")
     clock.tick(6)
-    late = driver.waiting(cache, "tiny", "cuda")
+    late = driver.waiting(cache, "tiny", "cuda:0")
     for lease in leases:
         lease.release()
     older.result(10).release()
@@ -1245,12 +1245,12 @@ def test_sixteen_loads_pass_one_that_is_stuck(
     The seventeenth waits behind it.
     """
     cache = make_cache(vram="4GiB", patience_s=1e9, keep_alive=0)
-    held = driver.lease(cache, "small", "cuda")
-    stuck = driver.waiting(cache, "medium", "cuda")
+    held = driver.lease(cache, "small", "cuda:0")
+    stuck = driver.waiting(cache, "medium", "cuda:0")
     for _ in range(16):
         use(driver, cache, "base")
         wait_until(lambda: "base" not in names(cache), "the end of base")
-    barred = driver.waiting(cache, "base", "cuda")
+    barred = driver.waiting(cache, "base", "cuda:0")
     settle(cache)
     assert not barred.done()
     driver.lease(cache, "base", "cpu").release()
@@ -1271,11 +1271,11 @@ def test_explain_says_what_would_happen_and_changes_nothing(
     loader.missing = {"base.en"}
     cache = make_cache(vram="4GiB")
     use(driver, cache, "tiny", "base")
-    held = driver.lease(cache, "base", "cuda")
+    held = driver.lease(cache, "base", "cuda:0")
 
     def outcome(model: str) -> str:
         before = snapshot(cache, clock)
-        explained = driver.call(cache, "explain", model, "cuda")
+        explained = driver.call(cache, "explain", model, "cuda:0")
         assert snapshot(cache, clock) == before
         assert explained.key.model == model
         assert explained.reason
@@ -1286,15 +1286,15 @@ def test_explain_says_what_would_happen_and_changes_nothing(
     assert outcome("base.en") == "load"
     assert outcome("large-v3") == "never"
     assert outcome("medium") == "evict"
-    explained = driver.call(cache, "explain", "medium", "cuda")
+    explained = driver.call(cache, "explain", "medium", "cuda:0")
     assert [key.model for key in explained.evicts] == ["tiny"]
     assert explained.needed_bytes == 3 * GIB
     assert explained.free_bytes == 2 * GIB
     assert explained.capacity_bytes == 4 * GIB
-    second = driver.lease(cache, "tiny", "cuda")
+    second = driver.lease(cache, "tiny", "cuda:0")
     assert outcome("medium") == "wait"
     with loader.holding_loads("tiny.en") as gate:
-        loading = driver.start(cache, "lease", "tiny.en", "cuda")
+        loading = driver.start(cache, "lease", "tiny.en", "cuda:0")
         gate.wait_reached()
         assert outcome("tiny.en") == "wait"
     loading.result(10).release()
@@ -1323,7 +1323,7 @@ def test_a_download_holds_no_memory(
     """
     loader.missing = {"base"}
     cache = make_cache()
-    asked = [driver.start(cache, "lease", "base", "cuda") for _ in range(4)]
+    asked = [driver.start(cache, "lease", "base", "cuda:0") for _ in range(4)]
     for each in asked:
         each.result(10).release()
     assert loader.downloads == {"base": 1}
@@ -1335,10 +1335,10 @@ def test_preload_leaves_the_model_idle(make_cache: MakeCache, driver: Driver) ->
     The next call on it need not wait.
     """
     cache = make_cache()
-    driver.call(cache, "preload", "base", "cuda")
+    driver.call(cache, "preload", "base", "cuda:0")
     assert state_of(cache, "base") == "resident"
     assert cache.stats().leases == 0
-    driver.lease(cache, "base", "cuda", timeout_s=0).release()
+    driver.lease(cache, "base", "cuda:0", timeout_s=0).release()
 
 
 def test_load_options_that_cannot_be_compared_are_explained(
@@ -1349,9 +1349,9 @@ def test_load_options_that_cannot_be_compared_are_explained(
     """
     cache = make_cache()
     with pytest.raises(TypeError, match="device_index must be one integer"):
-        driver.lease(cache, "base", "cuda", device_index=[0, 1])
+        driver.lease(cache, "base", "cuda:0", device_index=[0, 1])
     with pytest.raises(ValueError, match="files= is not supported"):
-        driver.lease(cache, "base", "cuda", files={"model.bin": b""})
+        driver.lease(cache, "base", "cuda:0", files={"model.bin": b""})
 
 
 def test_pin_holds_the_model_that_was_loaded_for_it(
@@ -1448,15 +1448,15 @@ def test_a_gauge_that_fails_while_somebody_waits_is_logged(
     """
     loader.workspace_bytes = 3 * GIB
     cache = make_cache()
-    held = driver.lease(cache, "medium", "cuda")
+    held = driver.lease(cache, "medium", "cuda:0")
     machine.others("cuda:0", 3 * GIB)  # its work, as the gauge sees it
-    waiting = driver.waiting(cache, "large-v3", "cuda")
+    waiting = driver.waiting(cache, "large-v3", "cuda:0")
     machine.others("cuda:0", 0)
     machine.reading_fails = OSError("no driver")
     held.release()
     wait_until(lambda: "free memory of cuda:0 is unknown" in caplog.text)
     assert not waiting.done()
     machine.reading_fails = None
-    reading = driver.start(cache, "lease", "tiny", "cuda")
+    reading = driver.start(cache, "lease", "tiny", "cuda:0")
     waiting.result(10).release()
     reading.result(10).release()

@@ -507,8 +507,8 @@ def test_who_waits_for_its_own_memory_is_told(
     """
     cache = make_cache(vram="4GiB")
     (one,) = callers(1)
-    held = one.lease(cache, "medium", "cuda")
-    asked = one.waiting(cache, "small", "cuda")
+    held = one.lease(cache, "medium", "cuda:0")
+    asked = one.waiting(cache, "small", "cuda:0")
     assert not asked.done()
     clock.tick(CHECK_S)
     error = told(asked)
@@ -526,7 +526,7 @@ def test_who_waits_for_its_own_memory_is_told(
     assert (cache.stats().deadlocks, cache.stats().waiting) == (1, 0)
     assert held.whisper
     held.release()
-    one.lease(cache, "small", "cuda").release()
+    one.lease(cache, "small", "cuda:0").release()
 
 
 def test_nobody_is_told_at_once(
@@ -537,8 +537,8 @@ def test_nobody_is_told_at_once(
     """
     cache = make_cache(vram="4GiB")
     (one,) = callers(1)
-    held = one.lease(cache, "medium", "cuda")
-    asked = one.waiting(cache, "small", "cuda")
+    held = one.lease(cache, "medium", "cuda:0")
+    asked = one.waiting(cache, "small", "cuda:0")
     clock.tick(0.01)
     assert cache.stats().deadlocks == 0
     held.release()
@@ -555,9 +555,9 @@ def test_nobody_is_told_while_somebody_else_may_let_go(
     """
     cache = make_cache(vram="4GiB")
     one, other = callers(2)
-    mine = one.lease(cache, "tiny", "cuda")
-    its = other.lease(cache, "small", "cuda")
-    asked = one.waiting(cache, "medium", "cuda")
+    mine = one.lease(cache, "tiny", "cuda:0")
+    its = other.lease(cache, "small", "cuda:0")
+    asked = one.waiting(cache, "medium", "cuda:0")
     assert_waiting(cache, clock, asked)
     its.release()
     asked.result(10).release()
@@ -572,11 +572,11 @@ def test_somebody_else_who_begins_to_wait_closes_the_circle(
     """
     cache = make_cache(vram="6GiB")
     one, other = callers(2)
-    mine = one.lease(cache, "medium", "cuda")
-    its = other.lease(cache, "small", "cuda")
-    first = one.waiting(cache, "medium.en", "cuda")
+    mine = one.lease(cache, "medium", "cuda:0")
+    its = other.lease(cache, "small", "cuda:0")
+    first = one.waiting(cache, "medium.en", "cuda:0")
     assert_waiting(cache, clock, first)
-    last = other.waiting(cache, "small.en", "cuda")
+    last = other.waiting(cache, "small.en", "cuda:0")
     clock.tick(CHECK_S)
     assert told(last).held == ("small/cuda:0/float16",)
     assert_waiting(cache, clock, first)
@@ -595,13 +595,13 @@ def test_three_in_a_circle(
     cache = make_cache(vram="3GiB")
     everybody = callers(3)
     leases = [
-        each.lease(cache, name, "cuda")
+        each.lease(cache, name, "cuda:0")
         for each, name in zip(everybody, ("tiny", "tiny.en", "base"), strict=True)
     ]
     asked: list[Future[Any]] = []
     for each in everybody:
         assert_waiting(cache, clock, *asked)
-        asked.append(each.waiting(cache, "base.en", "cuda"))
+        asked.append(each.waiting(cache, "base.en", "cuda:0"))
     clock.tick(CHECK_S)
     told(asked[2])
     leases[2].release()
@@ -639,11 +639,11 @@ def test_a_circle_by_max_models(
     """
     cache = make_cache(max_models=2)
     one, other = callers(2)
-    mine = one.lease(cache, "tiny", "cuda")
-    its = other.lease(cache, "base", "cuda")
-    first = one.waiting(cache, "small", "cuda")
+    mine = one.lease(cache, "tiny", "cuda:0")
+    its = other.lease(cache, "base", "cuda:0")
+    first = one.waiting(cache, "small", "cuda:0")
     assert_waiting(cache, clock, first)
-    last = other.waiting(cache, "small.en", "cuda")
+    last = other.waiting(cache, "small.en", "cuda:0")
     clock.tick(CHECK_S)
     told(last)
     its.release()
@@ -660,10 +660,10 @@ def test_a_circle_by_the_work_on_one_model(
     loader.workspace_bytes = 1024**3
     cache = make_cache(vram="3GiB")
     (one,) = callers(1)
-    held = one.lease(cache, "tiny", "cuda", num_workers=2)
-    lease = one.lease(cache, "tiny", "cuda", num_workers=2)
+    held = one.lease(cache, "tiny", "cuda:0", num_workers=2)
+    lease = one.lease(cache, "tiny", "cuda:0", num_workers=2)
     lease.release()
-    asked = one.waiting(cache, "base", "cuda")
+    asked = one.waiting(cache, "base", "cuda:0")
     clock.tick(CHECK_S)
     told(asked)
     held.release()
@@ -677,8 +677,8 @@ def test_two_circles_are_told_one_after_the_other(
     """
     cache = make_cache(vram="4GiB", ram="4GiB")
     one, other = callers(2)
-    leases = [one.lease(cache, "medium", "cuda"), other.lease(cache, "medium", "cpu")]
-    asked = [one.waiting(cache, "small", "cuda"), other.waiting(cache, "small", "cpu")]
+    leases = [one.lease(cache, "medium", "cuda:0"), other.lease(cache, "medium", "cpu")]
+    asked = [one.waiting(cache, "small", "cuda:0"), other.waiting(cache, "small", "cpu")]
     clock.tick(CHECK_S)
     for each in asked:
         told(each)
@@ -695,8 +695,8 @@ def test_a_request_for_several_may_close_a_circle(
     """
     cache = make_cache(vram="4GiB")
     (one,) = callers(1)
-    held = one.lease(cache, "medium", "cuda")
-    asked = one.start(cache, "lease_many", ["tiny", "base"], "cuda")
+    held = one.lease(cache, "medium", "cuda:0")
+    asked = one.start(cache, "lease_many", ["tiny", "base"], "cuda:0")
     wait_waiting(cache, 1)
     clock.tick(CHECK_S)
     assert told(asked).model == "tiny/cuda:0/float16 + base/cuda:0/float16"
@@ -710,11 +710,11 @@ def test_lease_many_closes_no_circle(
     Two that each want both, in opposite order, are served one after the other.
     """
     cache = make_cache(vram="5GiB")
-    blocker = cache.lease("tiny", "cuda")
+    blocker = cache.lease("tiny", "cuda:0")
     one, other = callers(2)
-    first = one.start(cache, "lease_many", ["medium", "small"], "cuda")
+    first = one.start(cache, "lease_many", ["medium", "small"], "cuda:0")
     wait_waiting(cache, 1)
-    second = other.start(cache, "lease_many", ["small", "medium"], "cuda")
+    second = other.start(cache, "lease_many", ["small", "medium"], "cuda:0")
     wait_waiting(cache, 2)
     assert_waiting(cache, clock, first, second)
     blocker.release()
@@ -733,12 +733,12 @@ def test_tasks_of_one_loop_are_told_apart(
     both_hold = asyncio.Event()
 
     async def hold_and_wait(mine: str, wanted: str) -> str:
-        async with cache.lease(mine, "cuda"):
+        async with cache.lease(mine, "cuda:0"):
             if cache.stats().leases == 2:
                 both_hold.set()
             await both_hold.wait()
             try:
-                async with cache.lease(wanted, "cuda"):
+                async with cache.lease(wanted, "cuda:0"):
                     return "served"
             except LeaseDeadlock:
                 return "told"
@@ -766,9 +766,9 @@ def test_a_timeout_that_is_shorter_than_the_check_comes_first(
     """
     cache = make_cache(vram="4GiB")
     (one,) = callers(1)
-    held = one.lease(cache, "medium", "cuda")
+    held = one.lease(cache, "medium", "cuda:0")
     timers = len(clock._calls)
-    asked = one.waiting(cache, "small", "cuda", timeout_s=0.01)
+    asked = one.waiting(cache, "small", "cuda:0", timeout_s=0.01)
     wait_until(lambda: len(clock._calls) == timers + 2, "both timers")
     clock.tick(1)
     assert isinstance(asked.exception(10), LeaseTimeout)
@@ -784,11 +784,11 @@ def test_pins_may_close_a_circle_later(
     """
     cache = make_cache(vram="6GiB")
     one, other = callers(2)
-    mine = one.lease(cache, "medium", "cuda")
-    its = other.lease(cache, "tiny", "cuda")
-    asked = one.waiting(cache, "medium.en", "cuda")
+    mine = one.lease(cache, "medium", "cuda:0")
+    its = other.lease(cache, "tiny", "cuda:0")
+    asked = one.waiting(cache, "medium.en", "cuda:0")
     assert_waiting(cache, clock, asked)
-    other.call(cache, "pin", "tiny", "cuda")
+    other.call(cache, "pin", "tiny", "cuda:0")
     its.release()
     clock.tick(CHECK_S)
     told(asked)
@@ -804,9 +804,9 @@ def test_a_lowered_limit_may_close_a_circle_later(
     """
     cache = make_cache(vram="6GiB")
     one, other = callers(2)
-    mine = one.lease(cache, "medium", "cuda")
-    its = other.lease(cache, "tiny", "cuda")
-    asked = one.waiting(cache, "medium.en", "cuda")
+    mine = one.lease(cache, "medium", "cuda:0")
+    its = other.lease(cache, "tiny", "cuda:0")
+    asked = one.waiting(cache, "medium.en", "cuda:0")
     assert_waiting(cache, clock, asked)
     cache.resize(vram="5GiB")
     clock.tick(CHECK_S)
@@ -826,8 +826,8 @@ def test_segments_that_nobody_consumes_are_named(
     """
     cache = make_cache(vram="4GiB")
     (one,) = alike(1)
-    medium = one.call(cache, "get_model", "medium", "cuda")
-    small = one.call(cache, "get_model", "small", "cuda")
+    medium = one.call(cache, "get_model", "medium", "cuda:0")
+    small = one.call(cache, "get_model", "small", "cuda:0")
     segments, _ = one.call_on(medium, "transcribe", "audio")
     one.call_on(segments, one.step)
     asked = one.start_on(small, "transcribe", "audio")
@@ -847,10 +847,10 @@ def test_segments_that_somebody_else_consumes_are_waited_for(
     """
     cache = make_cache(vram="4GiB")
     one, other = alike(2)
-    medium = one.call(cache, "get_model", "medium", "cuda")
+    medium = one.call(cache, "get_model", "medium", "cuda:0")
     segments, _ = one.call_on(medium, "transcribe", "audio")
     other.call_on(segments, other.step)
-    asked = one.waiting(cache, "small", "cuda")
+    asked = one.waiting(cache, "small", "cuda:0")
     assert_waiting(cache, clock, asked)
     other.call_on(segments, other.end)
     asked.result(10).release()
@@ -864,10 +864,10 @@ def test_who_consumes_the_segments_of_others_holds_their_model(
     """
     cache = make_cache(vram="4GiB")
     one, other = alike(2)
-    medium = one.call(cache, "get_model", "medium", "cuda")
+    medium = one.call(cache, "get_model", "medium", "cuda:0")
     segments, _ = one.call_on(medium, "transcribe", "audio")
     other.call_on(segments, other.step)
-    asked = other.waiting(cache, "small", "cuda")
+    asked = other.waiting(cache, "small", "cuda:0")
     clock.tick(CHECK_S)
     told(asked)
     other.call_on(segments, other.end)
@@ -881,9 +881,9 @@ def test_a_lease_that_was_handed_over_is_waited_for(
     """
     cache = make_cache(vram="4GiB")
     one, other = callers(2)
-    held = one.lease(cache, "medium", "cuda")
+    held = one.lease(cache, "medium", "cuda:0")
     held.hand_over()
-    asked = one.waiting(cache, "small", "cuda")
+    asked = one.waiting(cache, "small", "cuda:0")
     assert_waiting(cache, clock, asked)
     other.call_on(held, "release")
     asked.result(10).release()
@@ -897,9 +897,9 @@ def test_a_lease_that_is_handed_over_to_one_who_waits_closes_a_circle(
     """
     cache = make_cache(vram="4GiB")
     one, other = callers(2)
-    mine = one.lease(cache, "tiny", "cuda")
-    its = other.lease(cache, "small", "cuda")
-    asked = one.waiting(cache, "medium", "cuda")
+    mine = one.lease(cache, "tiny", "cuda:0")
+    its = other.lease(cache, "small", "cuda:0")
+    asked = one.waiting(cache, "medium", "cuda:0")
     assert_waiting(cache, clock, asked)
     its.hand_over(mine._entry.owners[mine._serial])
     clock.tick(CHECK_S)
@@ -916,8 +916,8 @@ def test_a_lease_that_somebody_else_ends_serves_its_holder(
     """
     cache = make_cache(vram="4GiB")
     one, other = callers(2)
-    held = one.lease(cache, "medium", "cuda")
-    asked = one.waiting(cache, "small", "cuda")
+    held = one.lease(cache, "medium", "cuda:0")
+    asked = one.waiting(cache, "small", "cuda:0")
     other.call_on(held, "release")
     asked.result(10).release()
     clock.tick(1)
@@ -935,11 +935,11 @@ def test_a_nested_lease_is_granted_while_the_model_is_drained(
     """
     cache = make_cache(vram="4GiB", patience_s=5)
     one, other, third = callers(3)
-    held = one.lease(cache, "small", "cuda")
-    waiting = other.waiting(cache, "medium", "cuda")
+    held = one.lease(cache, "small", "cuda:0")
+    waiting = other.waiting(cache, "medium", "cuda:0")
     clock.tick(5)
-    stranger = third.waiting(cache, "small", "cuda")
-    nested = one.lease(cache, "small", "cuda")
+    stranger = third.waiting(cache, "small", "cuda:0")
+    nested = one.lease(cache, "small", "cuda:0")
     assert not stranger.done()
     nested.release()
     held.release()
@@ -955,11 +955,11 @@ def test_a_nested_lease_is_granted_while_the_model_is_evicted(
     """
     cache = make_cache()
     one, other = callers(2)
-    held = one.lease(cache, "small", "cuda")
+    held = one.lease(cache, "small", "cuda:0")
     evicting = other.start(cache, "evict", "small")
     wait_until(lambda: held._entry.gone, "the eviction")
-    nested = one.lease(cache, "small", "cuda")
-    several = one.call(cache, "lease_many", ["small", "tiny"], "cuda")
+    nested = one.lease(cache, "small", "cuda:0")
+    several = one.call(cache, "lease_many", ["small", "tiny"], "cuda:0")
     held.release()
     nested.release()
     assert not evicting.done()
@@ -975,10 +975,10 @@ def test_who_holds_what_an_older_request_needs_need_not_wait_for_it(
     """
     cache = make_cache(vram="4GiB")
     one, other = callers(2)
-    held = one.lease(cache, "small", "cuda")
-    waiting = other.waiting(cache, "medium", "cuda")
+    held = one.lease(cache, "small", "cuda:0")
+    waiting = other.waiting(cache, "medium", "cuda:0")
     pass_often(cache)
-    asked = one.waiting(cache, "tiny", "cuda")
+    asked = one.waiting(cache, "tiny", "cuda:0")
     clock.tick(CHECK_S)
     asked.result(10).release()
     assert not waiting.done()
@@ -995,11 +995,11 @@ def test_a_load_that_somebody_else_asked_for_first_passes_for_a_holder(
     """
     cache = make_cache(vram="4GiB")
     one, other, third = callers(3)
-    held = one.lease(cache, "small", "cuda")
-    waiting = other.waiting(cache, "medium", "cuda")
+    held = one.lease(cache, "small", "cuda:0")
+    waiting = other.waiting(cache, "medium", "cuda:0")
     pass_often(cache)
-    first = third.waiting(cache, "tiny", "cuda")
-    asked = one.waiting(cache, "tiny", "cuda")
+    first = third.waiting(cache, "tiny", "cuda:0")
+    asked = one.waiting(cache, "tiny", "cuda:0")
     clock.tick(CHECK_S)
     asked.result(10).release()
     first.result(10).release()
@@ -1016,10 +1016,10 @@ def test_holders_do_not_rely_on_each_other_to_let_go_first(
     """
     cache = make_cache(vram="6GiB")
     one, other, older = callers(3)
-    leases = [one.lease(cache, "small", "cuda"), other.lease(cache, "small.en", "cuda")]
-    waiting = older.waiting(cache, wanted, "cuda")
+    leases = [one.lease(cache, "small", "cuda:0"), other.lease(cache, "small.en", "cuda:0")]
+    waiting = older.waiting(cache, wanted, "cuda:0")
     pass_often(cache)
-    asked = [one.waiting(cache, "tiny", "cuda"), other.waiting(cache, "base", "cuda")]
+    asked = [one.waiting(cache, "tiny", "cuda:0"), other.waiting(cache, "base", "cuda:0")]
     clock.tick(CHECK_S)
     for _ in range(2):
         wait_until(lambda: any(each.done() for each in asked), "a lease for a holder")
@@ -1044,11 +1044,11 @@ def test_who_holds_nothing_that_is_needed_waits_for_his_turn(
     """
     cache = make_cache(vram="4GiB")
     one, other, third = callers(3)
-    unrelated = one.lease(cache, "base", "cuda")
-    needed = third.lease(cache, "small", "cuda")
-    waiting = other.waiting(cache, "medium", "cuda")
+    unrelated = one.lease(cache, "base", "cuda:0")
+    needed = third.lease(cache, "small", "cuda:0")
+    waiting = other.waiting(cache, "medium", "cuda:0")
     pass_often(cache)
-    asked = one.waiting(cache, "tiny", "cuda")
+    asked = one.waiting(cache, "tiny", "cuda:0")
     assert_waiting(cache, clock, waiting, asked)
     needed.release()
     waiting.result(10).release()
@@ -1064,15 +1064,15 @@ def test_circles_of_others_let_nobody_pass(
     """
     cache = make_cache(vram="4GiB", ram="4GiB")
     one, other, third, fourth, fifth = callers(5)
-    unrelated = one.lease(cache, "base", "cuda")
-    needed = third.lease(cache, "small", "cuda")
+    unrelated = one.lease(cache, "base", "cuda:0")
+    needed = third.lease(cache, "small", "cuda:0")
     circles = [
         each.lease(cache, "medium", device)
         for each, device in ((fourth, "cpu"), (fifth, "cuda:1"))
     ]
-    waiting = other.waiting(cache, "medium", "cuda")
+    waiting = other.waiting(cache, "medium", "cuda:0")
     pass_often(cache)
-    asked = one.waiting(cache, "tiny", "cuda")
+    asked = one.waiting(cache, "tiny", "cuda:0")
     for each, device in ((fourth, "cpu"), (fifth, "cuda:1")):
         each.waiting(cache, "small", device)
     clock.tick(CHECK_S)
@@ -1094,12 +1094,12 @@ def test_a_caller_in_a_circle_may_ask_again_and_is_told_again(
     cache = make_cache(vram="4GiB")
     one, other = callers(2)
     mine, its = (
-        one.lease(cache, "small", "cuda"),
-        other.lease(cache, "small.en", "cuda"),
+        one.lease(cache, "small", "cuda:0"),
+        other.lease(cache, "small.en", "cuda:0"),
     )
-    first = one.waiting(cache, "tiny", "cuda")
+    first = one.waiting(cache, "tiny", "cuda:0")
     for count in (1, 2, 3):
-        last = other.waiting(cache, "base", "cuda")
+        last = other.waiting(cache, "base", "cuda:0")
         clock.tick(CHECK_S)
         told(last)
         assert cache.stats().deadlocks == count
@@ -1120,11 +1120,11 @@ def test_evicting_what_one_holds_is_refused_at_once(
     """
     cache = make_cache()
     (one,) = callers(1)
-    held = one.lease(cache, "small", "cuda")
+    held = one.lease(cache, "small", "cuda:0")
     with pytest.raises(LeaseDeadlock, match=r"small/cuda:0/float16") as caught:
         one.call(cache, "evict", "small")
     assert caught.value.held == ("small/cuda:0/float16",)
-    one.call(cache, "lease", "small", "cuda", timeout_s=0).release()
+    one.call(cache, "lease", "small", "cuda:0", timeout_s=0).release()
     held.hand_over()
     evicting = one.start(cache, "evict", "small")
     wait_until(lambda: held._entry.gone, "the eviction")
@@ -1140,10 +1140,10 @@ def test_evicting_what_one_holds_with_a_timeout_times_out(
     """
     cache = make_cache()
     (one,) = callers(1)
-    held = one.lease(cache, "small", "cuda")
+    held = one.lease(cache, "small", "cuda:0")
     evicting = one.start(cache, "evict", "small", timeout_s=1)
     wait_until(lambda: clock._calls, "the timer")
     clock.tick(1)
     assert isinstance(evicting.exception(10), LeaseTimeout)
-    one.call(cache, "lease", "small", "cuda", timeout_s=0).release()
+    one.call(cache, "lease", "small", "cuda:0", timeout_s=0).release()
     held.release()

@@ -44,7 +44,7 @@ def test_a_life_is_told_in_order(
     cache = make_cache(keep_alive=10)
     told: list[Event] = []
     cancel = cache.subscribe(told.append)
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     loader.refuse_unloads = 1
     clock.tick(10)
     settle(cache)
@@ -59,7 +59,7 @@ def test_a_life_is_told_in_order(
     ]
     cancel()
     cancel()
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     assert len(told) == 5
 
 
@@ -70,13 +70,13 @@ def test_each_cause_is_told(make_cache: MakeCache, clock: FakeClock) -> None:
     cache = make_cache(vram="1GiB", keep_alive=10)
     told: list[Event] = []
     cache.subscribe(told.append)
-    cache.preload("tiny", "cuda")
-    cache.preload("base", "cuda")
+    cache.preload("tiny", "cuda:0")
+    cache.preload("base", "cuda:0")
     clock.tick(10)
     settle(cache)
-    cache.preload("tiny", "cuda")
+    cache.preload("tiny", "cuda:0")
     cache.evict("tiny")
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     cache.close()
     causes = [event.cause for event in told if isinstance(event, ModelEvicted)]
     assert causes == ["capacity", "expired", "explicit", "closed"]
@@ -94,9 +94,9 @@ def test_only_who_waited_is_told_to_be_granted(
     cache.subscribe(told.append)
     driver = ThreadDriver()
     with loader.holding_loads("base") as gate:
-        first = driver.waiting(cache, "base", "cuda")
+        first = driver.waiting(cache, "base", "cuda:0")
         clock.tick(2)
-        second = driver.waiting(cache, "base", "cuda")
+        second = driver.waiting(cache, "base", "cuda:0")
         waiting = cache.waiting()
         assert [(info.keys, info.waited_s) for info in waiting] == [
             ((KEY,), 2.0),
@@ -105,7 +105,7 @@ def test_only_who_waited_is_told_to_be_granted(
         clock.tick(1)
         gate.open()
         leases = [first.result(10), second.result(10)]
-    leases.append(cache.lease("base", "cuda"))
+    leases.append(cache.lease("base", "cuda:0"))
     settle(cache)
     waits = [event for event in told if isinstance(event, ModelGranted)]
     assert waits == [ModelGranted(KEY, 3.0), ModelGranted(KEY, 1.0)]
@@ -123,7 +123,7 @@ def test_a_failure_is_told(make_cache: MakeCache, loader: FakeLoader) -> None:
     cache.subscribe(told.append)
     loader.fail_loads["base"] = [RuntimeError()]
     with pytest.raises(LoadFailed):
-        cache.preload("base", "cuda")
+        cache.preload("base", "cuda:0")
     settle(cache)
     assert told == [ModelLoading(KEY, GIB), ModelLoadFailed(KEY, "RuntimeError")]
 
@@ -142,7 +142,7 @@ def test_a_listener_that_raises_disturbs_nobody(
 
     cache.subscribe(fail)
     cache.subscribe(told.append)
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     settle(cache)
     assert len(told) == 3
     assert "listener out of order" in caplog.text
@@ -164,7 +164,7 @@ def test_a_listener_may_call_the_cache(make_cache: MakeCache) -> None:
         told.append("ends")
 
     cache.subscribe(listener)
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     wait_until(lambda: len(told) == 8, "all events")
     assert told == [
         "ModelLoading begins",
@@ -195,7 +195,7 @@ def test_a_slow_listener_holds_up_nobody_else(make_cache: MakeCache) -> None:
     settle(cache)
     cache.subscribe(listener)
     driver = ThreadDriver()
-    loading = driver.start(cache, "preload", "base", "cuda")
+    loading = driver.start(cache, "preload", "base", "cuda:0")
     assert reached.wait(10)
     cache.lease("tiny", "cpu").release()
     driver.call(cache, "evict", "tiny")
@@ -246,7 +246,7 @@ def test_what_a_model_takes_is_its_weights_and_its_work(
     """
     loader.workspace_bytes = GIB
     cache = make_cache()
-    with cache.lease("base", "cuda"):
+    with cache.lease("base", "cuda:0"):
         (info,) = cache.models()
         assert (info.weights_bytes, info.workspace_bytes) == (GIB, GIB)
         assert info.bytes == 2 * GIB

@@ -103,10 +103,10 @@ def test_a_load_that_runs_out_of_memory_is_tried_again(
     """
     cache = make_cache()
     for model in ("tiny", "base"):
-        driver.call(cache, "preload", model, "cuda")
+        driver.call(cache, "preload", model, "cuda:0")
     events = record(cache)
     loader.fail_loads["small"] = [RuntimeError(OUT_OF_MEMORY)]
-    driver.lease(cache, "small", "cuda").release()
+    driver.lease(cache, "small", "cuda:0").release()
     assert {info.key.model for info in cache.models()} == {"small"}
     causes = [e.cause for e in events if isinstance(e, ModelEvicted)]
     assert causes == [EvictionCause.OUT_OF_MEMORY] * 2
@@ -120,11 +120,11 @@ def test_leased_and_pinned_models_stay_when_memory_runs_out(
     Only what is idle leaves.
     """
     cache = make_cache()
-    driver.call(cache, "pin", "tiny", "cuda")
-    held = driver.lease(cache, "base", "cuda")
-    driver.call(cache, "preload", "tiny.en", "cuda")
+    driver.call(cache, "pin", "tiny", "cuda:0")
+    held = driver.lease(cache, "base", "cuda:0")
+    driver.call(cache, "preload", "tiny.en", "cuda:0")
     loader.fail_loads["small"] = [RuntimeError(OUT_OF_MEMORY)]
-    driver.lease(cache, "small", "cuda").release()
+    driver.lease(cache, "small", "cuda:0").release()
     names = {info.key.model for info in cache.models()}
     assert names == {"tiny", "base", "small"}
     held.release()
@@ -138,10 +138,10 @@ def test_a_load_that_runs_out_twice_says_what_was_tried(
     And all who waited for it are told; the books are as if nothing had been loaded.
     """
     cache = make_cache()
-    driver.call(cache, "preload", "tiny", "cuda")
+    driver.call(cache, "preload", "tiny", "cuda:0")
     loader.fail_loads["small"] = [RuntimeError(OUT_OF_MEMORY)] * 2
     with loader.holding_loads("small"):
-        waiting = [driver.start(cache, "lease", "small", "cuda") for _ in "12"]
+        waiting = [driver.start(cache, "lease", "small", "cuda:0") for _ in "12"]
         wait_waiting(cache, 2)
     for each in waiting:
         error = each.exception(10)
@@ -168,7 +168,7 @@ def test_free_memory_settles_what_a_wording_leaves_open(
     With too little of it the load is tried again; with enough it means something else.
     """
     cache = make_cache()
-    cache.preload("tiny", "cuda")
+    cache.preload("tiny", "cuda:0")
     plain = FakeLoader.load
 
     def load(self: FakeLoader, key: Any, files: Any) -> Any:
@@ -181,10 +181,10 @@ def test_free_memory_settles_what_a_wording_leaves_open(
     failed: list[Any] = []
     monkeypatch.setattr(FakeLoader, "load", load)
     if is_short:
-        cache.lease("small", "cuda").release()
+        cache.lease("small", "cuda:0").release()
     else:
         with pytest.raises(LoadFailed, match=r"cudaErrorInvalidDevice"):
-            cache.lease("small", "cuda")
+            cache.lease("small", "cuda:0")
     assert loader.unloads["tiny"] == is_short
 
 
@@ -215,7 +215,7 @@ def test_the_half_built_model_is_gone_before_the_second_try(
     gc.disable()
     try:
         monkeypatch.setattr(FakeLoader, "load", load)
-        make_cache().lease("small", "cuda").release()
+        make_cache().lease("small", "cuda:0").release()
     finally:
         gc.enable()
     assert seen == [None]
@@ -231,9 +231,9 @@ def test_a_call_that_runs_out_of_memory_is_made_again(
     After what is idle has left; the caller sees nothing of it.
     """
     cache = make_cache()
-    driver.call(cache, "preload", "tiny", "cuda")
+    driver.call(cache, "preload", "tiny", "cuda:0")
     failing(monkeypatch, "detect_language", OUT_OF_MEMORY)
-    model = driver.call(cache, "get_model", "base", "cuda")
+    model = driver.call(cache, "get_model", "base", "cuda:0")
     assert driver.call_on(model, "detect_language")[0] == "en"
     assert {info.key.model for info in cache.models()} == {"base"}
 
@@ -246,7 +246,7 @@ def test_a_call_is_not_made_again_where_nothing_could_leave(
     """
     cache = make_cache()
     failing(monkeypatch, "detect_language", OUT_OF_MEMORY)
-    model = driver.call(cache, "get_model", "base", "cuda")
+    model = driver.call(cache, "get_model", "base", "cuda:0")
     with pytest.raises(RuntimeError, match="out of memory"):
         driver.call_on(model, "detect_language")
     assert cache.stats().leases == 0
@@ -259,9 +259,9 @@ def test_segments_begin_again_if_none_was_yielded(
     The first may run out of memory; all of them come, each once.
     """
     cache = make_cache()
-    cache.preload("tiny", "cuda")
+    cache.preload("tiny", "cuda:0")
     failing(monkeypatch, "_speak", OUT_OF_MEMORY, after=0)
-    segments, _ = cache.get_model("base", "cuda").transcribe(AUDIO)
+    segments, _ = cache.get_model("base", "cuda:0").transcribe(AUDIO)
     assert [segment.start for segment in segments] == [0, 1, 2]
     assert {info.key.model for info in cache.models()} == {"base"}
 
@@ -273,9 +273,9 @@ def test_segments_do_not_begin_again_once_one_was_yielded(
     The caller would see it twice.
     """
     cache = make_cache()
-    cache.preload("tiny", "cuda")
+    cache.preload("tiny", "cuda:0")
     failing(monkeypatch, "_speak", OUT_OF_MEMORY, after=1)
-    segments, _ = cache.get_model("base", "cuda").transcribe(AUDIO)
+    segments, _ = cache.get_model("base", "cuda:0").transcribe(AUDIO)
     assert next(segments).start == 0
     with pytest.raises(RuntimeError, match="out of memory"):
         next(segments)
@@ -321,7 +321,7 @@ def test_a_model_that_fails_again_and_again_cools_down(
     loader.fail_loads["base"] = [RuntimeError("broken") for _ in range(100)]
     refused = 0
     for _ in range(100):
-        error = driver.start(cache, "lease", "base", "cuda").exception(10)
+        error = driver.start(cache, "lease", "base", "cuda:0").exception(10)
         assert isinstance(error, LoadFailed)
         assert "broken" in str(error)
         if error.retry_in_s is not None:
@@ -343,9 +343,9 @@ def test_the_first_failure_costs_no_time(
     for _ in range(3):
         loader.fail_loads["base"] = [RuntimeError("broken")]
         with pytest.raises(LoadFailed) as caught:
-            driver.lease(cache, "base", "cuda")
+            driver.lease(cache, "base", "cuda:0")
         assert caught.value.retry_in_s is None
-        driver.lease(cache, "base", "cuda").release()
+        driver.lease(cache, "base", "cuda:0").release()
         settle(cache)
 
 
@@ -359,11 +359,11 @@ def test_a_model_that_was_mended_is_tried_at_once(
     loader.fail_loads["base"] = [RuntimeError("broken")] * 2
     for _ in range(2):
         with pytest.raises(LoadFailed):
-            cache.lease("base", "cuda")
+            cache.lease("base", "cuda:0")
     with pytest.raises(LoadFailed, match="2 loads in a row failed: broken"):
-        cache.lease("base", "cuda")
+        cache.lease("base", "cuda:0")
     loader.saved_compute_type = "float32"
-    cache.lease("base", "cuda").release()
+    cache.lease("base", "cuda:0").release()
 
 
 def test_explain_knows_of_the_cool_down(
@@ -376,12 +376,12 @@ def test_explain_knows_of_the_cool_down(
     loader.fail_loads["base"] = [RuntimeError("broken")] * 2
     for _ in range(2):
         with pytest.raises(LoadFailed):
-            cache.lease("base", "cuda")
-    explained = cache.explain("base", "cuda")
+            cache.lease("base", "cuda:0")
+    explained = cache.explain("base", "cuda:0")
     assert explained.outcome == "never"
     assert "2 loads in a row failed: broken" in explained.reason
     clock.tick(1.1)
-    assert cache.explain("base", "cuda").outcome == "load"
+    assert cache.explain("base", "cuda:0").outcome == "load"
 
 
 def test_the_error_with_its_time_pickles() -> None:
@@ -449,10 +449,10 @@ def test_a_sticky_error_in_a_block_loses_the_device(make_cache: MakeCache) -> No
     The real model is in the caller's hands there, but the error passes by.
     """
     cache = make_cache()
-    with pytest.raises(RuntimeError, match="misaligned"), cache.lease("base", "cuda"):
+    with pytest.raises(RuntimeError, match="misaligned"), cache.lease("base", "cuda:0"):
         raise RuntimeError("CUDA failed with error misaligned address")
     with pytest.raises(DeviceUnavailable, match="misaligned address"):
-        cache.lease("base", "cuda")
+        cache.lease("base", "cuda:0")
 
 
 def test_auto_passes_over_a_lost_device(
@@ -479,7 +479,7 @@ def test_models_on_a_lost_device_stay_charged_and_close_does_not_wait(
     What it does not give back is counted for good; nothing is tried for ever.
     """
     cache = make_cache()
-    cache.preload("tiny", "cuda")
+    cache.preload("tiny", "cuda:0")
     unloads: list[object] = []
 
     def unload(_loader: FakeLoader, loaded: Any, **_: object) -> Any:
@@ -529,11 +529,11 @@ def test_a_cache_may_have_a_ladder_and_a_request_another(
     An empty one is none.
     """
     cache = make_cache(vram="2GiB", fallback=["cpu"])
-    lease = driver.lease(cache, "medium", "cuda")
+    lease = driver.lease(cache, "medium", "cuda:0")
     assert lease.key.device == "cpu"
     lease.release()
     with pytest.raises(ModelTooLarge):
-        driver.lease(cache, "medium", "cuda", fallback=[])
+        driver.lease(cache, "medium", "cuda:0", fallback=[])
 
 
 def test_a_cached_model_says_what_served_it(
@@ -543,7 +543,7 @@ def test_a_cached_model_says_what_served_it(
     Its key stays what was asked for; the segments, too, know who made them.
     """
     cache = make_cache(vram="2GiB")
-    model = driver.call(cache, "get_model", "medium", "cuda", fallback=["cpu"])
+    model = driver.call(cache, "get_model", "medium", "cuda:0", fallback=["cpu"])
     assert model.served_by is None
     segments, _ = driver.call_on(model, "transcribe", AUDIO)
     assert segments.key.device == "cpu"
@@ -557,7 +557,7 @@ def test_a_cached_model_says_what_served_it(
     [
         (("base", "cuda:7"), ["cpu"], "cpu/float32"),
         (("base", "cpu", "bfloat16"), ["int8"], "cpu/int8_float32"),
-        (("base", "cuda", "float16"), ["cpu"], "cuda:0/float16"),
+        (("base", "cuda:0", "float16"), ["cpu"], "cuda:0/float16"),
     ],
 )
 def test_what_cannot_be_had_at_all_falls_back_too(
@@ -587,7 +587,7 @@ def test_a_broken_card_falls_back(
     missing = RuntimeError("Library libcublas.so.12 is not found or cannot be loaded")
     loader.fail_loads["base"] = [missing]
     for _ in range(4):
-        lease = driver.lease(cache, "base", "cuda")
+        lease = driver.lease(cache, "base", "cuda:0")
         assert lease.key.device == "cpu"
         lease.release()
         loader.fail_loads["base"] = [] if cache.stats().load_failures > 1 else [missing]
@@ -602,10 +602,10 @@ def test_broken_files_and_waiting_are_no_reason_to_fall_back(
     cache = make_cache(vram="3GiB", fallback=["cpu"])
     loader.fail_loads["base"] = [CorruptModel("base", "torn")]
     with pytest.raises(CorruptModel):
-        driver.lease(cache, "base", "cuda")
-    held = driver.lease(cache, "medium", "cuda")
+        driver.lease(cache, "base", "cuda:0")
+    held = driver.lease(cache, "medium", "cuda:0")
     with pytest.raises(LeaseTimeout):
-        driver.lease(cache, "small", "cuda", timeout_s=0)
+        driver.lease(cache, "small", "cuda:0", timeout_s=0)
     held.release()
 
 
@@ -632,7 +632,7 @@ def test_the_time_limit_is_for_the_whole_ladder(
     loader.fail_loads["small"] = [RuntimeError("broken")]
     with loader.holding_loads("small") as gate:
         waiting = driver.waiting(
-            cache, "small", "cuda", timeout_s=10, fallback=["cpu/int8"]
+            cache, "small", "cuda:0", timeout_s=10, fallback=["cpu/int8"]
         )
         gate.wait_reached()
         clock.tick(6)
@@ -649,7 +649,7 @@ def test_ladders_are_parsed() -> None:
     """
     Types, devices, or both; anything else is explained.
     """
-    assert as_ladder(["int8_float16", "cuda:1", "cpu/int8", "cuda"]) == (
+    assert as_ladder(["int8_float16", "cuda:1", "cpu/int8", "cuda:0"]) == (
         Rung(None, "int8_float16"),
         Rung("cuda:1", None),
         Rung("cpu", "int8"),
@@ -669,7 +669,7 @@ def test_closing_ends_a_ladder(make_cache: MakeCache, driver: Driver) -> None:
     cache = make_cache(fallback=["cpu"])
     cache.close()
     with pytest.raises(CacheClosed):
-        driver.lease(cache, "base", "cuda")
+        driver.lease(cache, "base", "cuda:0")
 
 
 def test_an_unknown_type_is_no_fallback_by_itself(make_cache: MakeCache) -> None:

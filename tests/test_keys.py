@@ -208,10 +208,13 @@ class TestDevices:
     @pytest.mark.parametrize(
         ("device", "index", "expected"),
         [
+            ("auto", None, "auto"),
             ("auto", 0, "auto"),
             ("cpu", 0, "cpu"),
+            ("cuda", None, "cuda"),
             ("cuda", 0, "cuda:0"),
             ("cuda", 1, "cuda:1"),
+            ("cuda:0", None, "cuda:0"),
             ("cuda:0", 0, "cuda:0"),
             ("cuda:2", 0, "cuda:2"),
             ("cuda:2", 2, "cuda:2"),
@@ -219,10 +222,10 @@ class TestDevices:
         ],
     )
     def test_a_device_has_one_name(
-        self, device: str, index: int, expected: str
+        self, device: str, index: int | None, expected: str
     ) -> None:
         """
-        "cuda" is the card of device_index, the first by default.
+        "cuda" is the card of device_index; without one, whichever is best.
         """
         assert canonical_device(device, index) == expected
 
@@ -242,7 +245,6 @@ class TestDevices:
             ("cuda", True),
             ("cuda", [0, 1]),
             ("cuda", "0"),
-            ("cuda", None),
         ],
     )
     def test_nonsense_is_refused(self, device: str, index: Any) -> None:

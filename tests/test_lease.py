@@ -35,7 +35,7 @@ def test_a_dropped_lease_is_warned_of_and_comes_back(make_cache: MakeCache) -> N
     Its memory is free again, once it was collected.
     """
     cache = make_cache(keep_alive=0)
-    leases = [cache.lease("base", "cuda")]
+    leases = [cache.lease("base", "cuda:0")]
     with pytest.warns(ResourceWarning, match="base/cuda:0/float16 was never released"):
         leases.clear()
     settle(cache)
@@ -47,7 +47,7 @@ def test_a_timer_keeps_no_lease(make_cache: MakeCache, clock: FakeClock) -> None
     A lease that was asked for with a timeout is collected before that time.
     """
     cache = make_cache()
-    leases = [cache.lease("base", "cuda", timeout_s=3600)]
+    leases = [cache.lease("base", "cuda:0", timeout_s=3600)]
     assert len(clock._calls) == 1
     with pytest.warns(ResourceWarning, match="never released"):
         leases.clear()
@@ -60,7 +60,7 @@ def test_dropped_segments_come_back_without_a_warning(make_cache: MakeCache) -> 
     Not iterating to the end is no fault.
     """
     cache = make_cache()
-    model = cache.get_model("base", "cuda", timeout_s=3600)
+    model = cache.get_model("base", "cuda:0", timeout_s=3600)
     segments, _ = model.transcribe(AUDIO)
     next(segments)
     assert cache.stats().leases == 1
@@ -74,7 +74,7 @@ def dropped(cache: ModelCache) -> None:
     """
     Leave a lease to the garbage collector alone: it is part of a cycle.
     """
-    cycle: list[object] = [cache.lease("base", "cuda")]
+    cycle: list[object] = [cache.lease("base", "cuda:0")]
     cycle.append(cycle)
 
 
@@ -112,11 +112,11 @@ def test_the_collector_may_run_inside_the_lock(
     gc.disable()
     try:
         cache = make_cache(vram="3GiB", policy=policy)
-        cache.preload("small", "cuda")
+        cache.preload("small", "cuda:0")
         dropped(cache)
         collecting.set()
         driver = ThreadDriver()
-        driver.lease(cache, "tiny", "cuda", keep_alive=1).release()
+        driver.lease(cache, "tiny", "cuda:0", keep_alive=1).release()
         driver.call(cache, "evict", "tiny")
     finally:
         gc.enable()
@@ -147,7 +147,7 @@ def test_the_collector_calls_no_listener(
         dropped(cache)
         cache.subscribe(listener)
         driver = ThreadDriver()
-        waiting = driver.waiting(cache, "small", "cuda")
+        waiting = driver.waiting(cache, "small", "cuda:0")
         with counting:
             gc.collect()
         waiting.result(10).release()
@@ -163,7 +163,7 @@ def test_a_lease_tells_what_it_is(make_cache: MakeCache) -> None:
     For a debugger.
     """
     cache = make_cache()
-    lease = cache.lease("base", "cuda")
+    lease = cache.lease("base", "cuda:0")
     assert repr(lease) == "<Lease base/cuda:0/float16 held>"
     assert "base/cuda:0/float16 resident ×1" in repr(cache)
     lease.release()
@@ -175,7 +175,7 @@ def test_a_block_that_fails_ends_its_lease(make_cache: MakeCache) -> None:
     The error goes on.
     """
     cache = make_cache()
-    with pytest.raises(KeyError), cache.lease("base", "cuda"):
+    with pytest.raises(KeyError), cache.lease("base", "cuda:0"):
         raise KeyError
     assert cache.stats().leases == 0
 
@@ -190,7 +190,7 @@ def test_an_interrupted_wait_leaves_the_queue(
     core = cache._core
     with loader.holding_loads("base") as gate:
         cache.resize()
-        target = cache._resolver.resolve(("base", "cuda", "default"))
+        target = cache._resolver.resolve(("base", "cuda:0", "default"))
         waiter = request(cache, target.entry)
         gate.wait_reached()
         core.abandon(waiter)
@@ -205,7 +205,7 @@ def test_an_interrupted_wait_leaves_the_queue(
     loader.fail_loads["tiny"] = [RuntimeError("broken")]
     with loader.holding_loads("tiny"):
         failing = request(
-            cache, cache._resolver.resolve(("tiny", "cuda", "default")).entry
+            cache, cache._resolver.resolve(("tiny", "cuda:0", "default")).entry
         )
     settle(cache)
     core.abandon(failing)
@@ -228,7 +228,7 @@ def test_a_grant_under_way_is_given_back(
     The caller leaves between the decision and its lease.
     """
     cache = make_cache()
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     entry = next(iter(cache._core.entries.values()))
     perform = cache._core._perform
     held: list[list[Callable[[], None]]] = []
@@ -249,7 +249,7 @@ def test_the_lease_of_a_default_model_ends_with_its_block(
     A cached model leases itself the same way.
     """
     cache = make_cache(keep_alive=0)
-    model = cache.get_model("base", "cuda")
+    model = cache.get_model("base", "cuda:0")
     lease: Lease = model.lease()
     with lease as whisper:
         assert whisper.transcribe(AUDIO)

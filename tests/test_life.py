@@ -76,7 +76,7 @@ def test_closing_from_a_signal_handler_that_interrupted_the_cache(
     """
     monkeypatch.setattr(core_module, "SIGNAL_S", 0.05)
     cache = make_cache()
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     handled: list[object] = []
 
     def handle(*_: object) -> None:
@@ -99,7 +99,7 @@ def test_closing_from_a_signal_handler_elsewhere(make_cache: MakeCache) -> None:
     As from any other place: when it returns, all is gone.
     """
     cache = make_cache()
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     before = signal.signal(signal.SIGUSR1, lambda *_: cache.close(timeout_s=10))
     try:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -114,7 +114,7 @@ def test_closing_twice_at_once(make_cache: MakeCache, loader: FakeLoader) -> Non
     Both wait until all is gone.
     """
     cache = make_cache()
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     with loader.holding_unloads("base") as gate:
         threads = [threading.Thread(target=cache.close) for _ in "12"]
         for thread in threads:
@@ -131,8 +131,8 @@ def test_closing_names_what_is_still_held(make_cache: MakeCache) -> None:
     With the number of seconds it waited; the rest has left.
     """
     cache = make_cache(clock=None)
-    cache.preload("tiny", "cuda")
-    lease = cache.lease("base", "cuda")
+    cache.preload("tiny", "cuda:0")
+    lease = cache.lease("base", "cuda:0")
     with pytest.raises(LeaseTimeout, match=r"base/cuda:0/float16 did not leave") as e:
         cache.close(timeout_s=0.05)
     assert e.value.waited_s >= 0.05
@@ -151,7 +151,7 @@ def test_a_forgotten_lease_is_told_where_it_was_taken(make_cache: MakeCache) -> 
     cache = make_cache(keep_alive=0)
     tracemalloc.start()
     try:
-        lease = cache.lease("base", "cuda")
+        lease = cache.lease("base", "cuda:0")
         line = sys._getframe().f_lineno - 1
     finally:
         tracemalloc.stop()
@@ -165,7 +165,7 @@ def test_a_forgotten_lease_is_told_without_tracemalloc(make_cache: MakeCache) ->
     It costs nothing, and says what to do.
     """
     cache = make_cache()
-    lease = cache.lease("base", "cuda")
+    lease = cache.lease("base", "cuda:0")
     with pytest.warns(ResourceWarning, match=r"never released; use it in a with"):
         del lease
 
@@ -228,17 +228,17 @@ def test_a_used_cache_says_in_a_child_that_it_cannot_be_used(
     At every word; the parent goes on as if nothing had happened.
     """
     cache = make_cache()
-    model = cache.get_model("base", "cuda")
+    model = cache.get_model("base", "cuda:0")
     segments, _ = model.transcribe(AUDIO)
     assert next(segments).start == 0
 
     def check() -> str:
         told = []
         for word in (
-            lambda: cache.lease("base", "cuda"),
-            lambda: cache.lease("tiny", "cuda"),
-            lambda: cache.get_model("base", "cuda"),
-            lambda: cache.lease_many(["base", "tiny"], "cuda"),
+            lambda: cache.lease("base", "cuda:0"),
+            lambda: cache.lease("tiny", "cuda:0"),
+            lambda: cache.get_model("base", "cuda:0"),
+            lambda: cache.lease_many(["base", "tiny"], "cuda:0"),
             lambda: model.transcribe(AUDIO),
             lambda: next(segments),
         ):
@@ -254,7 +254,7 @@ def test_a_used_cache_says_in_a_child_that_it_cannot_be_used(
     assert in_child(check) == str([True] * 6)
     assert [segment.start for segment in segments] == [1, 2]
     assert cache.stats().leases == 0
-    cache.lease("tiny", "cuda").release()
+    cache.lease("tiny", "cuda:0").release()
 
 
 def test_no_lock_is_inherited_in_a_locked_state(make_cache: MakeCache) -> None:
@@ -262,7 +262,7 @@ def test_no_lock_is_inherited_in_a_locked_state(make_cache: MakeCache) -> None:
     Whatever another thread of the parent was doing at that moment.
     """
     cache = make_cache()
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     locked, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -278,7 +278,7 @@ def test_no_lock_is_inherited_in_a_locked_state(make_cache: MakeCache) -> None:
         cache.stats()
         cache.close(timeout_s=1)
         try:
-            cache.lease("base", "cuda")
+            cache.lease("base", "cuda:0")
         except CacheClosed as error:
             return type(error).__name__
         return "served"
@@ -297,7 +297,7 @@ def test_a_cache_that_was_not_used_yet_works_in_children(
     As for servers that import the application before they fork their workers.
     """
     cache = make_cache()
-    model = cache.get_model("base", "cuda")
+    model = cache.get_model("base", "cuda:0")
 
     def check() -> str:
         segments, _ = model.transcribe(AUDIO)

@@ -173,9 +173,9 @@ def test_a_snapshot_is_what_the_cache_does_now(
     names = {"base": "b", "large-v3": "big"}
     driver = ThreadDriver()
     with Watch(cache, lambda key: names.get(key.model, key.model)) as watch:
-        lease = cache.lease("medium", "cuda")
+        lease = cache.lease("medium", "cuda:0")
         with loader.holding_loads("base") as gate:
-            waiter = driver.waiting(cache, "base", "cuda")
+            waiter = driver.waiting(cache, "base", "cuda:0")
             clock.tick(3)
             seen = watch.snapshot()
             gate.open()
@@ -209,7 +209,7 @@ def test_a_cache_shows_itself(
     Once, where there is no terminal; it is no longer watched then.
     """
     cache = make_cache(vram="4GiB")
-    cache.preload("medium", "cuda")
+    cache.preload("medium", "cuda:0")
     cache.top()
     shown = capsys.readouterr().out
     assert "medium" in shown

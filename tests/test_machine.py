@@ -20,6 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -51,6 +52,7 @@ from whispercache.testing import (
     FakeMachine,
     check,
 )
+from whispercache.units import Limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +66,7 @@ SIZES = {"tiny": GIB, "base": GIB, "small": 2 * GIB, "medium": 3 * GIB}
 DEVICES = {"cpu": "8GiB", "cuda:0": "8.5GiB"}
 
 models = st.sampled_from(sorted(SIZES))
-devices = st.sampled_from(["cuda", "cuda", "cpu"])
+devices = st.sampled_from(["cuda:0", "cuda:0", "cpu"])
 limits = st.sampled_from(["auto", "2GiB", "3GiB", "5GiB", "7GiB"])
 counts = st.sampled_from([None, None, 1, 2, 3])
 MAX_WAITING = 8
@@ -171,6 +173,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.charged_bytes: Counter[str] = Counter()
         self.cache.subscribe(lambda event: self.life[event.key].append(event))
         self.cache.subscribe(fail_always)
+
+    @initialize(parks=st.booleans())
+    def choose_to_park(self, *, parks: bool) -> None:
+        """
+        Copies of weights may take some of the host.
+        """
+        self.core.park_limit = Limit(n_bytes=4 * GIB) if parks else None
 
     # Requests -------------------------------------------------------------------------
 
@@ -608,6 +617,11 @@ class CacheMachine(RuleBasedStateMachine):
             held = [e for e in device.entries.values() if e.state in there]
             weights_bytes = sum(entry.weights_bytes for entry in held)
             held_bytes = weights_bytes + device.shell_bytes
+            if name == "cpu":
+                copies_bytes = sum(self.loader.copies.values())
+                held_bytes += copies_bytes
+                # What is being copied is charged before.
+                assert copies_bytes <= device.copies_bytes
             assert self.machine.held_bytes[name] == held_bytes
             assert {entry.key for entry in held} == {
                 key for key in self.loader.resident if key.device == name

@@ -128,8 +128,8 @@ def test_leases_come_in_the_order_in_which_they_were_asked_for(
     Whether their models were in memory before or not.
     """
     cache = make_cache()
-    driver.lease(cache, "base", "cuda").release()
-    leases = lease_many(driver, cache, ["tiny", "base", "small"], "cuda")
+    driver.lease(cache, "base", "cuda:0").release()
+    leases = lease_many(driver, cache, ["tiny", "base", "small"], "cuda:0")
     assert names(leases) == ["tiny", "base", "small"]
     assert loader.loads == {"base": 1, "tiny": 1, "small": 1}
     leases.release()
@@ -140,7 +140,7 @@ def test_leases_are_a_sequence(make_cache: MakeCache, driver: Driver) -> None:
     With a length, places and slices; its text names each model.
     """
     cache = make_cache()
-    leases = lease_many(driver, cache, ["tiny", "base", "small"], "cuda")
+    leases = lease_many(driver, cache, ["tiny", "base", "small"], "cuda:0")
     assert len(leases) == 3
     assert leases[0].key.model == "tiny"
     assert leases[-1] is leases[2]
@@ -160,13 +160,13 @@ def test_a_with_block_has_the_models_themselves(make_cache: MakeCache) -> None:
     All of them are held until its end, however it ends.
     """
     cache = make_cache()
-    with cache.lease_many(["tiny", "base"], "cuda") as (tiny, base):
+    with cache.lease_many(["tiny", "base"], "cuda:0") as (tiny, base):
         segments, _ = base.transcribe("audio")
         assert next(iter(segments)).text == "base/cuda:0/float16"
         assert tiny is not base
         assert cache.stats().leases == 2
     assert cache.stats().leases == 0
-    with pytest.raises(KeyError), cache.lease_many(["tiny", "base"], "cuda"):
+    with pytest.raises(KeyError), cache.lease_many(["tiny", "base"], "cuda:0"):
         raise KeyError
     assert cache.stats().leases == 0
 
@@ -181,16 +181,16 @@ def test_an_async_with_block_has_the_models_themselves(make_cache: MakeCache) ->
     class Caller:
         async def use(self) -> None:
             tasks = AsyncModelCache(cache)
-            async with tasks.lease_many(["tiny", "base"], "cuda") as (tiny, base):
+            async with tasks.lease_many(["tiny", "base"], "cuda:0") as (tiny, base):
                 segments, _ = base.transcribe("audio")
                 assert next(iter(segments)).text == "base/cuda:0/float16"
                 assert tiny is not base
             assert cache.stats().leases == 0
             with pytest.raises(KeyError):
-                async with tasks.lease_many(["tiny", "base"], "cuda"):
+                async with tasks.lease_many(["tiny", "base"], "cuda:0"):
                     raise KeyError
             assert cache.stats().leases == 0
-            leases = await tasks.lease_many(["tiny", "base"], "cuda")
+            leases = await tasks.lease_many(["tiny", "base"], "cuda:0")
             assert names(leases) == ["tiny", "base"]
             leases.release()
 
@@ -203,13 +203,13 @@ def test_an_error_in_the_block_releases_all(make_cache: MakeCache) -> None:
     It passes as it is; which of the models it is about cannot be told.
     """
     cache = make_cache()
-    leases = cache.lease_many(["tiny", "base"], "cuda")
+    leases = cache.lease_many(["tiny", "base"], "cuda:0")
     with pytest.raises(RuntimeError, match="launch failure"), leases:
         raise RuntimeError("CUDA failed with error unspecified launch failure")
     held = cache.stats().leases
     leases.release()
     assert held == 0
-    cache.lease("tiny", "cuda").release()
+    cache.lease("tiny", "cuda:0").release()
 
 
 def test_duplicates_share_a_load_and_have_a_lease_each(
@@ -220,7 +220,7 @@ def test_duplicates_share_a_load_and_have_a_lease_each(
     """
     cache = make_cache(vram="3GiB")
     models = ["base", "tiny", ("base", "cuda:0"), "Systran/faster-whisper-base"]
-    leases = lease_many(driver, cache, models, "cuda")
+    leases = lease_many(driver, cache, models, "cuda:0")
     assert names(leases) == ["base", "tiny", "base", "base"]
     assert loader.loads == {"base": 1, "tiny": 1}
     assert len(set(leases)) == cache.stats().leases == 4
@@ -239,12 +239,12 @@ def test_the_same_model_twice_is_two_leases_on_it(
     cache = make_cache(vram="4GiB")
     for _ in range(2):
         models = ["small", "small", "small"]
-        leases = lease_many(driver, cache, models, "cuda", num_workers=2)
+        leases = lease_many(driver, cache, models, "cuda:0", num_workers=2)
         assert charged_gib(cache) == 4
         leases.release()
         assert charged_gib(cache) == 2
     with pytest.raises(ModelTooLarge):
-        lease_many(driver, cache, ["small"] * 3, "cuda", num_workers=3)
+        lease_many(driver, cache, ["small"] * 3, "cuda:0", num_workers=3)
 
 
 def test_each_model_may_name_its_own_device_and_type(
@@ -276,7 +276,7 @@ def test_one_model_is_a_group_of_one(make_cache: MakeCache, driver: Driver) -> N
     It is served like any other request.
     """
     cache = make_cache()
-    leases = lease_many(driver, cache, ("tiny",), "cuda")
+    leases = lease_many(driver, cache, ("tiny",), "cuda:0")
     assert names(leases) == ["tiny"]
     leases.release()
 
@@ -286,8 +286,8 @@ def test_each_model_counts_as_a_request(make_cache: MakeCache, driver: Driver) -
     Hits and misses are counted model by model.
     """
     cache = make_cache()
-    driver.lease(cache, "base", "cuda").release()
-    lease_many(driver, cache, ["tiny", "base", "small"], "cuda").release()
+    driver.lease(cache, "base", "cuda:0").release()
+    lease_many(driver, cache, ["tiny", "base", "small"], "cuda:0").release()
     stats = cache.stats()
     assert (stats.requests, stats.hits, stats.misses) == (4, 1, 3)
     assert (stats.loads, stats.waiting, stats.leases) == (3, 0, 0)
@@ -300,7 +300,7 @@ def test_a_keep_alive_holds_for_each(
     In place of the cache's.
     """
     cache = make_cache(keep_alive="5m")
-    leases = lease_many(driver, cache, ["tiny", "base"], "cuda", keep_alive=7)
+    leases = lease_many(driver, cache, ["tiny", "base"], "cuda:0", keep_alive=7)
     leases[0].release()
     clock.tick(4)
     leases[1].release()
@@ -319,7 +319,7 @@ def test_a_keep_alive_holds_for_each(
         ("base", TypeError, "must be a list"),
         (Path("base"), TypeError, "must be a list"),
         ([], ValueError, "at least one"),
-        ([("base", "cuda", "int8", "tiny")], ValueError, "compute_type"),
+        ([("base", "cuda:0", "int8", "tiny")], ValueError, "compute_type"),
         ([()], ValueError, "compute_type"),
     ],
 )
@@ -335,7 +335,7 @@ def test_nonsense_is_explained(
     """
     cache = make_cache()
     with pytest.raises(kind, match=message):
-        lease_many(driver, cache, models, "cuda")
+        lease_many(driver, cache, models, "cuda:0")
     assert cache.stats().requests == 0
 
 
@@ -346,7 +346,7 @@ def test_a_leaked_lease_tells_where_it_was_taken(make_cache: MakeCache) -> None:
     cache = make_cache()
     tracemalloc.start()
     try:
-        leases = cache.lease_many(["tiny", "base"], "cuda")
+        leases = cache.lease_many(["tiny", "base"], "cuda:0")
     finally:
         tracemalloc.stop()
     assert [Path(lease.taken_at.rpartition(":")[0]).name for lease in leases] == [
@@ -364,12 +364,12 @@ def test_who_waits_holds_nothing(make_cache: MakeCache, driver: Driver) -> None:
     Others may take what is free, and what is idle may leave for them.
     """
     cache = make_cache(vram="4GiB")
-    driver.lease(cache, "tiny", "cuda").release()
-    held = driver.lease(cache, "small", "cuda")
-    asked = waiting_for(driver, cache, ["tiny", "base", "medium.en"], "cuda")
+    driver.lease(cache, "tiny", "cuda:0").release()
+    held = driver.lease(cache, "small", "cuda:0")
+    asked = waiting_for(driver, cache, ["tiny", "base", "medium.en"], "cuda:0")
     assert cache.stats().leases == 1
     assert charged_gib(cache) == 3
-    others = [driver.lease(cache, name, "cuda") for name in ("tiny.en", "base.en")]
+    others = [driver.lease(cache, name, "cuda:0") for name in ("tiny.en", "base.en")]
     assert state_of(cache, "tiny") == "absent"
     assert not asked.done()
     for lease in (held, *others):
@@ -385,12 +385,12 @@ def test_memory_is_granted_in_one_step(
     """
     cache = make_cache(vram="5GiB")
     with loader.holding_loads("small") as gate:
-        asked = waiting_for(driver, cache, ["small", "tiny", "base"], "cuda")
+        asked = waiting_for(driver, cache, ["small", "tiny", "base"], "cuda:0")
         gate.wait_reached()
         assert charged_gib(cache) == 4
-        late = driver.waiting(cache, "small.en", "cuda")
-        fits = driver.start(cache, "lease", "tiny.en", "cuda")
-        settling = driver.waiting(cache, "tiny", "cuda")
+        late = driver.waiting(cache, "small.en", "cuda:0")
+        fits = driver.start(cache, "lease", "tiny.en", "cuda:0")
+        settling = driver.waiting(cache, "tiny", "cuda:0")
         assert not late.done()
         gate.open()
         leases = asked.result(10)
@@ -410,7 +410,7 @@ def test_loads_on_one_device_take_their_peaks_in_turn(
     loader.loading_factor = 1.5
     cache = make_cache(vram="5GiB")
     with loader.holding_loads("small") as gate:
-        asked = waiting_for(driver, cache, ["small", "tiny", "base"], "cuda")
+        asked = waiting_for(driver, cache, ["small", "tiny", "base"], "cuda:0")
         gate.wait_reached()
         assert charged_gib(cache) == 5  # 2 + 1 + 1 GiB that stay, and once 1 GiB more
     leases = asked.result(10)
@@ -420,7 +420,7 @@ def test_loads_on_one_device_take_their_peaks_in_turn(
     cache.resize(vram="4.9GiB")
     driver.call(cache, "evict")
     with pytest.raises(ModelTooLarge):
-        lease_many(driver, cache, ["small", "tiny", "base"], "cuda")
+        lease_many(driver, cache, ["small", "tiny", "base"], "cuda:0")
 
 
 def test_loads_onto_a_card_take_their_host_memory_in_turn(
@@ -431,7 +431,7 @@ def test_loads_onto_a_card_take_their_host_memory_in_turn(
     """
     loader.host_loading_bytes = 2 * GIB
     cache = make_cache(ram="2GiB")
-    lease_many(driver, cache, ["small", "tiny"], "cuda").release()
+    lease_many(driver, cache, ["small", "tiny"], "cuda:0").release()
     assert peak_gib(cache, "cpu") == 2
     with pytest.raises(ModelTooLarge, match=r"needs 4\.0 GiB on cpu"):
         lease_many(driver, cache, ["base", ("base", "cuda:1")], "cuda:0")
@@ -462,12 +462,12 @@ def test_a_member_in_memory_stays_while_the_others_load(
     It is held from the moment at which the memory was granted.
     """
     cache = make_cache(vram="4GiB", keep_alive=5)
-    driver.lease(cache, "tiny", "cuda").release()
+    driver.lease(cache, "tiny", "cuda:0").release()
     with loader.holding_loads("small") as gate:
-        asked = waiting_for(driver, cache, ["small", "tiny"], "cuda")
+        asked = waiting_for(driver, cache, ["small", "tiny"], "cuda:0")
         gate.wait_reached()
         assert leases_on(cache, "tiny") == 1
-        pressing = driver.waiting(cache, "small.en", "cuda")
+        pressing = driver.waiting(cache, "small.en", "cuda:0")
         clock.tick(100)
         assert state_of(cache, "tiny") == "resident"
         check(cache)
@@ -485,8 +485,8 @@ def test_others_leave_for_a_group_and_its_own_models_do_not(
     """
     cache = make_cache(vram="4GiB")
     for name in ("tiny", "base", "small"):
-        driver.lease(cache, name, "cuda").release()
-    lease_many(driver, cache, ["tiny", "medium"], "cuda").release()
+        driver.lease(cache, name, "cuda:0").release()
+    lease_many(driver, cache, ["tiny", "medium"], "cuda:0").release()
     assert loader.unloads == {"base": 1, "small": 1}
     assert loader.loads["tiny"] == 1
 
@@ -499,9 +499,9 @@ def test_a_group_joins_a_load_in_flight(
     """
     cache = make_cache()
     with loader.holding_loads("base") as gate:
-        single = driver.waiting(cache, "base", "cuda")
+        single = driver.waiting(cache, "base", "cuda:0")
         gate.wait_reached()
-        asked = waiting_for(driver, cache, ["base", "tiny"], "cuda")
+        asked = waiting_for(driver, cache, ["base", "tiny"], "cuda:0")
         gate.open()
         single.result(10).release()
         asked.result(10).release()
@@ -516,9 +516,9 @@ def test_singles_join_the_loads_of_a_group(
     """
     cache = make_cache()
     with loader.holding_loads("base") as gate:
-        asked = waiting_for(driver, cache, ["tiny", "base"], "cuda")
+        asked = waiting_for(driver, cache, ["tiny", "base"], "cuda:0")
         gate.wait_reached()
-        driver.lease(cache, "tiny", "cuda").release()
+        driver.lease(cache, "tiny", "cuda:0").release()
         assert not asked.done()
     asked.result(10).release()
     assert loader.loads == {"base": 1, "tiny": 1}
@@ -534,10 +534,10 @@ def test_more_than_fits_together_fails_at_once_and_evicts_nothing(
     The error has the numbers of all together.
     """
     cache = make_cache(vram="4GiB")
-    driver.lease(cache, "tiny.en", "cuda").release()
-    held = driver.lease(cache, "base.en", "cuda")
+    driver.lease(cache, "tiny.en", "cuda:0").release()
+    held = driver.lease(cache, "base.en", "cuda:0")
     with pytest.raises(ModelTooLarge, match="that is the limit") as caught:
-        lease_many(driver, cache, ["medium", "small"], "cuda")
+        lease_many(driver, cache, ["medium", "small"], "cuda:0")
     assert caught.value.needed_bytes == 5 * GIB
     assert caught.value.capacity_bytes == 4 * GIB
     assert caught.value.device == "cuda:0"
@@ -555,9 +555,9 @@ def test_the_numbers_do_not_depend_on_what_is_in_memory(
     A member that is there counts with what it takes.
     """
     cache = make_cache(vram="4GiB")
-    driver.lease(cache, "medium", "cuda").release()
+    driver.lease(cache, "medium", "cuda:0").release()
     with pytest.raises(ModelTooLarge) as caught:
-        lease_many(driver, cache, ["medium", "small"], "cuda")
+        lease_many(driver, cache, ["medium", "small"], "cuda:0")
     assert caught.value.needed_bytes == 5 * GIB
     assert caught.value.capacity_bytes == 4 * GIB
 
@@ -567,12 +567,12 @@ def test_a_group_beside_a_pinned_model(make_cache: MakeCache, driver: Driver) ->
     A pinned model takes room, unless it belongs to the group.
     """
     cache = make_cache(vram="4GiB")
-    driver.call(cache, "pin", "tiny", "cuda")
+    driver.call(cache, "pin", "tiny", "cuda:0")
     with pytest.raises(ModelTooLarge, match=r"1\.0 GiB are pinned"):
-        lease_many(driver, cache, ["small", "small.en"], "cuda")
-    lease_many(driver, cache, ["small", "tiny", "base"], "cuda").release()
+        lease_many(driver, cache, ["small", "small.en"], "cuda:0")
+    lease_many(driver, cache, ["small", "tiny", "base"], "cuda:0").release()
     assert cache.unpin() == 1
-    lease_many(driver, cache, ["small", "small.en"], "cuda").release()
+    lease_many(driver, cache, ["small", "small.en"], "cuda:0").release()
 
 
 def test_more_than_max_models_fail_at_once(
@@ -582,11 +582,11 @@ def test_more_than_max_models_fail_at_once(
     The error says how many were wanted; duplicates and other devices do not count.
     """
     cache = make_cache(max_models=2)
-    driver.lease(cache, "tiny", "cuda").release()
+    driver.lease(cache, "tiny", "cuda:0").release()
     with pytest.raises(ModelTooLarge, match=r"max_models is 2.*3 are wanted at once"):
-        lease_many(driver, cache, ["tiny", "base", "small"], "cuda")
+        lease_many(driver, cache, ["tiny", "base", "small"], "cuda:0")
     models = ["tiny", "base", "tiny", ("small", "cpu")]
-    lease_many(driver, cache, models, "cuda").release()
+    lease_many(driver, cache, models, "cuda:0").release()
 
 
 # Failures -----------------------------------------------------------------------------
@@ -600,18 +600,18 @@ def test_a_load_that_fails_fails_the_group_and_releases_the_rest(
     Whichever it is; the others stay in memory, idle, and can be had at once.
     """
     cache = make_cache()
-    driver.lease(cache, "base.en", "cuda").release()
+    driver.lease(cache, "base.en", "cuda:0").release()
     loader.fail_loads[broken] = [RuntimeError("disk on fire")]
     models = ["base.en", "tiny", "small", "base"]
     with pytest.raises(LoadFailed, match="disk on fire") as caught:
-        lease_many(driver, cache, models, "cuda")
+        lease_many(driver, cache, models, "cuda:0")
     assert caught.value.model == f"{broken}/cuda:0/float16"
     settle(cache)
     assert cache.stats().leases == 0
     assert state_of(cache, broken) == "absent"
     for name in set(models) - {broken}:
-        driver.lease(cache, name, "cuda", timeout_s=0).release()
-    lease_many(driver, cache, models, "cuda").release()
+        driver.lease(cache, name, "cuda:0", timeout_s=0).release()
+    lease_many(driver, cache, models, "cuda:0").release()
 
 
 def test_a_timeout_of_zero_takes_what_is_there_or_nothing(
@@ -621,13 +621,13 @@ def test_a_timeout_of_zero_takes_what_is_there_or_nothing(
     One absent model refuses them all, and nothing is loaded for that.
     """
     cache = make_cache()
-    driver.lease(cache, "tiny", "cuda").release()
+    driver.lease(cache, "tiny", "cuda:0").release()
     with pytest.raises(LeaseTimeout):
-        lease_many(driver, cache, ["tiny", "base"], "cuda", timeout_s=0)
+        lease_many(driver, cache, ["tiny", "base"], "cuda:0", timeout_s=0)
     assert loader.loads == {"tiny": 1}
     assert cache.stats().leases == 0
-    driver.lease(cache, "base", "cuda").release()
-    lease_many(driver, cache, ["tiny", "base"], "cuda", timeout_s=0).release()
+    driver.lease(cache, "base", "cuda:0").release()
+    lease_many(driver, cache, ["tiny", "base"], "cuda:0", timeout_s=0).release()
 
 
 def test_a_timeout_while_it_waits_leaves_nothing(
@@ -637,8 +637,8 @@ def test_a_timeout_while_it_waits_leaves_nothing(
     The error tells the place in the queue.
     """
     cache = make_cache(vram="4GiB")
-    held = driver.lease(cache, "medium", "cuda")
-    asked = waiting_for(driver, cache, ["tiny", "base"], "cuda", timeout_s=5)
+    held = driver.lease(cache, "medium", "cuda:0")
+    asked = waiting_for(driver, cache, ["tiny", "base"], "cuda:0", timeout_s=5)
     wait_until(lambda: clock._calls, "the timer")
     clock.tick(5)
     error = asked.exception(10)
@@ -657,7 +657,7 @@ def test_a_timeout_while_it_loads_releases_what_it_has(
     """
     cache = make_cache()
     with loader.holding_loads("base") as gate:
-        asked = waiting_for(driver, cache, ["tiny", "base"], "cuda", timeout_s=5)
+        asked = waiting_for(driver, cache, ["tiny", "base"], "cuda:0", timeout_s=5)
         gate.wait_reached()
         wait_until(lambda: leases_on(cache, "tiny"), "the first model")
         wait_until(lambda: clock._calls, "the timer")
@@ -667,7 +667,7 @@ def test_a_timeout_while_it_loads_releases_what_it_has(
         check(cache)
     settle(cache)
     assert cache.stats().leases == 0
-    driver.lease(cache, "base", "cuda", timeout_s=0).release()
+    driver.lease(cache, "base", "cuda:0", timeout_s=0).release()
 
 
 def test_a_task_that_is_cancelled_leaves_nothing(
@@ -678,13 +678,13 @@ def test_a_task_that_is_cancelled_leaves_nothing(
     """
     cache = make_cache(vram="4GiB")
     driver = TaskDriver()
-    held = cache.lease("medium", "cuda")
-    asked = waiting_for(driver, cache, ["tiny", "base"], "cuda")
+    held = cache.lease("medium", "cuda:0")
+    asked = waiting_for(driver, cache, ["tiny", "base"], "cuda:0")
     asked.cancel()
     wait_waiting(cache, 0)
     held.release()
     with loader.holding_loads("base") as gate:
-        asked = waiting_for(driver, cache, ["tiny", "base"], "cuda")
+        asked = waiting_for(driver, cache, ["tiny", "base"], "cuda:0")
         gate.wait_reached()
         wait_until(lambda: leases_on(cache, "tiny"), "the first model")
         asked.cancel()
@@ -692,7 +692,7 @@ def test_a_task_that_is_cancelled_leaves_nothing(
         assert cache.stats().leases == 0
         check(cache)
     settle(cache)
-    with cache.lease_many(["tiny", "base"], "cuda", timeout_s=0):
+    with cache.lease_many(["tiny", "base"], "cuda:0", timeout_s=0):
         pass
     driver.close()
 
@@ -706,7 +706,7 @@ def test_a_task_that_is_cancelled_after_its_grant_gives_it_back(
     cache = make_cache()
     driver = TaskDriver()
     with loader.holding_loads("base") as gate:
-        asked = waiting_for(driver, cache, ["tiny", "base"], "cuda")
+        asked = waiting_for(driver, cache, ["tiny", "base"], "cuda:0")
         gate.wait_reached()
         blocked, go_on = threading.Event(), threading.Event()
 
@@ -735,16 +735,16 @@ def test_closing_ends_groups_that_wait_and_that_load(
     """
     cache = make_cache(vram="4GiB")
     with loader.holding_loads("small") as gate:
-        loading = waiting_for(driver, cache, ["tiny", "small"], "cuda")
+        loading = waiting_for(driver, cache, ["tiny", "small"], "cuda:0")
         gate.wait_reached()
         wait_until(lambda: leases_on(cache, "tiny"), "the first model")
-        stuck = waiting_for(driver, cache, ["base", "base.en"], "cuda")
+        stuck = waiting_for(driver, cache, ["base", "base.en"], "cuda:0")
         closing = driver.start(cache, "close", None)
         for each in (loading, stuck):
             assert isinstance(each.exception(10), CacheClosed)
         assert cache.stats().leases == 0
         with pytest.raises(CacheClosed):
-            lease_many(driver, cache, ["tiny", "base"], "cuda")
+            lease_many(driver, cache, ["tiny", "base"], "cuda:0")
     closing.result(10)
     assert not cache.models()
     assert not loader.resident
@@ -758,7 +758,7 @@ def test_an_evicted_member_leaves_once_the_group_lets_go(
     """
     cache = make_cache()
     with loader.holding_loads("base") as gate:
-        asked = waiting_for(driver, cache, ["tiny", "base"], "cuda")
+        asked = waiting_for(driver, cache, ["tiny", "base"], "cuda:0")
         gate.wait_reached()
         wait_until(lambda: leases_on(cache, "tiny"), "the first model")
         evicting = [driver.start(cache, "evict", name) for name in ("tiny", "base")]
@@ -779,10 +779,10 @@ def test_a_group_waits_for_the_end_of_an_eviction(
     Then the model comes back for it.
     """
     cache = make_cache()
-    held = driver.lease(cache, "tiny", "cuda")
+    held = driver.lease(cache, "tiny", "cuda:0")
     evicting = driver.start(cache, "evict", "tiny")
     wait_until(lambda: held._entry.gone, "the eviction")
-    asked = waiting_for(driver, cache, ["tiny", "base"], "cuda")
+    asked = waiting_for(driver, cache, ["tiny", "base"], "cuda:0")
     assert not asked.done()
     assert loader.loads == {"tiny": 1}
     held.release()
@@ -799,7 +799,7 @@ def test_a_load_that_no_longer_fits_lets_the_group_wait_again(
     """
     cache = make_cache()
     with loader.holding_loads("tiny") as gate:
-        asked = waiting_for(driver, cache, ["tiny", "large-v3"], "cuda")
+        asked = waiting_for(driver, cache, ["tiny", "large-v3"], "cuda:0")
         gate.wait_reached()
         machine.others("cuda:0", "3.5GiB")
     error = asked.exception(10)
@@ -807,7 +807,7 @@ def test_a_load_that_no_longer_fits_lets_the_group_wait_again(
     assert "other programs" in str(error)
     assert cache.stats().leases == 0
     machine.others("cuda:0", 0)
-    lease_many(driver, cache, ["tiny", "large-v3"], "cuda").release()
+    lease_many(driver, cache, ["tiny", "large-v3"], "cuda:0").release()
 
 
 def test_loads_that_no_longer_fit_together_are_told_apart(
@@ -818,9 +818,9 @@ def test_loads_that_no_longer_fit_together_are_told_apart(
     """
     cache = make_cache()
     with loader.holding_loads("tiny") as gate:
-        asked = waiting_for(driver, cache, ["tiny", "large-v3"], "cuda")
+        asked = waiting_for(driver, cache, ["tiny", "large-v3"], "cuda:0")
         gate.wait_reached()
-        single = driver.waiting(cache, "base", "cuda")
+        single = driver.waiting(cache, "base", "cuda:0")
         machine.others("cuda:0", "3.5GiB")
     assert isinstance(asked.exception(10), ModelTooLarge)
     single.result(10).release()
@@ -834,10 +834,10 @@ def test_a_group_is_refused_at_the_door_like_any_other(
     Waiting groups count once, whatever they ask for.
     """
     cache = make_cache(vram="4GiB", max_waiting=2)
-    held = driver.lease(cache, "medium", "cuda")
-    asked = [waiting_for(driver, cache, ["tiny", "base"], "cuda") for _ in range(2)]
+    held = driver.lease(cache, "medium", "cuda:0")
+    asked = [waiting_for(driver, cache, ["tiny", "base"], "cuda:0") for _ in range(2)]
     with pytest.raises(TooManyWaiters) as caught:
-        lease_many(driver, cache, ["tiny", "base"], "cuda")
+        lease_many(driver, cache, ["tiny", "base"], "cuda:0")
     assert caught.value.waiting == 2
     held.release()
     for each in asked:
@@ -854,12 +854,12 @@ def test_sixteen_loads_pass_a_group_that_is_stuck(
     The seventeenth waits behind it.
     """
     cache = make_cache(vram="4GiB", patience_s=1e9, keep_alive=0)
-    held = driver.lease(cache, "small", "cuda")
-    stuck = waiting_for(driver, cache, ["tiny", "small.en"], "cuda")
+    held = driver.lease(cache, "small", "cuda:0")
+    stuck = waiting_for(driver, cache, ["tiny", "small.en"], "cuda:0")
     for _ in range(16):
-        driver.lease(cache, "base", "cuda").release()
+        driver.lease(cache, "base", "cuda:0").release()
         wait_until(lambda: state_of(cache, "base") == "absent", "the end of base")
-    barred = driver.waiting(cache, "base", "cuda")
+    barred = driver.waiting(cache, "base", "cuda:0")
     settle(cache)
     assert not barred.done()
     held.release()
@@ -874,12 +874,12 @@ def test_a_group_is_not_starved_by_leases_that_overlap(
     After its patience no new lease is granted on what must leave for it.
     """
     cache = make_cache(vram="4GiB", patience_s=5)
-    lease = driver.lease(cache, "small", "cuda")
-    asked = waiting_for(driver, cache, ["tiny", "small.en"], "cuda")
-    overlapping = driver.lease(cache, "small", "cuda")
+    lease = driver.lease(cache, "small", "cuda:0")
+    asked = waiting_for(driver, cache, ["tiny", "small.en"], "cuda:0")
+    overlapping = driver.lease(cache, "small", "cuda:0")
     lease.release()
     clock.tick(5)
-    late = driver.waiting(cache, "small", "cuda")
+    late = driver.waiting(cache, "small", "cuda:0")
     assert not late.done()
     overlapping.release()
     leases = asked.result(10)
@@ -896,9 +896,9 @@ def test_groups_in_opposite_order_are_served_one_after_the_other(
     Neither takes the half that the other one needs.
     """
     cache = make_cache(vram="4GiB")
-    blocker = driver.lease(cache, "tiny", "cuda")
+    blocker = driver.lease(cache, "tiny", "cuda:0")
     groups = [
-        waiting_for(driver, cache, models, "cuda")
+        waiting_for(driver, cache, models, "cuda:0")
         for models in (["small", "small.en"], ["small.en", "small", "small"])
     ]
     settle(cache)
@@ -964,7 +964,7 @@ def test_nothing_of_a_group_is_left_to_the_collector(
     Leases that are dropped unreleased come back, each with its warning.
     """
     cache = make_cache()
-    kept = [lease_many(driver, cache, ["tiny", "base"], "cuda")]
+    kept = [lease_many(driver, cache, ["tiny", "base"], "cuda:0")]
 
     def drop() -> None:
         kept.clear()

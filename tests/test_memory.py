@@ -5,53 +5,35 @@ What a device has: GPUs by the real bindings over fake drivers, the host by fake
 from __future__ import annotations
 
 import ctypes
-import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from fakes import MIB, FakeGpus, build_drivers, run_child
+from fakes import (
+    CARD_A,
+    CARD_B,
+    GIB,
+    MIB,
+    ONE_CARD,
+    SLOT_A,
+    TWO_CARDS_SWAPPED,
+    UUID_A,
+    UUID_B,
+    FakeGpus,
+    needs_linux,
+    run_child,
+)
 
-from whispercache import cuda, host, memory
+from whispercache import host, memory
 from whispercache.errors import DeviceUnavailable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-GIB = 1024 * MIB
-
-UUID_A = "GPU-11111111-2222-3333-4444-555555555555"
-UUID_B = "GPU-aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee"
-SLOT_A, SLOT_B = "0000:01:00.0", "0000:02:00.0"
-CARD_A = f"card {UUID_A} {SLOT_A} {8 * GIB} {1 * GIB} Alpha"
-CARD_B = f"card {UUID_B} {SLOT_B} {24 * GIB} {4 * GIB} Beta"
-ONE_CARD = f"{CARD_A}\nvisible 0"
-TWO_CARDS_SWAPPED = f"{CARD_A}\n{CARD_B}\nvisible 1 0"
-
 NVML_NOT_SUPPORTED = 3
 NVML_GPU_IS_LOST = 15
 NVML_UNKNOWN = 999
-
-needs_linux = pytest.mark.skipif(
-    sys.platform != "linux", reason="fake drivers are found by LD_LIBRARY_PATH"
-)
-
-
-@pytest.fixture(scope="session")
-def drivers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """
-    The fake drivers, compiled once.
-    """
-    return build_drivers(tmp_path_factory.mktemp("drivers"))
-
-
-@pytest.fixture
-def gpus(drivers: Path, tmp_path: Path) -> FakeGpus:
-    """
-    A machine whose GPUs the test describes.
-    """
-    return FakeGpus(tmp_path, drivers)
 
 
 @needs_linux
@@ -432,53 +414,6 @@ class TestNoGpu:
             probe.read("mps")
         with pytest.raises(DeviceUnavailable, match=r"no such kind of device"):
             probe.device_name("cuda:-1")
-
-
-def test_a_driver_too_old_for_a_call_is_a_cuda_error() -> None:
-    """
-    A library without the function that is needed asks for an update.
-    """
-    with pytest.raises(cuda.CudaError, match=r"too old: it has no cuInit; update"):
-        cuda.Driver(ctypes.CDLL(None))
-
-
-class TestCublas:
-    """
-    What the doctor says of the library that CTranslate2 opens at the first call.
-    """
-
-    def test_a_library_that_the_loader_finds_is_no_problem(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """
-        Nothing is said where it can be loaded.
-        """
-        monkeypatch.setattr(ctypes, "CDLL", lambda name: name)
-        assert memory.cublas_problem() is None
-
-    def test_a_missing_library_is_to_be_installed(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        """
-        The package to install is named.
-        """
-        monkeypatch.setattr(ctypes, "CDLL", _no_library)
-        monkeypatch.setattr(sys, "path", [str(tmp_path)])
-        assert "pip install nvidia-cublas-cu12" in str(memory.cublas_problem())
-
-    @needs_linux
-    def test_an_installed_library_off_the_path_is_to_be_put_on_it(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        """
-        The pip package's folder is found, and the line that exports it is given.
-        """
-        folder = tmp_path / "nvidia" / "cublas" / "lib"
-        folder.mkdir(parents=True)
-        (folder / "libcublas.so.12").touch()
-        monkeypatch.setattr(ctypes, "CDLL", _no_library)
-        monkeypatch.setattr(sys, "path", [str(tmp_path)])
-        assert f'export LD_LIBRARY_PATH="{folder}:' in str(memory.cublas_problem())
 
 
 def _no_library(name: str) -> object:

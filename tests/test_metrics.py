@@ -112,35 +112,35 @@ def strictly(registry: CollectorRegistry) -> tuple[str, list[Metric]]:
 
 
 def _be_hit(world: World) -> None:
-    world.cache.preload("tiny", "cuda")
-    world.cache.preload("tiny", "cuda")
+    world.cache.preload("tiny", "cuda:0")
+    world.cache.preload("tiny", "cuda:0")
 
 
 def _miss(world: World) -> None:
-    world.cache.preload("base", "cuda")
+    world.cache.preload("base", "cuda:0")
 
 
 def _fail_to_load(world: World) -> None:
     world.loader.fail_loads["base"] = [RuntimeError("no luck")]
     with pytest.raises(LoadFailed):
-        world.cache.preload("base", "cuda")
+        world.cache.preload("base", "cuda:0")
 
 
 def _run_out_of_time(world: World) -> None:
     with pytest.raises(LeaseTimeout):
-        world.cache.preload("base", "cuda", timeout_s=0)
+        world.cache.preload("base", "cuda:0", timeout_s=0)
 
 
 def _find_the_queue_full(world: World) -> None:
     world.cache._core._max_waiting = 0
     with pytest.raises(TooManyWaiters):
-        world.cache.preload("base", "cuda")
+        world.cache.preload("base", "cuda:0")
 
 
 def _deadlock(world: World) -> None:
     def hold_one_and_ask_for_another() -> None:
-        with world.cache.lease("large-v3", "cuda"), pytest.raises(LeaseDeadlock):
-            world.cache.lease("base", "cuda")
+        with world.cache.lease("large-v3", "cuda:0"), pytest.raises(LeaseDeadlock):
+            world.cache.lease("base", "cuda:0")
 
     def let_time_pass() -> None:
         wait_until(lambda: world.cache.stats().leases and world.cache.stats().waiting)
@@ -151,11 +151,11 @@ def _deadlock(world: World) -> None:
 
 def _fall_back(world: World) -> None:
     world.cache.resize(vram="1GiB")
-    world.cache.lease("small", "cuda", fallback=["cpu"]).release()
+    world.cache.lease("small", "cuda:0", fallback=["cpu"]).release()
 
 
 def _refuse_an_unload(world: World) -> None:
-    world.cache.preload("base", "cuda")
+    world.cache.preload("base", "cuda:0")
     world.loader.refuse_unloads = 1
     world.clock.tick(60)
     settle(world.cache)
@@ -188,39 +188,39 @@ def test_a_counter_goes_up_by_what_it_counts(
 
 
 def _be_evicted_for_room(world: World) -> None:
-    world.cache.preload("base", "cuda")
-    world.cache.preload("large-v3", "cuda")
+    world.cache.preload("base", "cuda:0")
+    world.cache.preload("large-v3", "cuda:0")
 
 
 def _expire(world: World) -> None:
-    world.cache.preload("base", "cuda")
+    world.cache.preload("base", "cuda:0")
     world.clock.tick(60)
     settle(world.cache)
 
 
 def _be_evicted_by_hand(world: World) -> None:
-    world.cache.preload("base", "cuda")
+    world.cache.preload("base", "cuda:0")
     world.cache.evict("base")
 
 
 def _be_closed(world: World) -> None:
-    world.cache.preload("base", "cuda")
+    world.cache.preload("base", "cuda:0")
     world.cache.close()
 
 
 def _give_way_to_others(world: World) -> None:
-    world.cache.preload("base", "cuda")
+    world.cache.preload("base", "cuda:0")
     world.machine.others("cuda:0", "9.5GiB")
     world.clock.tick(WATCH_S)
     settle(world.cache)
 
 
 def _make_room_for_a_retry(world: World) -> None:
-    world.cache.preload("base", "cuda")
+    world.cache.preload("base", "cuda:0")
     world.loader.fail_loads["small"] = [
         RuntimeError("CUDA failed with error out of memory")
     ]
-    world.cache.preload("small", "cuda")
+    world.cache.preload("small", "cuda:0")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_load_seconds_fall_into_buckets(world: World) -> None:
     world.loader.clock = world.clock
     for model, load_s in (("tiny", 0.25), ("base", 0.26), ("small", 130.0)):
         world.loader.load_s = load_s
-        world.cache.preload(model, "cuda")
+        world.cache.preload(model, "cuda:0")
     buckets, sum_s = histogram(world, "load")
     assert buckets == {0.25: 1, 0.5: 1, float("inf"): 1}
     assert sum_s == pytest.approx(130.51)
@@ -307,10 +307,10 @@ def test_wait_seconds_count_those_who_waited(
     """
     From the request to the lease; a hit is none of them.
     """
-    lease = driver.lease(world.cache, "large-v3", "cuda")
-    driver.lease(world.cache, "large-v3", "cuda").release()
+    lease = driver.lease(world.cache, "large-v3", "cuda:0")
+    driver.lease(world.cache, "large-v3", "cuda:0").release()
     assert histogram(world, "wait") == ({0.01: 1}, 0)
-    asked = driver.waiting(world.cache, "base", "cuda")
+    asked = driver.waiting(world.cache, "base", "cuda:0")
     world.clock.tick(7)
     lease.release()
     asked.result(10).release()
@@ -325,8 +325,8 @@ def test_leases_and_the_queue_are_told(world: World, driver: ThreadDriver) -> No
     Those that are held, in all and by model, and those that wait.
     """
     labels = {"model": "large-v3", "device": "cuda:0", "compute_type": "float16"}
-    leases = [world.cache.lease("large-v3", "cuda") for _ in range(2)]
-    asked = driver.waiting(world.cache, "base", "cuda")
+    leases = [world.cache.lease("large-v3", "cuda:0") for _ in range(2)]
+    asked = driver.waiting(world.cache, "base", "cuda:0")
     assert world.read("leases") == 2
     assert world.read("model_leases", **labels) == 2
     assert world.read("waiting_requests") == 1
@@ -351,7 +351,7 @@ def test_bytes_are_told_by_device(world: World) -> None:
 
     assert set(told().values()) == {None}
     world.loader.workspace_bytes = 100 * MIB
-    with world.cache.lease("small", "cuda"):
+    with world.cache.lease("small", "cuda:0"):
         assert told() == {
             "resident": 2 * GIB,
             "charged": 2 * GIB + 100 * MIB,
@@ -390,9 +390,9 @@ def test_models_that_share_their_labels_share_a_series(
     for path in paths:
         path.mkdir(parents=True)
         (path / "model.bin").touch()
-        world.cache.preload(path, "cuda")
-    world.cache.preload("base", "cuda")
-    with world.cache.lease("base", "cuda", num_workers=2):
+        world.cache.preload(path, "cuda:0")
+    world.cache.preload("base", "cuda:0")
+    with world.cache.lease("base", "cuda:0", num_workers=2):
         for model, leases in (("mine", 0), ("base", 1)):
             labels = {"model": model, "device": "cuda:0", "compute_type": "float16"}
             assert world.read("model_bytes", **labels) == 2 * GIB
@@ -408,7 +408,7 @@ def test_the_page_follows_the_rules_of_prometheus(world: World) -> None:
     Counters end in ``_total``, units are base units and come last, every metric has
     its help, and the strict parser of OpenMetrics takes it all.
     """
-    world.cache.preload("base", "cuda")
+    world.cache.preload("base", "cuda:0")
     page, families = strictly(world.registry)
     assert len(families) == len({family.name for family in families}) > 20
     for family in families:
@@ -452,7 +452,7 @@ def test_a_scrape_waits_for_no_load(world: World, driver: ThreadDriver) -> None:
     It tells of the load instead: charged, not yet resident.
     """
     with world.loader.holding_loads("base") as gate:
-        asked = driver.start(world.cache, "lease", "base", "cuda")
+        asked = driver.start(world.cache, "lease", "base", "cuda:0")
         gate.wait_reached()
         assert world.read("waiting_requests") == 1
         assert world.read("device_charged_bytes", device="cuda:0") == GIB
@@ -469,7 +469,7 @@ def test_scrapes_while_much_happens_are_consistent(world: World) -> None:
 
     def work(model: str) -> None:
         for _ in range(100):
-            world.cache.preload(model, "cuda")
+            world.cache.preload(model, "cuda:0")
 
     def work_all() -> None:
         try:
@@ -510,7 +510,7 @@ def test_several_caches_share_a_registry(
     collector = CacheCollector(one, name="one")
     remove = collector.add(AsyncModelCache(other), name="other")
     registry.register(collector)
-    other.preload("base", "cuda")
+    other.preload("base", "cuda:0")
     assert read(registry, "loads_total", cache="one") == 0
     assert read(registry, "loads_total", cache="other") == 1
     strictly(registry)
@@ -536,7 +536,7 @@ def test_a_closed_collector_hears_nothing_more(make_cache: MakeCache) -> None:
     assert cache._core.outbox._listeners
     collector.close()
     assert not cache._core.outbox._listeners
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     assert sum(counts.load_s.counts) == 0
     assert not any(family.samples for family in collector.collect())
 
@@ -559,7 +559,7 @@ def test_a_registry_keeps_no_cache_alive(machine: FakeMachine) -> None:
     collector = CacheCollector(cache)
     registry = CollectorRegistry()
     registry.register(collector)
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     cache.close()
     gone = weakref.ref(cache)
     del cache

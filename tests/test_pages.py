@@ -142,7 +142,7 @@ class TestPreload:
         Nothing is loaded, and nothing is charged.
         """
         cache = make_cache()
-        cache.preload("small", "cuda", tier="page")
+        cache.preload("small", "cuda:0", tier="page")
         assert loader.read_files == {"fake/small": 1}
         assert not loader.loads
         assert cache.models() == ()
@@ -188,7 +188,7 @@ class TestPreload:
             return ModelFiles("fake/variant", "int8", original=original)
 
         monkeypatch.setattr(FakeLoader, "choose", choose)
-        make_cache().preload("small", "cuda", tier="page")
+        make_cache().preload("small", "cuda:0", tier="page")
         assert loader.read_files == {"fake/variant": 1}
 
     @pytest.mark.parametrize("tier", ["disk", "", "Page", None])
@@ -200,9 +200,9 @@ class TestPreload:
         """
         cache = make_cache()
         with pytest.raises(ValueError, match="tier must be one of device, page"):
-            cache.preload("small", "cuda", tier=tier)
+            cache.preload("small", "cuda:0", tier=tier)
         with pytest.raises(ValueError, match="tier must be one of device, page"):
-            asyncio.run(AsyncModelCache(cache).preload("small", "cuda", tier=tier))
+            asyncio.run(AsyncModelCache(cache).preload("small", "cuda:0", tier=tier))
         assert not loader.read_files
         assert cache.devices() == ()
 
@@ -214,15 +214,15 @@ class TestPreload:
         """
         cache = make_cache()
         with loader.holding_loads("small") as gate, ThreadPoolExecutor() as pool:
-            loading = pool.submit(cache.preload, "small", "cuda")
+            loading = pool.submit(cache.preload, "small", "cuda:0")
             gate.wait_reached()
-            cache.preload("small", "cuda", tier="page")
+            cache.preload("small", "cuda:0", tier="page")
             gate.open()
             loading.result(PATIENCE_S)
-        cache.preload("small", "cuda", tier="page")
+        cache.preload("small", "cuda:0", tier="page")
         assert not loader.read_files
         cache.evict("small")
-        cache.preload("small", "cuda", tier="page")
+        cache.preload("small", "cuda:0", tier="page")
         assert loader.read_files == {"fake/small": 1}
 
     def test_it_waits_for_no_memory(
@@ -232,8 +232,8 @@ class TestPreload:
         It takes none, so it needs none, and nobody leaves for it.
         """
         cache = make_cache(vram="3GiB")
-        with cache.lease("medium", "cuda"):
-            cache.preload("small", "cuda", tier="page")
+        with cache.lease("medium", "cuda:0"):
+            cache.preload("small", "cuda:0", tier="page")
         assert loader.read_files == {"fake/small": 1}
         assert [info.key.model for info in cache.models()] == ["medium"]
 
@@ -244,7 +244,7 @@ class TestPreload:
         As for a load.
         """
         loader.missing.add("small")
-        make_cache().preload("small", "cuda", tier="page")
+        make_cache().preload("small", "cuda:0", tier="page")
         assert loader.downloads == {"small": 1}
         assert loader.read_files == {"fake/small": 1}
 
@@ -279,10 +279,10 @@ class TestPreload:
         Even if it knew the model.
         """
         cache = make_cache()
-        cache.preload("small", "cuda", tier="page")
+        cache.preload("small", "cuda:0", tier="page")
         cache.close()
         with pytest.raises(CacheClosed):
-            cache.preload("small", "cuda", tier="page")
+            cache.preload("small", "cuda:0", tier="page")
         assert loader.read_files == {"fake/small": 1}
 
 
@@ -424,12 +424,12 @@ class TestOverlap:
         Once for each request that waits, and before the victim has gone.
         """
         cache = make_cache(max_models=1)
-        cache.preload("small", "cuda")
+        cache.preload("small", "cuda:0")
         with loader.holding_unloads("small") as gate, ThreadPoolExecutor() as pool:
-            waiting = [pool.submit(cache.preload, "medium", "cuda")]
+            waiting = [pool.submit(cache.preload, "medium", "cuda:0")]
             gate.wait_reached()
             wait_until(lambda: loader.read_ahead_files == {"fake/medium": 1})
-            waiting.append(pool.submit(cache.preload, "medium", "cuda"))
+            waiting.append(pool.submit(cache.preload, "medium", "cuda:0"))
             wait_until(lambda: loader.read_ahead_files == {"fake/medium": 2})
             gate.open()
             for each in waiting:
@@ -446,8 +446,8 @@ class TestOverlap:
         cache = make_cache(max_models=1)
 
         async def main() -> None:
-            with cache.lease("small", "cuda"):
-                asks = AsyncModelCache(cache).preload("medium", "cuda")
+            with cache.lease("small", "cuda:0"):
+                asks = AsyncModelCache(cache).preload("medium", "cuda:0")
                 waiting = asyncio.create_task(asks)
                 await asyncio.to_thread(wait_waiting, cache, 1)
             await asyncio.wait_for(waiting, PATIENCE_S)
@@ -462,10 +462,10 @@ class TestOverlap:
         Each once, however often it is wanted.
         """
         cache = make_cache(max_models=3)
-        cache.preload("base", "cuda")
-        wanted = [(name, "cuda") for name in ("base", "tiny", "tiny", "medium")]
+        cache.preload("base", "cuda:0")
+        wanted = [(name, "cuda:0") for name in ("base", "tiny", "tiny", "medium")]
         with ThreadPoolExecutor() as pool:
-            with cache.lease("small", "cuda"), cache.lease("tiny.en", "cuda"):
+            with cache.lease("small", "cuda:0"), cache.lease("tiny.en", "cuda:0"):
                 group = pool.submit(cache.lease_many, wanted)
                 wait_waiting(cache, 1)
                 wait_until(lambda: len(loader.read_ahead_files) == 2)
@@ -481,14 +481,14 @@ class TestOverlap:
         """
         cache = make_cache()
         with loader.holding_loads("small") as gate, ThreadPoolExecutor() as pool:
-            loads = [pool.submit(cache.preload, "small", "cuda") for _ in "12"]
+            loads = [pool.submit(cache.preload, "small", "cuda:0") for _ in "12"]
             gate.wait_reached()
             wait_waiting(cache, 2)
             gate.open()
             for each in loads:
                 each.result(PATIENCE_S)
-        with cache.lease("small", "cuda"):
-            cache.preload("small", "cuda")
+        with cache.lease("small", "cuda:0"):
+            cache.preload("small", "cuda:0")
         assert not loader.read_ahead_files
 
     def test_who_never_waits_reads_nothing_ahead(
@@ -498,8 +498,8 @@ class TestOverlap:
         Nobody is there to use it.
         """
         cache = make_cache(max_models=1)
-        with cache.lease("small", "cuda"), pytest.raises(LeaseTimeout):
-            cache.lease("medium", "cuda", timeout_s=0)
+        with cache.lease("small", "cuda:0"), pytest.raises(LeaseTimeout):
+            cache.lease("medium", "cuda:0", timeout_s=0)
         assert not loader.read_ahead_files
 
     def test_for_a_model_that_can_never_fit_nothing_is_read_ahead(
@@ -510,7 +510,7 @@ class TestOverlap:
         """
         cache = make_cache(vram="2GiB")
         with pytest.raises(ModelTooLarge):
-            cache.preload("large-v3", "cuda")
+            cache.preload("large-v3", "cuda:0")
         assert not loader.read_ahead_files
 
     def test_a_request_that_fails_there_does_not_wait_on(
@@ -528,9 +528,9 @@ class TestOverlap:
 
         monkeypatch.setattr(FakeLoader, "read_ahead", interrupt)
         cache = make_cache(max_models=1)
-        with cache.lease("small", "cuda"):
+        with cache.lease("small", "cuda:0"):
             with pytest.raises(KeyboardInterrupt):
-                cache.preload("medium", "cuda")
+                cache.preload("medium", "cuda:0")
             assert cache.waiting() == ()
         settle(cache)
         assert not loader.loads["medium"]

@@ -80,7 +80,7 @@ def test_a_listener_that_exits_ends_no_thread(
     cache = make_cache()
     cache.subscribe(leave)
     for model in ("tiny", "base"):
-        driver.lease(cache, model, "cuda").release()
+        driver.lease(cache, model, "cuda:0").release()
 
 
 def test_a_policy_that_fails_leaves_no_request_behind(make_cache: MakeCache) -> None:
@@ -92,9 +92,9 @@ def test_a_policy_that_fails_leaves_no_request_behind(make_cache: MakeCache) -> 
         raise ZeroDivisionError
 
     cache = make_cache(vram="3GiB", policy=broken)
-    cache.preload("small", "cuda")
+    cache.preload("small", "cuda:0")
     with pytest.raises(ZeroDivisionError):
-        cache.lease("medium", "cuda", timeout_s=5)
+        cache.lease("medium", "cuda:0", timeout_s=5)
     assert (cache.stats().waiting, cache.stats().leases) == (0, 0)
 
 
@@ -105,7 +105,7 @@ def test_a_log_handler_may_ask_the_cache(
     No message is written while the lock is held, not even of a lost device.
     """
     cache = make_cache()
-    cache.preload("tiny", "cuda")
+    cache.preload("tiny", "cuda:0")
     seen: list[object] = []
 
     class Asking(logging.Handler):
@@ -150,12 +150,12 @@ def test_memory_that_cannot_be_returned_fails_the_load(
     cache = make_cache()
     monkeypatch.setattr(FakeLoader, "return_memory", fail)
     loader.fail_loads["base"] = [RuntimeError("CUDA failed with error out of memory")]
-    error = driver.start(cache, "lease", "base", "cuda").exception(10)
+    error = driver.start(cache, "lease", "base", "cuda:0").exception(10)
     assert isinstance(error, LoadFailed)
     with loader.holding_loads("tiny") as gate:
-        tiny = driver.start(cache, "lease", "tiny", "cuda")
+        tiny = driver.start(cache, "lease", "tiny", "cuda:0")
         gate.wait_reached()
-        medium = driver.waiting(cache, "medium", "cuda")
+        medium = driver.waiting(cache, "medium", "cuda:0")
         machine.others("cuda:0", 8 * GIB)
     error = medium.exception(10)
     assert isinstance(error, LoadFailed)
@@ -171,8 +171,8 @@ def test_a_gauge_that_failed_once_is_read_again_for_who_waits(
     """
     cache = make_cache()
     machine.others("cuda:0", 3 * GIB)
-    held = [driver.lease(cache, model, "cuda") for model in ("medium", "medium.en")]
-    waiting = driver.waiting(cache, "large-v3", "cuda")
+    held = [driver.lease(cache, model, "cuda:0") for model in ("medium", "medium.en")]
+    waiting = driver.waiting(cache, "large-v3", "cuda:0")
     machine.others("cuda:0", 0)
     machine.reading_fails = OSError("busy")
     for lease in held:
@@ -191,13 +191,13 @@ def test_an_unload_that_is_refused_does_not_freeze_the_gauge(
     """
     cache = make_cache()
     machine.others("cuda:0", 6 * GIB)
-    cache.preload("tiny", "cuda")
+    cache.preload("tiny", "cuda:0")
     loader.refuse_unloads = 1
     cache._core.evict(lambda _key: True)
     settle(cache)
     assert cache.models()[0].state == "unloading"
     machine.others("cuda:0", 0)
-    cache.lease("large-v3", "cuda").release()
+    cache.lease("large-v3", "cuda:0").release()
 
 
 def test_the_work_of_leases_is_no_room_for_others(
@@ -210,8 +210,8 @@ def test_the_work_of_leases_is_no_room_for_others(
     cache = make_cache()
 
     def nested() -> None:
-        with cache.lease("medium", "cuda"):
-            cache.lease("large-v3", "cuda").release()
+        with cache.lease("medium", "cuda:0"):
+            cache.lease("large-v3", "cuda:0").release()
 
     asked = driver.start_on(SimpleNamespace(nested=nested), "nested")
     wait_until(lambda: (cache.stats().leases, cache.stats().waiting) == (1, 1))
@@ -229,9 +229,9 @@ def test_a_clock_that_is_set_back_does_not_prolong_a_cool_down(
     loader.fail_loads["base"] = [RuntimeError("broken")] * 2
     for _ in "12":
         with pytest.raises(LoadFailed):
-            cache.lease("base", "cuda")
+            cache.lease("base", "cuda:0")
     clock._now_s -= 3600
-    cache.lease("base", "cuda").release()
+    cache.lease("base", "cuda:0").release()
 
 
 # Errors of calls ----------------------------------------------------------------------
@@ -259,12 +259,12 @@ def test_running_out_of_memory_in_a_block_evicts_nothing(
     Nothing is tried again there, so nothing would be gained; closed or not.
     """
     cache = make_cache()
-    cache.preload("tiny", "cuda")
+    cache.preload("tiny", "cuda:0")
     for _ in "12":
-        with pytest.raises(RuntimeError), cache.lease("base", "cuda"):
+        with pytest.raises(RuntimeError), cache.lease("base", "cuda:0"):
             raise RuntimeError("CUDA failed with error out of memory")
     assert cache.stats().loads == 2
-    lease = cache.lease("base", "cuda")
+    lease = cache.lease("base", "cuda:0")
     cache._core.close()
     with pytest.raises(RuntimeError), lease:
         raise RuntimeError("CUDA failed with error out of memory")
@@ -277,7 +277,7 @@ def test_a_call_of_a_closed_cache_that_runs_out_of_memory_ends(
     There is no thread any more to make room.
     """
     cache = make_cache()
-    lease = cache.lease("base", "cuda")
+    lease = cache.lease("base", "cuda:0")
     cache._core.close()
     assert not lease.recover(RuntimeError("CUDA failed with error out of memory"))
     lease.release()
@@ -290,7 +290,7 @@ def test_a_fallback_keeps_no_lease_in_a_cycle(make_cache: MakeCache) -> None:
     cache = make_cache(vram="2GiB", fallback=["cpu"])
     gc.disable()
     try:
-        segments, _ = cache.get_model("medium", "cuda").transcribe(AUDIO)
+        segments, _ = cache.get_model("medium", "cuda:0").transcribe(AUDIO)
         assert cache.stats().leases == 1
         del segments
         wait_until(lambda: cache.stats().leases == 0)
@@ -306,7 +306,7 @@ def test_an_async_block_that_fails_lets_go_at_once(make_cache: MakeCache) -> Non
 
     async def main() -> None:
         with pytest.raises(RuntimeError):
-            async with AsyncModelCache(cache).lease("base", "cuda"):
+            async with AsyncModelCache(cache).lease("base", "cuda:0"):
                 raise RuntimeError("CUDA failed with error out of memory")
         assert cache.stats().leases == 0
 
@@ -325,7 +325,7 @@ def test_children_know_of_closed_and_forgotten_caches(
     As long as a lease is out, there is something of the parent to touch.
     """
     cache = make_cache()
-    segments, _ = cache.get_model("base", "cuda").transcribe(AUDIO)
+    segments, _ = cache.get_model("base", "cuda:0").transcribe(AUDIO)
     core = cache._core
     if how == "closed":
         core.close()
@@ -354,7 +354,7 @@ def test_closing_without_a_limit_in_a_signal_handler_returns(
     """
     monkeypatch.setattr("whispercache.core.SIGNAL_S", 0.05)
     cache = make_cache()
-    cache.preload("base", "cuda")
+    cache.preload("base", "cuda:0")
     before = signal.signal(signal.SIGUSR1, lambda *_: cache.close(timeout_s=None))
     try:
         with cache._core.changing():
@@ -383,7 +383,7 @@ def test_a_load_that_failed_promises_nothing(
     """
     tenants.loaders[0].fail_loads["large-v3"] = [RuntimeError("broken file")]
     with pytest.raises(LoadFailed):
-        tenants.caches[0].lease("large-v3", "cuda")
+        tenants.caches[0].lease("large-v3", "cuda:0")
     settle(tenants.caches[0])
     assert accounts(runtime, machine) == {(0, 0)}
 
@@ -395,8 +395,8 @@ def test_a_request_that_gave_up_wants_nothing(
     Or the idle models of others would leave again and again for nobody.
     """
     ours, theirs = tenants.caches
-    held = theirs.lease("large-v3", "cuda")
-    waiting = driver.waiting(ours, "large-v3", "cuda", timeout_s=3)
+    held = theirs.lease("large-v3", "cuda:0")
+    waiting = driver.waiting(ours, "large-v3", "cuda:0", timeout_s=3)
     tenants.tick()
     assert (0, 6 * GIB) in accounts(runtime, machine)
     tenants.tick(5)

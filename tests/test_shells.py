@@ -786,10 +786,10 @@ class TestRoom:
         Where it is counted, and where a load makes it go.
         """
         cache = make_cache(vram="6GiB", ram="6GiB")
-        come_and_go(cache, "base", device="cuda")
+        come_and_go(cache, "base", device="cuda:0")
         assert shell_bytes(cache, "cpu") == GIB
         assert shell_bytes(cache, "cuda:0") == 0
-        cache.preload("large-v3", "cuda")
+        cache.preload("large-v3", "cuda:0")
         assert names(loader) == ["base"]
         cache.preload("large-v3", "cpu")
         assert names(loader) == []
@@ -801,7 +801,7 @@ class TestRoom:
         What the limit leaves is all that they may have.
         """
         cache = make_cache(ram="6GiB")
-        cache.preload("base", "cuda")
+        cache.preload("base", "cuda:0")
         cache.preload("large-v3", "cpu")
         cache.evict("base")
         wait_until(lambda: not loader.shells, "a shell that goes")
@@ -896,7 +896,7 @@ class TestRoom:
         """
         cache = make_cache()
         come_and_go(cache, "tiny", "base")
-        cache.preload("small", "cuda")
+        cache.preload("small", "cuda:0")
         for _ in "12":
             cache.close()
         wait_until(lambda: not loader.shells)

@@ -89,14 +89,16 @@ class FlakyLoader(FakeLoader):
             raise RuntimeError(OUT_OF_MEMORY)
         return FakeLoader.load(self, key, files)
 
-    def unload(self, loaded: LoadedModel, *, load_follows: bool = False) -> Released:
+    def unload(
+        self, loaded: LoadedModel, *, load_follows: bool = False, parks: bool = False
+    ) -> Released:
         """
         Take a moment; then unload, or do not.
         """
         time.sleep(self.dice.random() * 0.001)
         if self.dice.random() < 0.05:
             return Released(confirmed=False, reason="1 batch is still active")
-        return FakeLoader.unload(self, loaded, load_follows=load_follows)
+        return FakeLoader.unload(self, loaded, load_follows=load_follows, parks=parks)
 
 
 class FlakyMachine(FakeMachine):
@@ -157,6 +159,7 @@ class Stress:
             loader=self.loader,
             probe=self.machine,
             pressure="watch",
+            park=True,
             clock=JumpingClock(),
         )
         self.cache.subscribe(self.hear)
@@ -267,7 +270,7 @@ class Stress:
         timeout_s = dice.choice([None, None, 0.0, 0.002, 0.02, 0.2])
         keep_alive = dice.choice([None, None, None, 0.0, 0.005, 0.1])
         options = {"timeout_s": timeout_s, "keep_alive": keep_alive}
-        return dice.choice(sorted(SIZES)), dice.choice(["cpu", "cuda"]), options
+        return dice.choice(sorted(SIZES)), dice.choice(["cpu", "cuda:0"]), options
 
     def work(self, lease: Lease, dice: random.Random) -> None:
         """
@@ -430,7 +433,7 @@ def fork_at_random_moments() -> None:
                 signal.alarm(20)
                 told = "served"
                 try:
-                    stress.cache.lease("tiny", "cuda")
+                    stress.cache.lease("tiny", "cuda:0")
                 except CacheForked:
                     told = "refused"
                 stress.cache.stats()

@@ -81,12 +81,12 @@ def test_a_load_looks_at_the_gauge_again(
     make room instead.
     """
     cache = make_cache()
-    cache.preload("medium", "cuda")
+    cache.preload("medium", "cuda:0")
     with loader.holding_unloads("tiny") as gate:
-        cache.preload("tiny", "cuda")
+        cache.preload("tiny", "cuda:0")
         evicting = driver.start(cache, "evict", "tiny")
         gate.wait_reached()
-        waiting = driver.waiting(cache, "small", "cuda")  # behind the unload
+        waiting = driver.waiting(cache, "small", "cuda:0")  # behind the unload
         wait_until(lambda: "loading" in {info.state for info in cache.models()})
         machine.others("cuda:0", 6 * GIB)
     waiting.result(10).release()
@@ -107,10 +107,10 @@ def test_a_load_that_others_made_impossible_says_so(
     """
     cache = make_cache()
     with loader.holding_unloads("tiny") as gate:
-        cache.preload("tiny", "cuda")
+        cache.preload("tiny", "cuda:0")
         evicting = driver.start(cache, "evict", "tiny")
         gate.wait_reached()
-        waiting = driver.waiting(cache, "large-v3", "cuda")
+        waiting = driver.waiting(cache, "large-v3", "cuda:0")
         wait_until(lambda: "loading" in {info.state for info in cache.models()})
         machine.others("cuda:0", 9 * GIB)
     error = waiting.exception(10)
@@ -133,7 +133,7 @@ def test_idle_models_leave_when_others_need_the_room(
     events: list[Event] = []
     cache.subscribe(events.append)
     for model in ("tiny", "base", "small"):
-        cache.preload(model, "cuda")
+        cache.preload(model, "cuda:0")
         clock.tick(0.1)
     machine.others("cuda:0", "6.3GiB")  # of the headroom, 300 MiB are left then
     clock.tick(WATCH_S)
@@ -154,8 +154,8 @@ def test_what_is_used_or_pinned_stays_under_pressure(
     It leaves once it is idle and still asked for.
     """
     cache = make_cache(pressure="watch")
-    cache.pin("tiny", "cuda")
-    lease = cache.lease("base", "cuda")
+    cache.pin("tiny", "cuda:0")
+    lease = cache.lease("base", "cuda:0")
     machine.others("cuda:0", "8.4GiB")
     clock.tick(3)
     settle(cache)
@@ -174,7 +174,7 @@ def test_nothing_leaves_unless_watching_was_asked_for(
     The negative control of the two above.
     """
     cache = make_cache()
-    cache.preload("tiny", "cuda")
+    cache.preload("tiny", "cuda:0")
     machine.others("cuda:0", "9.5GiB")
     clock.tick(30)
     settle(cache)
@@ -189,8 +189,8 @@ def test_who_waits_is_served_when_others_leave(
     """
     cache = make_cache(pressure="watch")
     machine.others("cuda:0", 3 * GIB)
-    lease = cache.lease("large-v3", "cuda")
-    waiting = driver.waiting(cache, "medium", "cuda")
+    lease = cache.lease("large-v3", "cuda:0")
+    waiting = driver.waiting(cache, "medium", "cuda:0")
     clock.tick(WATCH_S)
     assert not waiting.done()
     machine.others("cuda:0", 0)
@@ -206,7 +206,7 @@ def test_a_gauge_that_fails_does_not_end_the_watch(
     It works again a second later.
     """
     cache = make_cache(pressure="watch")
-    cache.preload("tiny", "cuda")
+    cache.preload("tiny", "cuda:0")
     machine.others("cuda:0", "9.5GiB")
     machine.reading_fails = OSError("driver is busy")
     clock.tick(WATCH_S)
@@ -307,8 +307,8 @@ def test_idle_models_leave_when_another_process_wants_the_room(
     """
     ours, theirs = tenants.caches
     for model in ("large-v3", "medium"):
-        theirs.preload(model, "cuda")
-    waiting = driver.waiting(ours, "large-v3", "cuda")
+        theirs.preload(model, "cuda:0")
+    waiting = driver.waiting(ours, "large-v3", "cuda:0")
     assert not waiting.done()
     for _ in range(6):
         tenants.tick()
@@ -325,8 +325,8 @@ def test_what_another_process_uses_is_waited_for(
     It leaves once it is idle.
     """
     ours, theirs = tenants.caches
-    lease = theirs.lease("large-v3", "cuda")
-    waiting = driver.waiting(ours, "large-v3", "cuda")
+    lease = theirs.lease("large-v3", "cuda:0")
+    waiting = driver.waiting(ours, "large-v3", "cuda:0")
     for _ in range(6):
         tenants.tick()
     assert not waiting.done()
@@ -344,11 +344,11 @@ def test_the_work_that_others_have_not_begun_is_left_to_them(
     """
     ours, theirs = tenants.caches
     tenants.loaders[1].workspace_bytes = 5 * GIB
-    lease = theirs.lease("medium", "cuda")
+    lease = theirs.lease("medium", "cuda:0")
     tenants.tick()
-    waiting = driver.waiting(ours, "medium", "cuda")
+    waiting = driver.waiting(ours, "medium", "cuda:0")
     assert not waiting.done()
-    fits = ours.lease("small", "cuda")
+    fits = ours.lease("small", "cuda:0")
     assert machine.held_bytes["cuda:0"] == 5 * GIB
     fits.release()
     lease.release()
@@ -381,14 +381,14 @@ def test_the_account_goes_with_the_cache(
     Nobody waits for what a closed cache once promised.
     """
     ours, theirs = tenants.caches
-    theirs.preload("small", "cuda")
+    theirs.preload("small", "cuda:0")
     tenants.tick()
     ledger = Ledger(runtime, machine.device_id("cuda:0"))
     assert {account.held_bytes for account in ledger.others()} >= {2 * GIB}
     theirs.close()
     tenants.tick()
     assert not any(account.held_bytes for account in ledger.others())
-    assert ours.explain("large-v3", "cuda").outcome == "load"
+    assert ours.explain("large-v3", "cuda:0").outcome == "load"
 
 
 def test_a_ledger_that_cannot_be_written_stops_nothing(

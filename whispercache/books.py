@@ -319,9 +319,12 @@ def lost(device: Device) -> DeviceUnavailable:
     """
     Why nothing can be had on a device that an error left unusable.
     """
+    mend = "restart the process"
+    if device.sick is not None and "illegal memory access" in device.sick:
+        # Source: SYSTRAN/faster-whisper#946.
+        mend += "; if it uses several GPUs, give each a process of its own"
     return DeviceUnavailable(
-        device.name,
-        f"an earlier error left it unusable ({device.sick}); restart the process",
+        device.name, f"an earlier error left it unusable ({device.sick}); {mend}"
     )
 
 

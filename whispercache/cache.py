@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .loader import AudioInput, Loader
     from .memory import MemoryProbe
     from .moves import Leaving
-    from .resolve import Request
+    from .resolve import Request, Target
     from .threads import Clock
     from .units import DurationValue, LimitValue
 
@@ -109,6 +109,7 @@ class CacheOptions(TypedDict, total=False):
     fallback: Sequence[str]
     pressure: str
     coordinate: bool
+    park: bool | LimitValue
     variants: bool | LimitValue
     loader: Loader | None
     probe: MemoryProbe | None
@@ -130,7 +131,8 @@ class ModelCache:
         vram: Limit for each GPU: bytes, ``"10GiB"``, ``"80%"`` or ``0.8`` of the card,
             or ``"auto"`` for what is really free. A mapping sets it card by card
             (``{"cuda:0": "10GiB"}``).
-        ram: The same for the host: models on the CPU, and loads on their way to a GPU.
+        ram: The same for the host: models on the CPU, loads on their way to a GPU, and
+            copies of weights (*park*).
         max_models: At most so many models on each device.
         keep_alive: How long an idle model stays: seconds, ``"5m"``, 0 to unload at
             once, -1 for ever. The clock starts when its last lease ends.
@@ -148,6 +150,13 @@ class ModelCache:
         coordinate: Take turns to load with other processes of this user that have it
             set too, keep out of each other's reservations, and let idle models leave
             when another process needs the room.
+        park: Keep a copy of the weights of each model that leaves a GPU in host memory,
+            so that it comes back from there: made when it first leaves, kept while it
+            is back. True for as much as *ram* and free memory leave, or a limit of
+            their own (``"16GiB"``, ``"25%"``). They make room for anything else on the
+            host, the copies of models that are not on a GPU first, and go when other
+            programs run short. False for none. A model with several ``num_workers`` is
+            not copied, nor one that `evict` or `close` sends away.
         variants: Keep copies of models in the compute type that they are used in, in
             the user's cache directory; they load several times as fast. They are made
             in the background, after the first load. True for 16 GiB at most, or bytes,
@@ -176,6 +185,7 @@ class ModelCache:
         fallback: Sequence[str] = (),
         pressure: str = "load",
         coordinate: bool = False,
+        park: bool | LimitValue = False,
         variants: bool | LimitValue = True,
         loader: Loader | None = None,
         probe: MemoryProbe | None = None,
@@ -216,6 +226,7 @@ class ModelCache:
             patience_s=patience_s,
             max_waiting=_count("max_waiting", max_waiting),
         )
+        self._core.park_limit = _park_limit(park)
         self._resolver = Resolver(self._core)
         self._coordinate = coordinate
         self._pressure = pressure
@@ -228,7 +239,7 @@ class ModelCache:
         Look after the devices now and then, if that was asked for.
         """
         watches = self._pressure == "watch"
-        if self._coordinate or watches:
+        if self._coordinate or watches or self._core.park_limit is not None:
             from .pressure import LedgerPeers, look_after
 
             peers = LedgerPeers(self._core.probe) if self._coordinate else None
@@ -365,6 +376,8 @@ class ModelCache:
         """
         requests = as_requests(models, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, ())
+        for request in requests:  # or nonsense is told after the others' downloads
+            self._resolver.resolve(request)
         parts = self._locate(requests, workload or DEFAULT_WORKLOAD)
         leases = Leases(self._wait(parts, terms))
         if self._is_tracing():
@@ -417,9 +430,11 @@ class ModelCache:
     def _locate(self, requests: Iterable[Request], workload: Workload) -> list[Part]:
         from .entries import Part
 
-        targets = [self._resolver.resolve(request) for request in requests]
-        for target in targets:
+        targets: list[Target] = []
+        for request in requests:
+            target = self._resolver.resolve(request, beside=targets)
             self._resolver.locate(target, workload)
+            targets.append(target)
         return [Part(target.entry, workload) for target in targets]
 
     def _wait(self, parts: Sequence[Part], terms: Terms) -> tuple[Lease, ...]:
@@ -868,6 +883,15 @@ def _limits(
         name: parse_limit(value, f"vram[{name!r}]") for name, value in vram.items()
     }
     return lambda device: host if device == "cpu" else cards.get(device, Limit())
+
+
+def _park_limit(value: bool | LimitValue) -> Limit | None:  # noqa: FBT001 - checked
+    """
+    Most bytes for copies on the host; None for no copies at all.
+    """
+    if value is False or value is None:
+        return None
+    return Limit() if value is True else parse_limit(value, "park")
 
 
 def _variants_bytes(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - checked

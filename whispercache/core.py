@@ -46,12 +46,14 @@ from .errors import (
     format_bytes,
 )
 from .events import EvictionCause, ModelGranted
+from .footprint import DEFAULT_WORKLOAD
 from .lease import Lease
 from .moves import Moves
+from .placement import Candidate
 from .threads import take_turn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from .admission import Decision, Demand, Policy, Resident
     from .deadlock import Owner
@@ -266,7 +268,39 @@ class Core(Moves):
                     queue[place].overtaken += 1
                 self._carry_out_locked(waiter, decision)
         if self.queue:
+            self._relieve_host_locked()
             self._look_out_locked()
+
+    def _relieve_host_locked(self) -> None:
+        """
+        Let idle models of cards leave for the sake of copies that stand in the way of
+        those who wait for room on the host.
+        """
+        host = self.devices.get("cpu")
+        if host is None or not host.copies_bytes:
+            return
+        idle_bytes = sum(e.weights_bytes for e in host.shelf if not e.stays)
+        there_bytes = host.left_bytes + host.room().coming_bytes + idle_bytes
+        for waiter in self.queue:
+            for demand in waiter.pending(impatient=False).demands:
+                if demand.device == host.name and demand.n_bytes > there_bytes:
+                    self._drop_copies_locked(demand.n_bytes - there_bytes)
+                    return
+
+    def _drop_copies_locked(self, n_bytes: int) -> None:
+        """
+        Unload idle models of cards until *n_bytes* of copies are gone, or on their way.
+        CTranslate2 cannot drop a copy and keep the weights.
+        """
+        with_copies = [e for e in self.entries.values() if e.copy_bytes]
+        n_bytes -= sum(e.copy_bytes for e in with_copies if e.drops_copy)
+        idle = [e for e in with_copies if e.is_idle and not e.stays]
+        for entry in sorted(idle, key=lambda each: each.last_used_s or 0.0):
+            if n_bytes <= 0:
+                return
+            n_bytes -= entry.copy_bytes
+            entry.drops_copy = True
+            self._unload_locked(entry, EvictionCause.PRESSURE)
 
     def _look_out_locked(self) -> None:
         """
@@ -323,6 +357,42 @@ class Core(Moves):
                 for victim in admission.shrink(device.room(), idle):
                     entry = self.entries[victim.key]
                     self._unload_locked(entry, EvictionCause.CAPACITY)
+
+    def candidate(
+        self, key: ModelKey, needed_bytes: int, beside: Collection[Entry]
+    ) -> Candidate:
+        """
+        The device of *key*, as a place for that model *beside* others of the same
+        request.
+        """
+        with self.changing():
+            device = self._device_locked(key.device)
+            entry = self.entries.get(key)
+            is_there = (
+                entry is not None
+                and entry.state in (State.LOADING, State.RESIDENT)
+                and entry.cause is None
+            )
+            coming_bytes = sum(
+                other.footprints[DEFAULT_WORKLOAD].total_bytes
+                for other in beside
+                if other.device is device and other.state is State.ABSENT
+            )
+            idle_bytes = sum(
+                other.weights_bytes
+                for other in device.shelf
+                if not other.stays and other not in beside
+            )
+            return Candidate(
+                key.device,
+                needed_bytes,
+                free_bytes=device.left_bytes - coming_bytes,
+                idle_bytes=idle_bytes,
+                ceiling_bytes=device.ceiling_bytes,
+                is_there=is_there,
+                leases=0 if entry is None else len(entry.leases),
+                has_copy=entry is not None and entry.parked_bytes > 0,
+            )
 
     def plan_locked(self, queue: Sequence[Waiter]) -> list[Decision]:
         """
@@ -642,6 +712,7 @@ class Core(Moves):
                 for entry in self.entries.values()
                 if entry.state is not State.ABSENT and matches(entry.key)
             ]
+            self._forget_locked(matches)
             if waits_for is not None:
                 own = [e for e in leaving if waits_for in e.owners.values()]
                 if own:
@@ -652,6 +723,14 @@ class Core(Moves):
                 (entry, self._doom_locked(entry, EvictionCause.EXPLICIT))
                 for entry in leaving
             ]
+
+    def _forget_locked(self, matches: Callable[[ModelKey], bool]) -> None:
+        """
+        Drop copies on the host of models that have left.
+        """
+        for entry in self._parked:
+            if entry.state is State.ABSENT and matches(entry.key):
+                self._on_thread_locked(entry, partial(self._forget, entry))
 
     def _doom_locked(self, entry: Entry, cause: EvictionCause) -> Future[None]:
         """
@@ -713,7 +792,8 @@ class Core(Moves):
         Whether anything is on *device*, or waited for.
         """
         with self.changing():
-            return bool(device.entries or device.shell_bytes) or any(
+            held = device.entries or device.shell_bytes or device.copies_bytes
+            return bool(held) or any(
                 device in (entry.device, entry.host)
                 for waiter in self.queue
                 for entry in waiter.entries
@@ -733,7 +813,7 @@ class Core(Moves):
             pinned_bytes = sum(entry.weights_bytes for entry in held if entry.stays)
             idle_bytes = sum(e.weights_bytes for e in device.shelf if not e.stays)
             return {
-                "promised_bytes": device.charged_bytes - device.lost_bytes - held_bytes,
+                "promised_bytes": device.charged_bytes - device.held_bytes,
                 # What may be given up.
                 "held_bytes": held_bytes - pinned_bytes + device.shell_bytes,
                 "idle_bytes": idle_bytes + device.shell_bytes,
@@ -754,6 +834,28 @@ class Core(Moves):
                     return max(0, demand.n_bytes - idle_bytes)
         return 0
 
+    def drop_copies(self, n_bytes: int) -> None:
+        """
+        Let copies of weights leave the host until *n_bytes* of them are gone: first
+        those of models that have left.
+        """
+        with self.changing():
+            host = self.devices.get("cpu")
+            if host is None or n_bytes <= 0:
+                return
+            n_bytes = self._shed_shells_locked(host, n_bytes)
+            self._drop_copies_locked(n_bytes)
+
+    def _shed_shells_locked(self, host: Device, n_bytes: int) -> int:
+        """
+        Have shells go that take *n_bytes* or more; what is left to find elsewhere.
+        """
+        if n_bytes > 0 and host.shell_bytes:
+            left_bytes = max(0, host.shell_bytes - n_bytes)
+            shrink = partial(self._shrink_shells, host, left_bytes)
+            self._work.append(partial(host.thread.submit, shrink))
+        return n_bytes - host.shell_bytes
+
     def make_room_for_others(self, device: Device, n_bytes: int) -> None:
         """
         Let idle models leave until *n_bytes* are free that were not, or nothing is
@@ -761,16 +863,16 @@ class Core(Moves):
         """
         with self.changing():
             n_bytes -= device.room().coming_bytes
-            if n_bytes > 0 and device.shell_bytes:
-                n_bytes -= device.shell_bytes
-                shrink = partial(self._shrink_shells, device, 0)
-                self._work.append(partial(device.thread.submit, shrink))
+            n_bytes = self._shed_shells_locked(device, n_bytes)
             if n_bytes > 0:
                 idle = self._idle_locked(device.name)
                 victims = admission.choose_victims(idle, n_bytes)
                 for victim in idle if victims is None else victims:
                     entry = self.entries[victim.key]
+                    n_bytes -= entry.weights_bytes
                     self._unload_locked(entry, EvictionCause.PRESSURE)
+            if n_bytes > 0 and device.copies_bytes:
+                self._drop_copies_locked(n_bytes)
             self._admit_locked()
 
     def resize(self, limit_of: Callable[[str], Limit], max_models: int | None) -> None:
@@ -892,7 +994,10 @@ class Core(Moves):
             entry.weights_bytes + entry.workspace_bytes
             for entry in device.entries.values()
         ) + sum(e.host_bytes for e in self.entries.values() if e.host is device)
-        charged_bytes += device.lost_bytes
+        charged_bytes += device.lost_bytes + device.unreturned_bytes
+        copies = [e.copy_bytes for e in self.entries.values() if e.host is device]
+        assert device.copies_bytes == sum(copies), f"{device.name}: copies"
+        charged_bytes += device.copies_bytes
         assert charged_bytes == device.charged_bytes, (
             f"{device.name}: {charged_bytes} B held, {device.charged_bytes} B charged"
         )

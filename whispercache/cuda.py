@@ -15,27 +15,59 @@ import ctypes
 import functools
 import os
 import sys
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["CudaError", "Driver", "cublas_problem", "is_open", "open_driver"]
+__all__ = ["CudaError", "Driver", "Pool", "is_open", "open_driver"]
 
-_IS_WINDOWS = sys.platform == "win32"
-_DRIVER_LIBRARY = "nvcuda.dll" if _IS_WINDOWS else "libcuda.so.1"
-_CUBLAS_LIBRARY = "cublas64_12.dll" if _IS_WINDOWS else "libcublas.so.12"
+_DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 # From cuda.h.
 _NO_DEVICE = 100
 _ATTRIBUTE_INTEGRATED = 18
+_ATTRIBUTE_CAPABILITY_MAJOR = 75
+_ATTRIBUTE_CAPABILITY_MINOR = 76
+_ATTRIBUTE_POOLS_SUPPORTED = 115
+_POOL_RESERVED_CURRENT = 5
+_POOL_USED_CURRENT = 7
+_POOL_USED_HIGH = 8
 
 
-class CudaError(Exception):
+class CudaError(RuntimeError):
     """
     The driver is missing or refused a call; the text says what, and how to mend it.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """
+    The pool that this process's CUDA allocates a GPU's memory from, at one moment.
+
+    CTranslate2 allocates from it (``cudaMallocAsync``), as other libraries here may.
+    Other processes have their own. The numbers are read one after the other, so that
+    they may not match while another thread allocates.
+
+    Attributes:
+        used_bytes: Allocated and not freed.
+        reserved_bytes: Held of the card, in use or not.
+        peak_bytes: The most that was in use since `Driver.forget_peak`.
+    """
+
+    used_bytes: int
+    reserved_bytes: int
+    peak_bytes: int
+
+    @property
+    def idle_bytes(self) -> int:
+        """
+        Held of the card without being in use: what a trim gives back.
+        """
+        return max(self.reserved_bytes - self.used_bytes, 0)
 
 
 class Driver:
@@ -91,42 +123,135 @@ class Driver:
         """
         Whether the GPU has no memory of its own but shares the host's.
         """
-        value = ctypes.c_int()
+        return bool(self._attribute(self._device(ordinal), _ATTRIBUTE_INTEGRATED))
+
+    def compute_capability(self, ordinal: int) -> tuple[int, int]:
+        """
+        Which code the GPU runs, for example ``(8, 6)``.
+        """
         device = self._device(ordinal)
-        self._call(
-            "cuDeviceGetAttribute", ctypes.byref(value), _ATTRIBUTE_INTEGRATED, device
+        return (
+            self._attribute(device, _ATTRIBUTE_CAPABILITY_MAJOR),
+            self._attribute(device, _ATTRIBUTE_CAPABILITY_MINOR),
         )
-        return bool(value.value)
+
+    def is_active(self, ordinal: int) -> bool:
+        """
+        Whether CUDA runs on the GPU in this process: whether it has a context there.
+        """
+        flags, active = ctypes.c_uint(), ctypes.c_int()
+        self._call(
+            "cuDevicePrimaryCtxGetState",
+            self._device(ordinal),
+            ctypes.byref(flags),
+            ctypes.byref(active),
+        )
+        return bool(active.value)
 
     def free_bytes(self, ordinal: int) -> int | None:
         """
         Free bytes of the GPU, or None while no context is active in this process.
         """
-        device = self._device(ordinal)
-        if not self._is_active(device):
-            return None
-        context = ctypes.c_void_p()
+        with self._context(ordinal) as device:
+            if device is None:
+                return None
+            free, total = ctypes.c_size_t(), ctypes.c_size_t()
+            self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+            return free.value
+
+    def synchronize(self, ordinal: int) -> bool:
+        """
+        Wait for all of this process's work on the GPU; False where it has no context.
+
+        What that work broke, such as an illegal memory access, is raised here.
+
+        Blocks: until the work is done.
+        """
+        with self._context(ordinal) as device:
+            if device is not None:
+                self._call("cuCtxSynchronize")
+            return device is not None
+
+    def pool(self, ordinal: int) -> Pool | None:
+        """
+        The GPU's memory pool now; None without a context, or where it has no pools.
+        """
+        with self._pool(ordinal) as pool:
+            if pool is None:
+                return None
+            return Pool(
+                used_bytes=self._pool_bytes(pool, _POOL_USED_CURRENT),
+                reserved_bytes=self._pool_bytes(pool, _POOL_RESERVED_CURRENT),
+                peak_bytes=self._pool_bytes(pool, _POOL_USED_HIGH),
+            )
+
+    def trim(self, ordinal: int) -> bool:
+        """
+        Give the pool's idle memory back to the card; False where there is no pool.
+
+        What another library of this process set, to keep it, does not stop that.
+
+        Blocks: for all of this process's work on the GPU, whose frees count only then.
+        """
+        with self._pool(ordinal) as pool:
+            if pool is not None:
+                self._call("cuCtxSynchronize")
+                self._call("cuMemPoolTrimTo", pool, ctypes.c_size_t(0))
+            return pool is not None
+
+    def forget_peak(self, ordinal: int) -> None:
+        """
+        Count the pool's peak from now on; nothing happens where there is no pool.
+        """
+        with self._pool(ordinal) as pool:
+            if pool is not None:
+                none = ctypes.c_uint64(0)
+                name = "cuMemPoolSetAttribute"
+                self._call(name, pool, _POOL_USED_HIGH, ctypes.byref(none))
+
+    @contextmanager
+    def _context(self, ordinal: int) -> Iterator[ctypes.c_int | None]:
+        """
+        The device, its context current on this thread; None where it has no context.
+        """
+        if not self.is_active(ordinal):
+            yield None
+            return
+        device, context = self._device(ordinal), ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         try:
             self._call("cuCtxPushCurrent_v2", context)
             try:
-                free, total = ctypes.c_size_t(), ctypes.c_size_t()
-                self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-                return free.value
+                yield device
             finally:
                 self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
         finally:
             self._call("cuDevicePrimaryCtxRelease_v2", device)
 
-    def _is_active(self, device: ctypes.c_int) -> bool:
-        flags, active = ctypes.c_uint(), ctypes.c_int()
-        self._call(
-            "cuDevicePrimaryCtxGetState",
-            device,
-            ctypes.byref(flags),
-            ctypes.byref(active),
-        )
-        return bool(active.value)
+    @contextmanager
+    def _pool(self, ordinal: int) -> Iterator[ctypes.c_void_p | None]:
+        """
+        The pool in use on the GPU, its context current; None where there is none.
+        """
+        with self._context(ordinal) as device:
+            if device is None or not self._attribute(
+                device, _ATTRIBUTE_POOLS_SUPPORTED
+            ):
+                yield None
+                return
+            pool = ctypes.c_void_p()
+            self._call("cuDeviceGetMemPool", ctypes.byref(pool), device)
+            yield pool
+
+    def _pool_bytes(self, pool: ctypes.c_void_p, attribute: int) -> int:
+        value = ctypes.c_uint64()
+        self._call("cuMemPoolGetAttribute", pool, attribute, ctypes.byref(value))
+        return value.value
+
+    def _attribute(self, device: ctypes.c_int, attribute: int) -> int:
+        value = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+        return value.value
 
     def _device(self, ordinal: int) -> ctypes.c_int:
         device = ctypes.c_int()
@@ -197,45 +322,3 @@ def _open_driver() -> Driver | str:
         )
     except CudaError as error:
         return f"{error}, or use device='cpu'"
-
-
-def cublas_problem() -> str | None:
-    """
-    What keeps CTranslate2 from finding cuBLAS 12, and how to mend it; None if nothing.
-
-    Loads the library into this process, a few hundred MiB of address space.
-    """
-    try:
-        ctypes.CDLL(_CUBLAS_LIBRARY)
-    except OSError:
-        pass
-    else:
-        return None
-    folder = next(_cublas_folders(), None)
-    if folder is None:
-        variable = "PATH" if _IS_WINDOWS else "LD_LIBRARY_PATH"
-        return (
-            f"{_CUBLAS_LIBRARY} was not found: pip install nvidia-cublas-cu12, "
-            f"then put its folder nvidia/cublas/lib on {variable} and start again"
-        )
-    return f"{_CUBLAS_LIBRARY} is installed but not found: {_path_command(folder)}"
-
-
-def _path_command(folder: Path) -> str:
-    """
-    The shell line that puts *folder* where the dynamic loader looks.
-    """
-    if _IS_WINDOWS:
-        return f"set PATH={folder};%PATH%"
-    return f'export LD_LIBRARY_PATH="{folder}:$LD_LIBRARY_PATH" and start again'
-
-
-def _cublas_folders() -> Iterator[Path]:
-    """
-    Folders of the pip package nvidia-cublas-cu12 that hold the library.
-    """
-    inside = "nvidia/cublas/bin" if _IS_WINDOWS else "nvidia/cublas/lib"
-    for entry in sys.path:
-        folder = Path(entry) / inside
-        if (folder / _CUBLAS_LIBRARY).is_file():
-            yield folder.resolve()

@@ -19,6 +19,7 @@ from .cuda import _DRIVER_LIBRARY
 from .errors import DeviceUnavailable, WhisperCacheError, format_bytes
 from .loader import versions
 from .memory import cublas_problem, driver_version, nvml_problem
+from .vram import compile_reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -241,6 +242,8 @@ def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
             yield _arithmetic(device, loader)
         except WhisperCacheError as error:
             yield Finding("wrong", f"types, {device}", str(error))
+        if reason := compile_reason(device):
+            yield Finding("note", f"kernels, {device}", f"at the first load {reason}")
     if problem := cublas_problem():
         what, _, mend = problem.partition(": ")
         yield Finding("wrong", "cuBLAS", what, mend)

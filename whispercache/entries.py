@@ -18,6 +18,7 @@ from .admission import Demand, Need, Pending, Resident, Room, next_gap_s
 from .footprint import DEFAULT_WORKLOAD
 from .memory import headroom_bytes
 from .threads import DeviceThread
+from .vram import ENOUGH_RETURNED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +72,10 @@ class Device:
         self.shell_bytes: int = 0  # of what models left behind; gives way to anything
         self.is_shedding: bool = False  # shells are about to go
         self.lost_bytes: int = 0  # held by models that it does not give back any more
+        self.unreturned_bytes: int = 0  # freed, but not seen to be free; see `keep`
+        self.copies_bytes: int = 0  # of weights on the host that are on a card as well
+        self.floor_bytes: int | None = None  # what the process keeps of it for its life
+        self._excess_bytes: int | None = None  # in use besides models, when last seen
         self.thread: DeviceThread = DeviceThread(name)
         self.most_bytes: int | None = None  # by the gauge, if other processes give way
         self._gauge_capacity_bytes: int | None = None
@@ -122,6 +127,35 @@ class Device:
         self.charged_bytes += n_bytes
         self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
 
+    def keep(self, unreturned_bytes: int) -> None:
+        """
+        Go on counting what a model freed but nobody saw come back, until the gauge
+        shows it.
+        """
+        if unreturned_bytes:
+            self.unreturned_bytes += unreturned_bytes
+            self.charge(unreturned_bytes)
+            self._excess_bytes = None
+
+    def _credit_late(self, reading: MemoryReading) -> None:
+        """
+        Stop counting what has come back since, or cannot have stayed: more than is in
+        use besides the models that are there.
+        """
+        if not self.unreturned_bytes:
+            return
+        weights_bytes = self.held_bytes - self.unreturned_bytes
+        used_bytes = reading.total_bytes - reading.free_bytes
+        excess_bytes = max(0, used_bytes - weights_bytes)
+        if self._excess_bytes is None:
+            self._excess_bytes = excess_bytes
+        left_bytes = min(self.unreturned_bytes, excess_bytes)
+        fallen_bytes = self._excess_bytes - excess_bytes
+        if fallen_bytes >= ENOUGH_RETURNED * self.unreturned_bytes:
+            left_bytes = 0
+        self.charge(left_bytes - self.unreturned_bytes)
+        self.unreturned_bytes = left_bytes
+
     @property
     def is_moving(self) -> bool:
         """
@@ -153,15 +187,19 @@ class Device:
         """
         self.is_stale = False
         self.total_bytes = reading.total_bytes
+        self._credit_late(reading)
         # What shells take can be had.
-        usable_bytes = self._usable(reading) - promised_bytes + self.shell_bytes
-        self._gauge_capacity_bytes = max(0, usable_bytes + self._held_bytes())
+        usable_bytes = self.usable_bytes(reading) - promised_bytes + self.shell_bytes
+        self._gauge_capacity_bytes = max(0, usable_bytes + self.held_bytes)
         # A load that has not begun takes nothing yet. One of another process may show
         # on the gauge and be promised, too: what could be had errs upwards.
         loads = (each for each in self.entries.values() if each.state is State.LOADING)
         taken_bytes = self.charged_bytes - sum(entry.weights_bytes for entry in loads)
         shared_bytes = 2 * promised_bytes + peers_bytes
-        whole_bytes = self._usable(replace(reading, free_bytes=reading.total_bytes))
+        whole_bytes = self.usable_bytes(
+            replace(reading, free_bytes=reading.total_bytes)
+        )
+        whole_bytes -= self.floor_bytes or 0
         self._gauge_ceiling_bytes = max(
             0, min(whole_bytes, usable_bytes + taken_bytes + shared_bytes)
         )
@@ -172,19 +210,27 @@ class Device:
         """
         Whether all that is charged and not in memory yet still fits, by *reading*.
         """
-        to_come_bytes = self.charged_bytes - self._held_bytes()
-        return to_come_bytes <= self._usable(reading) - promised_bytes
+        to_come_bytes = self.charged_bytes - self.held_bytes
+        return to_come_bytes <= self.usable_bytes(reading) - promised_bytes
 
-    def _held_bytes(self) -> int:
+    @property
+    def held_bytes(self) -> int:
         """
-        Weights in memory, which the gauge counts as taken.
+        What the gauge counts as taken: weights in memory, and what is left of others.
         """
         there = (State.RESIDENT, State.UNLOADING)
         held = (each for each in self.entries.values() if each.state in there)
-        return self.lost_bytes + sum(entry.weights_bytes for entry in held)
+        kept_bytes = self.lost_bytes + self.unreturned_bytes + self.copies_bytes
+        return kept_bytes + sum(entry.weights_bytes for entry in held)
 
-    def _usable(self, reading: MemoryReading) -> int:
-        return reading.free_bytes - headroom_bytes(self.name, reading.total_bytes)
+    def usable_bytes(self, reading: MemoryReading) -> int:
+        """
+        What models may take by a reading; negative if others have taken too much.
+        """
+        floor_bytes = self.floor_bytes or 0
+        return reading.free_bytes - headroom_bytes(
+            self.name, reading.total_bytes, floor_bytes
+        )
 
     def room(self) -> Room:
         """
@@ -213,9 +259,11 @@ class Entry:
 
     __slots__ = (
         "cause",
+        "copy_bytes",
         "default_workspace_bytes",
         "device",
         "drained_for",
+        "drops_copy",
         "expires_at_s",
         "failure",
         "failures",
@@ -234,8 +282,10 @@ class Entry:
         "locating",
         "num_workers",
         "owners",
+        "parked_bytes",
         "pinned",
         "refusals",
+        "restores",
         "retry_at_s",
         "state",
         "unload_started_s",
@@ -257,7 +307,11 @@ class Entry:
         self.loaded: LoadedModel | None = None
         self.weights_bytes: int = 0
         self.workspace_bytes: int = 0
-        self.host_bytes: int = 0
+        self.host_bytes: int = 0  # for its load
+        self.copy_bytes: int = 0  # of weights that are on its card as well
+        self.parked_bytes: int = 0  # of weights that have left; in the host's shells
+        self.restores: bool = False  # its load was admitted as one from that copy
+        self.drops_copy: bool = False  # it leaves for the sake of the host
         self.leases: dict[int, int] = {}  # serial number: workspace bytes
         self.owners: dict[int, Owner] = {}  # serial number: who took it
         self.pinned: bool = False
@@ -352,6 +406,14 @@ class Entry:
         self.weights_bytes = weights_bytes
         self.host_bytes = host_bytes
 
+    def hold_copy(self, n_bytes: int) -> None:
+        """
+        Set what is counted on the host for a copy of weights that are on a card.
+        """
+        self.host.charge(n_bytes - self.copy_bytes)
+        self.host.copies_bytes += n_bytes - self.copy_bytes
+        self.copy_bytes = n_bytes
+
     def take(self, serial: int, owner: Owner, n_bytes: int, now_s: float) -> None:
         """
         Note one more lease with *n_bytes* of work.
@@ -428,6 +490,9 @@ class Entry:
         assert (self.loaded is not None) is loaded, f"{key} is {state}"
         assert bool(self.leases) or not self.workspace_bytes, f"{key} works unleased"
         assert self.owners.keys() == self.leases.keys(), f"{key}: owners"
+        assert not self.copy_bytes or loaded, f"{key}: a copy, and {state}"
+        is_there = state is State.RESIDENT
+        assert not self.parked_bytes or not is_there, f"{key}: parked, and {state}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,11 +539,17 @@ def reservations(parts: Sequence[Part]) -> dict[Entry, tuple[int, int]]:
         reserved[entry] = kept_bytes, 0
         last[device] = entry
         extra_bytes[device] = max(extra_bytes.get(device, 0), peak_bytes - kept_bytes)
-        if device is not entry.host:
+        if entry.parked_bytes:
+            # It is there already, and stays there beside the weights.
+            reserved[entry] = kept_bytes, entry.parked_bytes
+        elif device is not entry.host:
             host_bytes[device] = max(host_bytes.get(device, 0), on_host)
     for device, entry in last.items():
-        kept_bytes = reserved[entry][0] + extra_bytes[device]
-        reserved[entry] = kept_bytes, host_bytes.get(device, 0)
+        kept_bytes, copy_bytes = reserved[entry]
+        reserved[entry] = (
+            kept_bytes + extra_bytes[device],
+            copy_bytes + host_bytes.get(device, 0),
+        )
     return reserved
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DeviceInfo",
     "DeviceLost",
+    "DeviceWarmedUp",
+    "DeviceWarmingUp",
     "Event",
     "EvictionCause",
     "Explanation",
@@ -90,12 +92,15 @@ class ModelLoaded(Event):
     The model is in memory.
 
     Attributes:
-        load_s: Seconds of the load itself, without any wait for room.
+        load_s: Seconds of the load itself, without any wait for room, and without what
+            its device did once (`DeviceWarmedUp`).
         charged_bytes: What the cache counts for it from now on.
         measured_bytes: Growth of memory that was seen, or None where nothing is
-            measured. Other work in the process or on the card moves it.
-        reloaded: Only the weights were read again; the rest had been kept.
+            measured. On a GPU that of this process's own memory pool, so that other
+            programs do not move it; other work in the process does.
+        reloaded: Only the weights were brought back; the rest had been kept.
         from_variant: They came from a copy that was converted before.
+        restored: They came from a copy in host memory; nothing was read.
     """
 
     load_s: float
@@ -103,6 +108,7 @@ class ModelLoaded(Event):
     measured_bytes: int | None
     reloaded: bool
     from_variant: bool = False
+    restored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +148,24 @@ class ModelEvicted(Event):
         credited_bytes: What the cache stopped counting.
         returned_bytes: Fall of memory that was seen, or None where nothing is measured.
         unload_s: Seconds that it took, retries included.
+        unreturned_bytes: What it still counts, since too little was seen to come back;
+            until the gauge shows it. `DeviceInfo.unreturned_bytes` is their sum.
+        parked: A copy of the weights stays in host memory.
     """
 
     cause: EvictionCause
     credited_bytes: int
     returned_bytes: int | None
     unload_s: float
+    unreturned_bytes: int = 0
+    parked: bool = False
+
+    @property
+    def predicted_bytes(self) -> int:
+        """
+        What was counted for the model while it was there.
+        """
+        return self.credited_bytes + self.unreturned_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +197,38 @@ class ModelStillReferenced(Event):
     """
 
     references: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceWarmingUp(Event):
+    """
+    Before its first model in a compute type, a GPU does what it does once a process:
+    it starts CUDA and cuBLAS, and compiles kernels that were not built for it.
+
+    Attributes:
+        device: Which.
+        reason: What that is here, and how long it may take, in one line.
+    """
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceWarmedUp(Event):
+    """
+    The device is ready; the load itself begins.
+
+    Attributes:
+        device: Which.
+        warm_up_s: Seconds that it took. They count for no model's load.
+        floor_bytes: What the process will keep of it for its life, whatever is
+            unloaded: the CUDA context and kernels. None if it was not measured now.
+    """
+
+    device: str
+    warm_up_s: float
+    floor_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +270,8 @@ class Stats:
         hits: Requests that found their model in memory.
         misses: Requests that did not.
         loads: Loads that succeeded, whether of the whole model or of its weights alone.
-        reloads: Those of *loads* that read only weights.
+        reloads: Those of *loads* that brought only weights back.
+        restores: Those of *reloads* that took them from a copy in host memory.
         load_failures: Loads that failed.
         evictions: Models that left memory, whatever the cause.
         unconfirmed: Unloads that did not happen at the first try.
@@ -239,6 +290,7 @@ class Stats:
     misses: int = 0
     loads: int = 0
     reloads: int = 0
+    restores: int = 0
     load_failures: int = 0
     evictions: int = 0
     unconfirmed: int = 0
@@ -277,6 +329,9 @@ class ModelInfo:
             pinned, or kept for ever.
         loads: How often it was loaded.
         load_s: Seconds of its last load.
+        measured_bytes: By how much memory grew at its last load, beside *weights_bytes*
+            that were predicted; None where nothing was measured.
+        copy_bytes: What a copy of its weights takes of the host's memory.
     """
 
     key: ModelKey
@@ -290,6 +345,8 @@ class ModelInfo:
     expires_in_s: float | None
     loads: int
     load_s: float
+    measured_bytes: int | None = None
+    copy_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -326,7 +383,14 @@ class DeviceInfo:
         peak_bytes: Largest that *charged_bytes* has been.
         models: How many models are there, or on their way in or out.
         shell_bytes: What models that have left keep of it so that they return faster,
-            such as their tokenizers. Not in *charged_bytes*: it gives way to anything.
+            such as their tokenizers, or on the host copies of weights
+            (``ModelCache(park=…)``). Not in *charged_bytes*: it gives way to anything.
+        copies_bytes: On the host, copies of weights that are on a GPU as well. In
+            *charged_bytes*.
+        unreturned_bytes: What models that have left did not visibly give back. In
+            *charged_bytes*, until the gauge shows it.
+        floor_bytes: What the process keeps of a GPU for its life; None as long as it
+            was not measured. Not in *charged_bytes*.
     """
 
     device: str
@@ -336,6 +400,9 @@ class DeviceInfo:
     peak_bytes: int
     models: int
     shell_bytes: int = 0
+    copies_bytes: int = 0
+    unreturned_bytes: int = 0
+    floor_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,31 +188,34 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
     )
 
 
-def canonical_device(device: str, device_index: OptionValue = 0) -> str:
+def canonical_device(device: str, device_index: OptionValue = None) -> str:
     """
-    ``"auto"``, ``"cpu"`` or ``"cuda:N"``; ``"cuda"`` is the card of *device_index*.
+    ``"auto"``, ``"cpu"``, ``"cuda:N"``, or ``"cuda"`` for whichever card is best. With
+    a *device_index*, ``"cuda"`` is that card.
 
     Raises:
         TypeError: *device_index* is not one number.
         ValueError: the device is none of these.
     """
-    if isinstance(device_index, bool) or not isinstance(device_index, int):
+    if isinstance(device_index, bool) or not isinstance(device_index, int | None):
         raise TypeError(
             f"device_index must be one integer, not {device_index!r}: one model over "
             "several cards is not supported; ask for 'cuda:0' and 'cuda:1' separately"
         )
     match = re.fullmatch(r"(auto|cpu)|cuda(?::(\d+))?", device)
-    if not match or device_index < 0:
+    if not match or (device_index or 0) < 0:
         raise ValueError(
             f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not {device!r}"
         )
     if match[1]:
         return match[1]
-    if match[2] and device_index not in (0, int(match[2])):
+    if match[2] is None and device_index is None:
+        return "cuda"
+    if match[2] and device_index not in (None, 0, int(match[2])):
         raise ValueError(
             f"device {device!r} and device_index={device_index} name two cards"
         )
-    return f"cuda:{int(match[2] or device_index)}"
+    return f"cuda:{int(match[2] or device_index or 0)}"
 
 
 def canonical_options(

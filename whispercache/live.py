@@ -18,6 +18,8 @@ from .errors import format_bytes
 from .events import (
     DeviceInfo,
     DeviceLost,
+    DeviceWarmedUp,
+    DeviceWarmingUp,
     FellBack,
     ModelEvicted,
     ModelGranted,
@@ -250,7 +252,7 @@ class Watch:
     def _note(self, event: Event) -> None:
         kind, text = _sentence(event)
         name = self._name_of(event.key)
-        if isinstance(event, DeviceLost):
+        if isinstance(event, (DeviceLost, DeviceWarmedUp, DeviceWarmingUp)):
             name = event.device
         last = self._events[-1] if self._events else None
         if kind == "granted" and last and (last.kind, last.model) == ("loaded", name):
@@ -319,21 +321,40 @@ def _sentence(event: Event) -> tuple[str, str]:
     """
     if isinstance(event, ModelLoading):
         return "loading", f"loads into {format_bytes(event.reserved_bytes)}"
-    if isinstance(event, ModelLoaded):
-        again = " again" if event.reloaded else ""
-        size = format_bytes(event.charged_bytes)
-        return "loaded", f"loaded{again} in {event.load_s:.2f} s: {size}"
-    if isinstance(event, ModelLoadFailed):
-        return "failed", f"could not be loaded: {event.reason}"
+    if isinstance(event, DeviceWarmingUp):
+        return "loading", f"warms up: {event.reason}"
+    if isinstance(event, (DeviceWarmedUp, ModelLoaded)):
+        return "loaded", _arrival(event)
     if isinstance(event, ModelGranted):
         return "granted", f"granted after {event.wait_s:.2f} s"
     if isinstance(event, ModelEvicted):
-        why = _CAUSES[event.cause.value]
-        return "evicted", f"left {why}: {format_bytes(event.credited_bytes)} free"
-    return "warning", _warning(event)
+        return "evicted", _departure(event)
+    kind = "failed" if isinstance(event, ModelLoadFailed) else "warning"
+    return kind, _warning(event)
+
+
+def _arrival(event: DeviceWarmedUp | ModelLoaded) -> str:
+    if isinstance(event, DeviceWarmedUp):
+        return f"warmed up in {event.warm_up_s:.2f} s"
+    again = " again" if event.reloaded else ""
+    again = " from the host" if event.restored else again
+    size = format_bytes(event.charged_bytes)
+    return f"loaded{again} in {event.load_s:.2f} s: {size}"
+
+
+def _departure(event: ModelEvicted) -> str:
+    why = _CAUSES[event.cause.value]
+    text = f"left {why}: {format_bytes(event.credited_bytes)} free"
+    if event.parked:
+        text += ", a copy stays on the host"
+    if event.unreturned_bytes:
+        text += f", {format_bytes(event.unreturned_bytes)} not seen to return"
+    return text
 
 
 def _warning(event: Event) -> str:
+    if isinstance(event, ModelLoadFailed):
+        return f"could not be loaded: {event.reason}"
     if isinstance(event, ReleaseUnconfirmed):
         held = format_bytes(event.charged_bytes)
         return f"has not left yet, {held} stay charged: {event.reason}"

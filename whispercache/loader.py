@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, cast
 
-from . import memory
+from . import memory, primer, vram
 from .convert import Origin, kind_for
+from .cublas import cublas_problem, load_cublas
 from .errors import (
     AudioError,
     CacheClosed,
@@ -103,7 +104,10 @@ class LoadedModel:
         is_multilingual: Whether it knows other languages than English.
         supported_languages: Their codes.
         measured_bytes: Growth of memory during the load, or None.
-        reloaded: Only its weights were read; the rest had been kept.
+        reloaded: Only its weights were brought back; the rest had been kept.
+        restored: They came from a copy in host memory, and were not even read.
+        copy_bytes: What that copy takes, beside the weights.
+        expected_bytes: What an unload should give back to the card; 0 on the CPU.
         references: How many refer to it while nobody uses it.
     """
 
@@ -115,6 +119,9 @@ class LoadedModel:
     supported_languages: tuple[str, ...]
     measured_bytes: int | None = None
     reloaded: bool = False
+    restored: bool = False
+    copy_bytes: int = 0
+    expected_bytes: int = 0
     references: int = 0
 
     def count_references(self) -> int:
@@ -134,19 +141,22 @@ class Released:
         returned_bytes: Fall of memory that was seen, or None.
         reason: What was seen instead, if not confirmed.
         references: References to the object that are left, but should not be.
+        unreturned_bytes: What they took of a card and was not seen to be free.
     """
 
     confirmed: bool
     returned_bytes: int | None = None
     reason: str = ""
     references: int = 0
+    unreturned_bytes: int = 0
 
 
 class Loader(Protocol):
     """
     What a cache needs of the library that runs the models.
 
-    `load` and `unload` are called on the thread of the model's device, the rest on any.
+    `warm_up`, `load`, `unload` and `forget` are called on the thread of the model's
+    device, the rest on any.
     """
 
     def devices(self) -> tuple[str, ...]:
@@ -202,9 +212,28 @@ class Loader(Protocol):
         Read the files of a model into the page cache. Blocks until that is done.
         """
 
+    def warm_up_needed(self, key: ModelKey) -> str:
+        """
+        What the device of *key* has to do before its first model in that type, in one
+        line; empty if nothing.
+        """
+
+    def warm_up(self, key: ModelKey) -> int | None:
+        """
+        Have it done, so that it counts for no model, and shows what is missing.
+
+        Returns:
+            What the process keeps of the device for its life, or None if that was not
+            measured now.
+
+        Blocks: a second, or half a minute; `warm_up_needed` says which.
+        """
+
     def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
         """
-        Load a model. Blocks until it can be used; any exception means that it failed.
+        Load a model, from the copy of its weights if there is one, which then stays.
+
+        Blocks until it can be used; any exception means that it failed.
         """
 
     def follow_up(self, loaded: LoadedModel) -> None:
@@ -213,17 +242,31 @@ class Loader(Protocol):
         one. Returns at once.
         """
 
-    def unload(self, loaded: LoadedModel, *, load_follows: bool) -> Released:
+    def unload(
+        self, loaded: LoadedModel, *, load_follows: bool, parks: bool = False
+    ) -> Released:
         """
         Free a model's memory, and make sure that it is free.
 
         If *load_follows* on the same device, memory may be left for that load to use,
         which returns the rest to the system when it ends; or else `return_memory` will.
+        If it *parks*, a copy of its weights should stay on the host.
+        """
+
+    def parked(self) -> Mapping[ModelKey, int]:
+        """
+        The models that have left and whose weights are on the host, with their bytes.
+        """
+
+    def forget(self, key: ModelKey) -> None:
+        """
+        Keep nothing of a model that has left.
         """
 
     def shell_bytes(self) -> int:
         """
-        Host memory that is kept of models that have left, so that they return faster.
+        Host memory that is kept of models that have left, so that they return faster;
+        of which `parked` is a part.
         """
 
     def shrink_shells(self, most_bytes: int, but: ModelKey | None = None) -> None:
@@ -236,6 +279,16 @@ class Loader(Protocol):
     def return_memory(self, device: str) -> None:
         """
         Give back to the system what was freed on *device*.
+        """
+
+    def abandon(self, loaded: LoadedModel) -> None:
+        """
+        Let a model never be freed: its device was lost, and freeing would fail.
+        """
+
+    def lost(self, device: str) -> None:
+        """
+        Likewise with what models have left behind that were on *device*.
         """
 
     def forked(self, loaded: Iterable[LoadedModel]) -> None:
@@ -393,6 +446,7 @@ class FasterWhisperLoader:
     _shells: Shells = field(default_factory=Shells)
     _pages: ReadAhead = field(default_factory=ReadAhead)
     _builder: Builder | None = None
+    _warm: set[tuple[str, str]] = field(default_factory=set)
     _downloading: dict[str, threading.Lock] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -535,9 +589,35 @@ class FasterWhisperLoader:
             measured_bytes,
         )
 
+    def warm_up_needed(self, key: ModelKey) -> str:
+        """
+        Nothing on the CPU; else see `vram.warm_up_reason`.
+        """
+        if key.device == "cpu" or (key.device, key.compute_type) in self._warm:
+            return ""
+        return vram.warm_up_reason(key.device)
+
+    def warm_up(self, key: ModelKey) -> int | None:
+        """
+        Run a micro model in the type of *key*, and see what the card has lost by that.
+        """
+        load_cublas()
+        _use_in_this_process()
+        kind, _, index = key.device.partition(":")
+        before = vram.holdings(key.device, self.probe)
+        try:
+            primer.prime(_ctranslate2(), kind, int(index or 0), key.compute_type)
+        except RuntimeError as error:
+            if not _lacks_cublas(error):
+                raise
+            raise LoadFailed(str(key), cublas_problem() or str(error)) from error
+        is_first = all(device != key.device for device, _ in self._warm)
+        self._warm.add((key.device, key.compute_type))
+        return vram.floor_bytes(key.device, self.probe, before) if is_first else None
+
     def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
         """
-        Build the model, or read the weights back into a shell that was kept.
+        Build the model, or bring the weights back into a shell that was kept.
         """
         original = files.original or files
         if stamp_of(original.directory) != original.stamp:
@@ -545,17 +625,25 @@ class FasterWhisperLoader:
                 str(key), "its files changed while the request waited; ask again"
             )
         _use_in_this_process()
-        before = self._held_bytes(key.device)
+        before = self._held(key.device)
         shell = self._shells.take(key)
         # One of other files would decode the new weights with the old tokenizer.
-        kept = shell.whisper if shell is not None and shell.files == files else None
-        reloaded = kept is not None
+        kept = shell if shell is not None and shell.files == files else None
+        whisper = None if kept is None else kept.whisper
+        copy_bytes = 0 if kept is None else kept.copy_bytes
+        reloaded = whisper is not None
         try:
-            if kept is not None:
-                whisper = kept
-                whisper.model.load_model()
+            if whisper is not None:
+                # What is copied stays, so that the next unload need not copy again.
+                whisper.model.load_model(keep_cache=copy_bytes > 0)
             else:  # its tokenizer is still of use, so it lives until then
                 whisper = self._build(key, files)
+            if key.device != "cpu":
+                if not reloaded:
+                    # Makes what the first call would, so that it is measured, too.
+                    primer.silent_window(whisper)
+                # The copies run on this thread's stream, its work on others'.
+                vram.synchronize(key.device)
         except Exception as error:
             if files.original is not None and classify(error) is Fault.OTHER:
                 self._reject(key, files.original)
@@ -566,8 +654,7 @@ class FasterWhisperLoader:
         if not reloaded:
             # A reload leaves its buffers for the next one; `return_memory` comes later.
             memory.return_free_memory()
-        after = self._held_bytes(key.device)
-        grown = None if before is None or after is None else after - before
+        grown = self._held(key.device).growth_since(before)
         loaded = LoadedModel(
             key=key,
             files=files,
@@ -577,6 +664,9 @@ class FasterWhisperLoader:
             supported_languages=tuple(whisper.supported_languages),
             measured_bytes=None if reloaded else grown,
             reloaded=reloaded,
+            restored=copy_bytes > 0,
+            copy_bytes=copy_bytes,
+            expected_bytes=_expected_bytes(key, files, grown),
         )
         del model, whisper, kept, shell
         loaded.references = loaded.count_references()
@@ -598,37 +688,56 @@ class FasterWhisperLoader:
         whisper.feature_extractor = InBlocks(whisper.feature_extractor)
         return whisper
 
-    def unload(self, loaded: LoadedModel, *, load_follows: bool) -> Released:
+    def unload(
+        self, loaded: LoadedModel, *, load_follows: bool, parks: bool = False
+    ) -> Released:
         """
         Unload the weights, ask again until they are gone, and return the memory.
 
-        A load that follows at once takes the freed pages as they are: asking the system
-        for new ones costs a third of a small model's load.
+        A load that follows at once takes the host's freed pages as they are: asking the
+        system for new ones costs a third of a small model's load.
 
         On the CPU the whole shell is kept for a while. On a GPU it would keep cuBLAS
-        handles and their memory on the card, so of that only the tokenizer is.
+        handles and their memory on the card, so of that only the tokenizer is, but for
+        a model that *parks*: its copy is in there.
         """
-        before = self._held_bytes(loaded.key.device)
+        device = loaded.key.device
+        if device != "cpu":
+            vram.settle(device)
+        before = self._held(device)
         references = max(0, loaded.count_references() - loaded.references)
-        model = loaded.whisper.model
-        give_up_s = time.monotonic() + UNLOAD_TRIES_S
-        while True:
-            # Returns without a word if a batch is active or its lock is taken.
-            model.unload_model()
-            if not model.model_is_loaded:
-                break
-            if time.monotonic() > give_up_s:
-                reason = f"{model.num_active_batches} batches are still active"
-                return Released(confirmed=False, reason=f"not unloaded: {reason}")
-            time.sleep(0.0005)
-        self._shells.keep(loaded.key, _shell_of(loaded))
-        del model, loaded.whisper
-        if load_follows:
-            return Released(confirmed=True, references=references)
-        self.return_memory(loaded.key.device)
-        after = self._held_bytes(loaded.key.device)
-        fallen = None if before is None or after is None else before - after
+        try:
+            parks = _unload_weights(loaded, parks=parks)
+        except _StillLoaded as still:
+            return Released(confirmed=False, reason=f"not unloaded: {still}")
+        self._shells.keep(loaded.key, _shell_of(loaded, parks=parks))
+        del loaded.whisper
+        if not load_follows:
+            self.return_memory(device)
+        if device != "cpu":
+            seen = vram.returned(device, self.probe, before, loaded.expected_bytes)
+            return Released(
+                confirmed=True,
+                returned_bytes=seen.returned_bytes,
+                references=references,
+                unreturned_bytes=seen.unreturned_bytes,
+            )
+        grown = None if load_follows else self._held(device).growth_since(before)
+        fallen = None if grown is None else -grown
         return Released(confirmed=True, returned_bytes=fallen, references=references)
+
+    def parked(self) -> Mapping[ModelKey, int]:
+        """
+        The shells that have weights in them.
+        """
+        return self._shells.copies()
+
+    def forget(self, key: ModelKey) -> None:
+        """
+        Drop a model's shell, and give its memory back.
+        """
+        self._shells.take(key)
+        memory.return_free_memory()
 
     def return_memory(self, device: str) -> None:
         """
@@ -666,6 +775,24 @@ class FasterWhisperLoader:
         except OSError as error:
             raise LoadFailed(files.directory, f"it cannot be read: {error}") from error
 
+    def abandon(self, loaded: LoadedModel) -> None:
+        """
+        Keep it for ever. CTranslate2 throws where CUDA does not free, and what a
+        destructor throws ends the process.
+
+        Source: src/cuda/allocator.cc @ 0ea0c41; read, not run.
+        """
+        _keep_for_ever(loaded.whisper)
+
+    def lost(self, device: str) -> None:
+        """
+        Keep the parked models of *device* for ever, likewise.
+        """
+        for key in [each for each in self._shells.copies() if each.device == device]:
+            shell = self._shells.take(key)
+            if shell is not None and shell.whisper is not None:
+                _keep_for_ever(shell.whisper)
+
     def forked(self, loaded: Iterable[LoadedModel]) -> None:
         """
         Keep the parent's models for ever: the threads that their destructors wait for
@@ -676,10 +803,11 @@ class FasterWhisperLoader:
         """
         kept = [shell.whisper for shell in self._shells.all() if shell.whisper]
         for whisper in (*kept, *(each.whisper for each in loaded)):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(whisper.model))
+            _keep_for_ever(whisper)
         self._shells = Shells()
         self._pages = ReadAhead()
         self._downloading.clear()
+        self._warm.clear()
         self._lock = threading.Lock()
         if self._builder is not None:
             self._builder.forked()
@@ -704,17 +832,13 @@ class FasterWhisperLoader:
             time.sleep(0.002)
         return True
 
-    def _held_bytes(self, device: str) -> int | None:
+    def _held(self, device: str) -> vram.Holdings:
         """
-        Memory in use: of this process on the host, of all programs on a card.
+        Memory in use: of this process on the host, and both ways on a card.
         """
         if device == "cpu":
-            return memory.anonymous_bytes()
-        try:
-            reading = self.probe.read(device)
-        except DeviceUnavailable:
-            return None
-        return reading.total_bytes - reading.free_bytes
+            return vram.Holdings(None, memory.anonymous_bytes())
+        return vram.holdings(device, self.probe)
 
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:
         """
@@ -755,15 +879,78 @@ class FasterWhisperLoader:
         return samples
 
 
-def _shell_of(loaded: LoadedModel) -> Shell:
+def _keep_for_ever(whisper: WhisperModel) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(whisper.model))
+
+
+class _StillLoaded(Exception):
+    """
+    A model did not unload; the text says what is in the way.
+    """
+
+
+def _unload_weights(loaded: LoadedModel, *, parks: bool) -> bool:
+    """
+    Unload until CTranslate2 says that it happened; whether a copy is on the host.
+
+    Raises:
+        _StillLoaded: it did not happen in time.
+    """
+    model = loaded.whisper.model
+    give_up_s = time.monotonic() + UNLOAD_TRIES_S
+    while True:
+        # Returns without a word if a batch is active or its lock is taken.
+        try:
+            model.unload_model(to_cpu=parks)
+        except (RuntimeError, MemoryError) as error:
+            if not parks:
+                raise
+            # It may have lost its weights without knowing; only this mends it.
+            _log.warning("%s leaves without a copy on the host: %s", loaded.key, error)
+            parks = False
+            continue
+        if not model.model_is_loaded:
+            return parks
+        if time.monotonic() > give_up_s:
+            raise _StillLoaded(f"{model.num_active_batches} batches are still active")
+        time.sleep(0.0005)
+
+
+def _expected_bytes(key: ModelKey, files: ModelFiles, grown: int | None) -> int:
+    """
+    What an unload should give back to a card: what was predicted, or was seen to come
+    if that is less, as where an allocator had kept memory of the model before.
+    """
+    if key.device == "cpu" or files.source is None:
+        return 0
+    predicted = _estimate(files.source, key.compute_type, key.device)
+    n_bytes = predicted.weights_bytes
+    return n_bytes if grown is None else max(0, min(n_bytes, grown))
+
+
+def _lacks_cublas(error: RuntimeError) -> bool:
+    """
+    Whether CTranslate2 did not find cuBLAS. Source: the texts of version 4.8.5.
+    """
+    return "libcublas" in str(error) or "cublas64" in str(error)
+
+
+def _shell_of(loaded: LoadedModel, *, parks: bool) -> Shell:
     whisper = loaded.whisper
     tokenizer = whisper.hf_tokenizer
-    is_whole = loaded.key.device == "cpu"
+    copy_bytes = 0
+    if parks and loaded.files.source is not None:
+        predicted = _estimate(
+            loaded.files.source, loaded.key.compute_type, loaded.key.device
+        )
+        copy_bytes = predicted.weights_bytes
+    is_whole = loaded.key.device == "cpu" or copy_bytes > 0
     return Shell(
         loaded.files,
         tokenizer,
         tokenizer.get_vocab_size(),
         whisper if is_whole else None,
+        copy_bytes,
     )
 
 

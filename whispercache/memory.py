@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from .cuda import CudaError, Driver, cublas_problem, open_driver
+from .cublas import cublas_problem
+from .cuda import CudaError, Driver, open_driver
 from .errors import DeviceUnavailable
 from .host import anonymous_bytes, cpu_name, host_room, return_free_memory
 from .nvml import Card, card_memory, driver_version, find_card, nvml_problem
 
 __all__ = [
     "CUDA_HEADROOM_BYTES",
+    "CUDA_HEADROOM_MIN_BYTES",
     "HOST_HEADROOM_FRACTION",
     "HOST_HEADROOM_MAX_BYTES",
     "HOST_HEADROOM_MIN_BYTES",
@@ -42,6 +44,13 @@ Bytes of a GPU that are never planned with: this process's context, kernels and 
 
 Source: 200 to 312 MiB stay until the process ends (SYSTRAN/faster-whisper#680, #992);
 the rest is for fragments and for neighbours that grow a little.
+"""
+
+CUDA_HEADROOM_MIN_BYTES = 128 * _MIB
+"""
+The least of it, once the context is there.
+
+Source: a choice; a growing neighbour, and cuBLAS handles of 8 to 32 MiB for each model.
 """
 
 HOST_HEADROOM_FRACTION = 0.05
@@ -225,12 +234,15 @@ class SystemProbe:
         return MemoryReading(total_bytes, min(free_bytes, total_bytes), "nvml")
 
 
-def headroom_bytes(device: str, total_bytes: int) -> int:
+def headroom_bytes(device: str, total_bytes: int, floor_bytes: int = 0) -> int:
     """
     Bytes of *device*, which has *total_bytes*, that must stay free of models.
+
+    What this process keeps for its life, *floor_bytes*, no longer counts as free once
+    it has been measured, and is no longer to be kept free.
     """
     if device != "cpu":
-        return CUDA_HEADROOM_BYTES
+        return max(CUDA_HEADROOM_BYTES - floor_bytes, CUDA_HEADROOM_MIN_BYTES)
     share_bytes = int(total_bytes * HOST_HEADROOM_FRACTION)
     return min(max(share_bytes, HOST_HEADROOM_MIN_BYTES), HOST_HEADROOM_MAX_BYTES)
 

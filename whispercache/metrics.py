@@ -63,7 +63,8 @@ _COUNTERS = (
     ("hits", "hits", "Requests that found their model in memory."),
     ("misses", "misses", "Requests that did not find their model in memory."),
     ("loads", "loads", "Loads that succeeded, reloads included."),
-    ("reloads", "reloads", "Loads that read only the weights again."),
+    ("reloads", "reloads", "Loads that brought only the weights back."),
+    ("restores", "restores", "Those of them that took a copy in host memory."),
     ("load_failures", "load_failures", "Loads that failed."),
     ("timeouts", "timeouts", "Requests that were not served in time."),
     ("refused", "refused", "Requests that found the queue full."),
@@ -81,6 +82,9 @@ _DEVICE_GAUGES = (
     ("charged_bytes", "What is counted for models, their work and loads under way."),
     ("peak_bytes", "Largest that the charged bytes have been."),
     ("shell_bytes", "What models that have left keep so that they return faster."),
+    ("copies_bytes", "Copies on the host of weights that are on a GPU as well."),
+    ("unreturned_bytes", "What models that have left did not visibly give back."),
+    ("floor_bytes", "What the process keeps of a GPU; absent until measured."),
     ("limit_bytes", "The limit that was set; absent without one."),
 )
 _SINCE = "counted since the cache was added to the collector."

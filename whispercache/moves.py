@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import traceback
 from concurrent.futures import Future, InvalidStateError
 from contextlib import nullcontext, suppress
@@ -22,6 +23,8 @@ from .entries import Device, Entry, State
 from .errors import LoadFailed, WhisperCacheError, format_bytes
 from .events import (
     DeviceLost,
+    DeviceWarmedUp,
+    DeviceWarmingUp,
     EvictionCause,
     ModelEvicted,
     ModelLoaded,
@@ -34,10 +37,13 @@ from .faults import Fault, classify
 from .footprint import DEFAULT_WORKLOAD
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .entries import Waiter
     from .keys import ModelKey
     from .loader import LoadedModel, Released
     from .memory import MemoryReading
+    from .units import Limit
 
     # A model on its way out, and a future that is done when it has left.
     Leaving: TypeAlias = tuple[Entry, Future[None]]
@@ -61,12 +67,22 @@ reload (benchmarks/switch.py).
 """
 
 
+SLOW_WARM_UP_S = 2.0
+"""
+Seconds after which whoever waits for a device's first model is told why.
+
+Source: a context and cuBLAS take less; compiling takes 20 to 30 (FACTS, CUDA memory 9).
+"""
+
+
 class Moves(Books):
     """
     Loads and unloads. What they are for is decided in `core.Core`.
     """
 
+    park_limit: Limit | None = None  # of copies on the host; None for no copies
     _grants: int = 0  # leases granted so far
+    _parked: frozenset[Entry] = frozenset()
 
     def _serve_locked(self, entry: Entry) -> None:
         """
@@ -108,6 +124,7 @@ class Moves(Books):
 
     def _start_load_locked(self, entry: Entry, n_bytes: int, host_bytes: int) -> None:
         entry.state = State.LOADING
+        entry.restores = entry.parked_bytes > 0
         entry.device.loads_begun += 1
         entry.device.entries[entry.key] = entry
         entry.charge(n_bytes, host_bytes=host_bytes)
@@ -127,7 +144,7 @@ class Moves(Books):
 
     def _load_in_turn(self, entry: Entry) -> None:
         peers, name = self.peers, entry.device.name
-        if self._has_other_files(entry):
+        if self._has_other_files(entry) or self._lost_its_copy(entry):
             return
         self._shrink_shells(entry.host, but=entry.key)
         with nullcontext() if peers is None else peers.turn(name):
@@ -138,17 +155,16 @@ class Moves(Books):
             with self.changing():
                 quiet_since = None if self.leases else self._grants
                 self.outbox.append(ModelLoading(entry.key, entry.weights_bytes))
-            started_s = self.clock.now()
-            loaded = self._try_to_load(entry)
-        if loaded is None:
+            done = self._try_to_load(entry)
+        if done is None:
             return
-        load_s = self.clock.now() - started_s
-        shell_bytes = self.loader.shell_bytes()
+        loaded, load_s = done
+        shells = self._shells()
         with self.changing():
-            entry.host.shell_bytes = shell_bytes
             # Work of others in the process moves what the loader measured.
             is_quiet = quiet_since == self._grants
             self._loaded_locked(entry, loaded, load_s)
+            self._note_shells_locked(entry.host, *shells)
             self._admit_locked()
             if loaded.reloaded:
                 self._return_later_locked(entry.device)
@@ -175,6 +191,37 @@ class Moves(Books):
             self._admit_locked()
         return True
 
+    def _lost_its_copy(self, entry: Entry) -> bool:
+        """
+        Whether the copy has gone that its weights were to come from. Then it is
+        admitted anew: to read them takes more of the host.
+        """
+        if not entry.restores or entry.key in self.loader.parked():
+            return False
+        with self.changing():
+            self._take_back_locked(entry)
+            entry.parked_bytes = 0
+            self._admit_locked()
+        return True
+
+    def _shells(self) -> tuple[int, Mapping[ModelKey, int]]:
+        """
+        What models left behind, and how much of it is whose weights.
+        """
+        return self.loader.shell_bytes(), self.loader.parked()
+
+    def _note_shells_locked(
+        self, host: Device, shell_bytes: int, parked: Mapping[ModelKey, int]
+    ) -> None:
+        host.shell_bytes = shell_bytes
+        for entry in self._parked:
+            entry.parked_bytes = 0
+        known = (self.entries.get(key) for key in parked)
+        self._parked = frozenset(entry for entry in known if entry is not None)
+        for entry in self._parked:
+            if entry.state is not State.RESIDENT:
+                entry.parked_bytes = parked[entry.key]
+
     def _shrink_shells(
         self, host: Device, most_bytes: int | None = None, but: ModelKey | None = None
     ) -> None:
@@ -186,9 +233,9 @@ class Moves(Books):
             host.is_shedding = False
             left_bytes = host.left_bytes if most_bytes is None else most_bytes
         self.loader.shrink_shells(max(0, left_bytes), but)
-        n_bytes = self.loader.shell_bytes()
+        shells = self._shells()
         with self.changing():
-            host.shell_bytes = n_bytes
+            self._note_shells_locked(host, *shells)
 
     def _shed_locked(self, host: Device) -> None:
         """
@@ -253,15 +300,19 @@ class Moves(Books):
             if waiter.held is not None and waiter.wants(entry):
                 self._let_go_locked(waiter)
 
-    def _try_to_load(self, entry: Entry) -> LoadedModel | None:
+    def _try_to_load(self, entry: Entry) -> tuple[LoadedModel, float] | None:
         """
-        Load; if memory runs out, evict what is idle and try once more.
+        Load, and the seconds of that; if memory runs out, evict what is idle and try
+        once more.
         """
         assert entry.files is not None
         tried = ""
         while True:
             try:
-                return self.loader.load(entry.key, entry.files)
+                self._warm_up(entry)
+                started_s = self.clock.now()
+                loaded = self.loader.load(entry.key, entry.files)
+                return loaded, self.clock.now() - started_s
             except BaseException as error:  # or its waiters would wait for ever
                 # The frames of the traceback hold the half-built model.
                 traceback.clear_frames(error.__traceback__)
@@ -274,6 +325,34 @@ class Moves(Books):
             evicted = self._make_room(entry.device)
             names = ", ".join(map(str, evicted)) or "nothing, as nothing was idle"
             tried = f"; tried twice, and evicted in between: {names}"
+
+    def _warm_up(self, entry: Entry) -> None:
+        """
+        Have a device do once what would else count for its first model, and say so.
+        """
+        device, reason = entry.device, self.loader.warm_up_needed(entry.key)
+        if not reason:
+            return
+        with self.changing():
+            self.outbox.append(DeviceWarmingUp(entry.key, device.name, reason))
+        is_over = threading.Event()
+
+        def tell() -> None:
+            if not is_over.is_set():
+                _log.warning("%s is warming up: %s", device.name, reason)
+
+        started_s = self.clock.now()
+        self.clock.call_at(started_s + SLOW_WARM_UP_S, tell)
+        try:
+            floor_bytes = self.loader.warm_up(entry.key)
+        finally:
+            is_over.set()
+        warm_up_s = self.clock.now() - started_s
+        with self.changing():
+            if floor_bytes is not None:
+                device.floor_bytes = floor_bytes
+            warmed_up = DeviceWarmedUp(entry.key, device.name, warm_up_s, floor_bytes)
+            self.outbox.append(warmed_up)
 
     def _fault(self, device: Device, error: BaseException, needed_bytes: int) -> Fault:
         """
@@ -327,6 +406,7 @@ class Moves(Books):
         # large.
         weights_bytes = entry.footprints[DEFAULT_WORKLOAD].weights_bytes
         entry.charge(weights_bytes)
+        entry.hold_copy(loaded.copy_bytes)
         entry.loaded = loaded
         entry.state = State.RESIDENT
         entry.loads += 1
@@ -334,6 +414,7 @@ class Moves(Books):
         entry.failures = 0
         self.counts["loads"] += 1
         self.counts["reloads"] += loaded.reloaded
+        self.counts["restores"] += loaded.restored
         self.seconds["load_s"] += load_s
         measured_bytes = loaded.measured_bytes
         self.outbox.append(
@@ -344,6 +425,7 @@ class Moves(Books):
                 measured_bytes,
                 loaded.reloaded,
                 from_variant=loaded.files.original is not None,
+                restored=loaded.restored,
             )
         )
         # Whoever waited for this load comes first, even if it is to leave meanwhile.
@@ -385,6 +467,7 @@ class Moves(Books):
         if device.sick is not None:
             return
         device.sick = one_line(error)
+        self._work.append(partial(self.loader.lost, device.name))
         self.outbox.append(DeviceLost(entry.key, device.name, device.sick))
         for waiter in list(self.queue):
             if any(wanted.device is device for wanted in waiter.entries):
@@ -410,9 +493,15 @@ class Moves(Books):
         """
         assert entry.loaded is not None
         with self.changing():
+            if entry.device.sick is not None:
+                self._write_off_locked(entry)
+                return
             load_follows = self._load_follows_locked(entry.device)
         try:
-            released = self.loader.unload(entry.loaded, load_follows=load_follows)
+            parks = self._may_park(entry)
+            released = self.loader.unload(
+                entry.loaded, load_follows=load_follows, parks=parks
+            )
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
             self.blame(entry, error)
@@ -428,6 +517,51 @@ class Moves(Books):
         if load_follows and not is_moving:  # whoever waited for this room has left
             self.loader.return_memory(entry.key.device)
 
+    def _may_park(self, entry: Entry) -> bool:
+        """
+        Whether a copy of the weights of a leaving model is to stay on the host, which
+        is charged for it from now on. Older copies make way.
+        """
+        host = entry.host
+        asked_for = entry.cause in (EvictionCause.EXPLICIT, EvictionCause.CLOSED)
+        # CTranslate2 would copy them once for each worker.
+        is_one = entry.num_workers == 1 and entry.device is not host
+        if self.park_limit is None or not is_one or asked_for or entry.drops_copy:
+            return False
+        if entry.copy_bytes:
+            return True
+        n_bytes = entry.weights_bytes
+        with self.changing():
+            limit_bytes = self.park_limit.of(host.total_bytes or 0)
+            most_bytes = host.left_bytes
+            if limit_bytes is not None:
+                most_bytes = min(most_bytes, limit_bytes - host.copies_bytes)
+        if n_bytes > most_bytes:
+            return False
+        self._shrink_shells(host, most_bytes - n_bytes)
+        try:
+            reading = self.probe.read(host.name)
+        except Exception as error:  # without a gauge, nothing that one can do without
+            _log.warning("free memory of %s is unknown: %s", host.name, error)
+            return False
+        with self.changing():
+            if n_bytes > min(host.left_bytes, host.usable_bytes(reading)):
+                return False
+            entry.hold_copy(n_bytes)
+        return True
+
+    def _forget(self, entry: Entry) -> None:
+        """
+        Drop the copy on the host of a model that has left; on its device's thread.
+        """
+        with self.changing():
+            if entry.state is not State.ABSENT:  # it is about to be used
+                return
+        self.loader.forget(entry.key)
+        shells = self._shells()
+        with self.changing():
+            self._note_shells_locked(entry.host, *shells)
+
     def _load_follows_locked(self, device: Device) -> bool:
         """
         Whether somebody waits for room on *device* to load a model.
@@ -439,24 +573,28 @@ class Moves(Books):
         )
 
     def _unloaded(self, entry: Entry, released: Released) -> None:
-        shell_bytes = self.loader.shell_bytes()
+        shells = self._shells()
         with self.changing():
-            entry.host.shell_bytes = shell_bytes
             assert entry.cause is not None
             self.counts["evictions"] += 1
             unload_s = self.clock.now() - entry.unload_started_s
+            unreturned_bytes = min(released.unreturned_bytes, entry.weights_bytes)
             self.outbox.append(
                 ModelEvicted(
                     entry.key,
                     entry.cause,
-                    entry.weights_bytes,
+                    entry.weights_bytes - unreturned_bytes,
                     released.returned_bytes,
                     unload_s,
+                    unreturned_bytes,
+                    parked=entry.key in shells[1],
                 )
             )
             if released.references:
                 self.outbox.append(ModelStillReferenced(entry.key, released.references))
+            self._note_shells_locked(entry.host, *shells)
             self._absent_locked(entry)
+            entry.device.keep(unreturned_bytes)
             self._admit_locked()
 
     def _refused(self, entry: Entry, reason: str) -> None:
@@ -484,6 +622,8 @@ class Moves(Books):
         told = "%s of %s stay on %s until the process ends"
         of_what = format_bytes(lost_bytes), entry.key, entry.device.name
         self._work.append(partial(_log.warning, told, *of_what))
+        if entry.loaded is not None:
+            self._work.append(partial(self.loader.abandon, entry.loaded))
         self._absent_locked(entry)
         entry.device.charge(lost_bytes)
         entry.device.lost_bytes += lost_bytes
@@ -494,6 +634,8 @@ class Moves(Books):
         Close the books of a model that is not, or no longer, in memory.
         """
         entry.charge(0)
+        entry.hold_copy(0)
+        entry.drops_copy = False
         entry.device.is_stale = True
         entry.state = State.ABSENT
         entry.loaded = None

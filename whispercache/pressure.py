@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from .errors import WhisperCacheError
 from .ledger import Ledger, bytes_to_free, default_directory
-from .memory import headroom_bytes
 
 if TYPE_CHECKING:
     import os
@@ -192,7 +191,7 @@ def _look(
         _log.warning("free memory of %s is unknown: %s", device.name, error)
         return
     core.take_reading(device, reading)
-    spare_bytes = reading.free_bytes - headroom_bytes(device.name, reading.total_bytes)
+    spare_bytes = device.usable_bytes(reading)
     wanted_bytes = max(0, -spare_bytes) if watches else 0
     if peers is not None:
         account = peers.publish(device.name, core.account(device))
@@ -200,3 +199,5 @@ def _look(
             asked_bytes = peers.bytes_to_free(device.name, account, spare_bytes)
             wanted_bytes = max(wanted_bytes, asked_bytes)
     core.make_room_for_others(device, wanted_bytes)
+    if not watches and device.name == "cpu":
+        core.drop_copies(-spare_bytes)

@@ -64,6 +64,8 @@ def _model_info(entry: Entry, now_s: float) -> ModelInfo:
         expires_in_s=max(0.0, entry.expires_at_s - now_s) if leaves else None,
         loads=entry.loads,
         load_s=entry.load_s,
+        measured_bytes=None if entry.loaded is None else entry.loaded.measured_bytes,
+        copy_bytes=entry.copy_bytes,
     )
 
 
@@ -79,6 +81,9 @@ def devices(core: Core) -> tuple[DeviceInfo, ...]:
                 capacity_bytes=device.capacity_bytes,
                 charged_bytes=device.charged_bytes,
                 shell_bytes=device.shell_bytes,
+                copies_bytes=device.copies_bytes,
+                unreturned_bytes=device.unreturned_bytes,
+                floor_bytes=device.floor_bytes,
                 peak_bytes=device.peak_bytes,
                 models=len(device.entries),
             )

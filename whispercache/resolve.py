@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from . import placement
 from .architecture import ARCHITECTURES, HUB_COMPUTE_TYPE
 from .entries import Entry, State
 from .errors import DeviceUnavailable, NotDownloaded, UnsupportedComputeType
@@ -27,12 +28,13 @@ from .keys import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any, TypeAlias
 
     from .core import Core
     from .footprint import Workload
     from .keys import OptionValue
+    from .placement import Candidate
 
     # Model, device and compute type as given, then pairs of a load option and value.
     Request: TypeAlias = tuple[Any, ...]
@@ -91,9 +93,21 @@ class Resolver:
         """
         self._known.clear()
 
-    def resolve(self, request: Request, *, download: bool = True) -> Target:
+    def resolve(
+        self,
+        request: Request,
+        *,
+        download: bool = True,
+        beside: Iterable[Target] = (),
+    ) -> Target:
         """
-        The target of *request*, looked up anew: a link may point elsewhere by now.
+        The target of *request*, looked up anew: a link may point elsewhere by now, and
+        where a device is to be chosen, another one may be better.
+
+        Args:
+            request: What is asked for.
+            download: Whether files may be downloaded to find out.
+            beside: Targets of the same request for several models, chosen already.
 
         Blocks: for the header of model.bin; for a download, if the name is a repository
         of unknown size that is not on this disk. Without *download*, that fails.
@@ -105,11 +119,12 @@ class Resolver:
         """
         name, device, compute_type, *pairs = request
         options = dict(pairs)
-        wanted = canonical_device(device, options.pop("device_index", 0))
+        wanted = canonical_device(device, options.pop("device_index", None))
         model = canonical_model(name)
         kept = canonical_options(model, options)
         files = self._peek(model, options, download=download)
-        key = self._place(model, wanted, compute_type, kept, files)
+        wish = _Wish(model, compute_type, kept, files)
+        key = self._place(wish, wanted, beside)
         target = Target(self._core.entry(key), options)
         # A relative path means another model after os.chdir().
         if not is_directory(model) or os.path.isabs(name):
@@ -177,39 +192,47 @@ class Resolver:
             )
         return files
 
-    def _place(
-        self,
-        model: str,
-        wanted: str,
-        compute_type: str,
-        options: tuple[tuple[str, OptionValue], ...],
-        files: ModelFiles,
-    ) -> ModelKey:
+    def _place(self, wish: _Wish, wanted: str, beside: Iterable[Target]) -> ModelKey:
         """
-        The key on the device that is wanted; ``"auto"`` is a card that can hold it.
+        The key on the device that is wanted, or on the one that is best: ``"cuda"`` is
+        any card, ``"auto"`` a card that can hold the model, or else the CPU.
         """
-
-        def on(device: str) -> ModelKey:
-            supported = self._loader.supported_compute_types(device)
-            effective = effective_compute_type(
-                compute_type, files.saved_compute_type, device, supported
-            )
-            return ModelKey(model, device, effective, options)
-
         devices = self._loader.devices()
-        if wanted != "auto":
-            if wanted not in devices:
-                self._core.probe.read(wanted)  # knows better why there is none
-                reason = (
-                    f"CTranslate2 sees {', '.join(devices)}; is the driver too old?"
-                )
-                raise DeviceUnavailable(wanted, reason)
-            return on(wanted)
-        for device in devices:
-            if device == "cpu":
-                continue
+        if wanted in ("auto", "cuda"):
+            cards = [device for device in devices if device != "cpu"]
+            if cards == ["cuda:0"] and wanted == "cuda":
+                return self._on("cuda:0", wish)
+            candidates = list(self._candidates(wish, cards, list(beside)))
+            found = placement.choose(candidates)
+            if found is not None:
+                return self._on(found.device, wish)
+            if wanted == "auto":
+                return self._on("cpu", wish)
+            # None can hold it. The largest says best why, or that there is none.
+            largest = max(candidates, key=lambda each: each.ceiling_bytes, default=None)
+            wanted = "cuda:0" if largest is None else largest.device
+        if wanted not in devices:
+            self._core.probe.read(wanted)  # knows better why there is none
+            reason = f"CTranslate2 sees {', '.join(devices)}; is the driver too old?"
+            raise DeviceUnavailable(wanted, reason)
+        return self._on(wanted, wish)
+
+    def _on(self, device: str, wish: _Wish) -> ModelKey:
+        supported = self._loader.supported_compute_types(device)
+        effective = effective_compute_type(
+            wish.compute_type, wish.files.saved_compute_type, device, supported
+        )
+        return ModelKey(wish.model, device, effective, wish.options)
+
+    def _candidates(
+        self, wish: _Wish, cards: Sequence[str], beside: Sequence[Target]
+    ) -> Iterator[Candidate]:
+        """
+        The cards that work, can compute so, and can be looked at.
+        """
+        for device in cards:
             try:
-                key = on(device)
+                key = self._on(device, wish)
             except UnsupportedComputeType:
                 continue
             books = self._core.device(device)
@@ -221,10 +244,21 @@ class Resolver:
             except DeviceUnavailable as error:
                 _log.warning("passing over %s", error)
                 continue
-            footprint = self._loader.footprint(key, files, DEFAULT_WORKLOAD)
-            if footprint.total_bytes <= books.ceiling_bytes:
-                return key
-        return on("cpu")
+            footprint = self._loader.footprint(key, wish.files, DEFAULT_WORKLOAD)
+            own = {target.entry for target in beside if target.entry.key != key}
+            yield self._core.candidate(key, footprint.total_bytes, own)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """
+    What is wanted, wherever it will be.
+    """
+
+    model: str
+    compute_type: str
+    options: tuple[tuple[str, OptionValue], ...]
+    files: ModelFiles
 
 
 def matcher(
@@ -239,7 +273,7 @@ def matcher(
     def matches(key: ModelKey) -> bool:
         return (
             name in (None, key.model)
-            and place in (None, "auto", key.device)
+            and place in (None, "auto", key.device, key.device.partition(":")[0])
             and (
                 compute_type in (None, "default", "auto", key.compute_type)
                 or (compute_type == "int8" and key.compute_type.startswith("int8"))

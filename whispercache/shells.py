@@ -56,12 +56,14 @@ class Shell:
         tokenizer: Its tokenizer.
         n_tokens: How many tokens that one knows.
         whisper: All the rest, where it is kept.
+        copy_bytes: What a copy of the weights in it takes; 0 without one.
     """
 
     files: object
     tokenizer: Tokenizer
     n_tokens: int
     whisper: WhisperModel | None
+    copy_bytes: int = 0
 
 
 class Shells:
@@ -131,6 +133,14 @@ class Shells:
         with self._lock:
             return _sum_bytes(self._kept.values())
 
+    def copies(self) -> dict[ModelKey, int]:
+        """
+        The bytes of weights that are kept, by model.
+        """
+        with self._lock:
+            kept = self._kept.items()
+            return {key: each.copy_bytes for key, each in kept if each.copy_bytes}
+
     def shrink(self, most_bytes: int, but: ModelKey | None = None) -> int:
         """
         Let shells go until the others, but that of one model, take no more than
@@ -158,4 +168,5 @@ class Shells:
 def _sum_bytes(shells: Collection[Shell]) -> int:
     tokens = {id(each.tokenizer): each.n_tokens for each in shells}
     of_tokenizers = _TOKENIZER_BYTES_PER_TOKEN * sum(tokens.values())
-    return of_tokenizers + _SHELL_BYTES * len(shells)
+    of_weights = sum(each.copy_bytes for each in shells)
+    return of_tokenizers + of_weights + _SHELL_BYTES * len(shells)

@@ -298,11 +298,19 @@ class FakeLoader:
         fail_loads: By model name, errors for its next loads, the first first.
         refuse_unloads: So many unloads to come will silently do nothing.
         shell_size: What each model that has left leaves on the host, ``"cpu"``.
+        warm_up_reason: What each card says that it does before its first model in a
+            type; nothing is done if it is empty.
+        warm_up_s: Seconds that that takes, by a fake clock; see `clock`.
+        floor_size: What it keeps of a card.
+        kept_size: What each unload from a card will not give back.
         loads: How often each model was loaded.
         unloads: How often each was unloaded.
         downloads: How often each was downloaded.
         resident: What is in memory.
-        shells: Models that have left, and left something.
+        shells: What models that have left left, copies of weights included.
+        copies: Copies of weights that are on a card as well.
+        abandoned_bytes: What models on lost devices hold for ever.
+        warm: Devices and types that have been warmed up.
         read_files: How often each directory was read.
         read_ahead_files: How often each was asked to be read ahead.
     """
@@ -322,12 +330,20 @@ class FakeLoader:
     )
     refuse_unloads: int = 0
     shell_size: int | str = 0
+    warm_up_reason: str = ""
+    warm_up_s: float = 0.0
+    floor_size: int | str = 0
+    kept_size: int | str = 0
     loads: Counter[str] = field(default_factory=Counter)
     unloads: Counter[str] = field(default_factory=Counter)
     downloads: Counter[str] = field(default_factory=Counter)
     resident: dict[ModelKey, FakeWhisper] = field(default_factory=dict)
     remembered: list[tuple[ModelKey, int]] = field(default_factory=list)
     shells: dict[ModelKey, int] = field(default_factory=dict)
+    copies: dict[ModelKey, int] = field(default_factory=dict)
+    abandoned_bytes: Counter[str] = field(default_factory=Counter)
+    warm: list[tuple[str, str]] = field(default_factory=list)
+    _parked: dict[ModelKey, int] = field(default_factory=dict)
     read_files: Counter[str] = field(default_factory=Counter)
     read_ahead_files: Counter[str] = field(default_factory=Counter)
     _load_gates: dict[str, Gate] = field(default_factory=dict)
@@ -438,9 +454,13 @@ class FakeLoader:
             raise errors.pop(0)
         assert key not in self.resident, f"{key} was loaded twice"
         n_bytes = _n_bytes(self.sizes.get(key.model, self.default_size))
+        copy_bytes = self._parked.pop(key, 0)
         if shell_bytes := self.shells.pop(key, 0):
             self.machine.give_back("cpu", shell_bytes)
         self.machine.take(key.device, n_bytes)
+        if copy_bytes:
+            self.machine.take("cpu", copy_bytes)
+            self.copies[key] = copy_bytes
         whisper = FakeWhisper(key)
         self.resident[key] = whisper
         self.loads[key.model] += 1
@@ -452,7 +472,46 @@ class FakeLoader:
             is_multilingual=not key.model.endswith(".en"),
             supported_languages=("en",),
             measured_bytes=n_bytes,
+            restored=copy_bytes > 0,
+            copy_bytes=copy_bytes,
         )
+
+    def warm_up_needed(self, key: ModelKey) -> str:
+        """
+        The reason that was given, for each card and type once.
+        """
+        is_warm = (key.device, key.compute_type) in self.warm
+        return "" if key.device == "cpu" or is_warm else self.warm_up_reason
+
+    def warm_up(self, key: ModelKey) -> int | None:
+        """
+        Take the floor, the first time.
+        """
+        if errors := self.fail_loads.get(f"warm-up of {key.device}"):
+            raise errors.pop(0)
+        if self.clock is not None and self.warm_up_s:
+            self.clock.tick(self.warm_up_s)
+        is_first = all(device != key.device for device, _ in self.warm)
+        self.warm.append((key.device, key.compute_type))
+        if not is_first:
+            return None
+        floor_bytes = _n_bytes(self.floor_size) if self.floor_size else 0
+        self.machine.others_bytes[key.device] += floor_bytes
+        return floor_bytes
+
+    def parked(self) -> Mapping[ModelKey, int]:
+        """
+        Copies of weights that have left.
+        """
+        return dict(self._parked)
+
+    def forget(self, key: ModelKey) -> None:
+        """
+        Drop what a model left.
+        """
+        self._parked.pop(key, 0)
+        if shell_bytes := self.shells.pop(key, 0):
+            self.machine.give_back("cpu", shell_bytes)
 
     def follow_up(self, loaded: LoadedModel) -> None:
         """
@@ -472,7 +531,23 @@ class FakeLoader:
         most_bytes += self.shells.get(but, 0) if but is not None else 0
         for key in [each for each in self.shells if each != but]:
             if self.shell_bytes() > most_bytes:
-                self.machine.give_back("cpu", self.shells.pop(key))
+                self.forget(key)
+
+    def abandon(self, loaded: LoadedModel) -> None:
+        """
+        Its memory stays taken.
+        """
+        key = loaded.key
+        del self.resident[key]
+        n_bytes = _n_bytes(self.sizes.get(key.model, self.default_size))
+        self.abandoned_bytes[key.device] += n_bytes
+
+    def lost(self, device: str) -> None:
+        """
+        What models of *device* left goes.
+        """
+        for key in [each for each in self.shells if each.device == device]:
+            self.forget(key)
 
     def forked(self, loaded: Iterable[LoadedModel]) -> None:
         """
@@ -491,7 +566,9 @@ class FakeLoader:
         Nothing is ever kept back.
         """
 
-    def unload(self, loaded: LoadedModel, *, load_follows: bool = False) -> Released:
+    def unload(
+        self, loaded: LoadedModel, *, load_follows: bool = False, parks: bool = False
+    ) -> Released:
         """
         Give the memory back, or do nothing and say so.
         """
@@ -505,12 +582,27 @@ class FakeLoader:
         whisper = self.resident.pop(key)
         whisper.is_loaded = False
         n_bytes = _n_bytes(self.sizes.get(key.model, self.default_size))
-        self.machine.give_back(key.device, n_bytes)
+        kept_bytes = _n_bytes(self.kept_size) if key.device != "cpu" else 0
+        self.machine.give_back(key.device, n_bytes - kept_bytes)
         self.unloads[key.model] += 1
+        copy_bytes = self.copies.pop(key, 0)
+        if parks and not copy_bytes:
+            copy_bytes = n_bytes
+            self.machine.take("cpu", copy_bytes)
+        elif copy_bytes and not parks:
+            self.machine.give_back("cpu", copy_bytes)
+            copy_bytes = 0
         if shell_bytes := _n_bytes(self.shell_size):
             self.machine.take("cpu", shell_bytes)
-            self.shells[key] = shell_bytes
-        return Released(confirmed=True, returned_bytes=n_bytes)
+        if shell_bytes or copy_bytes:
+            self.shells[key] = shell_bytes + copy_bytes
+        if copy_bytes:
+            self._parked[key] = copy_bytes
+        return Released(
+            confirmed=True,
+            returned_bytes=n_bytes - kept_bytes,
+            unreturned_bytes=kept_bytes,
+        )
 
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:
         """

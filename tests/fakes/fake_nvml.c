@@ -75,7 +75,7 @@ int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory)
         return INVALID;
     Card *card = &machine.cards[index];
     memory->total = card->total;
-    memory->free = card->total - card->taken;
-    memory->used = card->taken;
+    memory->free = free_of(card->total, card->taken);
+    memory->used = card->total - memory->free;
     return OK;
 }

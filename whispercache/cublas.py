@@ -1,0 +1,95 @@
+"""
+cuBLAS 12, which CTranslate2 opens by name at its first computation on a GPU.
+
+Its pip package puts it where the dynamic loader does not look. Once loaded from there
+by whomever, CTranslate2 gets it by its bare name, without ``LD_LIBRARY_PATH``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["cublas_problem", "load_cublas"]
+
+_IS_WINDOWS = sys.platform == "win32"
+_LIBRARY = "cublas64_12.dll" if _IS_WINDOWS else "libcublas.so.12"
+# What cuBLAS itself needs comes first.
+_PACKAGED = ("cublasLt64_12.dll" if _IS_WINDOWS else "libcublasLt.so.12", _LIBRARY)
+_INSIDE = "nvidia/cublas/bin" if _IS_WINDOWS else "nvidia/cublas/lib"
+
+
+def load_cublas() -> None:
+    """
+    Make cuBLAS known by its name, from its pip package where it is in no other place.
+
+    Where it cannot be loaded nothing happens: CTranslate2 says that at its first
+    computation, and `cublas_problem` says why. Found once, it is not looked for again.
+    """
+    with contextlib.suppress(OSError):
+        _load()
+
+
+def cublas_problem() -> str | None:
+    """
+    What keeps CTranslate2 from finding cuBLAS 12, and how to mend it; None if nothing.
+
+    Loads the library into this process, some 800 MiB of address space, for good.
+    """
+    try:
+        _load()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _load() -> None:
+    """
+    Load the library, for good.
+
+    Raises:
+        OSError: It is missing or broken; the text says how to mend that. Not cached.
+    """
+    try:
+        ctypes.CDLL(_LIBRARY)
+    except OSError as error:
+        folder = _packaged_folder()
+        if folder is None:
+            variable = "PATH" if _IS_WINDOWS else "LD_LIBRARY_PATH"
+            msg = (
+                f"{_LIBRARY} was not found: pip install nvidia-cublas-cu12, or put "
+                f"those of a CUDA 12 toolkit on {variable} and start again ({error})"
+            )
+            raise OSError(msg) from error
+        _load_from(folder)
+
+
+def _load_from(folder: Path) -> None:
+    if sys.platform == "win32":
+        # The handle that this gives is not needed: the folder stays.
+        os.add_dll_directory(str(folder))
+    try:
+        for library in _PACKAGED:
+            ctypes.CDLL(str(folder / library), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        msg = (
+            f"{_LIBRARY} is in {folder} but cannot be loaded: pip install "
+            f"--force-reinstall nvidia-cublas-cu12 ({error})"
+        )
+        raise OSError(msg) from error
+
+
+def _packaged_folder() -> Path | None:
+    """
+    The first folder of an installed nvidia-cublas-cu12 that holds the library.
+    """
+    for entry in sys.path:
+        folder = Path(entry) / _INSIDE
+        if (folder / _LIBRARY).is_file():
+            return folder.resolve()
+    return None

@@ -1,0 +1,62 @@
+"""
+Placement: which of several cards a model goes to, if the caller named none. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Candidate", "choose"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """
+    A card that can compute in the type that is wanted, as one model sees it.
+
+    Attributes:
+        device: For example ``"cuda:1"``.
+        needed_bytes: What the model and one call on it take there.
+        free_bytes: What nothing is charged for.
+        idle_bytes: What idle models would give back.
+        ceiling_bytes: All that could be had if every lease ended.
+        is_there: Whether the model is there, or on its way there.
+        leases: How many hold it there.
+        has_copy: Whether a copy of its weights in host memory is meant for that card.
+    """
+
+    device: str
+    needed_bytes: int
+    free_bytes: int
+    idle_bytes: int = 0
+    ceiling_bytes: int = 0
+    is_there: bool = False
+    leases: int = 0
+    has_copy: bool = False
+
+    @property
+    def room(self) -> tuple[bool, bool, bool, int]:
+        """
+        How good a place it is: that nobody waits, that nobody leaves, that the disk is
+        not read, and then the bytes.
+        """
+        fits_at_once = self.needed_bytes <= self.free_bytes
+        fits = self.needed_bytes <= self.free_bytes + self.idle_bytes
+        left_bytes = self.free_bytes + (0 if fits_at_once else self.idle_bytes)
+        return fits, fits_at_once, self.has_copy, left_bytes
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate | None:
+    """
+    The card where the model is already, or else the one with the most room for it; of
+    equal ones the first. None if no card could ever hold it.
+    """
+    there = [each for each in candidates if each.is_there]
+    if there:
+        return min(there, key=lambda each: each.leases)
+    able = [each for each in candidates if each.needed_bytes <= each.ceiling_bytes]
+    return max(able, key=lambda each: each.room, default=None)

@@ -1,0 +1,290 @@
+"""
+VRAM: what this process holds of a card, and whether what it freed has come back.
+
+Free memory of a card is everybody's: other programs take and give while a model leaves.
+What this process holds is its own, and CUDA's memory pool, which CTranslate2 allocates
+from, tells it to the byte. So the pool is believed where there is one, and the gauge
+only where there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .cuda import CudaError, open_driver
+from .errors import DeviceUnavailable
+from .faults import Fault, classify
+
+if TYPE_CHECKING:
+    from .cuda import Driver, Pool
+    from .memory import MemoryProbe
+
+__all__ = [
+    "ENOUGH_RETURNED",
+    "Holdings",
+    "Return",
+    "compile_reason",
+    "floor_bytes",
+    "holdings",
+    "returned",
+    "settle",
+    "synchronize",
+    "warm_up_reason",
+]
+
+_log = logging.getLogger("whispercache")
+
+ENOUGH_RETURNED = 0.75
+"""
+Share of what was expected back that confirms its return: other programs blur the gauge.
+
+Source: Ollama's rule (FACTS, CUDA memory 6).
+"""
+
+RETURN_WAIT_S = 2.0
+"""
+Most seconds to wait for the gauge to show what was freed, where there is no pool.
+
+Source: typically 0.5 to 1.5 s (likewise).
+"""
+
+_LOOK_S = 0.02
+
+MOST_FLOOR_BYTES = 1024**3
+"""
+A floor above this is taken for another program's memory.
+
+Source: 200 to 312 MiB were seen (SYSTRAN/faster-whisper#680, #992).
+"""
+
+_COMPILED_MAJOR = 8
+"""
+The newest generation of cards that CTranslate2's wheels hold code for (sm_86 runs on
+all 8.x from 8.6 on); for later ones CUDA compiles it from PTX.
+
+Source: CTranslate2 4.8.5's wheel; NVIDIA, CUDA programming guide, binary compatibility.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """
+    What is held of a card at one moment.
+
+    Attributes:
+        pool: This process's memory pool there; None where there is none, or not yet.
+        used_bytes: What all programs hold together, by the gauge; None if unknown.
+    """
+
+    pool: Pool | None
+    used_bytes: int | None
+
+    def growth_since(self, before: Holdings) -> int | None:
+        """
+        How much more is held than *before*, by the pool or else by the gauge.
+        """
+        if self.pool is not None:
+            start_bytes = 0 if before.pool is None else before.pool.used_bytes
+            return self.pool.used_bytes - start_bytes
+        if self.used_bytes is None or before.used_bytes is None:
+            return None
+        return self.used_bytes - before.used_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """
+    What came back of memory that was freed.
+
+    Attributes:
+        returned_bytes: Fall that was seen, or None where nothing can be seen.
+        unreturned_bytes: What must be taken for still held.
+    """
+
+    returned_bytes: int | None
+    unreturned_bytes: int
+
+
+def holdings(device: str, probe: MemoryProbe) -> Holdings:
+    """
+    What is held of *device* now.
+
+    Raises:
+        CudaError: an earlier error left the device unusable.
+    """
+    return Holdings(_pool(device), _used_bytes(device, probe))
+
+
+def synchronize(device: str) -> None:
+    """
+    Wait for all of this process's work on *device*.
+
+    Blocks: until it is done.
+
+    Raises:
+        CudaError: some of it failed.
+    """
+    if (found := _find(device)) is not None:
+        driver, ordinal = found
+        driver.synchronize(ordinal)
+
+
+def returned(
+    device: str, probe: MemoryProbe, before: Holdings, expected_bytes: int
+) -> Return:
+    """
+    Give freed memory back to the card, and see how much of it came back.
+
+    Waits for the card's work, trims the pool, and reads again. What the pool no longer
+    holds is free, whatever the gauge shows meanwhile.
+
+    Args:
+        device: Where a model has just been unloaded.
+        probe: The gauge.
+        before: What was held while the model was there.
+        expected_bytes: What it is known to have taken.
+
+    Blocks: for the card's work; without a pool up to `RETURN_WAIT_S`.
+
+    Raises:
+        CudaError: an error has left the device unusable.
+    """
+    settle(device)
+    after = holdings(device, probe)
+    enough_bytes = ENOUGH_RETURNED * expected_bytes
+    was_pooled = before.pool is not None and before.pool.used_bytes >= enough_bytes
+    if before.pool is not None and after.pool is not None and was_pooled:
+        fallen_bytes = before.pool.reserved_bytes - after.pool.reserved_bytes
+        missing_bytes = max(0, expected_bytes - fallen_bytes)
+        # What others in this process took meanwhile is in use, not left behind.
+        left_bytes = min(missing_bytes, after.pool.idle_bytes)
+        return Return(fallen_bytes, 0 if fallen_bytes >= enough_bytes else left_bytes)
+    if before.used_bytes is None or after.used_bytes is None:
+        return Return(None, 0)
+    fallen_bytes = before.used_bytes - after.used_bytes
+    give_up_s = time.monotonic() + RETURN_WAIT_S
+    while fallen_bytes < enough_bytes and time.monotonic() < give_up_s:
+        time.sleep(_LOOK_S)
+        used_bytes = _used_bytes(device, probe)
+        if used_bytes is not None:
+            fallen_bytes = max(fallen_bytes, before.used_bytes - used_bytes)
+    missing_bytes = expected_bytes - max(0, fallen_bytes)
+    return Return(fallen_bytes, 0 if fallen_bytes >= enough_bytes else missing_bytes)
+
+
+def floor_bytes(device: str, probe: MemoryProbe, before: Holdings) -> int | None:
+    """
+    What the first work on *device* left held for the process's life; None if that
+    cannot be told from what other programs did.
+    """
+    settle(device)
+    after = holdings(device, probe)
+    if before.used_bytes is None or after.used_bytes is None:
+        return None
+    pools = (before.pool, after.pool)
+    held_before, held_after = (0 if p is None else p.reserved_bytes for p in pools)
+    grown_bytes = after.used_bytes - before.used_bytes - (held_after - held_before)
+    return grown_bytes if 0 < grown_bytes <= MOST_FLOOR_BYTES else None
+
+
+def warm_up_reason(device: str) -> str:
+    """
+    What the first work on *device* does besides itself, and how long that may take.
+    """
+    return compile_reason(device) or "CUDA and cuBLAS start, once a process"
+
+
+def compile_reason(device: str) -> str:
+    """
+    Why kernels have to be compiled for *device*, how long that takes, and where they
+    are kept; empty if CTranslate2 brings some that it can run.
+    """
+    found = _find(device)
+    if found is None:
+        return ""
+    driver, ordinal = found
+    major, minor = driver.compute_capability(ordinal)
+    if major <= _COMPILED_MAJOR:
+        return ""
+    kept = f"CUDA keeps the result in {_kernel_cache()}"
+    if os.environ.get("CUDA_CACHE_DISABLE", "0") not in ("", "0"):
+        kept = "CUDA_CACHE_DISABLE is set, so each process does it anew"
+    return (
+        f"CTranslate2 has no code for {driver.name(ordinal)} (sm_{major}{minor}), so "
+        f"CUDA compiles it, which takes up to half a minute; {kept}"
+    )
+
+
+def _kernel_cache() -> str:
+    """
+    Where CUDA keeps what it compiled.
+
+    Source: NVIDIA, CUDA programming guide, environment variables.
+    """
+    if path := os.environ.get("CUDA_CACHE_PATH"):
+        return path
+    if sys.platform == "win32":
+        return r"%APPDATA%\NVIDIA\ComputeCache"
+    return str(Path("~/.nv/ComputeCache").expanduser())
+
+
+def settle(device: str) -> None:
+    """
+    Let the pool of *device* give back what it does not use, so that it holds models and
+    nothing else. A pool that refuses is told and left.
+
+    Blocks: for the card's work.
+
+    Raises:
+        CudaError: an error has left the device unusable.
+    """
+    if (found := _find(device)) is None:
+        return
+    driver, ordinal = found
+    try:
+        if not driver.trim(ordinal):
+            driver.synchronize(ordinal)
+    except CudaError as error:
+        if classify(error) is Fault.STICKY:
+            raise
+        _log.warning("idle memory of %s was not trimmed: %s", device, error)
+
+
+def _pool(device: str) -> Pool | None:
+    if (found := _find(device)) is None:
+        return None
+    driver, ordinal = found
+    try:
+        return driver.pool(ordinal)
+    except CudaError as error:
+        if classify(error) is Fault.STICKY:
+            raise
+        _log.debug("the memory pool of %s is unknown: %s", device, error)
+        return None
+
+
+def _used_bytes(device: str, probe: MemoryProbe) -> int | None:
+    try:
+        reading = probe.read(device)
+    except DeviceUnavailable as error:
+        _log.debug("memory of %s is unknown: %s", device, error)
+        return None
+    return reading.total_bytes - reading.free_bytes
+
+
+def _find(device: str) -> tuple[Driver, int] | None:
+    """
+    The driver and its number of *device*; None without NVIDIA's driver, as with ROCm.
+    """
+    try:
+        driver = open_driver()
+    except CudaError as error:
+        _log.debug("%s is not asked about its memory: %s", device, error)
+        return None
+    return driver, int(device.partition(":")[2] or 0)
