@@ -2,6 +2,7 @@
 # make test   set up, then check style, types, layers and behaviour
 # make bench  set up, then measure
 # make soak   set up, then try what may happen for much longer
+# make gpu    set up, then test and measure on a card; writes benchmarks/results
 #
 # Each sets up .venv by itself; all that it needs is Python 3.10 or later, and
 # PYTHON=python3.12 chooses which. Nothing else is touched, but for one thing: as root on
@@ -10,7 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types layers unit bench soak clean
+.PHONY: demo test lint types layers unit bench soak gpu clean
 
 demo: .venv/demo
 	$(BIN)/python examples/multilingual.py
@@ -49,6 +50,11 @@ bench: .venv/bench
 soak: .venv/test
 	WHISPERCACHE_STEPS=100000 $(BIN)/pytest tests/test_machine.py --timeout=3600
 
+# Its results are for the repository: the card and the date are in their names.
+gpu: .venv/test .venv/cublas
+	$(BIN)/pytest tests/test_gpu.py -rs
+	$(BIN)/python benchmarks/gpu.py --write
+
 clean:
 	rm -rf .venv .coverage .coverage.* .hypothesis .import_linter_cache \
 	    .mypy_cache .pytest_cache .ruff_cache build dist
@@ -76,6 +82,10 @@ clean:
 	    apt-get update -qq && \
 	    apt-get install -qq --no-install-recommends chromium > /dev/null; \
 	} || echo "there is no chromium here: tests in a browser will be skipped"
+	@touch $@
+
+.venv/cublas: .venv/pip
+	$(BIN)/pip install --quiet nvidia-cublas-cu12
 	@touch $@
 
 .venv/bench: .venv/pip pyproject.toml

@@ -376,8 +376,6 @@ class ModelCache:
         """
         requests = as_requests(models, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, ())
-        for request in requests:  # or nonsense is told after the others' downloads
-            self._resolver.resolve(request)
         parts = self._locate(requests, workload or DEFAULT_WORKLOAD)
         leases = Leases(self._wait(parts, terms))
         if self._is_tracing():
@@ -427,9 +425,12 @@ class ModelCache:
                 return attempts.succeed(lease)
         raise attempts.failure()
 
-    def _locate(self, requests: Iterable[Request], workload: Workload) -> list[Part]:
+    def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Part]:
         from .entries import Part
 
+        if len(requests) > 1:  # or nonsense is told after the others' downloads
+            for request in requests:
+                self._resolver.resolve(request)
         targets: list[Target] = []
         for request in requests:
             target = self._resolver.resolve(request, beside=targets)

@@ -62,6 +62,8 @@ class Device:
         self.shelf: dict[Entry, None] = {}
         self.charged_bytes: int = 0
         self.peak_bytes: int = 0
+        self.work_bytes: int = 0  # of them, for calls
+        self.work_peak_bytes: int = 0  # most of that since a load or unload
         self.total_bytes: int | None = None
         self.limit_bytes: int | None = None
         self.capacity_bytes: int = 0  # what may be charged now
@@ -126,6 +128,14 @@ class Device:
         """
         self.charged_bytes += n_bytes
         self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
+
+    def work(self, n_bytes: int) -> None:
+        """
+        Count *n_bytes* more for calls; fewer if negative.
+        """
+        self.charge(n_bytes)
+        self.work_bytes += n_bytes
+        self.work_peak_bytes = max(self.work_peak_bytes, self.work_bytes)
 
     def keep(self, unreturned_bytes: int) -> None:
         """
@@ -444,7 +454,7 @@ class Entry:
 
     def _set_workspace(self, n_bytes: int) -> None:
         if n_bytes != self.workspace_bytes:
-            self.device.charge(n_bytes - self.workspace_bytes)
+            self.device.work(n_bytes - self.workspace_bytes)
             self.workspace_bytes = n_bytes
 
     def is_open_to(self, waiter: Waiter | None) -> bool:

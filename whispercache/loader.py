@@ -85,6 +85,11 @@ Source: with the heap's holes and the shell that the model before left, loads of
 int8 in turn with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
 """
 
+_WORK = "(calls)"
+"""
+Stands for a model's name where calls of all models are meant.
+"""
+
 QUIET_LOOKS = 10
 """
 Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
@@ -142,6 +147,8 @@ class Released:
         reason: What was seen instead, if not confirmed.
         references: References to the object that are left, but should not be.
         unreturned_bytes: What they took of a card and was not seen to be free.
+        peak_bytes: Most that this process used of the card since the load or unload
+            before, or None.
     """
 
     confirmed: bool
@@ -149,6 +156,7 @@ class Released:
     reason: str = ""
     references: int = 0
     unreturned_bytes: int = 0
+    peak_bytes: int | None = None
 
 
 class Loader(Protocol):
@@ -200,6 +208,13 @@ class Loader(Protocol):
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
         """
         Let a quiet measurement correct later footprints.
+        """
+
+    def remember_work(
+        self, device: str, predicted_bytes: int, measured_bytes: int
+    ) -> None:
+        """
+        Let what calls took of a card at their peak correct later footprints.
         """
 
     def read_ahead(self, files: ModelFiles) -> None:
@@ -567,11 +582,18 @@ class FasterWhisperLoader:
         # Upwards only: a load into memory that an earlier one left looks too small.
         growth_bytes = max(0, weights_bytes - predicted.weights_bytes)
         loading_bytes = predicted.loading_bytes + growth_bytes
+        workspace_bytes = predicted.workspace_bytes
         if key.device == "cpu":
             loading_bytes = int(loading_bytes * HEAP_SLACK)
+        else:
+            # Upwards only, too: few calls do all that was reserved for.
+            card = self.probe.device_name(key.device)
+            seen_bytes = self.learned.correct(_WORK, "", card, workspace_bytes)
+            workspace_bytes = max(workspace_bytes, seen_bytes)
         return replace(
             predicted,
             weights_bytes=predicted.weights_bytes + growth_bytes,
+            workspace_bytes=workspace_bytes,
             loading_bytes=loading_bytes,
         )
 
@@ -614,6 +636,15 @@ class FasterWhisperLoader:
         is_first = all(device != key.device for device, _ in self._warm)
         self._warm.add((key.device, key.compute_type))
         return vram.floor_bytes(key.device, self.probe, before) if is_first else None
+
+    def remember_work(
+        self, device: str, predicted_bytes: int, measured_bytes: int
+    ) -> None:
+        """
+        Note what calls took, for the next footprint on a card of that name.
+        """
+        card = self.probe.device_name(device)
+        self.learned.record(_WORK, "", card, predicted_bytes, measured_bytes)
 
     def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
         """
@@ -668,6 +699,8 @@ class FasterWhisperLoader:
             copy_bytes=copy_bytes,
             expected_bytes=_expected_bytes(key, files, grown),
         )
+        if key.device != "cpu":
+            vram.forget_peak(key.device)
         del model, whisper, kept, shell
         loaded.references = loaded.count_references()
         return loaded
@@ -716,11 +749,13 @@ class FasterWhisperLoader:
             self.return_memory(device)
         if device != "cpu":
             seen = vram.returned(device, self.probe, before, loaded.expected_bytes)
+            vram.forget_peak(device)
             return Released(
                 confirmed=True,
                 returned_bytes=seen.returned_bytes,
                 references=references,
                 unreturned_bytes=seen.unreturned_bytes,
+                peak_bytes=None if before.pool is None else before.pool.peak_bytes,
             )
         grown = None if load_follows else self._held(device).growth_since(before)
         fallen = None if grown is None else -grown

@@ -163,6 +163,7 @@ class Moves(Books):
         with self.changing():
             # Work of others in the process moves what the loader measured.
             is_quiet = quiet_since == self._grants
+            self._start_work_locked(entry.device)
             self._loaded_locked(entry, loaded, load_s)
             self._note_shells_locked(entry.host, *shells)
             self._admit_locked()
@@ -573,9 +574,12 @@ class Moves(Books):
         )
 
     def _unloaded(self, entry: Entry, released: Released) -> None:
-        shells = self._shells()
+        device, shells = entry.device, self._shells()
         with self.changing():
             assert entry.cause is not None
+            work_bytes = self._start_work_locked(device)
+            present = device.entries.values()
+            weights_bytes = sum(other.weights_bytes for other in present)
             self.counts["evictions"] += 1
             unload_s = self.clock.now() - entry.unload_started_s
             unreturned_bytes = min(released.unreturned_bytes, entry.weights_bytes)
@@ -594,8 +598,19 @@ class Moves(Books):
                 self.outbox.append(ModelStillReferenced(entry.key, released.references))
             self._note_shells_locked(entry.host, *shells)
             self._absent_locked(entry)
-            entry.device.keep(unreturned_bytes)
+            device.keep(unreturned_bytes)
             self._admit_locked()
+        if released.peak_bytes is not None and work_bytes:
+            measured_bytes = released.peak_bytes - weights_bytes
+            self.loader.remember_work(device.name, work_bytes, measured_bytes)
+
+    def _start_work_locked(self, device: Device) -> int:
+        """
+        Count the peak of what calls are charged anew; what it was.
+        """
+        peak_bytes = device.work_peak_bytes
+        device.work_peak_bytes = device.work_bytes
+        return peak_bytes
 
     def _refused(self, entry: Entry, reason: str) -> None:
         """

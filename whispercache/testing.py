@@ -339,6 +339,7 @@ class FakeLoader:
     downloads: Counter[str] = field(default_factory=Counter)
     resident: dict[ModelKey, FakeWhisper] = field(default_factory=dict)
     remembered: list[tuple[ModelKey, int]] = field(default_factory=list)
+    remembered_work: list[tuple[str, int, int]] = field(default_factory=list)
     shells: dict[ModelKey, int] = field(default_factory=dict)
     copies: dict[ModelKey, int] = field(default_factory=dict)
     abandoned_bytes: Counter[str] = field(default_factory=Counter)
@@ -407,6 +408,14 @@ class FakeLoader:
         """
         del key
         return files
+
+    def remember_work(
+        self, device: str, predicted_bytes: int, measured_bytes: int
+    ) -> None:
+        """
+        Note it.
+        """
+        self.remembered_work.append((device, predicted_bytes, measured_bytes))
 
     def read_ahead(self, files: ModelFiles) -> None:
         """

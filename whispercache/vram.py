@@ -31,6 +31,7 @@ __all__ = [
     "Return",
     "compile_reason",
     "floor_bytes",
+    "forget_peak",
     "holdings",
     "returned",
     "settle",
@@ -232,6 +233,19 @@ def _kernel_cache() -> str:
     if sys.platform == "win32":
         return r"%APPDATA%\NVIDIA\ComputeCache"
     return str(Path("~/.nv/ComputeCache").expanduser())
+
+
+def forget_peak(device: str) -> None:
+    """
+    Count the peak of this process's pool on *device* from now on.
+    """
+    if (found := _find(device)) is None:
+        return
+    driver, ordinal = found
+    try:
+        driver.forget_peak(ordinal)
+    except CudaError as error:
+        _log.debug("the peak of %s goes on: %s", device, error)
 
 
 def settle(device: str) -> None:
