@@ -678,7 +678,10 @@ def test_two_circles_are_told_one_after_the_other(
     cache = make_cache(vram="4GiB", ram="4GiB")
     one, other = callers(2)
     leases = [one.lease(cache, "medium", "cuda:0"), other.lease(cache, "medium", "cpu")]
-    asked = [one.waiting(cache, "small", "cuda:0"), other.waiting(cache, "small", "cpu")]
+    asked = [
+        one.waiting(cache, "small", "cuda:0"),
+        other.waiting(cache, "small", "cpu"),
+    ]
     clock.tick(CHECK_S)
     for each in asked:
         told(each)
@@ -1016,10 +1019,16 @@ def test_holders_do_not_rely_on_each_other_to_let_go_first(
     """
     cache = make_cache(vram="6GiB")
     one, other, older = callers(3)
-    leases = [one.lease(cache, "small", "cuda:0"), other.lease(cache, "small.en", "cuda:0")]
+    leases = [
+        one.lease(cache, "small", "cuda:0"),
+        other.lease(cache, "small.en", "cuda:0"),
+    ]
     waiting = older.waiting(cache, wanted, "cuda:0")
     pass_often(cache)
-    asked = [one.waiting(cache, "tiny", "cuda:0"), other.waiting(cache, "base", "cuda:0")]
+    asked = [
+        one.waiting(cache, "tiny", "cuda:0"),
+        other.waiting(cache, "base", "cuda:0"),
+    ]
     clock.tick(CHECK_S)
     for _ in range(2):
         wait_until(lambda: any(each.done() for each in asked), "a lease for a holder")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from whispercache.files import ModelFiles
-    from whispercache.loader import LoadedModel
+    from whispercache.loading import LoadedModel
 
 OTHER = " another text of others"
 

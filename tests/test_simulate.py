@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from whispercache import Event, ModelKey
     from whispercache.files import ModelFiles
-    from whispercache.loader import LoadedModel
+    from whispercache.loading import LoadedModel
 
 MANY = settings(max_examples=200, deadline=None)
 FEWER = settings(max_examples=60, deadline=None)

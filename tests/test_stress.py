@@ -37,7 +37,7 @@ from whispercache import (
 )
 from whispercache import core as core_module
 from whispercache.core import Core
-from whispercache.loader import LoadedModel, Released
+from whispercache.loading import LoadedModel, Released
 from whispercache.testing import FakeLoader, FakeMachine, check
 from whispercache.threads import MonotonicClock
 

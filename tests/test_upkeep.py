@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from whispercache.files import ModelFiles
     from whispercache.keys import ModelKey
-    from whispercache.loader import LoadedModel
+    from whispercache.loading import LoadedModel
 
 COLUMNS = ["model", "type", "size", "last", "used", "state", "id", "source"]
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .footprint import Workload
     from .keys import ModelKey
     from .lease import Lease
-    from .loader import AudioInput
+    from .loading import AudioInput
     from .moves import Leaving
     from .resolve import Request
     from .units import DurationValue, LimitValue

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .entries import Waiter
     from .keys import ModelKey
-    from .loader import Loader
+    from .loading import Loader
     from .memory import MemoryProbe, MemoryReading
     from .threads import Clock
     from .units import Limit

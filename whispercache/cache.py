@@ -28,7 +28,7 @@ from .threads import MonotonicClock, caller, current_owner
 from .units import Limit, parse_duration, parse_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     import numpy as np
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .footprint import Workload
     from .keys import ModelKey
     from .lease import Lease
-    from .loader import AudioInput, Loader
+    from .loading import AudioInput, Loader
     from .memory import MemoryProbe
     from .moves import Leaving
     from .resolve import Request, Target

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from .deadlock import Owner
     from .footprint import Workload
     from .keys import ModelKey
-    from .loader import Loader
+    from .loading import Loader
     from .memory import MemoryProbe
     from .moves import Leaving
     from .threads import Clock

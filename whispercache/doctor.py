@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from .loader import Loader
+    from .loading import Loader
     from .memory import MemoryProbe
 
     Mark = Literal["works", "note", "wrong"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .footprint import Footprint, Workload
     from .keys import ModelKey
     from .lease import Lease
-    from .loader import LoadedModel
+    from .loading import LoadedModel
     from .memory import MemoryReading
     from .units import Limit
 

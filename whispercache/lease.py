@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .deadlock import Owner
     from .entries import Entry
     from .keys import ModelKey
-    from .loader import LoadedModel
+    from .loading import LoadedModel
 
 __all__ = ["Lease", "Leases"]
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from .entries import Waiter
     from .keys import ModelKey
-    from .loader import LoadedModel, Released
+    from .loading import LoadedModel, Released
     from .memory import MemoryReading
     from .units import Limit
 

@@ -24,6 +24,8 @@ class Candidate:
         free_bytes: What nothing is charged for.
         idle_bytes: What idle models would give back.
         ceiling_bytes: All that could be had if every lease ended.
+        free_models: How many more models may come.
+        idle_models: How many idle ones could leave for them.
         is_there: Whether the model is there, or on its way there.
         leases: How many hold it there.
         has_copy: Whether a copy of its weights in host memory is meant for that card.
@@ -34,6 +36,8 @@ class Candidate:
     free_bytes: int
     idle_bytes: int = 0
     ceiling_bytes: int = 0
+    free_models: int = 1
+    idle_models: int = 0
     is_there: bool = False
     leases: int = 0
     has_copy: bool = False
@@ -44,9 +48,11 @@ class Candidate:
         How good a place it is: that nobody waits, that nobody leaves, that the disk is
         not read, and then the bytes.
         """
-        fits_at_once = self.needed_bytes <= self.free_bytes
-        fits = self.needed_bytes <= self.free_bytes + self.idle_bytes
-        left_bytes = self.free_bytes + (0 if fits_at_once else self.idle_bytes)
+        all_bytes = self.free_bytes + self.idle_bytes
+        all_models = self.free_models + self.idle_models
+        fits_at_once = self.needed_bytes <= self.free_bytes and self.free_models > 0
+        fits = self.needed_bytes <= all_bytes and all_models > 0
+        left_bytes = self.free_bytes if fits_at_once else all_bytes
         return fits, fits_at_once, self.has_copy, left_bytes
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from .loader import Loader
+    from .loading import Loader
     from .memory import MemoryProbe
 
 __all__ = ["Place", "Size", "as_json", "show", "survey"]

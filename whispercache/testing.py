@@ -34,7 +34,7 @@ from .errors import DeviceUnavailable
 from .files import ModelFiles
 from .footprint import Footprint
 from .keys import TYPICAL_COMPUTE_TYPES
-from .loader import LoadedModel, Released
+from .loading import LoadedModel, Released
 from .memory import MemoryReading
 from .units import parse_limit
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .core import Core
     from .footprint import Workload
     from .keys import ModelKey, OptionValue
-    from .loader import AudioInput
+    from .loading import AudioInput
 
 __all__ = [
     "FakeClock",

@@ -64,6 +64,12 @@ A floor above this is taken for another program's memory.
 Source: 200 to 312 MiB were seen (SYSTRAN/faster-whisper#680, #992).
 """
 
+_TOTAL_ONLY = "cuda driver (total only)"
+"""
+Source of a reading that is no measurement: what others hold shows only later, and would
+be taken for what came in between.
+"""
+
 _COMPILED_MAJOR = 8
 """
 The newest generation of cards that CTranslate2's wheels hold code for (sm_86 runs on
@@ -88,11 +94,17 @@ class Holdings:
 
     def growth_since(self, before: Holdings) -> int | None:
         """
-        How much more is held than *before*, by the pool or else by the gauge.
+        How much more is held than *before*: by the pool, or by the gauge where the pool
+        did not grow, as where CTranslate2 allocates from elsewhere; None if unknown.
+
+        Source: ``CT2_CUDA_ALLOCATOR=cub_caching`` does; CTranslate2's default where
+        a card has no pools.
         """
         if self.pool is not None:
             start_bytes = 0 if before.pool is None else before.pool.used_bytes
-            return self.pool.used_bytes - start_bytes
+            grown_bytes = self.pool.used_bytes - start_bytes
+            if grown_bytes > 0:
+                return grown_bytes
         if self.used_bytes is None or before.used_bytes is None:
             return None
         return self.used_bytes - before.used_bytes
@@ -137,7 +149,12 @@ def synchronize(device: str) -> None:
 
 
 def returned(
-    device: str, probe: MemoryProbe, before: Holdings, expected_bytes: int
+    device: str,
+    probe: MemoryProbe,
+    before: Holdings,
+    expected_bytes: int,
+    *,
+    is_quiet: bool = False,
 ) -> Return:
     """
     Give freed memory back to the card, and see how much of it came back.
@@ -150,6 +167,8 @@ def returned(
         probe: The gauge.
         before: What was held while the model was there.
         expected_bytes: What it is known to have taken.
+        is_quiet: Whether this process does nothing else on the device. Then what the
+            pool still has in use was left behind; else it may be others' work.
 
     Blocks: for the card's work; without a pool up to `RETURN_WAIT_S`.
 
@@ -163,8 +182,9 @@ def returned(
     if before.pool is not None and after.pool is not None and was_pooled:
         fallen_bytes = before.pool.reserved_bytes - after.pool.reserved_bytes
         missing_bytes = max(0, expected_bytes - fallen_bytes)
-        # What others in this process took meanwhile is in use, not left behind.
-        left_bytes = min(missing_bytes, after.pool.idle_bytes)
+        left_bytes = missing_bytes
+        if not is_quiet:
+            left_bytes = min(missing_bytes, after.pool.idle_bytes)
         return Return(fallen_bytes, 0 if fallen_bytes >= enough_bytes else left_bytes)
     if before.used_bytes is None or after.used_bytes is None:
         return Return(None, 0)
@@ -262,8 +282,8 @@ def settle(device: str) -> None:
         return
     driver, ordinal = found
     try:
-        if not driver.trim(ordinal):
-            driver.synchronize(ordinal)
+        driver.synchronize(ordinal)  # also where there is no pool, or it cannot be had
+        driver.trim(ordinal)
     except CudaError as error:
         if classify(error) is Fault.STICKY:
             raise
@@ -288,6 +308,8 @@ def _used_bytes(device: str, probe: MemoryProbe) -> int | None:
         reading = probe.read(device)
     except DeviceUnavailable as error:
         _log.debug("memory of %s is unknown: %s", device, error)
+        return None
+    if reading.source == _TOTAL_ONLY:
         return None
     return reading.total_bytes - reading.free_bytes
 
