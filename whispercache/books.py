@@ -243,6 +243,14 @@ class Books:
         if self._closed is not None:
             raise type(self._closed)(*self._closed.args)
 
+    def refusal(self, key: ModelKey) -> WhisperCacheError | None:
+        """
+        Why a request for *key* would fail at once.
+        """
+        with self.changing():
+            entry = self.entries.get(key)
+            return None if entry is None else self.refusal_locked(entry)
+
     def refusal_locked(self, entry: Entry) -> WhisperCacheError | None:
         """
         Why a request for *entry* would fail at once: its device was lost, or its loads

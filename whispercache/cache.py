@@ -428,15 +428,18 @@ class ModelCache:
     def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Part]:
         from .entries import Part
 
-        if len(requests) > 1:  # or nonsense is told after the others' downloads
-            for request in requests:
-                self._resolver.resolve(request)
-        targets: list[Target] = []
-        for request in requests:
-            target = self._resolver.resolve(request, beside=targets)
+        order = list(range(len(requests)))
+        if len(requests) > 1:
+            # Nonsense is told before others are downloaded; and whatever has the least
+            # choice of a device is placed first.
+            alone = [self._resolver.resolve(request) for request in requests]
+            order.sort(key=lambda n: (alone[n].is_placed, -alone[n].needed_bytes))
+        targets: dict[int, Target] = {}
+        for n in order:
+            target = self._resolver.resolve(requests[n], beside=targets.values())
             self._resolver.locate(target, workload)
-            targets.append(target)
-        return [Part(target.entry, workload) for target in targets]
+            targets[n] = target
+        return [Part(targets[n].entry, workload) for n in range(len(requests))]
 
     def _wait(self, parts: Sequence[Part], terms: Terms) -> tuple[Lease, ...]:
         core, owner = self._core, current_owner()

@@ -102,10 +102,17 @@ def _claim(waiter: Waiter) -> Claim:
 
 
 def _holds(books: Books) -> list[Hold]:
+    leased = _leased(books)
     return [
         Hold(entry.owners[serial], _model(entry, entry.weights_bytes), n_bytes)
-        for entry in _leased(books)
+        for entry in leased
         for serial, n_bytes in entry.leases.items()
+    ] + [
+        # Its copy on the host stays as long as the lease.
+        Hold(owner, Model(entry.key, entry.host.name, entry.copy_bytes, 1), 0)
+        for entry in leased
+        if entry.copy_bytes
+        for owner in entry.owners.values()
     ]
 
 

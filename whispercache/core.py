@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from . import admission, circles
 from .admission import Need, Outcome, Pending
+from .books import LOOK_AGAIN_S
 from .entries import Device, Entry, Part, State, Waiter, reservations
 from .errors import (
     CacheClosed,
@@ -261,38 +262,23 @@ class Core(Moves):
             for waiter, decision in zip(queue, self.plan_locked(queue), strict=True):
                 for victim in decision.victims:
                     entry = self.entries[victim.key]
-                    self._unload_locked(entry, EvictionCause.CAPACITY)
+                    entry.drops_copy |= victim.device != entry.device.name
+                    if entry.state is State.RESIDENT:  # not a victim twice
+                        self._unload_locked(entry, EvictionCause.CAPACITY)
                 for key in decision.drain:
                     self._drain_locked(self.entries[key], waiter)
                 for place in decision.overtakes:
                     queue[place].overtaken += 1
                 self._carry_out_locked(waiter, decision)
         if self.queue:
-            self._relieve_host_locked()
             self._look_out_locked()
-
-    def _relieve_host_locked(self) -> None:
-        """
-        Let idle models of cards leave for the sake of copies that stand in the way of
-        those who wait for room on the host.
-        """
-        host = self.devices.get("cpu")
-        if host is None or not host.copies_bytes:
-            return
-        idle_bytes = sum(e.weights_bytes for e in host.shelf if not e.stays)
-        there_bytes = host.left_bytes + host.room().coming_bytes + idle_bytes
-        for waiter in self.queue:
-            for demand in waiter.pending(impatient=False).demands:
-                if demand.device == host.name and demand.n_bytes > there_bytes:
-                    self._drop_copies_locked(demand.n_bytes - there_bytes)
-                    return
 
     def _drop_copies_locked(self, n_bytes: int) -> None:
         """
         Unload idle models of cards until *n_bytes* of copies are gone, or on their way.
         CTranslate2 cannot drop a copy and keep the weights.
         """
-        with_copies = [e for e in self.entries.values() if e.copy_bytes]
+        with_copies = self._copied_locked("cpu")
         n_bytes -= sum(e.copy_bytes for e in with_copies if e.drops_copy)
         idle = [e for e in with_copies if e.is_idle and not e.stays]
         for entry in sorted(idle, key=lambda each: each.last_used_s or 0.0):
@@ -312,9 +298,17 @@ class Core(Moves):
             if device.is_stale and not device.is_moving:
                 device.is_stale = False
                 self._work.append(partial(self._look_again, device))
+            elif device.unreturned_bytes and not device.is_watched:
+                device.is_watched = True  # nothing of ours will tell that it came back
+                look = partial(self._look_for_unreturned, device)
+                self.clock.call_at(self.clock.now() + LOOK_AGAIN_S, look)
         if not self._is_suspicious and circles.suspects(self):
             self._is_suspicious = True
             self.clock.call_at(self.clock.now() + DEADLOCK_S, self._break_circles)
+
+    def _look_for_unreturned(self, device: Device) -> None:
+        device.is_watched = False
+        self._look_again(device)
 
     def _break_circles(self) -> None:
         """
@@ -368,27 +362,33 @@ class Core(Moves):
         with self.changing():
             device = self._device_locked(key.device)
             entry = self.entries.get(key)
-            is_there = (
-                entry is not None
-                and entry.state in (State.LOADING, State.RESIDENT)
-                and entry.cause is None
+            is_there = entry is not None and (
+                entry in beside
+                or (
+                    entry.state in (State.LOADING, State.RESIDENT)
+                    and entry.cause is None
+                )
             )
+            own = [other for other in beside if other.device is device]
+            coming = [other for other in own if other.state is State.ABSENT]
             coming_bytes = sum(
-                other.footprints[DEFAULT_WORKLOAD].total_bytes
-                for other in beside
-                if other.device is device and other.state is State.ABSENT
+                other.footprints[DEFAULT_WORKLOAD].total_bytes for other in coming
             )
-            idle_bytes = sum(
-                other.weights_bytes
-                for other in device.shelf
-                if not other.stays and other not in beside
-            )
+            staying = [e for e in own if e.is_present and not e.stays]
+            staying_bytes = sum(other.weights_bytes for other in staying)
+            idle = [e for e in device.shelf if not e.stays and e not in beside]
+            room = device.room()
+            own_models = len(coming) + len(staying)
+            can_come = room.reachable_models() > own_models
+            reachable_bytes = room.reachable_bytes() - coming_bytes - staying_bytes
             return Candidate(
                 key.device,
                 needed_bytes,
                 free_bytes=device.left_bytes - coming_bytes,
-                idle_bytes=idle_bytes,
-                ceiling_bytes=device.ceiling_bytes,
+                idle_bytes=sum(other.weights_bytes for other in idle),
+                ceiling_bytes=reachable_bytes if can_come else 0,
+                free_models=room.free_models - len(coming),
+                idle_models=len(idle),
                 is_there=is_there,
                 leases=0 if entry is None else len(entry.leases),
                 has_copy=entry is not None and entry.parked_bytes > 0,
@@ -412,20 +412,50 @@ class Core(Moves):
                     one = Pending(one.keys, Need.NOTHING)
             pending.append(one)
         rooms = {name: device.room() for name, device in self.devices.items()}
+        for entry in self._copied_locked("cpu"):
+            room = rooms["cpu"]
+            if entry.stays:
+                room.pinned_bytes += entry.copy_bytes
+            if entry.state is State.UNLOADING:
+                # It ends as a shell or is dropped; in either case it is charged to
+                # nobody.
+                room.coming_bytes += entry.copy_bytes
         return admission.plan(pending, rooms, self._idle_locked, self._busy_locked)
 
     def _idle_locked(self, device: str) -> list[Resident]:
         """
         The models that may leave *device*, the first to leave first.
         """
-        return self._ordered(self.devices[device].shelf)
+        idle = self._ordered(self.devices[device].shelf)
+        return idle + self._copies_locked(device, is_idle=True)
+
+    def _copied_locked(self, device: str) -> list[Entry]:
+        """
+        The models of cards that have copies on *device*, the host.
+        """
+        held = self.devices.get(device)
+        if held is None or not held.copies_bytes:
+            return []
+        return [entry for entry in self.entries.values() if entry.copy_bytes]
+
+    def _copies_locked(self, device: str, *, is_idle: bool) -> list[Resident]:
+        """
+        Those of them that may leave, each as what its copy frees; after all others.
+        """
+        copied = self._copied_locked(device)
+        found = [e for e in copied if (e.is_idle if is_idle else e.leases)]
+        return [
+            replace(one, device=device, weights_bytes=self.entries[one.key].copy_bytes)
+            for one in self._ordered(found)
+        ]
 
     def _busy_locked(self, device: str) -> list[Resident]:
         """
         The leased models of *device* that may leave once they are idle.
         """
         held = self.devices[device].entries.values()
-        return self._ordered(entry for entry in held if entry.leases)
+        busy = self._ordered(entry for entry in held if entry.leases)
+        return busy + self._copies_locked(device, is_idle=False)
 
     def _ordered(self, entries: Iterable[Entry]) -> list[Resident]:
         now_s = self.clock.now()
@@ -730,6 +760,7 @@ class Core(Moves):
         """
         for entry in self._parked:
             if entry.state is State.ABSENT and matches(entry.key):
+                entry.parked_bytes = 0  # nor may a request use it from now on
                 self._on_thread_locked(entry, partial(self._forget, entry))
 
     def _doom_locked(self, entry: Entry, cause: EvictionCause) -> Future[None]:
@@ -739,7 +770,9 @@ class Core(Moves):
         gone: Future[None] = Future()
         gone.add_done_callback(_wake_if_cancelled)
         entry.gone.append(gone)
-        if entry.state is not State.UNLOADING:
+        if entry.state is State.UNLOADING:
+            entry.drops_copy = True
+        else:
             entry.cause = cause
             if entry.is_idle:
                 self._unload_locked(entry, cause)

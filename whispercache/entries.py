@@ -77,6 +77,7 @@ class Device:
         self.unreturned_bytes: int = 0  # freed, but not seen to be free; see `keep`
         self.copies_bytes: int = 0  # of weights on the host that are on a card as well
         self.floor_bytes: int | None = None  # what the process keeps of it for its life
+        self.is_watched: bool = False  # its gauge will be read again
         self._excess_bytes: int | None = None  # in use besides models, when last seen
         self.thread: DeviceThread = DeviceThread(name)
         self.most_bytes: int | None = None  # by the gauge, if other processes give way
@@ -137,15 +138,18 @@ class Device:
         self.work_bytes += n_bytes
         self.work_peak_bytes = max(self.work_peak_bytes, self.work_bytes)
 
-    def keep(self, unreturned_bytes: int) -> None:
+    def keep(self, unreturned_bytes: int, used_bytes: int | None) -> None:
         """
         Go on counting what a model freed but nobody saw come back, until the gauge
-        shows it.
+        shows it; *used_bytes* is what it showed then.
         """
         if unreturned_bytes:
+            weights_bytes = self.held_bytes - self.unreturned_bytes
             self.unreturned_bytes += unreturned_bytes
             self.charge(unreturned_bytes)
             self._excess_bytes = None
+            if used_bytes is not None:
+                self._excess_bytes = max(0, used_bytes - weights_bytes)
 
     def _credit_late(self, reading: MemoryReading) -> None:
         """
@@ -500,7 +504,7 @@ class Entry:
         assert (self.loaded is not None) is loaded, f"{key} is {state}"
         assert bool(self.leases) or not self.workspace_bytes, f"{key} works unleased"
         assert self.owners.keys() == self.leases.keys(), f"{key}: owners"
-        assert not self.copy_bytes or loaded, f"{key}: a copy, and {state}"
+        assert not self.copy_bytes or loaded or self.restores, f"{key}: a copy, {state}"
         is_there = state is State.RESIDENT
         assert not self.parked_bytes or not is_there, f"{key}: parked, and {state}"
 
@@ -538,6 +542,7 @@ def reservations(parts: Sequence[Part]) -> dict[Entry, tuple[int, int]]:
     last: dict[Device, Entry] = {}
     extra_bytes: dict[Device, int] = {}
     host_bytes: dict[Device, int] = {}
+    copies_bytes = 0
     for entry, footprints in wanted.items():
         device = entry.device
         work_bytes = max(each.workspace_bytes for each in footprints)
@@ -549,9 +554,11 @@ def reservations(parts: Sequence[Part]) -> dict[Entry, tuple[int, int]]:
         reserved[entry] = kept_bytes, 0
         last[device] = entry
         extra_bytes[device] = max(extra_bytes.get(device, 0), peak_bytes - kept_bytes)
-        if entry.parked_bytes:
+        left_bytes = entry.host.left_bytes - copies_bytes
+        if 0 < entry.parked_bytes <= left_bytes:
             # It is there already, and stays there beside the weights.
             reserved[entry] = kept_bytes, entry.parked_bytes
+            copies_bytes += entry.parked_bytes
         elif device is not entry.host:
             host_bytes[device] = max(host_bytes.get(device, 0), on_host)
     for device, entry in last.items():

@@ -218,6 +218,8 @@ class FasterWhisperLoader:
     _pages: ReadAhead = field(default_factory=ReadAhead)
     _builder: Builder | None = None
     _warm: set[tuple[str, str]] = field(default_factory=set)
+    _cold: dict[str, vram.Holdings] = field(default_factory=dict)
+    _present: dict[ModelKey, LoadedModel] = field(default_factory=dict)
     _downloading: dict[str, threading.Lock] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -332,7 +334,7 @@ class FasterWhisperLoader:
         weights_bytes = self.learned.correct(
             key.model,
             key.compute_type,
-            self.probe.device_name(key.device),
+            self._name_of(key.device),
             predicted.weights_bytes,
         )
         # Upwards only: a load into memory that an earlier one left looks too small.
@@ -343,7 +345,7 @@ class FasterWhisperLoader:
             loading_bytes = int(loading_bytes * HEAP_SLACK)
         else:
             # Upwards only, too: few calls do all that was reserved for.
-            card = self.probe.device_name(key.device)
+            card = self._name_of(key.device)
             seen_bytes = self.learned.correct(_WORK, "", card, workspace_bytes)
             workspace_bytes = max(workspace_bytes, seen_bytes)
         return replace(
@@ -362,10 +364,21 @@ class FasterWhisperLoader:
         self.learned.record(
             key.model,
             key.compute_type,
-            self.probe.device_name(key.device),
+            self._name_of(key.device),
             predicted.weights_bytes,
             measured_bytes,
         )
+
+    def _name_of(self, device: str) -> str:
+        """
+        What the hardware is called; just its place where no driver of NVIDIA knows it,
+        as with ROCm.
+        """
+        try:
+            return self.probe.device_name(device)
+        except DeviceUnavailable as error:
+            _log.debug("%s has no name: %s", device, error)
+            return device
 
     def warm_up_needed(self, key: ModelKey) -> str:
         """
@@ -382,7 +395,9 @@ class FasterWhisperLoader:
         load_cublas()
         _use_in_this_process()
         kind, _, index = key.device.partition(":")
-        before = vram.holdings(key.device, self.probe)
+        # A try that fails may leave the context there, which is part of the floor.
+        cold = vram.holdings(key.device, self.probe)
+        before = self._cold.setdefault(key.device, cold)
         try:
             primer.prime(_ctranslate2(), kind, int(index or 0), key.compute_type)
         except RuntimeError as error:
@@ -399,7 +414,7 @@ class FasterWhisperLoader:
         """
         Note what calls took, for the next footprint on a card of that name.
         """
-        card = self.probe.device_name(device)
+        card = self._name_of(device)
         self.learned.record(_WORK, "", card, predicted_bytes, measured_bytes)
 
     def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
@@ -459,6 +474,7 @@ class FasterWhisperLoader:
             vram.forget_peak(key.device)
         del model, whisper, kept, shell
         loaded.references = loaded.count_references()
+        self._present[key] = loaded
         return loaded
 
     def _build(self, key: ModelKey, files: ModelFiles) -> WhisperModel:
@@ -496,26 +512,44 @@ class FasterWhisperLoader:
         before = self._held(device)
         references = max(0, loaded.count_references() - loaded.references)
         try:
+            # A copy beside it in the same memory would be of no use.
+            parks = parks and not vram.is_integrated(device)
             parks = _unload_weights(loaded, parks=parks)
         except _StillLoaded as still:
             return Released(confirmed=False, reason=f"not unloaded: {still}")
         self._shells.keep(loaded.key, _shell_of(loaded, parks=parks))
+        self._present.pop(loaded.key, None)
         del loaded.whisper
         if not load_follows:
             self.return_memory(device)
         if device != "cpu":
-            seen = vram.returned(device, self.probe, before, loaded.expected_bytes)
+            seen = vram.returned(
+                device,
+                self.probe,
+                before,
+                loaded.expected_bytes,
+                is_quiet=self._is_quiet(device),
+            )
             vram.forget_peak(device)
             return Released(
                 confirmed=True,
                 returned_bytes=seen.returned_bytes,
                 references=references,
                 unreturned_bytes=seen.unreturned_bytes,
+                used_bytes=seen.used_bytes,
                 peak_bytes=None if before.pool is None else before.pool.peak_bytes,
             )
         grown = None if load_follows else self._held(device).growth_since(before)
         fallen = None if grown is None else -grown
         return Released(confirmed=True, returned_bytes=fallen, references=references)
+
+    def _is_quiet(self, device: str) -> bool:
+        """
+        Whether no call runs on any model on *device*, on whose thread this is.
+        """
+        # A copy: other devices' threads change it meanwhile.
+        here = [e for e in list(self._present.values()) if e.key.device == device]
+        return not any(each.whisper.model.num_active_batches for each in here)
 
     def parked(self) -> Mapping[ModelKey, int]:
         """
@@ -573,6 +607,7 @@ class FasterWhisperLoader:
 
         Source: src/cuda/allocator.cc @ 0ea0c41; read, not run.
         """
+        self._present.pop(loaded.key, None)
         _keep_for_ever(loaded.whisper)
 
     def lost(self, device: str) -> None:
@@ -599,6 +634,8 @@ class FasterWhisperLoader:
         self._pages = ReadAhead()
         self._downloading.clear()
         self._warm.clear()
+        self._cold.clear()
+        self._present.clear()
         self._lock = threading.Lock()
         if self._builder is not None:
             self._builder.forked()

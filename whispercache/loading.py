@@ -79,6 +79,7 @@ class Released:
         reason: What was seen instead, if not confirmed.
         references: References to the object that are left, but should not be.
         unreturned_bytes: What they took of a card and was not seen to be free.
+        used_bytes: What all programs used of the card afterwards, or None.
         peak_bytes: Most that this process used of the card since the load or unload
             before, or None.
     """
@@ -88,6 +89,7 @@ class Released:
     reason: str = ""
     references: int = 0
     unreturned_bytes: int = 0
+    used_bytes: int | None = None
     peak_bytes: int | None = None
 
 

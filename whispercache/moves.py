@@ -9,6 +9,7 @@ leaves a device unusable ends all that wait for it.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import threading
 import traceback
@@ -83,6 +84,8 @@ class Moves(Books):
     park_limit: Limit | None = None  # of copies on the host; None for no copies
     _grants: int = 0  # leases granted so far
     _parked: frozenset[Entry] = frozenset()
+    _looks = itertools.count()
+    _last_look = -1
 
     def _serve_locked(self, entry: Entry) -> None:
         """
@@ -124,7 +127,11 @@ class Moves(Books):
 
     def _start_load_locked(self, entry: Entry, n_bytes: int, host_bytes: int) -> None:
         entry.state = State.LOADING
-        entry.restores = entry.parked_bytes > 0
+        entry.restores = 0 < entry.parked_bytes <= host_bytes
+        if entry.restores:  # it is held already, and no longer gives way
+            entry.host.shell_bytes -= entry.parked_bytes
+            entry.hold_copy(entry.parked_bytes)
+            host_bytes -= entry.parked_bytes
         entry.device.loads_begun += 1
         entry.device.entries[entry.key] = entry
         entry.charge(n_bytes, host_bytes=host_bytes)
@@ -197,24 +204,36 @@ class Moves(Books):
         Whether the copy has gone that its weights were to come from. Then it is
         admitted anew: to read them takes more of the host.
         """
-        if not entry.restores or entry.key in self.loader.parked():
+        is_parked = entry.key in self.loader.parked()
+        if not entry.restores and is_parked:  # the host had no room for it to stay
+            self.loader.forget(entry.key)
+        if not entry.restores or is_parked:
             return False
+        shells = self._shells()
         with self.changing():
             self._take_back_locked(entry)
-            entry.parked_bytes = 0
+            self._note_shells_locked(entry.host, *shells)
             self._admit_locked()
         return True
 
-    def _shells(self) -> tuple[int, Mapping[ModelKey, int]]:
+    def _shells(self) -> tuple[int, int, Mapping[ModelKey, int]]:
         """
-        What models left behind, and how much of it is whose weights.
+        What models left behind, and how much of it is whose weights; with a number
+        that tells which of two looks is the newer one.
         """
-        return self.loader.shell_bytes(), self.loader.parked()
+        serial = next(self._looks)
+        return serial, self.loader.shell_bytes(), self.loader.parked()
 
     def _note_shells_locked(
-        self, host: Device, shell_bytes: int, parked: Mapping[ModelKey, int]
+        self,
+        host: Device,
+        serial: int,
+        shell_bytes: int,
+        parked: Mapping[ModelKey, int],
     ) -> None:
-        host.shell_bytes = shell_bytes
+        if serial < self._last_look:
+            return  # another device's thread knows better
+        self._last_look = serial
         for entry in self._parked:
             entry.parked_bytes = 0
         known = (self.entries.get(key) for key in parked)
@@ -222,6 +241,9 @@ class Moves(Books):
         for entry in self._parked:
             if entry.state is not State.RESIDENT:
                 entry.parked_bytes = parked[entry.key]
+            if entry.state is State.LOADING and entry.restores:
+                shell_bytes -= entry.parked_bytes  # charged as a copy
+        host.shell_bytes = shell_bytes
 
     def _shrink_shells(
         self, host: Device, most_bytes: int | None = None, but: ModelKey | None = None
@@ -233,10 +255,17 @@ class Moves(Books):
         with self.changing():
             host.is_shedding = False
             left_bytes = host.left_bytes if most_bytes is None else most_bytes
+            if most_bytes != 0:  # those that are about to be used are charged
+                left_bytes += sum(
+                    each.parked_bytes
+                    for each in self._parked
+                    if each.state is State.LOADING and each.restores and each.key != but
+                )
         self.loader.shrink_shells(max(0, left_bytes), but)
         shells = self._shells()
         with self.changing():
             self._note_shells_locked(host, *shells)
+            self._admit_locked()
 
     def _shed_locked(self, host: Device) -> None:
         """
@@ -444,8 +473,10 @@ class Moves(Books):
             self.loader.return_memory(entry.key.device)
         except Exception:  # nor may this keep them waiting
             _log.exception("memory of %s was not returned", entry.key)
+        shells = self._shells()
         with self.changing():
             self._absent_locked(entry)
+            self._note_shells_locked(entry.host, *shells)
             entry.failures += 1
             entry.failure = reason
             if entry.failures > 1:
@@ -529,27 +560,61 @@ class Moves(Books):
         is_one = entry.num_workers == 1 and entry.device is not host
         if self.park_limit is None or not is_one or asked_for or entry.drops_copy:
             return False
-        if entry.copy_bytes:
+        if entry.copy_bytes or entry.host_bytes:  # it has one, or was asked to make it
             return True
         n_bytes = entry.weights_bytes
         with self.changing():
+            left_bytes = host.left_bytes
             limit_bytes = self.park_limit.of(host.total_bytes or 0)
-            most_bytes = host.left_bytes
-            if limit_bytes is not None:
-                most_bytes = min(most_bytes, limit_bytes - host.copies_bytes)
-        if n_bytes > most_bytes:
+            if limit_bytes is None:
+                limit_bytes = left_bytes
+        if n_bytes > min(left_bytes, limit_bytes):
             return False
-        self._shrink_shells(host, most_bytes - n_bytes)
+        self._shrink_copies(host, limit_bytes - n_bytes)
+        self._shrink_shells(host, left_bytes - n_bytes)
         try:
             reading = self.probe.read(host.name)
         except Exception as error:  # without a gauge, nothing that one can do without
             _log.warning("free memory of %s is unknown: %s", host.name, error)
             return False
         with self.changing():
-            if n_bytes > min(host.left_bytes, host.usable_bytes(reading)):
+            # Another card's thread may have been faster.
+            left_bytes = min(host.left_bytes, host.usable_bytes(reading))
+            limit_bytes -= self._copies_bytes_locked(host)
+            if n_bytes > min(left_bytes, limit_bytes):
                 return False
-            entry.hold_copy(n_bytes)
+            entry.charge(entry.weights_bytes, host_bytes=n_bytes)
         return True
+
+    def _copies_bytes_locked(self, host: Device) -> int:
+        """
+        All copies of weights: beside those on cards, of models that have left, and in
+        the making.
+        """
+        present = (e for each in self.devices.values() for e in each.entries.values())
+        making = (e.host_bytes for e in present if e.state is State.UNLOADING)
+        parked = (e.parked_bytes for e in self._parked if not e.copy_bytes)
+        return host.copies_bytes + sum(making) + sum(parked)
+
+    def _shrink_copies(self, host: Device, most_bytes: int) -> None:
+        """
+        Let copies of models that have left go, the oldest first, until there are no
+        more than *most_bytes* of copies.
+        """
+        parked = self.loader.parked()
+        with self.changing():
+            excess_bytes = self._copies_bytes_locked(host) - most_bytes
+            gone: list[ModelKey] = []
+            for key, n_bytes in parked.items():
+                if excess_bytes > 0 and self.entries[key].state is State.ABSENT:
+                    gone.append(key)
+                    excess_bytes -= n_bytes
+        for key in gone:
+            self.loader.forget(key)
+        if gone:
+            shells = self._shells()
+            with self.changing():
+                self._note_shells_locked(host, *shells)
 
     def _forget(self, entry: Entry) -> None:
         """
@@ -562,6 +627,7 @@ class Moves(Books):
         shells = self._shells()
         with self.changing():
             self._note_shells_locked(entry.host, *shells)
+            self._admit_locked()
 
     def _load_follows_locked(self, device: Device) -> bool:
         """
@@ -574,6 +640,8 @@ class Moves(Books):
         )
 
     def _unloaded(self, entry: Entry, released: Released) -> None:
+        if entry.drops_copy:  # somebody asked for that while it was leaving
+            self.loader.forget(entry.key)
         device, shells = entry.device, self._shells()
         with self.changing():
             assert entry.cause is not None
@@ -591,14 +659,14 @@ class Moves(Books):
                     released.returned_bytes,
                     unload_s,
                     unreturned_bytes,
-                    parked=entry.key in shells[1],
+                    parked=entry.key in shells[2],
                 )
             )
             if released.references:
                 self.outbox.append(ModelStillReferenced(entry.key, released.references))
             self._note_shells_locked(entry.host, *shells)
             self._absent_locked(entry)
-            device.keep(unreturned_bytes)
+            device.keep(unreturned_bytes, released.used_bytes)
             self._admit_locked()
         if released.peak_bytes is not None and work_bytes:
             measured_bytes = released.peak_bytes - weights_bytes
@@ -649,8 +717,10 @@ class Moves(Books):
         Close the books of a model that is not, or no longer, in memory.
         """
         entry.charge(0)
+        if entry.state is State.LOADING and entry.restores:  # a shell as before
+            entry.host.shell_bytes += entry.copy_bytes
         entry.hold_copy(0)
-        entry.drops_copy = False
+        entry.restores = entry.drops_copy = False
         entry.device.is_stale = True
         entry.state = State.ABSENT
         entry.loaded = None

@@ -50,10 +50,18 @@ KNOWN_REQUESTS = 65_536
 class Target:
     """
     A model to lease, and how to get its files.
+
+    Attributes:
+        entry: Its books.
+        options: Load options as they were given.
+        needed_bytes: What it takes there, with a call.
+        is_placed: Its device was chosen, not named.
     """
 
     entry: Entry
     options: Mapping[str, OptionValue]
+    needed_bytes: int = 0
+    is_placed: bool = False
 
 
 class Resolver:
@@ -125,7 +133,10 @@ class Resolver:
         files = self._peek(model, options, download=download)
         wish = _Wish(model, compute_type, kept, files)
         key = self._place(wish, wanted, beside)
-        target = Target(self._core.entry(key), options)
+        footprint = self._loader.footprint(key, files, DEFAULT_WORKLOAD)
+        is_placed = wanted in ("auto", "cuda")
+        entry = self._core.entry(key)
+        target = Target(entry, options, footprint.total_bytes, is_placed)
         # A relative path means another model after os.chdir().
         if not is_directory(model) or os.path.isabs(name):
             if len(self._known) >= KNOWN_REQUESTS:
@@ -242,10 +253,13 @@ class Resolver:
             try:
                 self._core.observe(books)
             except DeviceUnavailable as error:
-                _log.warning("passing over %s", error)
+                _log.warning("passing over %s: %s", device, error)
+                continue
+            if (refusal := self._core.refusal(key)) is not None:
+                _log.warning("passing over %s: %s", device, refusal)
                 continue
             footprint = self._loader.footprint(key, wish.files, DEFAULT_WORKLOAD)
-            own = {target.entry for target in beside if target.entry.key != key}
+            own = {target.entry for target in beside}
             yield self._core.candidate(key, footprint.total_bytes, own)
 
 

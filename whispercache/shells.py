@@ -30,7 +30,8 @@ __all__ = ["KEPT_SHELLS", "Shell", "Shells"]
 
 KEPT_SHELLS = 8
 """
-Most shells that are kept, whatever room there is: each has idle threads.
+Most shells that are kept, whatever room there is: each has idle threads. Those with
+weights in them are not counted, as room alone bounds them.
 """
 
 _SHELL_BYTES = 128 * 1024
@@ -114,8 +115,9 @@ class Shells:
         with self._lock:
             gone = [self._kept.pop(key, None)]  # or this one would go in its turn
             self._kept[key] = shell
-            if len(self._kept) > KEPT_SHELLS:
-                gone.append(self._kept.pop(next(iter(self._kept))))
+            plain = [key for key, each in self._kept.items() if not each.copy_bytes]
+            if len(plain) > KEPT_SHELLS:
+                gone.append(self._kept.pop(plain[0]))
         del gone  # their threads end here, without the lock
 
     def take(self, key: ModelKey) -> Shell | None:

@@ -174,6 +174,12 @@ class FakeMachine:
         held_bytes = self.held_bytes[device] + self.others_bytes[device]
         return self.total_bytes[device] - held_bytes
 
+    def used_bytes(self, device: str) -> int:
+        """
+        What anybody holds.
+        """
+        return self.total_bytes[device] - self.free_bytes(device)
+
     def take(self, device: str, n_bytes: int) -> None:
         """
         Allocate; as CTranslate2 does, with its error, where there is too little.
@@ -531,7 +537,7 @@ class FakeLoader:
         """
         What the shells take.
         """
-        return sum(self.shells.values())
+        return sum(list(self.shells.values()))
 
     def shrink_shells(self, most_bytes: int, but: ModelKey | None = None) -> None:
         """
@@ -611,6 +617,7 @@ class FakeLoader:
             confirmed=True,
             returned_bytes=n_bytes - kept_bytes,
             unreturned_bytes=kept_bytes,
+            used_bytes=self.machine.used_bytes(key.device),
         )
 
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:

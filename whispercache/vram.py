@@ -33,6 +33,7 @@ __all__ = [
     "floor_bytes",
     "forget_peak",
     "holdings",
+    "is_integrated",
     "returned",
     "settle",
     "synchronize",
@@ -118,10 +119,12 @@ class Return:
     Attributes:
         returned_bytes: Fall that was seen, or None where nothing can be seen.
         unreturned_bytes: What must be taken for still held.
+        used_bytes: What all programs hold afterwards, by the gauge; None if unknown.
     """
 
     returned_bytes: int | None
     unreturned_bytes: int
+    used_bytes: int | None = None
 
 
 def holdings(device: str, probe: MemoryProbe) -> Holdings:
@@ -185,18 +188,24 @@ def returned(
         left_bytes = missing_bytes
         if not is_quiet:
             left_bytes = min(missing_bytes, after.pool.idle_bytes)
-        return Return(fallen_bytes, 0 if fallen_bytes >= enough_bytes else left_bytes)
+        if fallen_bytes >= enough_bytes:
+            left_bytes = 0
+        return Return(fallen_bytes, left_bytes, after.used_bytes)
     if before.used_bytes is None or after.used_bytes is None:
         return Return(None, 0)
-    fallen_bytes = before.used_bytes - after.used_bytes
+    used_bytes = after.used_bytes
     give_up_s = time.monotonic() + RETURN_WAIT_S
-    while fallen_bytes < enough_bytes and time.monotonic() < give_up_s:
+    while before.used_bytes - used_bytes < enough_bytes:
+        if time.monotonic() > give_up_s:
+            break
         time.sleep(_LOOK_S)
-        used_bytes = _used_bytes(device, probe)
-        if used_bytes is not None:
-            fallen_bytes = max(fallen_bytes, before.used_bytes - used_bytes)
+        seen_bytes = _used_bytes(device, probe)
+        used_bytes = used_bytes if seen_bytes is None else min(used_bytes, seen_bytes)
+    fallen_bytes = before.used_bytes - used_bytes
     missing_bytes = expected_bytes - max(0, fallen_bytes)
-    return Return(fallen_bytes, 0 if fallen_bytes >= enough_bytes else missing_bytes)
+    if fallen_bytes >= enough_bytes:
+        missing_bytes = 0
+    return Return(fallen_bytes, missing_bytes, used_bytes)
 
 
 def floor_bytes(device: str, probe: MemoryProbe, before: Holdings) -> int | None:
@@ -219,6 +228,14 @@ def warm_up_reason(device: str) -> str:
     What the first work on *device* does besides itself, and how long that may take.
     """
     return compile_reason(device) or "CUDA and cuBLAS start, once a process"
+
+
+def is_integrated(device: str) -> bool:
+    """
+    Whether *device* has no memory of its own but shares the host's.
+    """
+    found = _find(device)
+    return found is not None and found[0].is_integrated(found[1])
 
 
 def compile_reason(device: str) -> str:

@@ -15,9 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["OUT_OF_MEMORY", "CardBooks", "CardMemory", "visible_cards"]
+__all__ = [
+    "OUT_OF_MEMORY",
+    "CardBooks",
+    "CardMemory",
+    "change_machine",
+    "visible_cards",
+]
 
 OUT_OF_MEMORY = "CUDA failed with error out of memory"
 
@@ -158,6 +164,18 @@ def visible_cards() -> list[int]:
     lines = [line.split() for line in _state().splitlines()]
     visible = [line[1:] for line in lines if line[:1] == ["visible"]]
     return [int(card) for line in visible for card in line]
+
+
+def change_machine(change: Callable[[list[str]], None]) -> None:
+    """
+    Let *change* edit the lines of the machine's state.
+    """
+    lines = _state().splitlines()
+    change(lines)
+    path = Path(os.environ["FAKE_GPU_STATE"])
+    new = path.with_name(f"{path.name}.changed")
+    new.write_text("\n".join(lines))
+    new.replace(path)
 
 
 def _cards() -> list[tuple[int, int]]:
