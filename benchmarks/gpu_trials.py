@@ -1,0 +1,336 @@
+"""
+The parts of `gpu.py` in which something is in the way: a card that is full, a second
+card, and a process that is moved off the card from outside.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from gpu_card import Card, Parking
+from gpu_parts import Heard, noise, plain_cache, say
+from gpu_records import Pair, Said, Step, Survival
+from gpu_run import Child
+
+from whispercache.cuda import CudaError
+from whispercache.errors import WhisperCacheError
+from whispercache.events import (
+    EvictionCause,
+    ModelEvicted,
+    ModelLoaded,
+    ModelLoading,
+)
+from whispercache.footprint import read_header, weights_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gpu_records import Record
+    from gpu_run import Setup
+
+    from whispercache import ModelCache
+    from whispercache.events import Event
+
+__all__ = ["checkpoint", "holder", "out_of_memory", "parker", "two_cards"]
+
+_ANSWER_S = 120.0
+
+
+# Out of memory -----------------------------------------------------------------------
+
+
+class _Trial(NamedTuple):
+    """
+    One way to run out of memory.
+
+    Attributes:
+        case: In words.
+        there: Models that are loaded before.
+        leave_bytes: What the other tenant leaves.
+        is_call: It comes before a call of a model that is there; else after a load was
+            admitted.
+    """
+
+    case: str
+    there: tuple[Path, ...]
+    leave_bytes: int
+    is_call: bool
+
+
+def out_of_memory(setup: Setup, argument: str) -> Iterator[Record]:
+    """
+    Another tenant takes the card just after a load was admitted, or before a call.
+
+    Raises:
+        RuntimeError: there are no two models.
+    """
+    del argument
+    card = Card(setup.device)
+    large, small = setup.nearest("large-v3"), setup.nearest("small")
+    if large == small:
+        small = setup.sizes[0]
+    if large == small:
+        raise RuntimeError("it takes two models; --sizes names one")
+    idle, wanted = setup.model(large), setup.model(small)
+    half_bytes = weights_bytes(read_header(str(wanted)), "float16", setup.device) // 2
+    can, cannot = "an idle model can leave for it", "nothing can leave for it"
+    trials = (
+        _Trial(f"a load, {can}", (idle,), half_bytes, is_call=False),
+        _Trial(f"a load, {cannot}", (), half_bytes, is_call=False),
+        _Trial(f"a call, {can}", (idle, wanted), setup.full_bytes, is_call=True),
+        _Trial(f"a call, {cannot}", (wanted,), setup.full_bytes, is_call=True),
+    )
+    with plain_cache() as cache:
+        for trial in trials:
+            yield _try(setup, card, trial, wanted, cache)
+
+
+def _try(
+    setup: Setup, card: Card, trial: _Trial, wanted: Path, cache: ModelCache
+) -> Survival:
+    def attempt() -> str:
+        """
+        The error that it ends with, or nothing.
+        """
+        try:
+            if trial.is_call:
+                model = cache.get_model(wanted, setup.device, "float16")
+                segments, _ = model.transcribe(noise(), language="en", beam_size=1)
+                list(segments)
+            else:
+                cache.preload(wanted, setup.device, "float16")
+        except (WhisperCacheError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    heard = Heard(cache)
+    cache.preload(wanted, setup.device, "float16")  # from here on CUDA runs
+    cache.evict()
+    for path in trial.there:
+        cache.preload(path, setup.device, "float16")
+    heard.all_of(ModelEvicted)
+    with _another_tenant(cache, card, trial.leave_bytes, at_once=trial.is_call):
+        raised = attempt()
+    gone = heard.all_of(ModelEvicted)
+    after = attempt()
+    cache.evict()
+    held = card.held()
+    idle_bytes = None
+    if held.reserved_bytes is not None and held.used_bytes is not None:
+        idle_bytes = held.reserved_bytes - held.used_bytes
+    left = sum(each.cause is EvictionCause.OUT_OF_MEMORY for each in gone)
+    return Survival(trial.case, raised, left, not raised, not after, idle_bytes)
+
+
+@contextmanager
+def _another_tenant(
+    cache: ModelCache, card: Card, leave_bytes: int, *, at_once: bool
+) -> Iterator[None]:
+    """
+    Take the card but for *leave_bytes*: now, or when the next load has been admitted.
+    """
+    taken: list[int] = []
+
+    def fill(event: Event) -> None:
+        if isinstance(event, ModelLoading) and not taken:
+            taken.extend(card.fill(leave_bytes))
+
+    unsubscribe = cache.subscribe(fill)
+    if at_once:
+        taken += card.fill(leave_bytes)
+    try:
+        yield
+    finally:
+        unsubscribe()
+        for address in taken:
+            card.give_back(address)
+
+
+# Two cards ---------------------------------------------------------------------------
+
+
+def two_cards(setup: Setup, argument: str) -> Iterator[Record]:
+    """
+    One model on each of two cards: loaded at the same time, working at the same time.
+
+    Watched for: illegal memory accesses (SYSTRAN/faster-whisper#946).
+
+    Raises:
+        RuntimeError: there are no two cards.
+    """
+    del argument
+    card = Card(setup.device)
+    count = card.driver.device_count
+    if count < 2:  # noqa: PLR2004 - two
+        raise RuntimeError("not run: it takes two cards, CUDA sees one")
+    devices, path = ("cuda:0", "cuda:1"), setup.model(setup.nearest("small"))
+    with plain_cache() as cache:
+        heard = Heard(cache)
+        alone: dict[str, tuple[float, str]] = {}
+        for device in devices:
+            cache.preload(path, device, "float16")  # warms the card up
+            cache.evict(path)
+            with cache.lease(path, device, "float16") as whisper:
+                text = say(whisper)
+            alone[device] = heard.all_of(ModelLoaded)[-1].load_s, text
+            cache.evict(path)
+        start = threading.Barrier(len(devices))
+
+        def work(device: str) -> Pair:
+            start.wait(_ANSWER_S)
+            with cache.lease(path, device, "float16") as whisper:
+                texts = [say(whisper) for _ in range(setup.answers)]
+            load_s, text = alone[device]
+            differing = sum(each != text for each in texts)
+            return Pair(device, 0.0, load_s, len(texts), differing)
+
+        with ThreadPoolExecutor(len(devices)) as pool:
+            pairs = list(pool.map(work, devices))
+        seconds = {e.key.device: e.load_s for e in heard.all_of(ModelLoaded)}
+        for pair in pairs:
+            yield Pair(
+                pair.device,
+                seconds[pair.device],
+                *(pair.alone_s, pair.answers, pair.differing),
+            )
+
+
+# Parked from outside -----------------------------------------------------------------
+
+
+def checkpoint(setup: Setup, argument: str) -> Iterator[Record]:
+    """
+    A process with a large model is moved off the card and back; by this user, and by
+    one without privileges.
+
+    Raises:
+        RuntimeError: the one who should do it failed.
+    """
+    del argument
+    users: list[int | None] = [None]
+    if setup.nobody is not None:
+        users.append(setup.nobody)
+    failed = []
+    for user in users:
+        home = Path(setup.home)
+        if user is not None:
+            home = _home_of(user, home)
+        parts = {"CUDA_CACHE_PATH": home / "kernels", "XDG_CACHE_HOME": home / "cache"}
+        environment = {name: str(path) for name, path in parts.items()}
+        try:
+            child = Child("parker", setup, user=user, environment=environment)
+        except OSError as error:  # this Python may be out of another user's reach
+            failed.append(f"as {_name(user)}: {error}")
+            continue
+        outcome = child.outcome()
+        yield from outcome.records
+        if outcome.error:
+            failed.append(f"as {_name(user)}: {outcome.error}")
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+def _home_of(user: int, home: Path) -> Path:
+    """
+    Caches that another user may write, with the kernels that are compiled already.
+    """
+    own = home / f"of-{user}"
+    if (home / "kernels").is_dir():
+        shutil.copytree(home / "kernels", own / "kernels", dirs_exist_ok=True)
+    (own / "cache").mkdir(parents=True, exist_ok=True)
+    for path in (own, *own.rglob("*")):
+        os.chown(path, user, -1)
+    return own
+
+
+def _name(user: int | None) -> str:
+    return str(os.geteuid() if user is None else user)
+
+
+def parker(setup: Setup, argument: str) -> Iterator[Record]:
+    """
+    Starts a process with a model, moves it off the card and back, and hears it again.
+
+    Raises:
+        RuntimeError: that process failed.
+    """
+    del argument
+    card = Card(setup.device)
+    before_bytes = card.gauge_bytes()
+    child = Child("holder", setup)
+    answers = child.records()
+
+    def step(name: str, call: Callable[[], object]) -> Step:
+        started_s = time.perf_counter()
+        try:
+            problem = str(call() or "")
+        except CudaError as error:
+            problem = str(error)
+        took_s = time.perf_counter() - started_s
+        taken_bytes = card.gauge_bytes() - before_bytes
+        state, host_bytes = _state_of(parking), _resident_bytes(child.pid)
+        return Step(_name(None), name, took_s, state, taken_bytes, host_bytes, problem)
+
+    try:
+        first = _next_answer(child, answers)
+        parking = Parking(child.pid)
+
+        def ask_again() -> str:
+            child.go_on()
+            return "" if _next_answer(child, answers) == first else "another answer"
+
+        yield step("before", str)
+        for name, call in (
+            ("lock", parking.lock),
+            ("checkpoint", parking.checkpoint),
+            ("restore", parking.restore),
+            ("unlock", parking.unlock),
+            ("answer", ask_again),
+        ):
+            done = step(name, call)
+            yield done
+            if done.error:
+                break
+    finally:
+        child.end()
+
+
+def _next_answer(child: Child, answers: Iterator[Record]) -> str:
+    # One that never comes is ended by the time limit of the part.
+    for said in answers:
+        if isinstance(said, Said):
+            return said.text
+    raise RuntimeError(f"the process with the model failed: {child.end()}")
+
+
+def _state_of(parking: Parking) -> str:
+    try:
+        return parking.state()
+    except CudaError as error:
+        return str(error)
+
+
+def _resident_bytes(pid: int) -> int:
+    import psutil
+
+    return int(psutil.Process(pid).memory_info().rss)
+
+
+def holder(setup: Setup, argument: str) -> Iterator[Record]:
+    """
+    Holds a large model, and answers once, and once more for each line that it reads.
+    """
+    del argument
+    path = setup.model(setup.nearest("large-v3"))
+    with plain_cache() as cache, cache.lease(path, setup.device, "float16") as whisper:
+        yield Said(say(whisper))
+        for _ in sys.stdin:
+            yield Said(say(whisper))
