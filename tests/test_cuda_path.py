@@ -600,6 +600,47 @@ def _other_bytes() -> int:
     return estimate(header, "float16", "cuda:0").weights_bytes
 
 
+class TestLearning:
+    """
+    What was measured on a card corrects what is predicted for one of that name.
+    """
+
+    def test_calls_that_take_more_than_predicted_are_given_more(
+        self, gpus: FakeGpus
+    ) -> None:
+        """
+        Once three loads of the same model had calls that took a quarter more, so much
+        is reserved for the next; calls that take less change nothing.
+        """
+        gpus.set_state(ONE_CARD)
+        predicted_bytes = estimate(read_header(micro()), "float16", "cuda:0")
+        work_bytes = predicted_bytes.workspace_bytes
+        answer = _run(
+            gpus,
+            """
+def reserved(cache):
+    with cache.lease(MODEL, "cuda", "float16"):
+        return cache.models()[0].workspace_bytes
+
+predicted = int(os.environ["PREDICTED"])
+with open_cache() as cache:
+    answer["reserved"] = [reserved(cache)]
+    for factor in (0.9, 1.25):
+        standin.behave(work_bytes=int(predicted * factor))
+        for _ in range(3):
+            say(cache)
+            cache.evict(MODEL)
+        settle(cache)
+        answer["reserved"].append(reserved(cache))
+        cache.evict(MODEL)
+""",
+            PREDICTED=str(work_bytes),
+        )
+        first, after_less, after_more = answer["reserved"]
+        assert first == after_less == work_bytes
+        assert after_more == pytest.approx(1.25 * work_bytes, rel=0.01)
+
+
 class TestHostTier:
     """
     Copies of weights that have left a card.

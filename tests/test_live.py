@@ -35,6 +35,17 @@ TOLD: tuple[tuple[events.Event, str, str], ...] = (
         "loaded again in 0.50 s: 1.0 GiB",
     ),
     (
+        events.ModelLoaded(KEY, 0.3, GIB, None, reloaded=True, restored=True),
+        "loaded",
+        "loaded from the host in 0.30 s: 1.0 GiB",
+    ),
+    (
+        events.DeviceWarmingUp(KEY, "cuda:0", "CUDA compiles"),
+        "loading",
+        "warms up: CUDA compiles",
+    ),
+    (events.DeviceWarmedUp(KEY, "cuda:0", 28.4, GIB), "loaded", "warmed up in 28.40 s"),
+    (
         events.ModelLoadFailed(KEY, "no such file"),
         "failed",
         "could not be loaded: no such file",
@@ -47,6 +58,14 @@ TOLD: tuple[tuple[events.Event, str, str], ...] = (
     ),
     (events.ModelStillReferenced(KEY, 1), "warning", "left, but somebody still"),
     (events.FellBack(KEY, "large-v3", "too large"), "warning", "in place of large-v3"),
+    (
+        events.ModelEvicted(
+            KEY, EvictionCause.EXPIRED, GIB, GIB, 0.1, GIB // 2, parked=True
+        ),
+        "evicted",
+        "left after its keep-alive: 1.0 GiB free, a copy stays on the host, 512.0 MiB "
+        "not seen to return",
+    ),
     *(
         (events.ModelEvicted(KEY, cause, GIB, None, 0.1), "evicted", "1.0 GiB free")
         for cause in EvictionCause

@@ -109,6 +109,8 @@ def run_on_cards(
         # Threads that spin while they wait take the others' time on a busy machine.
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
+        # What one test's cards teach must not be known to another's.
+        "XDG_CACHE_HOME": str(gpus.folder / "cache"),
         **environment,
     }
     return gpus.answer(_PROLOGUE + textwrap.dedent(code), without=without, **child)
