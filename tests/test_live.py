@@ -40,12 +40,6 @@ TOLD: tuple[tuple[events.Event, str, str], ...] = (
         "loaded from the host in 0.30 s: 1.0 GiB",
     ),
     (
-        events.DeviceWarmingUp(KEY, "cuda:0", "CUDA compiles"),
-        "loading",
-        "warms up: CUDA compiles",
-    ),
-    (events.DeviceWarmedUp(KEY, "cuda:0", 28.4, GIB), "loaded", "warmed up in 28.40 s"),
-    (
         events.ModelLoadFailed(KEY, "no such file"),
         "failed",
         "could not be loaded: no such file",
@@ -63,8 +57,7 @@ TOLD: tuple[tuple[events.Event, str, str], ...] = (
             KEY, EvictionCause.EXPIRED, GIB, GIB, 0.1, GIB // 2, parked=True
         ),
         "evicted",
-        "left after its keep-alive: 1.0 GiB free, a copy stays on the host, 512.0 MiB "
-        "not seen to return",
+        "1.0 GiB free, a copy stays on the host, 512.0 MiB not seen to return",
     ),
     *(
         (events.ModelEvicted(KEY, cause, GIB, None, 0.1), "evicted", "1.0 GiB free")
@@ -155,16 +148,23 @@ def test_who_asked_for_a_load_is_not_told_apart_from_it() -> None:
     assert kinds == ["loaded", "granted", "granted"]
 
 
-def test_a_lost_device_is_named() -> None:
+def test_what_happens_to_a_device_is_told_of_the_device() -> None:
     """
-    It is the device that is lost, not the model that noticed.
+    It warms up, or is lost; not the model that noticed.
     """
     cache = Told()
     with Watch(cache) as watch:
+        cache.tell(events.DeviceWarmingUp(KEY, "cuda:0", "CUDA compiles"))
+        cache.tell(events.DeviceWarmedUp(KEY, "cuda:0", 28.4, GIB))
         cache.tell(events.DeviceLost(KEY, "cuda:0", "illegal memory access"))
-        (seen,) = watch.snapshot().events
-    assert (seen.kind, seen.model) == ("warning", "cuda:0")
-    assert "illegal memory access" in seen.text
+        told = watch.snapshot().events
+    assert {seen.model for seen in told} == {"cuda:0"}
+    assert [seen.kind for seen in told] == ["loading", "loaded", "warning"]
+    assert [seen.text for seen in told] == [
+        "warms up: CUDA compiles",
+        "warmed up in 28.40 s",
+        "is lost for this process: illegal memory access",
+    ]
 
 
 def test_only_the_last_events_are_remembered_and_none_after_the_end() -> None:
