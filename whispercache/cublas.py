@@ -75,7 +75,9 @@ def _load_from(folder: Path) -> None:
         os.add_dll_directory(str(folder))
     try:
         for library in _PACKAGED:
-            ctypes.CDLL(str(folder / library), mode=ctypes.RTLD_GLOBAL)
+            # Its symbols stay its own: another library here may use another cuBLAS.
+            # Who opens it by name gets this one all the same, by its soname.
+            ctypes.CDLL(str(folder / library))
     except OSError as error:
         msg = (
             f"{_LIBRARY} is in {folder} but cannot be loaded: pip install "
