@@ -22,7 +22,7 @@ from whispercache import (
 from whispercache.testing import FakeLoader, FakeMachine, check, settle, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from conftest import MakeCache
     from driver import Driver
@@ -889,7 +889,7 @@ class Meeting(FakeLoader):
 
     barrier: threading.Barrier | None = None
 
-    def shrink_shells(self, most_bytes: int, but: ModelKey | None = None) -> None:
+    def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         """
         Meet the other one first, if it comes.
         """

@@ -393,10 +393,10 @@ class TestKept:
         for name in range(4):
             shells.keep(key(name), shell())
         each_bytes = shells.n_bytes // 4
-        assert shells.shrink(3 * each_bytes, key(0)) == 0
-        assert shells.shrink(2 * each_bytes, key(0)) == 1
+        assert shells.shrink(3 * each_bytes, {key(0)}) == 0
+        assert shells.shrink(2 * each_bytes, {key(0)}) == 1
         assert shells.take(key(1)) is None
-        assert shells.shrink(0, key(0)) == 2
+        assert shells.shrink(0, {key(0)}) == 2
         assert shells.n_bytes == each_bytes
         assert shells.shrink(0) == 1
         assert shells.n_bytes == 0

@@ -56,7 +56,7 @@ from .threads import take_turn
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from .admission import Decision, Demand, Policy, Resident
+    from .admission import Decision, Demand, Policy, Resident, Room
     from .deadlock import Owner
     from .footprint import Workload
     from .keys import ModelKey
@@ -348,8 +348,9 @@ class Core(Moves):
                 self._shed_locked(device)
             if device.is_over_limit:
                 idle = self._idle_locked(device.name)
-                for victim in admission.shrink(device.room(), idle):
+                for victim in admission.shrink(self._room_locked(device), idle):
                     entry = self.entries[victim.key]
+                    entry.drops_copy |= victim.device != entry.device.name
                     self._unload_locked(entry, EvictionCause.CAPACITY)
 
     def candidate(
@@ -411,16 +412,22 @@ class Core(Moves):
                         pending[asks] = replace(pending[asks], passes=True)
                     one = Pending(one.keys, Need.NOTHING)
             pending.append(one)
-        rooms = {name: device.room() for name, device in self.devices.items()}
-        for entry in self._copied_locked("cpu"):
-            room = rooms["cpu"]
+        rooms = {name: self._room_locked(each) for name, each in self.devices.items()}
+        return admission.plan(pending, rooms, self._idle_locked, self._busy_locked)
+
+    def _room_locked(self, device: Device) -> Room:
+        """
+        What `admission` sees of *device*, copies of models of other devices included.
+        """
+        room = device.room()
+        for entry in self._copied_locked(device.name):
             if entry.stays:
                 room.pinned_bytes += entry.copy_bytes
             if entry.state is State.UNLOADING:
                 # It ends as a shell or is dropped; in either case it is charged to
                 # nobody.
                 room.coming_bytes += entry.copy_bytes
-        return admission.plan(pending, rooms, self._idle_locked, self._busy_locked)
+        return room
 
     def _idle_locked(self, device: str) -> list[Resident]:
         """
@@ -902,7 +909,8 @@ class Core(Moves):
                 victims = admission.choose_victims(idle, n_bytes)
                 for victim in idle if victims is None else victims:
                     entry = self.entries[victim.key]
-                    n_bytes -= entry.weights_bytes
+                    entry.drops_copy |= victim.device != entry.device.name
+                    n_bytes -= victim.weights_bytes
                     self._unload_locked(entry, EvictionCause.PRESSURE)
             if n_bytes > 0 and device.copies_bytes:
                 self._drop_copies_locked(n_bytes)
@@ -1035,7 +1043,8 @@ class Core(Moves):
             f"{device.name}: {charged_bytes} B held, {device.charged_bytes} B charged"
         )
         if device.is_over_limit:
-            excess = admission.shrink(device.room(), self._idle_locked(device.name))
+            idle = self._idle_locked(device.name)
+            excess = admission.shrink(self._room_locked(device), idle)
             assert not excess, f"{device.name} over its limit: {excess} should leave"
 
 

@@ -132,11 +132,20 @@ class Device:
 
     def work(self, n_bytes: int) -> None:
         """
-        Count *n_bytes* more for calls; fewer if negative.
+        Count *n_bytes* more for calls; fewer if negative. Each hit does so twice.
+        """
+        self.charged_bytes += n_bytes
+        self.work_bytes += n_bytes
+        if n_bytes > 0:
+            self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
+            self.work_peak_bytes = max(self.work_peak_bytes, self.work_bytes)
+
+    def lose(self, n_bytes: int) -> None:
+        """
+        Count *n_bytes* that will never come back.
         """
         self.charge(n_bytes)
-        self.work_bytes += n_bytes
-        self.work_peak_bytes = max(self.work_peak_bytes, self.work_bytes)
+        self.lost_bytes += n_bytes
 
     def keep(self, unreturned_bytes: int, used_bytes: int | None) -> None:
         """

@@ -44,7 +44,7 @@ from .pages import ReadAhead, read_through
 from .shells import Shell, Shells
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     import numpy as np
     from faster_whisper import WhisperModel
@@ -404,7 +404,12 @@ class FasterWhisperLoader:
             if not _lacks_cublas(error):
                 raise
             raise LoadFailed(str(key), cublas_problem() or str(error)) from error
-        is_first = all(device != key.device for device, _ in self._warm)
+        except OSError as error:  # nowhere to write it; the first model pays then
+            _log.warning("%s is not warmed up: %s", key.device, error)
+            self._warm.add((key.device, key.compute_type))
+            return None
+        # A copy: other devices' threads change it meanwhile.
+        is_first = all(device != key.device for device, _ in tuple(self._warm))
         self._warm.add((key.device, key.compute_type))
         return vram.floor_bytes(key.device, self.probe, before) if is_first else None
 
@@ -447,8 +452,7 @@ class FasterWhisperLoader:
                 # The copies run on this thread's stream, its work on others'.
                 vram.synchronize(key.device)
         except Exception as error:
-            if files.original is not None and classify(error) is Fault.OTHER:
-                self._reject(key, files.original)
+            self._failed(key, files, whisper, error)
             raise
         model = whisper.model
         if model.compute_type != key.compute_type:
@@ -476,6 +480,22 @@ class FasterWhisperLoader:
         loaded.references = loaded.count_references()
         self._present[key] = loaded
         return loaded
+
+    def _failed(
+        self,
+        key: ModelKey,
+        files: ModelFiles,
+        whisper: WhisperModel | None,
+        error: Exception,
+    ) -> None:
+        """
+        Use a variant no more that did not load, nor free what is on a broken device.
+        """
+        fault = classify(error)
+        if files.original is not None and fault is Fault.OTHER:
+            self._reject(key, files.original)
+        if whisper is not None and fault is Fault.STICKY and key.device != "cpu":
+            _keep_for_ever(whisper)  # as in `abandon`
 
     def _build(self, key: ModelKey, files: ModelFiles) -> WhisperModel:
         kind, _, index = key.device.partition(":")
@@ -577,7 +597,7 @@ class FasterWhisperLoader:
         """
         return self._shells.n_bytes
 
-    def shrink_shells(self, most_bytes: int, but: ModelKey | None = None) -> None:
+    def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         """
         Drop shells, and give their memory back.
         """
@@ -608,7 +628,9 @@ class FasterWhisperLoader:
         Source: src/cuda/allocator.cc @ 0ea0c41; read, not run.
         """
         self._present.pop(loaded.key, None)
-        _keep_for_ever(loaded.whisper)
+        whisper = getattr(loaded, "whisper", None)
+        if whisper is not None:  # the card may have broken right after it had gone
+            _keep_for_ever(whisper)
 
     def lost(self, device: str) -> None:
         """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     import numpy as np
     from faster_whisper import WhisperModel
@@ -36,7 +36,7 @@ class LoadedModel:
     Attributes:
         key: What it was loaded as.
         files: Where from.
-        whisper: The model; None once it was unloaded.
+        whisper: The model; deleted once it was unloaded.
         compute_type: What it computes in.
         is_multilingual: Whether it knows other languages than English.
         supported_languages: Their codes.
@@ -218,7 +218,7 @@ class Loader(Protocol):
         of which `parked` is a part.
         """
 
-    def shrink_shells(self, most_bytes: int, but: ModelKey | None = None) -> None:
+    def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         """
         Keep no more than *most_bytes* of that, besides what *but* left.
 

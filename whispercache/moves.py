@@ -255,13 +255,14 @@ class Moves(Books):
         with self.changing():
             host.is_shedding = False
             left_bytes = host.left_bytes if most_bytes is None else most_bytes
+            spared = set() if but is None else {but}
             if most_bytes != 0:  # those that are about to be used are charged
-                left_bytes += sum(
-                    each.parked_bytes
+                spared |= {
+                    each.key
                     for each in self._parked
-                    if each.state is State.LOADING and each.restores and each.key != but
-                )
-        self.loader.shrink_shells(max(0, left_bytes), but)
+                    if each.state is State.LOADING and each.restores
+                }
+        self.loader.shrink_shells(max(0, left_bytes), spared)
         shells = self._shells()
         with self.changing():
             self._note_shells_locked(host, *shells)
@@ -294,7 +295,8 @@ class Moves(Books):
         device, reading = entry.device, None
         for _ in "12":
             if reading is not None:
-                self._shrink_shells(entry.host, 0)  # its own, too
+                if device is entry.host:  # on a card they are not in the way
+                    self._shrink_shells(device, 0)  # its own, too
                 # What an unload left in the heap for this load.
                 self.loader.return_memory(device.name)
             try:
@@ -499,11 +501,23 @@ class Moves(Books):
         if device.sick is not None:
             return
         device.sick = one_line(error)
-        self._work.append(partial(self.loader.lost, device.name))
+        self._work.append(partial(self._lost, device, entry.host))
         self.outbox.append(DeviceLost(entry.key, device.name, device.sick))
         for waiter in list(self.queue):
             if any(wanted.device is device for wanted in waiter.entries):
                 self._fail_locked(waiter, lost(device))
+
+    def _lost(self, device: Device, host: Device) -> None:
+        """
+        Keep what models of a lost device left on the host, which gives way no more.
+        """
+        parked = self.loader.parked()
+        kept_bytes = sum(n for key, n in parked.items() if key.device == device.name)
+        self.loader.lost(device.name)
+        shells = self._shells()
+        with self.changing():
+            host.lose(kept_bytes)
+            self._note_shells_locked(host, *shells)
 
     # Unload --------------------------------------------------------------------------
 
@@ -665,7 +679,11 @@ class Moves(Books):
             if released.references:
                 self.outbox.append(ModelStillReferenced(entry.key, released.references))
             self._note_shells_locked(entry.host, *shells)
+            drops_copy = entry.drops_copy
             self._absent_locked(entry)
+            if drops_copy and entry.parked_bytes:  # asked for at the last moment
+                entry.parked_bytes = 0
+                self._on_thread_locked(entry, partial(self._forget, entry))
             device.keep(unreturned_bytes, released.used_bytes)
             self._admit_locked()
         if released.peak_bytes is not None and work_bytes:
@@ -707,9 +725,10 @@ class Moves(Books):
         self._work.append(partial(_log.warning, told, *of_what))
         if entry.loaded is not None:
             self._work.append(partial(self.loader.abandon, entry.loaded))
+        copy_bytes = entry.copy_bytes  # it is in the model
         self._absent_locked(entry)
-        entry.device.charge(lost_bytes)
-        entry.device.lost_bytes += lost_bytes
+        entry.device.lose(lost_bytes)
+        entry.host.lose(copy_bytes)
         self._admit_locked()
 
     def _absent_locked(self, entry: Entry) -> None:
@@ -718,7 +737,7 @@ class Moves(Books):
         """
         entry.charge(0)
         if entry.state is State.LOADING and entry.restores:  # a shell as before
-            entry.host.shell_bytes += entry.copy_bytes
+            entry.host.shell_bytes += entry.parked_bytes  # if it still is one
         entry.hold_copy(0)
         entry.restores = entry.drops_copy = False
         entry.device.is_stale = True

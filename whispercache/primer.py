@@ -8,11 +8,13 @@ goes through all of it before gigabytes of weights are read.
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 import time
 from typing import TYPE_CHECKING, cast
 
 from .architecture import AUDIO_FRAMES, Architecture, layout
+from .faults import Fault, classify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +80,8 @@ def prime(ctranslate2: ModuleType, kind: str, index: int, compute_type: str) -> 
     uses.
 
     What it raises is what a real model would have raised: libraries that are missing, a
-    device that is out of order. Then, too, the micro model has been unloaded.
+    device that is out of order. Then, too, the micro model has been unloaded, unless
+    the device was lost, where it is never freed.
 
     Args:
         ctranslate2: The module of that name.
@@ -104,8 +107,13 @@ def prime(ctranslate2: ModuleType, kind: str, index: int, compute_type: str) -> 
     try:
         _transcribe(model, _encode(ctranslate2, model, 1))
         _transcribe_batch(model, _encode(ctranslate2, model, _BATCH))
-    finally:
-        _unload(model)
+    except BaseException as error:
+        if classify(error) is Fault.STICKY:  # freeing it would end the process
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
+        else:
+            _unload(model)
+        raise
+    _unload(model)
 
 
 def silent_window(whisper: WhisperModel) -> None:

@@ -143,14 +143,14 @@ class Shells:
             kept = self._kept.items()
             return {key: each.copy_bytes for key, each in kept if each.copy_bytes}
 
-    def shrink(self, most_bytes: int, but: ModelKey | None = None) -> int:
+    def shrink(self, most_bytes: int, but: Collection[ModelKey] = ()) -> int:
         """
-        Let shells go until the others, but that of one model, take no more than
+        Let shells go until the others, *but* those of some models, take no more than
         *most_bytes*; how many went.
         """
         gone: list[Shell] = []
         with self._lock:
-            left = {key: shell for key, shell in self._kept.items() if key != but}
+            left = {key: shell for key, shell in self._kept.items() if key not in but}
             while left and _sum_bytes(left.values()) > most_bytes:
                 oldest = next(iter(left))
                 gone.append(self._kept.pop(oldest))

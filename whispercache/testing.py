@@ -39,7 +39,7 @@ from .memory import MemoryReading
 from .units import parse_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     import numpy as np
     from faster_whisper import WhisperModel
@@ -539,12 +539,12 @@ class FakeLoader:
         """
         return sum(list(self.shells.values()))
 
-    def shrink_shells(self, most_bytes: int, but: ModelKey | None = None) -> None:
+    def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         """
         Drop shells, the oldest first.
         """
-        most_bytes += self.shells.get(but, 0) if but is not None else 0
-        for key in [each for each in self.shells if each != but]:
+        most_bytes += sum(self.shells.get(each, 0) for each in but)
+        for key in [each for each in self.shells if each not in but]:
             if self.shell_bytes() > most_bytes:
                 self.forget(key)
 
@@ -556,13 +556,16 @@ class FakeLoader:
         del self.resident[key]
         n_bytes = _n_bytes(self.sizes.get(key.model, self.default_size))
         self.abandoned_bytes[key.device] += n_bytes
+        self.abandoned_bytes["cpu"] += self.copies.pop(key, 0)
 
     def lost(self, device: str) -> None:
         """
-        What models of *device* left goes.
+        Copies of models of *device* stay taken, the rest of what they left goes.
         """
         for key in [each for each in self.shells if each.device == device]:
-            self.forget(key)
+            copy_bytes = self._parked.pop(key, 0)
+            self.abandoned_bytes["cpu"] += copy_bytes
+            self.machine.give_back("cpu", self.shells.pop(key) - copy_bytes)
 
     def forked(self, loaded: Iterable[LoadedModel]) -> None:
         """

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cuda import CudaError, open_driver
-from .errors import DeviceUnavailable
 from .faults import Fault, classify
 
 if TYPE_CHECKING:
@@ -323,7 +322,7 @@ def _pool(device: str) -> Pool | None:
 def _used_bytes(device: str, probe: MemoryProbe) -> int | None:
     try:
         reading = probe.read(device)
-    except DeviceUnavailable as error:
+    except Exception as error:  # a gauge that fails for a moment stops nothing
         _log.debug("memory of %s is unknown: %s", device, error)
         return None
     if reading.source == _TOTAL_ONLY:

@@ -72,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--fallback", action="append", default=[], metavar="RUNG", help="as in the API")
     add("--watch", action="store_true", help="leave before other programs run out")
     add("--coordinate", action="store_true", help="with other processes of this user")
-    add("--park", metavar="LIMIT", help="of copies on the host of models off a GPU")
+    add("--park", metavar="LIMIT", help="keep copies of models that leave a GPU: 16GiB")
     add("--no-variants", action="store_true", help="read models as they were saved")
     limits = parser.add_argument_group("limits of a request")
     add = limits.add_argument
@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
         fallback=options.fallback,
         pressure="watch" if options.watch else "load",
         coordinate=options.coordinate,
-        park=options.park,
+        park=options.park or False,
         variants=not options.no_variants,
     ) as cache:
         app = create_app(served, cache)
