@@ -17,7 +17,8 @@ Invariants, asserted by `Core.check`:
 
 `Core._admit_locked` is the only place that matches waiters to memory, and every
 arrival, departure, load and unload ends in it: there is no other notification. The
-state and the lock are in books.py, loads and unloads in moves.py.
+state and the lock are in books.py, loads and unloads in moves.py, what models leave on
+the host in parking.py.
 """
 
 from __future__ import annotations
@@ -436,15 +437,6 @@ class Core(Moves):
         idle = self._ordered(self.devices[device].shelf)
         return idle + self._copies_locked(device, is_idle=True)
 
-    def _copied_locked(self, device: str) -> list[Entry]:
-        """
-        The models of cards that have copies on *device*, the host.
-        """
-        held = self.devices.get(device)
-        if held is None or not held.copies_bytes:
-            return []
-        return [entry for entry in self.entries.values() if entry.copy_bytes]
-
     def _copies_locked(self, device: str, *, is_idle: bool) -> list[Resident]:
         """
         Those of them that may leave, each as what its copy frees; after all others.
@@ -761,15 +753,6 @@ class Core(Moves):
                 for entry in leaving
             ]
 
-    def _forget_locked(self, matches: Callable[[ModelKey], bool]) -> None:
-        """
-        Drop copies on the host of models that have left.
-        """
-        for entry in self._parked:
-            if entry.state is State.ABSENT and matches(entry.key):
-                entry.parked_bytes = 0  # nor may a request use it from now on
-                self._on_thread_locked(entry, partial(self._forget, entry))
-
     def _doom_locked(self, entry: Entry, cause: EvictionCause) -> Future[None]:
         """
         Unload *entry* now if it is idle, else as soon as it is.
@@ -885,16 +868,6 @@ class Core(Moves):
                 return
             n_bytes = self._shed_shells_locked(host, n_bytes)
             self._drop_copies_locked(n_bytes)
-
-    def _shed_shells_locked(self, host: Device, n_bytes: int) -> int:
-        """
-        Have shells go that take *n_bytes* or more; what is left to find elsewhere.
-        """
-        if n_bytes > 0 and host.shell_bytes:
-            left_bytes = max(0, host.shell_bytes - n_bytes)
-            shrink = partial(self._shrink_shells, host, left_bytes)
-            self._work.append(partial(host.thread.submit, shrink))
-        return n_bytes - host.shell_bytes
 
     def make_room_for_others(self, device: Device, n_bytes: int) -> None:
         """
