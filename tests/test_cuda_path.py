@@ -274,6 +274,38 @@ with open_cache() as cache:
         assert answer["went"] == [returned_bytes, leaks_bytes]
         assert answer["charged"] == [leaks_bytes, leaks_bytes]
 
+    def test_a_gauge_that_fails_after_an_unload_keeps_nothing(
+        self, gpus: FakeGpus
+    ) -> None:
+        """
+        The model is gone: a reading that cannot be had does not make that unconfirmed.
+        """
+        gpus.set_state(ONE_CARD)
+        answer = _run(
+            gpus,
+            """
+from whispercache.memory import SystemProbe
+
+class Probe(SystemProbe):
+    def read(self, device):
+        if device != "cpu" and is_used and done()[-1] == "drop":
+            failed.append(device)
+            raise OSError("the gauge is out of order")
+        return super().read(device)
+
+is_used, failed = False, []
+with open_cache(probe=Probe()) as cache:
+    say(cache)
+    is_used = True
+    cache.evict(MODEL)
+    settle(cache)
+    answer["failed"] = len(failed) > 0
+    answer["models"] = len(cache.models())
+    answer["unconfirmed"] = cache.stats().unconfirmed
+""",
+        )
+        assert answer == {"failed": True, "models": 0, "unconfirmed": 0}
+
     def test_an_allocator_without_pool_is_judged_by_the_gauge(
         self, gpus: FakeGpus, tmp_path: Path
     ) -> None:
@@ -402,6 +434,26 @@ with open_cache() as cache:
         )
         assert answer["context"] == 200 * MIB
         assert answer["floor"] == _FLOOR_BYTES
+
+    def test_without_a_temporary_directory_a_model_loads_all_the_same(
+        self, gpus: FakeGpus
+    ) -> None:
+        """
+        A container may have none that can be written; a warm-up is no must.
+        """
+        gpus.set_state(ONE_CARD)
+        answer = _run(
+            gpus,
+            """
+import tempfile
+tempfile.tempdir = "/nowhere"
+with open_cache() as cache:
+    answer["text"] = say(cache)
+    answer["warned"] = WARNED
+""",
+        )
+        assert answer["text"] == TEXT
+        assert any("warm" in each for each in answer["warned"])
 
     @pytest.mark.parametrize("capability", ["9 0", "8 9"])
     def test_compiling_for_a_new_card_is_told_while_it_happens(
@@ -593,6 +645,83 @@ answer["back"] = standin.books(1).used
         assert answer["back"] == 0
         after = gpus.calls()[gpus.calls().index("closing") :]
         assert after.count("model:drop") == after.count("model:unload") == 2
+
+    def test_a_micro_model_that_breaks_the_card_is_not_dropped(
+        self, gpus: FakeGpus
+    ) -> None:
+        """
+        Dropping it would free on a broken context, which ends the process.
+        """
+        gpus.set_state(ONE_CARD)
+        answer = _run(
+            gpus,
+            """
+with open_cache() as cache:
+    standin.break_next_call()
+    try:
+        cache.preload(OTHER, "cuda", "float16")
+    except (DeviceUnavailable, LoadFailed) as error:
+        answer["error"] = str(error)
+    settle(cache)
+    answer["done"] = done()
+""",
+        )
+        assert "illegal memory access" in answer["error"]
+        assert answer["done"] == ["build", "encode"]
+
+    def test_a_model_whose_first_window_breaks_the_card_is_not_dropped(
+        self, gpus: FakeGpus
+    ) -> None:
+        """
+        Likewise on a card that is warm.
+        """
+        gpus.set_state(ONE_CARD)
+        answer = _run(
+            gpus,
+            """
+with open_cache() as cache:
+    say(cache)
+    standin.break_next_call()
+    before = len(done())
+    try:
+        cache.preload(OTHER, "cuda", "float16")
+    except (DeviceUnavailable, LoadFailed) as error:
+        answer["error"] = str(error)
+    settle(cache)
+    answer["done"] = done()[before:]
+""",
+        )
+        assert "illegal memory access" in answer["error"]
+        assert answer["done"] == ["build", "encode"]
+
+    def test_a_card_that_breaks_as_a_model_leaves_is_told_once(
+        self, gpus: FakeGpus
+    ) -> None:
+        """
+        The model is gone already: nothing is left to abandon.
+        """
+        gpus.set_state(ONE_CARD)
+        answer = _run(
+            gpus,
+            """
+from whispercache.cuda import CudaError
+
+def broken(*args, **options):
+    raise CudaError(f"cuCtxSynchronize failed: {standin.ILLEGAL_ACCESS}")
+
+with open_cache() as cache:
+    say(cache)
+    vram.returned = broken
+    cache.evict(MODEL)
+    settle(cache), check(cache)
+    answer["models"] = len(cache.models())
+    answer["lost"] = len(all_of(events.DeviceLost))
+    answer["warned"] = WARNED
+""",
+        )
+        assert answer["models"] == 0
+        assert answer["lost"] == 1
+        assert len(answer["warned"]) == 1
 
 
 def _other_bytes() -> int:

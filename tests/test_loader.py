@@ -29,14 +29,15 @@ from whispercache import (
     UnknownModel,
     WhisperCacheError,
 )
+from whispercache.files import ModelFiles
 from whispercache.loader import FasterWhisperLoader
 from whispercache.memory import SystemProbe
+from whispercache.pages import ReadAhead
 from whispercache.shells import KEPT_SHELLS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from whispercache.files import ModelFiles
     from whispercache.loading import LoadedModel
 
 OTHER = " another text of others"
@@ -153,6 +154,16 @@ class TestLoad:
         assert loaded.compute_type == compute_type
         assert said(loaded) == TEXT
 
+    def test_another_type_than_the_key_s_is_told(
+        self, loader: FasterWhisperLoader, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """
+        What the cache plans with is not what is computed in.
+        """
+        loaded = loader.load(key_of(micro(), "default"), located(loader, micro()))
+        assert f"{loaded.key} computes in {loaded.compute_type}" in caplog.messages
+        assert loaded.compute_type != "default"
+
     @pytest.mark.parametrize("load_follows", [False, True])
     def test_unloaded_means_that_the_weights_have_left(
         self, loader: FasterWhisperLoader, *, load_follows: bool
@@ -206,6 +217,25 @@ class TestLoad:
         assert loader.unload(loaded, load_follows=False).confirmed
         assert not model.model_is_loaded
 
+    def test_an_unload_that_fails_may_be_asked_for_again(
+        self, loader: FasterWhisperLoader, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        The error is CTranslate2's own, and the model is as before.
+        """
+
+        class Failing:
+            def unload_model(self, *, to_cpu: bool) -> None:
+                raise RuntimeError(f"the driver is shutting down {to_cpu}")
+
+        loaded = load(loader, micro())
+        with monkeypatch.context() as patch:
+            patch.setattr(loaded.whisper, "model", Failing())
+            with pytest.raises(RuntimeError, match="the driver is shutting down"):
+                loader.unload(loaded, load_follows=False)
+        assert said(loaded) == TEXT
+        assert loader.unload(loaded, load_follows=False).confirmed
+
     @pytest.mark.parametrize(
         "options",
         [{"flash_attention": True}, {"tensor_parallel": True}],
@@ -222,6 +252,18 @@ class TestLoad:
         check_line(caught.value)
         assert isinstance(caught.value.__cause__, ValueError)
         check_harmless(cache)
+
+    def test_what_is_to_be_downloaded_is_not_read_ahead(
+        self, loader: FasterWhisperLoader, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        It has no files yet; only of what is here the kernel is asked for model.bin.
+        """
+        asked: list[Path] = []
+        monkeypatch.setattr(ReadAhead, "start", lambda _, path: asked.append(path))
+        loader.read_ahead(ModelFiles("", "float16"))
+        loader.read_ahead(located(loader, micro()))
+        assert asked == [Path(os.path.realpath(micro()), "model.bin")]
 
 
 class TestShells:

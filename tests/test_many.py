@@ -9,6 +9,7 @@ import random
 import threading
 import time
 import tracemalloc
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from whispercache import (
     ModelTooLarge,
     TooManyWaiters,
 )
+from whispercache.core import Core
 from whispercache.testing import FakeLoader, FakeMachine, check, settle, wait_until
 from whispercache.threads import MonotonicClock
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from conftest import MakeCache
     from driver import Driver
 
+    from whispercache.entries import Waiter
     from whispercache.testing import FakeClock
 
 GIB = 1024**3
@@ -725,6 +728,77 @@ def test_a_task_that_is_cancelled_after_its_grant_gives_it_back(
         asked.result(10).release()
     assert cache.stats().leases == 0
     driver.close()
+
+
+@pytest.fixture
+def abandoning(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """
+    Who was cancelled hears of it only once this is set: others may be faster.
+    """
+    may_abandon = threading.Event()
+    abandon = Core.abandon
+
+    def abandon_late(core: Core, waiter: Waiter) -> None:
+        assert may_abandon.wait(10)
+        abandon(core, waiter)
+
+    monkeypatch.setattr(Core, "abandon", abandon_late)
+    yield may_abandon
+    may_abandon.set()
+
+
+@pytest.mark.parametrize("models", [["base"], ["tiny", "base"]])
+def test_what_is_cancelled_as_it_is_granted_gets_nothing(
+    make_cache: MakeCache,
+    loader: FakeLoader,
+    driver: Driver,
+    abandoning: threading.Event,
+    models: list[str],
+) -> None:
+    """
+    The last load ends in between: no lease is left that nobody has heard of.
+    """
+    cache = make_cache()
+    with loader.holding_loads("base") as gate:
+        asked = waiting_for(driver, cache, models, "cuda:0")
+        gate.wait_reached()
+        (waiter,) = cache._core.queue
+        assert waiter.future.cancel()
+        gate.open()
+        wait_waiting(cache, 0)
+        settle(cache)
+    assert cache.stats().leases == 0
+    assert {state_of(cache, name) for name in models} == {"resident"}
+    abandoning.set()
+    with pytest.raises(CancelledError):
+        asked.result(10)
+
+
+def test_what_is_cancelled_as_it_fails_is_not_told(
+    make_cache: MakeCache,
+    loader: FakeLoader,
+    driver: Driver,
+    abandoning: threading.Event,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """
+    Others who waited for the same load are, and nothing else goes wrong.
+    """
+    loader.fail_loads["base"].append(RuntimeError("broken"))
+    cache = make_cache()
+    with loader.holding_loads("base") as gate:
+        gone = waiting_for(driver, cache, ["base"], "cuda:0")
+        (waiter,) = cache._core.queue
+        told = driver.waiting(cache, "base", "cuda:0")
+        assert waiter.future.cancel()
+        gate.open()
+        wait_waiting(cache, 0)
+    abandoning.set()
+    with pytest.raises(LoadFailed, match="broken"):
+        told.result(10)
+    with pytest.raises(CancelledError):
+        gone.result(10)
+    assert not caplog.records
 
 
 def test_closing_ends_groups_that_wait_and_that_load(

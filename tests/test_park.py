@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 GIB = 1024**3
 CARD = "cuda:0"
 
+ILLEGAL_ACCESS = "CUDA failed with error an illegal memory access was encountered"
+
 
 @pytest.fixture(params=DRIVERS)
 def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
@@ -504,6 +506,24 @@ def ticks(cache: ModelCache, clock: FakeClock, count: int) -> None:
         settle(cache)
 
 
+def test_a_model_that_leaves_for_other_programs_takes_its_copy_along(
+    make_cache: MakeCache, loader: FakeLoader, machine: FakeMachine
+) -> None:
+    """
+    One look is enough: else a card loses a model and the host wins nothing.
+    """
+    cache = make_cache(park=True, pressure="watch")
+    visit(cache, "base")
+    cache.lease("base", CARD).release()
+    assert host(cache).copies_bytes == GIB
+    machine.others("cpu", "62.5GiB")  # 0.5 GiB are free, 2 are to be
+    core = cache._core
+    core.make_room_for_others(core.device("cpu"), GIB // 2)
+    settle(cache)
+    assert not cache.models()
+    assert parked(loader) == []
+
+
 def test_a_lowered_limit_drops_copies(
     make_cache: MakeCache, loader: FakeLoader
 ) -> None:
@@ -515,6 +535,73 @@ def test_a_lowered_limit_drops_copies(
     cache.resize(ram="2GiB")
     settle(cache)
     assert parked(loader) == ["small"]
+
+
+def test_a_lowered_limit_sends_no_more_models_away_than_it_must(
+    make_cache: MakeCache, loader: FakeLoader
+) -> None:
+    """
+    A copy on its way out counts as room to come.
+    """
+    cache = make_cache(park=True, ram="8GiB")
+    visit(cache, "base", "tiny")
+    cache.lease("base", CARD).release()
+    cache.lease("tiny", CARD).release()
+    with loader.holding_unloads("base") as gate:
+        cache.resize(ram="1.5GiB")
+        gate.wait_reached()
+        cache.resize(ram="1.5GiB")  # looks again
+        gate.open()
+    settle(cache)
+    assert [info.key.model for info in cache.models()] == ["tiny"]
+
+
+def test_a_copy_that_is_about_to_be_used_gives_way_to_nothing(
+    make_cache: MakeCache, loader: FakeLoader, driver: Driver
+) -> None:
+    """
+    It is charged already; the older of two is not dropped in the other's place.
+    """
+    cache = make_cache(park=True, ram="6GiB")
+    visit(cache, "base", "small")
+    with loader.holding_loads("tiny") as gate:
+        busy = driver.start(cache, "lease", "tiny", CARD)
+        gate.wait_reached()
+        asked = driver.start(cache, "lease", "base", CARD)
+        wait_until(lambda: host(cache).copies_bytes)
+        driver.lease(cache, "medium", "cpu").release()  # 5 - 3 = 2: room for small
+        driver.lease(cache, "turbo", "cpu").release()
+        kept = parked(loader)
+        gate.open()
+        busy.result(10).release()
+    asked.result(10).release()
+    assert "base" in kept
+    assert cache.stats().restores == 1
+
+
+def test_other_programs_on_a_card_cost_no_copies_on_the_host(
+    make_cache: MakeCache, loader: FakeLoader, machine: FakeMachine, driver: Driver
+) -> None:
+    """
+    What the host has does not make room on a card.
+    """
+    cache = make_cache(park=True)
+    visit(cache, "base", "small", device="cuda:1")
+    with loader.holding_loads("tiny") as gate:
+        busy = driver.start(cache, "lease", "tiny", CARD)
+        gate.wait_reached()
+        asked = driver.start(cache, "lease", "turbo", CARD)
+        wait_until(lambda: len(cache.models()) == 2)
+        machine.others(CARD, "9GiB")
+        gate.open()
+        lease = busy.result(10)
+    settle(cache)
+    kept = parked(loader)
+    machine.others(CARD, 0)
+    lease.release()
+    cache._core._look_again(cache._core.device(CARD))
+    asked.result(10).release()
+    assert kept == ["base", "small"]
 
 
 def test_peers_are_told_of_a_copy_once(make_cache: MakeCache) -> None:
@@ -790,6 +877,32 @@ def test_a_copy_that_was_lost_in_a_failed_load_is_not_counted(
     assert host(cache).shell_bytes == loader.shell_bytes() == 0
 
 
+def test_a_restore_that_is_put_back_invents_no_copy(
+    make_cache: MakeCache, loader: FakeLoader, machine: FakeMachine, driver: Driver
+) -> None:
+    """
+    Another program came to the card between admission and load: what was charged of
+    the copy is a shell again only if it is still there.
+    """
+    cache = make_cache(park=True)
+    visit(cache, "base")
+    with loader.holding_loads("tiny") as gate:
+        busy = driver.start(cache, "lease", "tiny", CARD)
+        gate.wait_reached()
+        asked = driver.start(cache, "lease", "base", CARD)
+        wait_until(lambda: host(cache).copies_bytes)  # admitted, behind tiny
+        machine.others(CARD, "9GiB")
+        gate.open()
+        lease = busy.result(10)
+    settle(cache)
+    told_bytes, kept_bytes = host(cache).shell_bytes, loader.shell_bytes()
+    machine.others(CARD, 0)
+    lease.release()
+    cache._core._look_again(cache._core.device(CARD))
+    asked.result(10).release()
+    assert told_bytes == kept_bytes
+
+
 def test_a_restore_is_no_promise_to_take_more(
     make_cache: MakeCache, loader: FakeLoader, driver: Driver
 ) -> None:
@@ -805,6 +918,34 @@ def test_a_restore_is_no_promise_to_take_more(
         gate.open()
         asked.result(10).release()
     assert account["promised_bytes"] == 0
+
+
+def test_the_copy_of_a_model_on_a_lost_card_stays_counted(
+    make_cache: MakeCache, machine: FakeMachine
+) -> None:
+    """
+    A model on a lost card is never freed, and neither is the copy in it.
+    """
+    cache = make_cache(park=True)
+    visit(cache, "base")
+    with pytest.raises(RuntimeError), cache.lease("base", CARD, keep_alive=0):
+        raise RuntimeError(ILLEGAL_ACCESS)
+    settle(cache)
+    assert machine.held_bytes["cpu"] == host(cache).charged_bytes == GIB
+
+
+def test_copies_of_models_that_had_left_a_lost_card_give_way_to_nothing(
+    make_cache: MakeCache, loader: FakeLoader
+) -> None:
+    """
+    They are kept for ever, or gone, but are no shells.
+    """
+    cache = make_cache(park=True)
+    visit(cache, "base")
+    with pytest.raises(RuntimeError), cache.lease("tiny", CARD):
+        raise RuntimeError(ILLEGAL_ACCESS)
+    settle(cache)
+    assert loader.shell_bytes() == host(cache).shell_bytes == 0
 
 
 def test_a_large_copy_spares_small_ones(

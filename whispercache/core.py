@@ -875,7 +875,7 @@ class Core(Moves):
         idle; then see whether somebody here can be served.
         """
         with self.changing():
-            n_bytes -= device.room().coming_bytes
+            n_bytes -= self._room_locked(device).coming_bytes
             n_bytes = self._shed_shells_locked(device, n_bytes)
             if n_bytes > 0:
                 idle = self._idle_locked(device.name)
@@ -883,10 +883,7 @@ class Core(Moves):
                 for victim in idle if victims is None else victims:
                     entry = self.entries[victim.key]
                     entry.drops_copy |= victim.device != entry.device.name
-                    n_bytes -= victim.weights_bytes
                     self._unload_locked(entry, EvictionCause.PRESSURE)
-            if n_bytes > 0 and device.copies_bytes:
-                self._drop_copies_locked(n_bytes)
             self._admit_locked()
 
     def resize(self, limit_of: Callable[[str], Limit], max_models: int | None) -> None:
