@@ -844,6 +844,17 @@ class TestModels:
         assert marks["large-v3-turbo"] == ["✗", "✓", "✓"]
         assert max(map(len, out.splitlines())) <= 80
 
+    def test_cuda_means_all_cards(self) -> None:
+        """
+        Each has its own table; without one, the error is that of the first.
+        """
+        machine = FakeMachine({"cpu": "8GiB", "cuda:0": "1GiB", "cuda:1": "2GiB"})
+        found = survey("cuda", None, FakeLoader(machine), machine)
+        assert [place.device for place, _ in found] == ["cuda:0", "cuda:1"]
+        none = FakeMachine({"cpu": "8GiB"})
+        with pytest.raises(DeviceUnavailable, match="cuda:0"):
+            survey("cuda", None, FakeLoader(none), none)
+
     def test_one_compute_type_can_be_asked_for(
         self, run: Callable[..., Result]
     ) -> None:

@@ -18,6 +18,8 @@ from whispercache import (
     UnsupportedComputeType,
 )
 from whispercache.placement import Candidate, choose
+from whispercache.server.offers import Offers
+from whispercache.specs import ModelSpec
 from whispercache.testing import FakeLoader, FakeMachine, settle, wait_until
 
 if TYPE_CHECKING:
@@ -612,3 +614,21 @@ def test_a_card_where_its_loads_keep_failing_is_passed_over(
             driver.lease(cache, "base", "cuda")
     with driver.lease(cache, "base", "cuda") as whisper:
         assert whisper.key.device == "cuda:1"
+
+
+def test_a_server_calls_a_model_the_same_on_any_card(
+    make_cache: MakeCache, machine: FakeMachine
+) -> None:
+    """
+    Where it was when its name was learned does not matter.
+    """
+    cache = make_cache()
+    offers = Offers([ModelSpec("mine", "base")], "cuda", cache)
+    cache.lease("base", "cuda", keep_alive=0).release()
+    settle(cache)
+    before = cache._resolver.entry(("base", "cuda", "default")).key
+    machine.others(before.device, machine.total_bytes[before.device])
+    with cache.lease("base", "cuda"):
+        after = cache.models()[0].key
+        assert after.device != before.device
+        assert [offers.name_of(key) for key in (before, after)] == ["mine", "mine"]

@@ -275,7 +275,9 @@ class ModelCache:
         Args:
             model_size_or_path: A size (``"large-v3"``), an alias, a repository of the
                 model hub, or a directory.
-            device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+            device: ``"cpu"``; ``"cuda:N"``; ``"cuda"`` for the GPU where the model is
+                already, or else the one with most room for it; ``"auto"`` for that, or
+                the CPU if no GPU can hold it. A ``device_index`` names the GPU, too.
             compute_type: As for WhisperModel; ``"default"``, ``"auto"`` and ``"int8"``
                 mean what CTranslate2 really uses on that device.
             keep_alive: For this model, instead of the cache's.

@@ -84,7 +84,8 @@ def survey(
     The known models on each device: GPUs first, the CPU last.
 
     Args:
-        device: A canonical device, or ``"auto"`` for all that are here.
+        device: A canonical device; ``"auto"`` for all that are here, ``"cuda"`` for all
+            GPUs.
         compute_type: Only this one; None for those that are worth a look.
         loader: Knows what the devices support.
         probe: Knows their memory.
@@ -93,7 +94,10 @@ def survey(
         DeviceUnavailable: there is no such device.
         UnsupportedComputeType: it cannot compute in that type.
     """
-    devices = (*probe.cuda_devices(), "cpu") if device == "auto" else (device,)
+    cards = probe.cuda_devices()
+    # If there is no card, its reading says why.
+    all_of = {"auto": (*cards, "cpu"), "cuda": cards or ("cuda:0",)}
+    devices = all_of.get(device, (device,))
     host = _place("cpu", probe)
     found = []
     for each in devices:

@@ -4,6 +4,7 @@ Offers: the models that a server has on its list, by the names that clients use.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from whispercache.cache import as_request
@@ -92,8 +93,12 @@ class Offers:
         """
         What clients call a model in memory.
         """
-        names = (offer.name for offer in self if offer.key() == key)
-        return next(names, short_name(key))
+        for offer in self:
+            found = offer.key()
+            # It may have been on another card before.
+            if found is not None and replace(found, device=key.device) == key:
+                return offer.name
+        return short_name(key)
 
 
 def _other_names(spec: ModelSpec) -> Iterator[str]:
