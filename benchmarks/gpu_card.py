@@ -12,6 +12,7 @@ import mmap
 import statistics
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gpu_records import Crossing, Held
@@ -21,6 +22,8 @@ from whispercache.memory import SystemProbe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    _Way = tuple[str, Callable[[int, int, int], None]]
 
 __all__ = ["STATES", "Card", "Parking"]
 
@@ -157,18 +160,25 @@ class Card:
     # Copies --------------------------------------------------------------------------
 
     def crossings(
-        self, n_bytes: int, rounds: int = _CROSSING_ROUNDS
+        self, n_bytes: int, rounds: int = _CROSSING_ROUNDS, *, is_one_way: bool = False
     ) -> Iterator[Crossing]:
         """
-        How long copies of *n_bytes* take, both ways.
+        How long copies of *n_bytes* take, both ways, or to the card alone.
         """
+        ways = self._ways()[: 1 if is_one_way else None]
         with self.context():  # what was taken goes when nobody holds it any more
             there = self.take(n_bytes)
             try:
                 with _pageable(n_bytes) as here:
-                    yield from self._both_ways(there, here, "pageable", n_bytes, rounds)
+                    for way, copy in ways:
+                        seconds = _each(partial(copy, there, here, n_bytes), rounds)
+                        yield _median(way, "pageable", n_bytes, seconds)
                 with self._pinned(n_bytes) as here:
-                    yield from self._both_ways(there, here, "pinned", n_bytes, rounds)
+                    for way, copy in ways:
+                        seconds = _each(partial(copy, there, here, n_bytes), rounds)
+                        yield _median(way, "pinned", n_bytes, seconds)
+                if is_one_way:
+                    return
                 seconds = [
                     self._into_fresh_memory(there, n_bytes) for _ in range(rounds)
                 ]
@@ -176,16 +186,8 @@ class Card:
             finally:
                 self.give_back(there)
 
-    def _both_ways(
-        self, there: int, here: int, memory: str, n_bytes: int, rounds: int
-    ) -> Iterator[Crossing]:
-        for way, copy in (("to the card", self._send), ("to the host", self._fetch)):
-            copy(there, here, n_bytes)  # the first may have to prepare something
-            seconds = [
-                _seconds(lambda copy=copy: copy(there, here, n_bytes))  # type: ignore[misc]
-                for _ in range(rounds)
-            ]
-            yield _median(way, memory, n_bytes, seconds)
+    def _ways(self) -> tuple[_Way, ...]:
+        return ("to the card", self._send), ("to the host", self._fetch)
 
     def _send(self, there: int, here: int, n_bytes: int) -> None:
         self.driver._call(
@@ -223,7 +225,9 @@ def _pageable(n_bytes: int, *, touched: bool = True) -> Iterator[int]:
     """
     The address of new memory of this process, its pages there if *touched*.
     """
-    with mmap.mmap(-1, n_bytes) as mapping:
+    # Not shared, as what malloc gives is not: the kernel treats the two differently.
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, n_bytes, flags=kind) as mapping:
         first = ctypes.c_char.from_buffer(mapping)
         try:
             if touched:
@@ -231,6 +235,11 @@ def _pageable(n_bytes: int, *, touched: bool = True) -> Iterator[int]:
             yield ctypes.addressof(first)
         finally:
             del first  # the mapping cannot be closed before
+
+
+def _each(call: Callable[[], object], rounds: int) -> list[float]:
+    call()  # the first may have to prepare something
+    return [_seconds(call) for _ in range(rounds)]
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
@@ -188,7 +189,7 @@ def warm_up(setup: Setup, argument: str) -> Iterator[Record]:
             started_s = time.perf_counter()
             say(whisper)
             answer_s = time.perf_counter() - started_s
-    kernels = (file for file in setup.kernels.rglob("*") if file.is_file())
+    kernels = (file for file in Path(setup.kernels).rglob("*") if file.is_file())
     yield WarmUp(
         process=argument,
         warm_up_s=warmed.warm_up_s,

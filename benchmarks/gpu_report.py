@@ -28,17 +28,18 @@ from gpu_records import (
 )
 from gpu_targets import judge, seconds_of
 from gpu_tiers import COPY, LEAVE, RESTORE, WARM
-from report import RESULTS, Table, _today, machine, write
+from report import Table, _today, machine
 
 from whispercache.errors import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from gpu_records import Record
     from gpu_run import Outcome, Setup
 
-__all__ = ["report", "tables"]
+__all__ = ["keep", "report", "tables"]
 
 PRETENDED = "PRETENDED: no card was used, and every figure here is made up."
 
@@ -260,10 +261,10 @@ def _decision_table(tiers: Sequence[Tier]) -> Table:
 
 
 def report(
-    card: str, setup: Setup, outcomes: Mapping[str, Outcome], *, to_file: bool
-) -> None:
+    card: str, setup: Setup, outcomes: Mapping[str, Outcome], names: Sequence[str]
+) -> str:
     """
-    Print a report, and keep it and all records if asked to.
+    The report in Markdown of what was measured so far, of parts of those *names*.
     """
     records = [record for each in outcomes.values() for record in each.records]
     targets = Table("Asked of it, and seen", ["", "seen", "reached"])
@@ -273,23 +274,41 @@ def report(
     for name, outcome in outcomes.items():
         took_s = outcome.ended_s - outcome.started_s
         course.add(name, f"{took_s:.1f}", outcome.error or "none")
+    for name in names:
+        if name not in outcomes:
+            course.add(name, "-", "not begun when this was written")
     reasons = dict.fromkeys(each.reason for each in of_type(records, WarmUp))
     warm_up = [f"What the warm-up does here: {reason}." for reason in reasons]
     opening = [PRETENDED] if setup.pretends else []
-    name = f"gpu-{_slug(card)}"
-    parts = [machine(), targets, course, *warm_up, *tables(records)]
-    write(name, [*opening, *parts], to_file=to_file)
-    if to_file:
-        path = RESULTS / f"{name}-{_today()}.json"
-        path.write_text(_everything(card, outcomes), encoding="utf-8")
-        print(f"written to {path}")
+    parts = [f"{card}; {machine()}", targets, course, *warm_up, *tables(records)]
+    return "\n\n".join(map(str, [*opening, *parts])) + "\n"
+
+
+def keep(
+    folder: Path, text: str, card: str, setup: Setup, outcomes: Mapping[str, Outcome]
+) -> list[Path]:
+    """
+    Write a report and all records to *folder*, over those of today, and return both.
+    """
+    name = f"gpu-{_slug(card)}-{_today()}"
+    if setup.pretends:
+        name = f"pretended-{name}"
+    contents = {
+        folder / f"{name}.md": f"# {name}\n\n{text}",
+        folder / f"{name}.json": _everything(card, setup, outcomes),
+    }
+    for path, content in contents.items():
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(content, encoding="utf-8")
+        part.replace(path)  # whoever ends this leaves a whole one
+    return list(contents)
 
 
 def _slug(card: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
 
 
-def _everything(card: str, outcomes: Mapping[str, Outcome]) -> str:
+def _everything(card: str, setup: Setup, outcomes: Mapping[str, Outcome]) -> str:
     parts = {
         name: {
             "seconds": outcome.ended_s - outcome.started_s,
@@ -301,4 +320,5 @@ def _everything(card: str, outcomes: Mapping[str, Outcome]) -> str:
         }
         for name, outcome in outcomes.items()
     }
-    return json.dumps({"card": card, "parts": parts}, indent=1) + "\n"
+    whole = {"card": card, "pretended": setup.pretends, "parts": parts}
+    return json.dumps(whole, indent=1) + "\n"

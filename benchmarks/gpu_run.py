@@ -42,7 +42,7 @@ class Setup:
     What all parts go by.
 
     Attributes:
-        home: Directory for the caches of kernels and of whispercache.
+        home: Directory for whispercache's caches, and those of other users.
         models: Directory with a model for each size.
         sizes: Which of `SIZES` there are, in that order.
         device: The card.
@@ -54,10 +54,11 @@ class Setup:
             the smallest model takes.
         beside: The device that exits are compared with; empty for none.
         switches: In one process; the first to each model does not count.
-        turns: Processes of each contender.
+        turns: Most processes of each contender.
         answers: How often each of two cards answers beside the other.
         crossing_bytes: What is copied to learn the rates.
         nobody: Another user, without privileges; None if this one is none either.
+        kernels: Where CUDA keeps the kernels that it has compiled.
     """
 
     home: str
@@ -75,6 +76,7 @@ class Setup:
     answers: int = 20
     crossing_bytes: int = 1 << 30
     nobody: int | None = None
+    kernels: str = ""
 
     @classmethod
     def of(cls, text: str) -> Setup:
@@ -102,13 +104,6 @@ class Setup:
         """
         place = SIZES.index(size)
         return min(self.sizes, key=lambda each: abs(SIZES.index(each) - place))
-
-    @property
-    def kernels(self) -> Path:
-        """
-        Where CUDA keeps the kernels that it has compiled.
-        """
-        return Path(self.home, "kernels")
 
 
 assert set(SIZES) <= set(ARCHITECTURES)

@@ -239,6 +239,6 @@ def _crossings(model: _Model) -> Iterator[Tier]:
     The same bytes by the driver alone.
     """
     steps = {"pageable": PAGEABLE, "pinned": PINNED}
-    for crossing in model.card.crossings(model.tier.n_bytes, model.setup.rounds):
-        if crossing.way == "to the card":
-            yield model.timed(steps[crossing.memory], [crossing.seconds])
+    n_bytes, rounds = model.tier.n_bytes, model.setup.rounds
+    for crossing in model.card.crossings(n_bytes, rounds, is_one_way=True):
+        yield model.timed(steps[crossing.memory], [crossing.seconds])

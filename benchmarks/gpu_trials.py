@@ -222,9 +222,11 @@ def checkpoint(setup: Setup, argument: str) -> Iterator[Record]:
     for user in users:
         home = Path(setup.home)
         if user is not None:
-            home = _home_of(user, home)
-        parts = {"CUDA_CACHE_PATH": home / "kernels", "XDG_CACHE_HOME": home / "cache"}
-        environment = {name: str(path) for name, path in parts.items()}
+            home = _home_of(user, home, Path(setup.kernels))
+        environment = {}
+        if user is not None:
+            parts = {"CUDA_CACHE_PATH": "kernels", "XDG_CACHE_HOME": "cache"}
+            environment = {name: str(home / part) for name, part in parts.items()}
         try:
             child = Child("parker", setup, user=user, environment=environment)
         except OSError as error:  # this Python may be out of another user's reach
@@ -238,13 +240,13 @@ def checkpoint(setup: Setup, argument: str) -> Iterator[Record]:
         raise RuntimeError("; ".join(failed))
 
 
-def _home_of(user: int, home: Path) -> Path:
+def _home_of(user: int, home: Path, kernels: Path) -> Path:
     """
     Caches that another user may write, with the kernels that are compiled already.
     """
     own = home / f"of-{user}"
-    if (home / "kernels").is_dir():
-        shutil.copytree(home / "kernels", own / "kernels", dirs_exist_ok=True)
+    if kernels.is_dir():
+        shutil.copytree(kernels, own / "kernels", dirs_exist_ok=True)
     (own / "cache").mkdir(parents=True, exist_ok=True)
     for path in (own, *own.rglob("*")):
         os.chown(path, user, -1)
@@ -272,7 +274,7 @@ def parker(setup: Setup, argument: str) -> Iterator[Record]:
         started_s = time.perf_counter()
         try:
             problem = str(call() or "")
-        except CudaError as error:
+        except (RuntimeError, OSError) as error:  # or the process did not survive it
             problem = str(error)
         took_s = time.perf_counter() - started_s
         taken_bytes = card.gauge_bytes() - before_bytes
@@ -321,7 +323,10 @@ def _state_of(parking: Parking) -> str:
 def _resident_bytes(pid: int) -> int:
     import psutil
 
-    return int(psutil.Process(pid).memory_info().rss)
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:  # a process that has ended has none
+        return 0
 
 
 def holder(setup: Setup, argument: str) -> Iterator[Record]:

@@ -56,16 +56,20 @@ What is there until the interpreter ends.
 
 def switch(setup: Setup, argument: str) -> Iterator[Record]:
     """
-    A, B, A, B, … by each contender, each in processes of its own, in changing order.
+    A, B, A, B, … by each contender, each in processes of its own, in changing order;
+    again, if that may take as long as before.
 
     Raises:
         RuntimeError: there are no two models, or a contender failed.
     """
-    del argument
     if setup.nearest("large-v3") == setup.nearest("medium"):
         raise RuntimeError("it takes two models to switch between; --sizes names one")
     failed = []
+    started_s = time.monotonic()
     for turn in range(setup.turns):
+        took_s = time.monotonic() - started_s
+        if turn and took_s + took_s / turn > float(argument):
+            break
         start = turn * len(CONTENDERS) // setup.turns
         for contender in CONTENDERS[start:] + CONTENDERS[:start]:
             outcome = spawn("switcher", setup, f"{turn} {contender}")

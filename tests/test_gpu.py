@@ -1,7 +1,9 @@
 """
 On a real card: the real driver, the real CTranslate2, models of random weights.
 
-Skipped where there is none. Where the fake drivers are in the card's place, as in
+Skipped where there is none. Models are written to the directory that the variable
+WHISPERCACHE_GPU_MODELS names, or found there; else to one of the tests. Where the fake
+drivers are in the card's place, as in
 test_gpu_benchmark.py, the same tests run over CTranslate2's stand-in and micro models:
 that tests these tests.
 """
@@ -12,15 +14,16 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
+import gpu
 import gpu_pretend
 import pytest
-import synthetic
 from fakes import GIB, MIB
 from gpu_card import Card
 from gpu_parts import Heard, look, noise, plain_cache, say
@@ -47,6 +50,8 @@ LARGE_NEEDS_BYTES = 8 * GIB
 # The pool takes memory of the card in pieces, of which any used byte keeps one.
 MOST_IDLE_BYTES = 64 * MIB
 CYCLES = 20
+# The first of all may have to wait until CUDA has compiled its kernels.
+CHILD_S = 300.0
 PRETENDS = "FAKE_GPU_STATE" in os.environ
 
 _PROLOGUE = f"""
@@ -84,15 +89,15 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     Where the models are.
     """
     home = tmp_path_factory.mktemp("gpu")
-    setup = Setup(str(home), str(home / "models"), SIZES)
+    models = os.environ.get("WHISPERCACHE_GPU_MODELS") or str(home / "models")
     free_bytes = SystemProbe().read(DEVICE).free_bytes
     sizes = SIZES if free_bytes >= LARGE_NEEDS_BYTES else SIZES[:-1]
+    setup = Setup(str(home), models, sizes, pretends=PRETENDS)
     if PRETENDS:
-        gpu_pretend.write_models(Path(setup.models), sizes)
-        return Setup(*(setup.home, setup.models, sizes), full_bytes=64 << 10)
-    for size in sizes:
-        synthetic.write(size, setup.model(size))
-    return Setup(setup.home, setup.models, sizes)
+        setup = replace(setup, full_bytes=64 << 10)
+    problem = gpu.write_models(setup)
+    assert not problem, problem
+    return setup
 
 
 @pytest.fixture(params=SIZES)
@@ -146,7 +151,12 @@ def answer(code: str, model: Path, **environment: str) -> object:
     What *code* left in ``answer``, run in a process of its own, which ends with 0.
     """
     epilogue = "\nprint(json.dumps(answer))\n"
-    done = child(_PROLOGUE + code + epilogue, model, environment=environment)
+    done = child(
+        _PROLOGUE + code + epilogue,
+        model,
+        environment=environment,
+        timeout_s=CHILD_S,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu
 import gpu_report
-import report
+import gpu_turns
 from gpu_records import (
     Cycle,
     Held,
@@ -92,7 +92,10 @@ def pretended(
         pytest.skip("no C compiler (cc) to build the fake drivers with")
     home = tmp_path_factory.mktemp("pretended")
     programs = {
-        "benchmark": start(PROGRAM, "--pretend", "--sizes", "small", "large-v3"),
+        "benchmark": start(
+            *(PROGRAM, "--pretend", "--sizes", "small", "large-v3"),
+            *("--out", home / "out"),
+        ),
         "suite": start("-c", SUITE, home),
     }
     yield programs
@@ -116,6 +119,11 @@ def test_every_part_runs_over_a_pretended_card(
     assert problems == dict.fromkeys(NAMES, "none")
     titles = {shown.title for shown in gpu_report._SHOWN}
     assert titles <= {line.strip("*") for line in lines}
+    written = [Path(line.split()[-1]) for line in lines if "written to" in line]
+    assert [path.suffix for path in written] == [".md", ".json"]
+    assert all(path.name.startswith("pretended-gpu-one-") for path in written)
+    assert output.startswith(written[0].read_text().partition("\n\n")[2])
+    assert list(json.loads(written[1].read_text())["parts"]) == NAMES
 
 
 def test_the_gpu_suite_passes_over_a_pretended_card(
@@ -148,7 +156,7 @@ def test_without_a_card_it_says_why_and_writes_nothing() -> None:
 
 def test_what_is_pretended_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
     """
-    Both options together are refused.
+    Figures that are made up do not get between those that were measured.
     """
     with pytest.raises(SystemExit) as refused:
         gpu.main(["--pretend", "--write"])
@@ -177,16 +185,93 @@ def test_a_part_that_takes_too_long_is_ended() -> None:
     assert outcome.code < 0
 
 
+def test_the_script_for_machines_without_network_ends_where_wheels_are_missing(
+    tmp_path: Path,
+) -> None:
+    """
+    It says where it looked, and begins nothing.
+    """
+    places = {name: str(tmp_path / name.lower()) for name in ("OUT", "SCRATCH")}
+    environment = {**os.environ, **places, "WHEELS": str(tmp_path / "none")}
+    done = subprocess.run(
+        ["/bin/sh", str(ROOT / "benchmarks" / "gpu_offline.sh"), "suite"],
+        env={**environment, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert f"the wheels in {tmp_path / 'none'} were not installed" in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_parts_without_time_are_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """
     When the budget is spent no more processes are started, and each part is named.
     """
-    outcomes = gpu.measure(Setup("", ""), NAMES[1:], time.monotonic())
+    outcomes = dict(gpu.measure(Setup("", ""), NAMES[1:], time.monotonic()))
     assert list(outcomes) == NAMES[1:]
     assert all("left out" in outcome.error for outcome in outcomes.values())
     assert not capsys.readouterr().err
+
+
+def test_a_second_turn_is_taken_only_if_there_is_time_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    Whoever has had one turn has a figure; a turn that is cut off gives none.
+    """
+    clock = iter([0.0, 0.0, 60.0, 0.0, 0.0, 60.0])
+    turns = []
+
+    def spawned(_: str, setup: Setup, argument: str) -> Outcome:
+        assert setup.turns == 2
+        turns.append(argument[0])
+        return Outcome((), "", 0.0, 0.0, 0)
+
+    monkeypatch.setattr(gpu_turns, "spawn", spawned)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    for allowed_s in ("119", "120"):
+        assert not list(gpu_turns.switch(Setup("", ""), allowed_s))
+    assert "".join(turns) == "0000" + "00001111"
+
+
+@pytest.mark.parametrize("is_measured", [True, False])
+@pytest.mark.parametrize("given", ["", "empty", "used", "missing"])
+def test_kernels_are_compiled_into_an_empty_folder_if_that_is_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    is_measured: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    """
+    The one that is given is used wherever that can be, so that others find them.
+    """
+    for name in ("empty", "used"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "used" / "one").touch()
+    monkeypatch.setenv("CUDA_CACHE_PATH", str(tmp_path / given) if given else "")
+    own, found = (
+        tmp_path / "own",
+        gpu._kernels(tmp_path / "own", is_measured=is_measured),
+    )
+    needs_own = not given or (given == "used" and is_measured)
+    assert found == (own / "kernels" if needs_own else tmp_path / given)
+
+
+def test_results_that_cannot_be_written_are_told_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    """
+    A directory that is there or can be made is no problem.
+    """
+    (tmp_path / "file").touch()
+    assert "name a directory with --out" in gpu._not_writable(tmp_path / "file" / "a")
+    assert gpu._not_writable(tmp_path / "new" / "folder") == ""
+    assert not list((tmp_path / "new" / "folder").iterdir())
 
 
 def test_models_that_do_not_fit_the_disk_are_not_written(
@@ -351,31 +436,32 @@ def test_another_user_gets_caches_of_its_own(tmp_path: Path) -> None:
     """
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "one").write_text("code")
-    own = _home_of(os.geteuid(), tmp_path)
+    own = _home_of(os.geteuid(), tmp_path, tmp_path / "kernels")
     assert (own / "kernels" / "one").read_text() == "code"
     assert (own / "cache").is_dir()
     assert own.stat().st_uid == os.geteuid()
 
 
-def test_a_report_is_written_with_all_that_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_is_written_with_all_that_was_measured(tmp_path: Path) -> None:
     """
-    Tables for people, records for programs; what failed is in both.
+    Tables for people, records for programs; what failed is in both, and what was not
+    begun is named.
     """
-    for module in (report, gpu_report):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
     records = (Machine("card", "Mystery 9000"), SIZE, Said("hello"))
     outcomes = {
         "machine": Outcome(records, "", 1.0, 3.5, 0),
         "tiers": Outcome((), "it ended with SIGSEGV: oh", 3.5, 4.0, -11),
     }
-    gpu_report.report("Mystery 9000 (80 GB)", Setup("", ""), outcomes, to_file=True)
-    text, raw = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
+    card, setup = "Mystery 9000 (80 GB)", Setup("", "")
+    for known in ({"machine": outcomes["machine"]}, outcomes):
+        shown = gpu_report.report(card, setup, known, ["machine", "tiers", "exit"])
+        text, raw = gpu_report.keep(tmp_path, shown, card, setup, known)
+    assert sorted(tmp_path.iterdir()) == sorted([text, raw])
     assert text.name.startswith("gpu-mystery-9000-80-gb-")
     assert "Mystery 9000 |" in text.read_text()
     assert "it ended with SIGSEGV: oh" in text.read_text()
     assert "PRETENDED" not in text.read_text()
+    assert text.read_text().count("not begun") == 1
     parts = json.loads(raw.read_text())["parts"]
     assert parts["machine"]["seconds"] == 2.5
     assert parts["machine"]["records"][2] == {"record": "Said", "text": "hello"}

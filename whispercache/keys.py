@@ -2,7 +2,7 @@
 Resolve: what was asked for becomes a `ModelKey`, one per model in memory.
 
 ``"large"``, ``"large-v3"`` and ``"Systran/faster-whisper-large-v3"`` are one model,
-``"cuda"`` is the best card, ``"int8"`` is what the device really computes in, and a path
+``"cuda"`` is the best card, ``"int8"`` what the device really computes in, and a path
 is its real path. Nothing here needs a model, a driver or CTranslate2.
 """
 
