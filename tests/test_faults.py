@@ -27,7 +27,7 @@ from whispercache import (
 )
 from whispercache.errors import CorruptModel
 from whispercache.fallback import Rung, as_ladder
-from whispercache.faults import Fault, classify
+from whispercache.faults import Fault, classify, is_from_ctranslate2
 from whispercache.testing import FakeLoader, FakeWhisper, settle, wait_until
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ AMBIGUOUS = (
     "parallel_for failed: cudaErrorInvalidDevice: invalid device ordinal",
     "cudaErrorInvalidDevice",
 )
+CUBLAS = "cuBLAS failed with status CUBLAS_STATUS_NOT_INITIALIZED"
 ILLEGAL = "CUDA failed with error an illegal memory access was encountered"
 
 
@@ -79,6 +80,7 @@ def record(cache: ModelCache) -> list[Event]:
         (MemoryError(), Fault.OUT_OF_MEMORY),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), Fault.OUT_OF_MEMORY),
         (RuntimeError(AMBIGUOUS[0]), Fault.PERHAPS_OUT_OF_MEMORY),
+        (RuntimeError(CUBLAS), Fault.PERHAPS_OUT_OF_MEMORY),
         (RuntimeError(ILLEGAL), Fault.STICKY),
         (RuntimeError("unspecified launch failure"), Fault.STICKY),
         (RuntimeError("Library libcublas.so.12 is not found"), Fault.OTHER),
@@ -90,6 +92,15 @@ def test_wordings_are_known(error: BaseException, fault: Fault) -> None:
     Only RuntimeErrors are CTranslate2's; a sticky wording wins over the rest.
     """
     assert classify(error) is fault
+
+
+def test_cublas_speaks_for_ctranslate2() -> None:
+    """
+    Its errors are known in a caller's block, too; those of other libraries are not.
+    """
+    assert is_from_ctranslate2(RuntimeError(CUBLAS))
+    assert not is_from_ctranslate2(RuntimeError("cuda is out of memory"))
+    assert not is_from_ctranslate2(ValueError(CUBLAS))
 
 
 # Out of memory while loading ----------------------------------------------------------

@@ -44,9 +44,14 @@ _OUT_OF_MEMORY = (
     "failed to allocate memory",
 )
 
-_PERHAPS_OUT_OF_MEMORY = ("cudaerrorinvaliddevice", "invalid device ordinal")
+_PERHAPS_OUT_OF_MEMORY = (
+    "cudaerrorinvaliddevice",
+    "invalid device ordinal",
+    "cublas_status_not_initialized",
+)
 """
-Source: OpenNMT/CTranslate2#2064; a launch by thrust that found no memory.
+Source: OpenNMT/CTranslate2#2064, a launch by thrust that found no memory; NVIDIA,
+cuBLAS, cublasCreate: also "an error in the hardware setup".
 """
 
 _STICKY = (
@@ -77,11 +82,17 @@ def is_from_ctranslate2(error: BaseException) -> bool:
     Whether an error that came out of a caller's block is CTranslate2's, by its wording:
     another library's may be about another device.
 
-    Source: src/cuda/utils.h @ 0d8bcd3, CUDA_CHECK; what Thrust throws passes as it is.
+    Source: src/cuda/utils.h @ 0d8bcd3, CUDA_CHECK and CUBLAS_CHECK; what Thrust throws
+    passes as it is.
     """
     text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "CUDA failed with error" in text or "parallel_for failed" in text
+    return isinstance(error, RuntimeError) and any(
+        words in text
+        for words in (
+            "CUDA failed with error",
+            "cuBLAS failed with status",
+            "parallel_for failed",
+        )
     )
 
 
