@@ -25,6 +25,7 @@ __all__ = [
     "HOST_HEADROOM_FRACTION",
     "HOST_HEADROOM_MAX_BYTES",
     "HOST_HEADROOM_MIN_BYTES",
+    "TOTAL_ONLY",
     "MemoryProbe",
     "MemoryReading",
     "SystemProbe",
@@ -37,6 +38,12 @@ __all__ = [
 ]
 
 _MIB = 1024**2
+
+TOTAL_ONLY = "cuda driver (total only)"
+"""
+Source of a reading that is no measurement: what others hold shows only later, and would
+be taken for what came in between.
+"""
 
 CUDA_HEADROOM_BYTES = 512 * _MIB
 """
@@ -73,7 +80,7 @@ class MemoryReading:
         total_bytes: All that programs could use, or the control group's limit.
         free_bytes: What could be taken now.
         source: Who said so: ``"nvml"``, ``"cuda driver"``, ``"psutil"``, ``"cgroup"``,
-            or ``"cuda driver (total only)"`` where what others took is not known.
+            or `TOTAL_ONLY` where what others took is not known.
     """
 
     total_bytes: int
@@ -211,7 +218,7 @@ class SystemProbe:
         free_bytes = driver.free_bytes(ordinal)
         if free_bytes is not None:
             return MemoryReading(total_bytes, free_bytes, "cuda driver")
-        return MemoryReading(total_bytes, total_bytes, "cuda driver (total only)")
+        return MemoryReading(total_bytes, total_bytes, TOTAL_ONLY)
 
     def _read_nvml(
         self, driver: Driver, ordinal: int, cuda_total_bytes: int

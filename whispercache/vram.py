@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from .cuda import CudaError, open_driver
 from .faults import Fault, classify
+from .memory import TOTAL_ONLY
 
 if TYPE_CHECKING:
     from .cuda import Driver, Pool
@@ -62,12 +63,6 @@ MOST_FLOOR_BYTES = 1024**3
 A floor above this is taken for another program's memory.
 
 Source: 200 to 312 MiB were seen (SYSTRAN/faster-whisper#680, #992).
-"""
-
-_TOTAL_ONLY = "cuda driver (total only)"
-"""
-Source of a reading that is no measurement: what others hold shows only later, and would
-be taken for what came in between.
 """
 
 _COMPILED_MAJOR = 8
@@ -325,7 +320,7 @@ def _used_bytes(device: str, probe: MemoryProbe) -> int | None:
     except Exception as error:  # a gauge that fails for a moment stops nothing
         _log.debug("memory of %s is unknown: %s", device, error)
         return None
-    if reading.source == _TOTAL_ONLY:
+    if reading.source == TOTAL_ONLY:
         return None
     return reading.total_bytes - reading.free_bytes
 
