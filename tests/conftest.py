@@ -8,6 +8,7 @@ import signal
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
+from driver import DRIVERS
 from fakes import FakeGpus, build_drivers
 from hypothesis import HealthCheck, settings
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from driver import Driver
     from typing_extensions import Unpack
 
     from whispercache.cache import CacheOptions
@@ -72,6 +74,16 @@ def gpus(drivers: Path, tmp_path: Path) -> FakeGpus:
     A machine whose GPUs the test describes, for child processes.
     """
     return FakeGpus(tmp_path, drivers)
+
+
+@pytest.fixture(params=DRIVERS)
+def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    """
+    Threads, then tasks.
+    """
+    made = DRIVERS[request.param]()
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from driver import DRIVERS, wait_waiting
+from driver import wait_waiting
 
 from whispercache import (
     CacheClosed,
@@ -25,24 +25,12 @@ from whispercache import (
 from whispercache.testing import check, settle, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from conftest import MakeCache
     from driver import Driver
 
     from whispercache.testing import FakeClock, FakeLoader, FakeMachine
 
 GIB = 1024**3
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    """
-    Threads, then tasks.
-    """
-    made = DRIVERS[request.param]()
-    yield made
-    made.close()
 
 
 def names(cache: ModelCache) -> list[str]:

@@ -10,7 +10,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from driver import DRIVERS, Driver, wait_waiting
+from driver import Driver, wait_waiting
 
 from whispercache import (
     CacheClosed,
@@ -48,16 +48,6 @@ AMBIGUOUS = (
 )
 CUBLAS = "cuBLAS failed with status CUBLAS_STATUS_NOT_INITIALIZED"
 ILLEGAL = "CUDA failed with error an illegal memory access was encountered"
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    """
-    Threads, and tasks.
-    """
-    driver = DRIVERS[request.param]()
-    yield driver
-    driver.close()
 
 
 def record(cache: ModelCache) -> list[Event]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from driver import DRIVERS, TaskDriver, wait_waiting
+from driver import TaskDriver, wait_waiting
 
 from whispercache import (
     AsyncModelCache,
@@ -41,16 +41,6 @@ if TYPE_CHECKING:
     from whispercache.testing import FakeClock
 
 GIB = 1024**3
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    """
-    Threads, then tasks.
-    """
-    made = DRIVERS[request.param]()
-    yield made
-    made.close()
 
 
 @pytest.fixture(autouse=True)

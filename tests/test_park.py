@@ -22,7 +22,7 @@ from whispercache import (
 from whispercache.testing import FakeLoader, FakeMachine, check, settle, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Mapping
 
     from conftest import MakeCache
     from driver import Driver
@@ -37,16 +37,6 @@ GIB = 1024**3
 CARD = "cuda:0"
 
 ILLEGAL_ACCESS = "CUDA failed with error an illegal memory access was encountered"
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    """
-    Threads, then tasks.
-    """
-    made = DRIVERS[request.param]()
-    yield made
-    made.close()
 
 
 def visit(cache: ModelCache, *models: str, device: str = CARD) -> None:

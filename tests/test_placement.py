@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from driver import DRIVERS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,8 +22,6 @@ from whispercache.specs import ModelSpec
 from whispercache.testing import FakeLoader, FakeMachine, settle, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from conftest import MakeCache
     from driver import Driver
 
@@ -33,16 +30,6 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 ILLEGAL = "CUDA failed with error an illegal memory access was encountered"
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    """
-    Threads, then tasks.
-    """
-    made = DRIVERS[request.param]()
-    yield made
-    made.close()
 
 
 def places(cache: ModelCache) -> list[str]:

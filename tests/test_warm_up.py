@@ -8,7 +8,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from driver import DRIVERS
 
 from whispercache import (
     DeviceLost,
@@ -37,16 +36,6 @@ CARD = "cuda:0"
 WARM_UP = f"warm-up of {CARD}"
 OUT_OF_MEMORY = "CUDA failed with error out of memory"
 ILLEGAL = "CUDA failed with error an illegal memory access was encountered"
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    """
-    Threads, then tasks.
-    """
-    made = DRIVERS[request.param]()
-    yield made
-    made.close()
 
 
 @pytest.fixture(autouse=True)
