@@ -435,7 +435,7 @@ class ModelCache:
             # Nonsense is told before others are downloaded; and whatever has the least
             # choice of a device is placed first.
             alone = [self._resolver.resolve(request) for request in requests]
-            order.sort(key=lambda n: (alone[n].is_placed, -alone[n].needed_bytes))
+            order.sort(key=lambda n: self._resolver.least_choice(alone[n]))
         targets: dict[int, Target] = {}
         for n in order:
             target = self._resolver.resolve(requests[n], beside=targets.values())

@@ -439,7 +439,8 @@ class Core(Moves):
 
     def _copies_locked(self, device: str, *, is_idle: bool) -> list[Resident]:
         """
-        Those of them that may leave, each as what its copy frees; after all others.
+        The models of cards that have copies on *device* and may leave, each as what its
+        copy frees.
         """
         copied = self._copied_locked(device)
         found = [e for e in copied if (e.is_idle if is_idle else e.leases)]

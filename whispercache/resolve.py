@@ -54,13 +54,13 @@ class Target:
     Attributes:
         entry: Its books.
         options: Load options as they were given.
-        needed_bytes: What it takes there, with a call.
+        files: Enough of the model to tell its bytes; None if that was not looked at.
         is_placed: Its device was chosen, not named.
     """
 
     entry: Entry
     options: Mapping[str, OptionValue]
-    needed_bytes: int = 0
+    files: ModelFiles | None = None
     is_placed: bool = False
 
 
@@ -133,16 +133,23 @@ class Resolver:
         files = self._peek(model, options, download=download)
         wish = _Wish(model, compute_type, kept, files)
         key = self._place(wish, wanted, beside)
-        footprint = self._loader.footprint(key, files, DEFAULT_WORKLOAD)
         is_placed = wanted in ("auto", "cuda")
-        entry = self._core.entry(key)
-        target = Target(entry, options, footprint.total_bytes, is_placed)
+        target = Target(self._core.entry(key), options, files, is_placed)
         # A relative path means another model after os.chdir().
         if not is_directory(model) or os.path.isabs(name):
             if len(self._known) >= KNOWN_REQUESTS:
                 self._known.clear()
             self._known[request] = target.entry
         return target
+
+    def least_choice(self, target: Target) -> tuple[bool, int]:
+        """
+        Sorts targets of one request: named devices first, then the largest models.
+        """
+        assert target.files is not None
+        key = target.entry.key
+        footprint = self._loader.footprint(key, target.files, DEFAULT_WORKLOAD)
+        return target.is_placed, -footprint.total_bytes
 
     def locate(
         self, target: Target, workload: Workload, *, download: bool = True
