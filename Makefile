@@ -1,8 +1,10 @@
-# make demo   set up, then transcribe the example clips with several models
-# make test   set up, then check style, types, layers and behaviour
-# make bench  set up, then measure
-# make soak   set up, then try what may happen for much longer
-# make gpu    set up, then test and measure on a card; writes benchmarks/results
+# make demo      set up, then transcribe the example clips with several models
+# make test      set up, then check style, types, layers and behaviour
+# make quick     set up, then run the tests that start no process and no browser
+# make coverage  set up, then run all tests and see which lines they reach
+# make bench     set up, then measure
+# make soak      set up, then try at random what may happen, for much longer
+# make gpu       set up, then test and measure on a card; writes benchmarks/results
 #
 # Each sets up .venv by itself; all that it needs is Python 3.10 or later, and
 # PYTHON=python3.12 chooses which. Nothing else is touched, but for one thing: as root on
@@ -10,8 +12,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# As many tests at a time as there are processors, eight at most.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint types layers unit bench soak gpu clean
+.PHONY: demo test lint types layers unit quick coverage bench soak gpu clean
 
 demo: .venv/demo
 	$(BIN)/python examples/multilingual.py
@@ -34,7 +38,14 @@ layers: .venv/test
 	$(BIN)/lint-imports
 
 unit: .venv/test .venv/browser
-	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
+	$(PYTEST)
+
+quick: .venv/test
+	$(PYTEST) -m "not process and not browser and not stress"
+
+# Apart from `make test`, since it takes half as long again.
+coverage: .venv/test .venv/browser
+	$(PYTEST) --cov --cov-report=term --cov-fail-under=95
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/imports.py
@@ -46,9 +57,10 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/serve.py
 
-# A hundred thousand steps of the state machine: minutes, not for every run.
+# Twelve times what an ordinary run tries, a hundred thousand steps of the state machine
+# among it: minutes, not for every run.
 soak: .venv/test
-	WHISPERCACHE_STEPS=100000 $(BIN)/pytest tests/test_machine.py --timeout=3600
+	WHISPERCACHE_EFFORT=12 $(PYTEST) -m soak --timeout=3600
 
 # Its results are for the repository: the card and the date are in their names.
 gpu: .venv/test .venv/cublas

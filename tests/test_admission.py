@@ -9,6 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import pytest
+from effort import tries
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ from whispercache.admission import (
 )
 from whispercache.keys import ModelKey
 
-MANY = settings(max_examples=500)
+MANY = settings(max_examples=tries(500))
 CARD, HOST = "cuda:0", "cpu"
 
 

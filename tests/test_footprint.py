@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from effort import tries
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,7 +193,7 @@ def test_without_a_model_bin_the_model_is_unknown(tmp_path: Path) -> None:
             read_header(path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=tries(150), deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_corrupt(
     share: float, micro_bytes: bytes, broken: Path
@@ -217,7 +218,7 @@ def test_the_message_names_the_tensor_that_is_cut(
         read_header(tmp_path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(data=st.data())
 def test_flipped_bits_never_raise_anything_else(
     data: st.DataObject, micro: Path, micro_bytes: bytes, broken: Path
@@ -239,7 +240,7 @@ def test_flipped_bits_never_raise_anything_else(
     assert header.file_bytes == len(raw)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=tries(100), deadline=None)
 @given(garbage=st.binary(max_size=2000))
 def test_garbage_is_corrupt(garbage: bytes, broken: Path) -> None:
     """
@@ -621,7 +622,16 @@ def test_the_workspace_is_near_the_measured_peak(
     tokens = (path / "vocabulary.txt").read_text(encoding="utf-8").splitlines()
     special = ("<|startoftranscript|>", "<|notimestamps|>", "<|startofprev|>")
     ids = json.dumps([tokens.index(each) for each in special])
-    peak = in_a_child(CALLING, str(path), str(batch), json.dumps(options), ids)
+    env = {
+        **os.environ,
+        # Threads that spin while they wait would take the processor from other tests.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # A fixed threshold, since holes in the heap are not what is predicted: with
+        # them the peak of samples is a tenth or a fifth higher, and differs.
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+    }
+    arguments = (str(path), str(batch), json.dumps(options), ids)
+    peak = in_a_child(CALLING, *arguments, env=env)
     predicted = workspace_bytes(
         read_header(path).architecture, "float32", "cpu", workload
     )

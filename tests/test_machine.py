@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import pytest
+from effort import tries
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -72,9 +72,9 @@ counts = st.sampled_from([None, None, 1, 2, 3])
 MAX_WAITING = 8
 ALLOWED = (LeaseTimeout, LoadFailed, ModelTooLarge, CacheClosed, LeaseDeadlock)
 OWNERS = tuple("abcdef")
-EXAMPLES = int(os.environ.get("WHISPERCACHE_STEPS", "8000")) // 40
+STEPS = 40
 """
-How much is tried: so many steps in all, by default few enough for every run.
+Steps of one history.
 """
 
 
@@ -690,7 +690,7 @@ def test_whatever_happens_the_invariants_hold() -> None:
     try:
         run_state_machine_as_test(
             CacheMachine,
-            settings=settings(max_examples=EXAMPLES, stateful_step_count=40),
+            settings=settings(max_examples=tries(200), stateful_step_count=STEPS),
         )
     finally:
         logging.disable(logging.NOTSET)

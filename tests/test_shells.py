@@ -22,6 +22,7 @@ import faster_whisper
 import numpy as np
 import pytest
 import tokenizers
+from effort import tries
 from faster_whisper.audio import decode_audio
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -915,7 +916,7 @@ names_of_models = st.sampled_from(["tiny", "base", "small", "medium", "large-v3"
     ),
     shell_gib=st.sampled_from([0.25, 1.0]),
 )
-@settings(max_examples=25)
+@settings(max_examples=tries(25))
 def test_the_machine_is_never_over_full(
     steps: list[tuple[str, str]], shell_gib: float
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from effort import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
     from whispercache.files import ModelFiles
     from whispercache.loading import LoadedModel
 
-MANY = settings(max_examples=200, deadline=None)
-FEWER = settings(max_examples=60, deadline=None)
+MANY = settings(max_examples=tries(200), deadline=None)
+FEWER = settings(max_examples=tries(60), deadline=None)
 VARIANTS = {
     **CONTENDERS,
     "no overtaking": Strategy(plan=overtaking(0)),

@@ -262,16 +262,53 @@ print("ended well")
 """
 
 
-@contextmanager
-def a_terminal(code: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+class Terminal:
     """
-    A Python that runs *code* in a terminal of its own: what it is read from, and it.
+    The outer end of a terminal, in which a program runs.
+
+    Args:
+        descriptor: What it is read from and written to.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._unread = b""
+
+    def read_until(self, text: bytes, patience_s: float = 30) -> bytes:
+        """
+        All that the program writes up to *text*; what comes after it is left for the
+        next call, since the two may arrive together.
+        """
+        end_s = time.monotonic() + patience_s
+        while text not in self._unread:
+            assert time.monotonic() < end_s, self._unread
+            try:
+                self._unread += os.read(self._descriptor, 65536)
+            except OSError as error:  # its end, as Linux tells it
+                raise AssertionError(self._unread) from error
+        before, found, self._unread = self._unread.partition(text)
+        return before + found
+
+    def write(self, text: bytes) -> None:
+        """
+        Type *text*.
+        """
+        os.write(self._descriptor, text)
+
+
+@contextmanager
+def a_terminal(code: str) -> Iterator[tuple[Terminal, subprocess.Popen[bytes]]]:
+    """
+    A Python that runs *code* in a terminal of its own: the terminal, and the process.
     """
     outside, inside = os.openpty()
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     environment = child_environment(
         {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
     )
+    # Of the terminal in which the tests run; this one has a size of its own.
+    for name in ("COLUMNS", "LINES"):
+        environment.pop(name, None)
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=inside,
@@ -282,24 +319,10 @@ def a_terminal(code: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     ) as process:
         os.close(inside)
         try:
-            yield outside, process
+            yield Terminal(outside), process
         finally:
             process.kill()
             os.close(outside)
-
-
-def read_until(terminal: int, text: bytes, patience_s: float = 30) -> bytes:
-    """
-    All that a program writes up to *text*.
-    """
-    seen, end_s = b"", time.monotonic() + patience_s
-    while text not in seen:
-        assert time.monotonic() < end_s, seen
-        try:
-            seen += os.read(terminal, 65536)
-        except OSError as error:  # its end, as Linux tells it
-            raise AssertionError(seen) from error
-    return seen
 
 
 def test_ctrl_c_leaves_a_terminal_as_it_was() -> None:
@@ -307,13 +330,13 @@ def test_ctrl_c_leaves_a_terminal_as_it_was() -> None:
     Errors are shown and passed over; at the end the old screen and the cursor are back.
     """
     with a_terminal(IN_A_TERMINAL) as (terminal, process):
-        seen = read_until(terminal, b"nobody is there")
+        seen = terminal.read_until(b"nobody is there")
         assert b"\x1b[?1049h" in seen  # a screen of its own
         assert b"\x1b[?25l" in seen  # no cursor
-        assert b"medium" in read_until(terminal, b"number 49")
-        read_until(terminal, b"gone again")
-        os.write(terminal, b"\x03")
-        rest = read_until(terminal, b"ended well")
+        assert b"medium" in terminal.read_until(b"number 49")
+        terminal.read_until(b"gone again")
+        terminal.write(b"\x03")
+        rest = terminal.read_until(b"ended well")
         assert rest.index(b"\x1b[?1049l") < rest.index(b"ended well")
         assert b"\x1b[?25h" in rest
         assert b"Traceback" not in rest

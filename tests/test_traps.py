@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ctranslate2.models
 import numpy as np
 import pytest
+from effort import tries
 from faster_whisper.transcribe import get_ctranslate2_storage
 from real import (
     FEATURES,
@@ -485,15 +486,17 @@ class TestExit:
         ("size", "state"),
         [
             *itertools.product(
-                ("micro", "tiny.en"),
+                ("micro",),
                 ("idle", "unconsumed", "begun", "leased", "loading", "evicting"),
             ),
-            *itertools.product(("base",), ("used", "loading")),
+            # What takes a while: work, loads and unloads of real weights.
+            *itertools.product(("tiny.en",), ("begun", "loading", "evicting")),
+            ("base", "used"),
         ],
     )
     def test_a_process_ends_soon_and_cleanly(self, size: str, state: str) -> None:
         """
-        Exit code 0 and no traceback, whatever its models are doing; three times.
+        Exit code 0 and no traceback, whatever its models are doing; twice at a time.
 
         If the interpreter ends while a thread is inside CTranslate2, it aborts.
         """
@@ -503,7 +506,7 @@ class TestExit:
             result = child(EXIT, directory, state)
             return time.time(), result
 
-        for ended_s, result in at_once([run] * 3):
+        for ended_s, result in at_once([run] * tries(2)):
             # CTranslate2 warns that float16 becomes float32 here.
             errors = re.sub(r"(?m)^\[.*\[ctranslate2\].*$", "", result.stderr)
             assert (result.returncode, errors.strip()) == (0, "")

@@ -83,8 +83,9 @@ def open_cache(**options: Unpack[CacheOptions]) -> ModelCache:
     cache = ModelCache(**given)
 
     def listen(event: Event) -> None:
-        TOLD.append(event)
+        # First in the log: whoever waits for it in TOLD goes on, and logs, at once.
         log(f"told:{type(event).__name__}")
+        TOLD.append(event)
 
     cache.subscribe(listen)
     return cache
