@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ import pytest
 from real import SILENCE, child_environment, clip, micro, micro_copy, packaged
 from served import TINY, offered, running, serving
 
-from whispercache import AsyncModelCache, ModelCache
+from whispercache import AsyncModelCache, ModelCache, aio
 from whispercache.server import ServerOptions, calls, create_app, service
 from whispercache.server.offers import Offers
 from whispercache.specs import ModelSpec, parse_spec
@@ -193,26 +194,36 @@ def test_a_load_that_nobody_waits_for_is_forgotten(cache: ModelCache) -> None:
         wait_until(lambda: not cache.waiting(), "the request gone")
 
 
-def test_a_client_that_leaves_in_mid_stream_lets_its_model_go() -> None:
+def test_a_client_that_leaves_in_mid_stream_lets_its_model_go(
+    cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """
     Once the step in flight is over: a long clip, and a client that hears its beginning.
     """
+    step, steps, has_left = aio._next, itertools.count(), threading.Event()
+
+    def slow(items: Any) -> object:
+        if next(steps) > 0:
+            assert has_left.wait(30)
+        return step(items)
+
+    monkeypatch.setattr(aio, "_next", slow)
     with (
-        ModelCache() as cache,
-        serving(cache, TINY) as client,
+        serving(cache, models=micros()) as client,
         Path(clip("en-harbour-long")).open("rb") as file,
     ):
         with client.stream(
             "POST",
             "/v1/audio/transcriptions",
-            data={"model": TINY, "stream": "true"},
+            data={"model": A, "stream": "true"},
             files={"file": ("a.flac", file)},
         ) as answer:
             assert answer.status_code == 200
             next(answer.iter_lines())
             assert cache.stats().leases == 1
+        has_left.set()
         wait_until(lambda: cache.stats().leases == 0, "the lease")
-        assert transcribe(client, TINY).status_code == 200
+        assert transcribe(client, A).status_code == 200
 
 
 @pytest.mark.parametrize(
