@@ -498,13 +498,14 @@ class TestBrokenFiles:
         A failure is not remembered.
         """
         directory = micro_copy(tmp_path / "model")
-        vocabulary = (directory / "vocabulary.json").read_bytes()
-        replace(directory, "vocabulary.json", b"")
+        tokenizer = (directory / "tokenizer.json").read_bytes()
+        # Its end is first read by the load itself.
+        replace(directory, "tokenizer.json", tokenizer[:-10])
         model = model_of(cache, directory)
         for _ in range(2):
             with pytest.raises(LoadFailed):
                 model.lease()
-        replace(directory, "vocabulary.json", vocabulary)
+        replace(directory, "tokenizer.json", tokenizer)
         assert text_of(model.transcribe(SILENCE)[0]) == TEXT
         assert (cache.stats().load_failures, cache.stats().loads) == (2, 1)
 

@@ -280,12 +280,24 @@ class CorruptModel(LoadFailed):
     Attributes:
         model: Path of the file or directory.
         reason: What is wrong with it.
+        cure: What to do.
     """
+
+    def __init__(
+        self,
+        model: str,
+        reason: str,
+        retry_in_s: float | None = None,
+        cure: str = "delete it and download or convert it again",
+    ) -> None:
+        super().__init__(model, reason, retry_in_s)
+        self.args = (model, reason, retry_in_s, cure)
+        self.cure = cure
 
     def __str__(self) -> str:
         return (
             f"the model in {self.model} is broken: {self.reason}; "
-            f"delete it and download or convert it again{self._again()}"
+            f"{self.cure}{self._again()}"
         )
 
 

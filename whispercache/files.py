@@ -4,6 +4,7 @@ Files of models: where they are, on this disk or after a download from the model
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import logging
 import os
@@ -11,8 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import CorruptModel, LoadFailed, UnknownModel, WhisperCacheError
+from .claims import check_claims
+from .errors import LoadFailed, UnknownModel, WhisperCacheError
 from .header import SMALL_FILES, read_header
+from .hub import (
+    HUB_FILES,
+    is_interrupted,
+    is_usable,
+    missing_files,
+    repository_folder,
+    snapshot_in,
+)
 from .keys import MODELS
 
 if TYPE_CHECKING:
@@ -22,17 +32,16 @@ if TYPE_CHECKING:
     from .keys import OptionValue
     from .weights import Source
 
-__all__ = ["ModelFiles", "downloaded", "files_in", "is_whole", "snapshot", "stamp_of"]
+__all__ = [
+    "ModelFiles",
+    "downloaded",
+    "files_in",
+    "is_whole",
+    "local_files",
+    "stamp_of",
+]
 
 _log = logging.getLogger("whispercache")
-
-_HUB_FILES = (
-    "config.json",
-    "preprocessor_config.json",
-    "model.bin",
-    "tokenizer.json",
-    "vocabulary.*",
-)
 
 _STAMPED = ("model.bin", *SMALL_FILES)
 
@@ -83,108 +92,156 @@ def stamp_of(directory: str) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=64)
 def _header(directory: str, _stamp: tuple[int, ...]) -> ModelHeader:
     """
-    The header of a model, read again when its files have changed.
+    The header of a model whose files agree, read again when they have changed.
     """
-    return read_header(directory)
+    header = read_header(directory)
+    check_claims(directory, header)
+    return header
 
 
 def files_in(directory: str) -> ModelFiles:
     """
     The model in *directory*.
 
-    Blocks: for some system calls; for milliseconds of small reads if it is new.
+    Blocks: for some system calls; if it is new, for milliseconds of small reads, and
+    for `check_claims`.
 
     Raises:
-        CorruptModel, UnknownModel, LoadFailed: there is no whole model.
+        CorruptModel, UnknownModel, LoadFailed: there is no whole model, or its files
+            are of different ones.
     """
     stamp = stamp_of(directory)
     header = _header(directory, stamp)
-    if not Path(directory, "config.json").is_file():
-        raise CorruptModel(directory, "config.json is missing")
     return ModelFiles(directory, header.saved_compute_type, stamp, header)
 
 
-def downloaded(model: str, options: Mapping[str, OptionValue]) -> str:
+def local_files(model: str, options: Mapping[str, OptionValue]) -> ModelFiles | None:
     """
-    Directory of a repository, after a download if need be.
+    The files of a repository in the hub's local cache; None if they are not, or not
+    all, there.
+
+    Raises:
+        CorruptModel, LoadFailed: they are broken, or cannot be read.
+    """
+    here = _local(model, options)
+    return files_in(str(here)) if here is not None and is_usable(here) else None
+
+
+def is_whole(model: str, options: Mapping[str, OptionValue]) -> bool:
+    """
+    Whether a download could bring nothing.
+    """
+    here = _local(model, options)
+    return here is not None and not missing_files(here)
+
+
+def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
+    """
+    The files of a repository, after a download if need be.
+
+    What is here and may be incomplete is taken where the hub cannot say more.
+
+    Raises:
+        UnknownModel: the hub has no such model.
+        CorruptModel: its files are broken.
+        LoadFailed: they are not here, and cannot be downloaded.
     """
     # Somebody else may have fetched it while this caller waited.
-    here = snapshot(model, options, local_files_only=True)
-    if here is not None and (is_whole(here) or options.get("local_files_only")):
-        return here
-    if options.get("local_files_only"):
+    here = _local(model, options)
+    may_load = here is not None and is_usable(here)
+    if options.get("local_files_only") and not may_load:
+        reason = f"{_state(model, options)} and local_files_only is set"
         raise LoadFailed(
-            model,
-            "it is not on this disk and local_files_only is set; allow the download, "
-            "or give the directory of a model",
+            model, f"{reason}; allow the download, or give the directory of a model"
         )
-    _log.info("downloading %s", model)
-    try:
-        fetched = snapshot(model, options, local_files_only=False)
-    except LoadFailed:
-        if here is None:
-            raise
-        return here
-    assert fetched is not None
-    return fetched
+    if not (may_load and (options.get("local_files_only") or is_whole(model, options))):
+        _log.info("downloading %s", model)
+        try:
+            here = _fetch(model, options)
+        except WhisperCacheError:
+            if not may_load:
+                raise
+    return files_in(str(here))
 
 
-def is_whole(directory: str) -> bool:
+def _local(model: str, options: Mapping[str, OptionValue]) -> Path | None:
     """
-    Whether no file is missing, as after an interrupted download.
-
-    huggingface-hub tells by itself from 2.0 on only. A few repositories have no
-    tokenizer; they look interrupted for ever, which costs a question to the hub each
-    time.
+    The snapshot of a repository in the hub's local cache, whole or not.
     """
-    found = set(os.listdir(directory))
-    return {"config.json", "model.bin", "tokenizer.json"} <= found and any(
-        name.startswith("vocabulary.") for name in found
-    )
+    folder = repository_folder(MODELS.get(model, model), _root(options))
+    return snapshot_in(folder, _text(options.get("revision")))
 
 
-def snapshot(
-    model: str, options: Mapping[str, OptionValue], *, local_files_only: bool
-) -> str | None:
+def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
     """
-    Directory of a repository in the hub's local cache, after a download if allowed.
+    Download what is missing of a repository; its snapshot, with all that a load needs.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     token = options.get("use_auth_token")
+    token = token if isinstance(token, bool) else _text(token)
+    repository = MODELS.get(model, model)
+    revision = _text(options.get("revision"))
     try:
         directory = snapshot_download(
-            MODELS.get(model, model),
-            revision=_text(options.get("revision")),
-            cache_dir=_text(options.get("download_root")),
-            token=token if isinstance(token, bool) else _text(token),
-            local_files_only=local_files_only,
-            allow_patterns=list(_HUB_FILES),
+            repository,
+            revision=revision,
+            cache_dir=_root(options),
+            token=token,
+            allow_patterns=list(HUB_FILES),
         )
+        if is_usable(Path(directory)):
+            return Path(directory)
+        # Some versions answer without the hub where they cannot reach it.
+        listed = HfApi(token=token).list_repo_files(repository, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         reason = "the model hub has no such repository or revision, or it is private"
         raise UnknownModel(model, reason) from error
     except Exception as error:  # also those of its HTTP library, whichever that is
-        if local_files_only:
-            return None
-        raise _unreachable(model, error) from error
-    # An interrupted download leaves a snapshot without its largest file.
-    if not Path(directory, "model.bin").is_file():
-        if local_files_only:
-            return None
-        raise UnknownModel(model, "the repository has no model.bin for CTranslate2")
-    return str(directory)
+        raise _unreachable(model, options, error) from error
+    missing = missing_files(Path(directory))
+    lacking = [name for name in missing if not fnmatch.filter(listed, name)]
+    if "model.bin" in lacking:
+        raise UnknownModel(
+            model,
+            "the repository has no model.bin for CTranslate2; ask for one that was "
+            "converted, or convert it with ct2-transformers-converter",
+        )
+    if lacking:
+        raise UnknownModel(model, f"the repository has no {', '.join(lacking)}")
+    raise LoadFailed(model, f"{_state(model, options)}; try again")
+
+
+def _root(options: Mapping[str, OptionValue]) -> str | None:
+    root = _text(options.get("download_root"))
+    return None if root is None else os.path.expanduser(root)
 
 
 def _text(value: OptionValue) -> str | None:
     return None if value is None else str(value)
 
 
-def _unreachable(model: str, error: Exception) -> WhisperCacheError:
+def _state(model: str, options: Mapping[str, OptionValue]) -> str:
+    """
+    What there is of a repository on this disk, where that is not all.
+    """
+    here = _local(model, options)
+    if here is not None:
+        missing = ", ".join(missing_files(here))
+        return f"its download is not whole: {missing} is missing"
+    folder = repository_folder(MODELS.get(model, model), _root(options))
+    if is_interrupted(folder):
+        return "its download was interrupted"
+    return "it is not on this disk"
+
+
+def _unreachable(
+    model: str, options: Mapping[str, OptionValue], error: Exception
+) -> WhisperCacheError:
     first = str(error).strip().partition("\n")[0]
     return LoadFailed(
         model,
-        f"it is not on this disk and the download failed ({first}); check the network, "
-        "or give the directory of a model",
+        f"{_state(model, options)}, and the download failed ({first}); check the "
+        "network, or give the directory of a model",
     )

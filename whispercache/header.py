@@ -53,6 +53,7 @@ class ModelHeader:
         variables: Every tensor, in file order.
         aliases: Second names of variables, as pairs (alias, name). They take no bytes.
         architecture: The numbers behind the shapes.
+        decoder_heads: Attention heads of each layer of the decoder.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class ModelHeader:
     variables: tuple[Variable, ...]
     aliases: tuple[tuple[str, str], ...]
     architecture: Architecture
+    decoder_heads: int
 
     def __hash__(self) -> int:
         # All variables would take longer than most that is done with one.
@@ -100,9 +102,9 @@ def read_header(path: str | os.PathLike[str]) -> ModelHeader:
     from pathlib import Path
 
     file_path = Path(path)
-    if file_path.is_dir():
-        file_path /= "model.bin"
     try:
+        if file_path.is_dir():
+            file_path /= "model.bin"
         with file_path.open("rb", buffering=0) as file:
             # Read-ahead would pull in most of the file behind the small reads.
             if hasattr(os, "posix_fadvise"):
@@ -148,6 +150,9 @@ class _Reader:
         if self._position != self._size_bytes:
             excess = self._size_bytes - self._position
             raise self._broken(f"{excess} bytes too many at its end")
+        # Equal tensors may be in it once: the others are aliases of it then.
+        named = {**variables, **{alias: variables[name] for alias, name in aliases}}
+        architecture = self._architecture(named)
         return ModelHeader(
             path=self._path,
             version=version,
@@ -155,7 +160,8 @@ class _Reader:
             file_bytes=self._size_bytes,
             variables=tuple(variables.values()),
             aliases=aliases,
-            architecture=self._architecture(variables),
+            architecture=architecture,
+            decoder_heads=self._heads(named, "decoder", architecture.d_model),
         )
 
     def _variable(self, version: int) -> Variable:
@@ -204,7 +210,7 @@ class _Reader:
         ]
         if mels_shape[0] != d_model or 0 in (*mels_shape, vocabulary, ffn, *layers):
             raise self._broken("its shapes are not those of a Whisper model")
-        heads = self._heads(variables, d_model)
+        heads = self._heads(variables, "encoder", d_model)
         return Architecture(
             d_model, layers[0], layers[1], heads, ffn, mels_shape[1], vocabulary
         )
@@ -227,8 +233,10 @@ class _Reader:
             raise self._broken(f"some layers of {prefix!r} are missing")
         return len(found)
 
-    def _heads(self, variables: Mapping[str, Variable], d_model: int) -> int:
-        scalar = variables.get("encoder/num_heads")
+    def _heads(
+        self, variables: Mapping[str, Variable], stack: str, d_model: int
+    ) -> int:
+        scalar = variables.get(f"{stack}/num_heads")
         if scalar is None:
             # Old conversions do not say; every Whisper has heads of width 64.
             return max(1, d_model // 64)

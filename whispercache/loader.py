@@ -22,19 +22,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from . import memory, primer, vram
+from .claims import alignment_problem, check_tokens, read_vocabulary
 from .convert import Origin, kind_for
 from .cublas import cublas_problem, load_cublas
 from .errors import (
     AudioError,
     CacheClosed,
     CacheForked,
+    CorruptModel,
     DeviceUnavailable,
     LoadFailed,
     WhisperCacheError,
 )
 from .faults import Fault, classify
 from .features import InBlocks
-from .files import ModelFiles, downloaded, files_in, is_whole, snapshot, stamp_of
+from .files import (
+    ModelFiles,
+    downloaded,
+    files_in,
+    is_whole,
+    local_files,
+    stamp_of,
+)
 from .footprint import estimate
 from .header import ModelHeader
 from .keys import is_directory
@@ -49,6 +58,7 @@ if TYPE_CHECKING:
     import numpy as np
     from faster_whisper import WhisperModel
     from numpy.typing import NDArray
+    from tokenizers import Tokenizer
 
     from .building import Builder
     from .footprint import Footprint, Workload
@@ -77,6 +87,11 @@ What a load on the CPU reserves, as a multiple of its predicted peak.
 Source: with the heap's holes and the shell that the model before left, loads of base to
 int8 in turn with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
 """
+
+_CORRECT_HEADS = (
+    "correct them in its config.json, or leave them out when it is converted; all but "
+    "word timestamps works without"
+)
 
 _WORK = "(calls)"
 """
@@ -162,7 +177,9 @@ class _Gone:
 _estimate = functools.lru_cache(maxsize=256)(estimate)
 
 
-def _construct(directory: str, shells: Shells, **options: object) -> WhisperModel:
+def _construct(
+    directory: str, header: ModelHeader, shells: Shells, **options: object
+) -> WhisperModel:
     """
     A `WhisperModel` of *directory* whose tokenizer is shared.
 
@@ -171,25 +188,37 @@ def _construct(directory: str, shells: Shells, **options: object) -> WhisperMode
     its own view of the name ``tokenizers``; faster-whisper's module stays as it is.
 
     It is parsed first, as what that takes besides would come on top of the weights.
+    Where there is none, faster-whisper would fetch one that does not know large-v3's
+    tokens; and where no file tells how many mel bands there are, it would take 80.
 
     Source: the peak of loading base as int8 was 1.28 times what it leaves, and is 1.02
     (tests/test_variants.py, benchmarks/switch.py).
     """
     _ctranslate2()
     from faster_whisper import WhisperModel
+    from faster_whisper.feature_extractor import FeatureExtractor
 
     path = os.path.join(directory, "tokenizer.json")
-    parsed = shells.tokenizer(path) if os.path.isfile(path) else None
+    if os.path.isfile(path):
+        tokenizer = shells.tokenizer(path)
+    else:
+        tokenizer = _tokenizer_from_hub(directory)
     plain = WhisperModel.__init__
     shared = types.SimpleNamespace(
         Tokenizer=types.SimpleNamespace(
-            from_file=lambda _path: parsed,
-            from_pretrained=partial(_tokenizer_from_hub, directory),
+            from_file=lambda _path: tokenizer,
+            from_pretrained=lambda _repository: tokenizer,
         )
     )
+    view = {
+        "tokenizers": shared,
+        "FeatureExtractor": partial(
+            FeatureExtractor, feature_size=header.architecture.mels
+        ),
+    }
     init = types.FunctionType(
         plain.__code__,
-        {**plain.__globals__, "tokenizers": shared},
+        {**plain.__globals__, **view},
         plain.__name__,
         plain.__defaults__,
         plain.__closure__,
@@ -254,13 +283,12 @@ class FasterWhisperLoader:
         """
         if is_directory(model):
             return files_in(model)
-        here = snapshot(model, options, local_files_only=True)
-        if download and not (here and is_whole(here)):
-            with self._lock:
-                downloading = self._downloading.setdefault(model, threading.Lock())
-            with downloading:
-                here = downloaded(model, options)
-        return None if here is None else files_in(here)
+        if not download or is_whole(model, options):
+            return local_files(model, options)
+        with self._lock:
+            downloading = self._downloading.setdefault(model, threading.Lock())
+        with downloading:
+            return downloaded(model, options)
 
     def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
         """
@@ -502,8 +530,11 @@ class FasterWhisperLoader:
         options = dict(key.options)
         for hub_option in ("download_root", "revision"):
             options.pop(hub_option, None)
+        header = files.source
+        assert isinstance(header, ModelHeader)
         whisper = _construct(
             files.directory,
+            header,
             self._shells,
             device=kind,
             device_index=int(index or 0),
@@ -511,6 +542,10 @@ class FasterWhisperLoader:
             **options,
         )
         whisper.feature_extractor = InBlocks(whisper.feature_extractor)
+        if problem := alignment_problem(files.directory, header):
+            _log.warning("%s cannot tell when words were said: %s", key, problem)
+            model = (files.original or files).directory
+            whisper.find_alignment = partial(_refuse_alignment, model, problem)
         return whisper
 
     def unload(
@@ -816,17 +851,34 @@ def _wanted_variant(key: ModelKey, files: ModelFiles) -> tuple[Origin, str] | No
     return Origin(key.model, files.source, files.stamp), kind
 
 
-def _tokenizer_from_hub(directory: str, repository: str) -> object:
+def _refuse_alignment(directory: str, problem: str, *_: object, **__: object) -> None:
+    """
+    Stands for faster-whisper's alignment where CTranslate2 would end the process.
+    """
+    raise CorruptModel(directory, problem, cure=_CORRECT_HEADS)
+
+
+def _tokenizer_from_hub(directory: str) -> Tokenizer:
     """
     The tokenizer of a model that brings none, from the hub, as faster-whisper does.
+
+    Raises:
+        CorruptModel: the model has other tokens than OpenAI's.
+        LoadFailed: the hub cannot be reached.
     """
     from tokenizers import Tokenizer
 
+    vocabulary = read_vocabulary(directory)
+    repository = vocabulary.tokenizer
     try:
-        return Tokenizer.from_pretrained(repository)
+        found = Tokenizer.from_pretrained(repository)
     except Exception as error:  # tokenizers raises nothing narrower
         raise LoadFailed(
             directory,
             "it has no tokenizer.json and the model hub cannot be reached; put the "
             f"tokenizer.json of {repository} beside its model.bin",
         ) from error
+    numbers = {token: found.token_to_id(token) for token in vocabulary.special}
+    known = {token: n for token, n in numbers.items() if n is not None}
+    check_tokens(directory, vocabulary, known, f"the tokenizer of {repository}")
+    return found
