@@ -27,9 +27,9 @@ from .cache import (
 )
 from .fallback import Attempts
 from .footprint import DEFAULT_WORKLOAD
+from .keys import anchored
 from .lease import Leases
 from .model import LeasedIterator, call_leased, workload_of
-from .resolve import matcher
 from .threads import caller, current_owner
 
 if TYPE_CHECKING:
@@ -136,14 +136,15 @@ class AsyncModelCache:
         """
         A model to await, in memory whenever it is used. See `ModelCache.get_model`.
         """
+        model = await _in_thread(anchored, model_size_or_path)
         await _in_thread(
             self._cache.get_model,
-            model_size_or_path,
+            model,
             device,
             compute_type,
             **load_options,  # type: ignore[arg-type]
         )
-        request = as_request(model_size_or_path, device, compute_type, load_options)
+        request = as_request(model, device, compute_type, load_options)
         terms = self._cache._terms(timeout_s, keep_alive, fallback)
         return AsyncCachedModel(self, ModelSource(self._cache, request, terms))
 
@@ -297,7 +298,8 @@ class AsyncModelCache:
         """
         Unload models now; how many left. See `ModelCache.evict`.
         """
-        matches = matcher(model_size_or_path, device, compute_type)
+        matching = self._cache._resolver.matching
+        matches = matching(model_size_or_path, device, compute_type)
         waits_for = _current_task() if timeout_s is None else None
         leaving = self._cache._core.evict(matches, waits_for)
         return await self._gone(leaving, timeout_s)

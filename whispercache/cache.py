@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict, cast
 from .errors import LeaseTimeout, NotDownloaded
 from .fallback import Attempts, Terms, as_ladder
 from .footprint import DEFAULT_WORKLOAD
+from .keys import anchored
 from .lease import Leases
 from .model import CachedModel
 from .threads import MonotonicClock, caller, current_owner
@@ -274,7 +275,7 @@ class ModelCache:
 
         Args:
             model_size_or_path: A size (``"large-v3"``), an alias, a repository of the
-                model hub, or a directory.
+                model hub, or a directory; a relative one is that of now.
             device: ``"cpu"``; ``"cuda:N"``; ``"cuda"`` for the GPU where the model is
                 already, or else the one with most room for it; ``"auto"`` for that, or
                 the CPU if no GPU can hold it. A ``device_index`` names the GPU, too.
@@ -293,7 +294,8 @@ class ModelCache:
             DeviceUnavailable: there is no such device.
             CacheClosed: the cache was closed.
         """
-        request = as_request(model_size_or_path, device, compute_type, load_options)
+        model = anchored(model_size_or_path)
+        request = as_request(model, device, compute_type, load_options)
         # A repository of unknown size is looked at when it is used: that downloads it.
         with suppress(NotDownloaded):
             self._resolver.resolve(request, download=False)
@@ -528,9 +530,8 @@ class ModelCache:
         Returns:
             How many were pinned.
         """
-        from .resolve import matcher
-
-        return self._core.unpin(matcher(model_size_or_path, device, compute_type))
+        matching = self._resolver.matching
+        return self._core.unpin(matching(model_size_or_path, device, compute_type))
 
     def evict(
         self,
@@ -561,9 +562,7 @@ class ModelCache:
             LeaseDeadlock: without *timeout_s*, this thread would wait for itself, since
                 it holds a lease on one of them.
         """
-        from .resolve import matcher
-
-        matches = matcher(model_size_or_path, device, compute_type)
+        matches = self._resolver.matching(model_size_or_path, device, compute_type)
         waits_for = current_owner() if timeout_s is None else None
         return self._await_gone(self._core.evict(matches, waits_for), timeout_s)
 

@@ -43,6 +43,11 @@ __all__ = [
 
 _log = logging.getLogger("whispercache")
 
+_ASKING_S = 10.0
+"""
+Most seconds for a question to the hub. Source: that of huggingface-hub for its own.
+"""
+
 _STAMPED = ("model.bin", *SMALL_FILES)
 
 
@@ -194,12 +199,15 @@ def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
         if is_usable(Path(directory)):
             return Path(directory)
         # Some versions answer without the hub where they cannot reach it.
-        listed = HfApi(token=token).list_repo_files(repository, revision=revision)
+        asked = HfApi(token=token).model_info(
+            repository, revision=revision, timeout=_ASKING_S
+        )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         reason = "the model hub has no such repository or revision, or it is private"
         raise UnknownModel(model, reason) from error
     except Exception as error:  # also those of its HTTP library, whichever that is
         raise _unreachable(model, options, error) from error
+    listed = [each.rfilename for each in asked.siblings or ()]
     missing = missing_files(Path(directory))
     lacking = [name for name in missing if not fnmatch.filter(listed, name)]
     if "model.bin" in lacking:

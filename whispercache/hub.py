@@ -7,6 +7,7 @@ and none sees a link whose file has gone.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import itertools
 import os
@@ -37,6 +38,8 @@ HUB_FILES = (
 """
 The patterns of the files that are downloaded.
 """
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 _NEEDED = ("config.json", "model.bin")
 _VOCABULARIES = ("vocabulary.json", "vocabulary.txt")
@@ -146,9 +149,11 @@ def is_file(path: str | Path) -> bool:
 def _status(path: str | Path) -> os.stat_result | None:
     try:
         return Path(path).stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except ValueError:  # no path
         return None
     except OSError as error:
+        if error.errno in _NOT_THERE:
+            return None
         raise _unreadable(path, error) from error
 
 

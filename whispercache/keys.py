@@ -14,22 +14,26 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from .errors import UnknownModel, UnsupportedComputeType
+from .errors import LoadFailed, UnknownModel, UnsupportedComputeType
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
+    from pathlib import Path
 
 __all__ = [
     "ALIASES",
     "COMPUTE_TYPES",
     "FETCH_OPTIONS",
     "MODELS",
+    "OTHER_NAMES",
     "TYPICAL_COMPUTE_TYPES",
     "ModelKey",
     "OptionValue",
+    "anchored",
     "canonical_device",
     "canonical_model",
     "canonical_options",
+    "directory_at",
     "effective_compute_type",
     "is_directory",
 ]
@@ -62,7 +66,37 @@ Source: faster_whisper/utils.py, ``_MODELS``, 1.2.1; a test compares the two.
 ALIASES: Mapping[str, str] = MappingProxyType(
     {"large": "large-v3", "turbo": "large-v3-turbo"}
 )
-_BY_REPOSITORY = {repository.lower(): name for name, repository in MODELS.items()}
+
+
+def _other_names() -> dict[str, str]:
+    """
+    What else the known models are called: by those who serve or publish them.
+
+    The repositories of OpenAI and of Distil-Whisper hold weights that CTranslate2
+    cannot read; their names mean the conversions of these. ``openai/whisper-large`` is
+    the first large model, and not the latest as is faster-whisper's ``"large"``.
+    """
+    found: dict[str, str] = {}
+    for name, repository in MODELS.items():
+        is_openai = not name.startswith("distil-")
+        published = f"openai/whisper-{name}" if is_openai else f"distil-whisper/{name}"
+        short = f"whisper-{name}" if is_openai else name.replace("-", "-whisper-", 1)
+        last = repository.partition("/")[2]
+        found |= dict.fromkeys((repository, last, published, short), name)
+    for alias, name in ALIASES.items():
+        prefixes = ("whisper-", "faster-whisper-", "openai/whisper-")
+        found |= {f"{prefix}{alias}": name for prefix in prefixes}
+    return {**found, "openai/whisper-large": "large-v1"}
+
+
+OTHER_NAMES: Mapping[str, str] = MappingProxyType(_other_names())
+"""
+Other names of the known models, such as ``"whisper-large-v3"``, and what they mean.
+
+Source: huggingface.co/openai and /distil-whisper; names of OpenAI-compatible servers.
+"""
+
+_BY_OTHER_NAME = {other.lower(): name for other, name in OTHER_NAMES.items()}
 
 COMPUTE_TYPES = (
     "float32",
@@ -151,30 +185,33 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
     The one name of a model: a known size, a hub repository, or a real path.
 
     A directory of that name wins over the hub, as in faster-whisper, provided that
-    there is a model in it.
+    there is a model in it. A repository's folder in the hub's cache is its snapshot.
 
     Raises:
         UnknownModel: no such size, or the directory is missing or holds no model.
+        LoadFailed: the directory cannot be read.
     """
     name = os.fspath(name_or_path)
     if not name.strip():
         raise UnknownModel(name, "give a size such as 'base', or a directory")
+    from .hub import is_file  # needs what importing the package should not
+
     path = os.path.expanduser(name)
-    if os.path.isfile(os.path.join(path, "model.bin")):
-        return os.path.realpath(path)
-    known = ALIASES.get(name, name)
+    known = ALIASES.get(name) or _BY_OTHER_NAME.get(name.lower(), name)
+    try:
+        if is_file(os.path.join(path, "model.bin")):
+            return os.path.realpath(path)
+    except LoadFailed:
+        if known not in MODELS:
+            raise
     if known in MODELS:
         return known
     if os.path.isdir(path):
-        raise UnknownModel(
-            name,
-            "the directory holds no model.bin; convert the model for CTranslate2 "
-            "with ct2-transformers-converter",
-        )
+        return os.path.realpath(_cached_snapshot(name, path))
     if os.path.exists(path):
         raise UnknownModel(name, "this is a file; give the directory of the model")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return _BY_REPOSITORY.get(name.lower(), name)
+        return name
     if os.sep in name or name.startswith((".", "~")):
         raise UnknownModel(name, "no such directory")
     import difflib
@@ -186,6 +223,71 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
         f"{hint}known sizes are {', '.join([*MODELS, *ALIASES])}; or give a hub "
         "repository ('owner/name') or a directory",
     )
+
+
+def _cached_snapshot(name: str, path: str) -> Path:
+    """
+    The snapshot in a repository's folder of the model hub's cache.
+
+    Raises:
+        UnknownModel: *path* is no such folder, or its snapshot has no model.
+    """
+    from pathlib import Path
+
+    from .hub import is_file, snapshot_in, snapshots_in
+
+    directory = Path(path)
+    is_among = directory.name == "snapshots"
+    folder = directory.parent if is_among else directory
+    snapshots = snapshots_in(folder)
+    if not snapshots:
+        raise UnknownModel(
+            name,
+            "the directory holds no model.bin; convert the model for CTranslate2 "
+            "with ct2-transformers-converter",
+        )
+    whole = [each for each in snapshots if is_file(each / "model.bin")]
+    current = snapshot_in(folder)
+    if current in whole and not is_among:
+        return current
+    if len(whole) == 1:
+        return whole[0]
+    if not whole:
+        raise UnknownModel(
+            name,
+            "no snapshot in this folder of the model hub's cache has a model.bin: its "
+            "download is not whole, or the model is not converted for CTranslate2; "
+            "ask for it by its name, 'owner/name'",
+        )
+    names = ", ".join(map(str, whole))
+    raise UnknownModel(name, f"several models are in it; give one of {names}")
+
+
+def anchored(name_or_path: str | os.PathLike[str]) -> str:
+    """
+    *name_or_path*, where it is a directory by its absolute path, so that it means the
+    same after `os.chdir`. A link stays one: it may point elsewhere later on.
+    """
+    name = os.fspath(name_or_path)
+    path = directory_at(name)
+    # A directory that only has the name of a size is none of ours; see above.
+    if _is_known(name) and not os.path.isfile(os.path.join(path, "model.bin")):
+        return name
+    if not path and name.startswith((".", "~")):  # not there yet
+        path = os.path.abspath(os.path.expanduser(name))
+    return path or name
+
+
+def directory_at(name: str) -> str:
+    """
+    The absolute path of the directory that *name* is; nothing if it is none.
+    """
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.isdir(path) else ""
+
+
+def _is_known(name: str) -> bool:
+    return name in MODELS or name in ALIASES or name.lower() in _BY_OTHER_NAME
 
 
 def canonical_device(device: str, device_index: OptionValue = None) -> str:

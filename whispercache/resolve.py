@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 from . import placement
 from .architecture import ARCHITECTURES, HUB_COMPUTE_TYPE
 from .entries import Entry, State
-from .errors import DeviceUnavailable, NotDownloaded, UnsupportedComputeType
+from .errors import (
+    DeviceUnavailable,
+    LoadFailed,
+    NotDownloaded,
+    UnknownModel,
+    UnsupportedComputeType,
+)
 from .files import ModelFiles
 from .footprint import DEFAULT_WORKLOAD
 from .keys import (
@@ -41,7 +47,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("whispercache")
 
-__all__ = ["Resolver", "Target", "matcher"]
+__all__ = ["Resolver", "Target"]
 
 KNOWN_REQUESTS = 65_536
 
@@ -141,6 +147,52 @@ class Resolver:
                 self._known.clear()
             self._known[request] = target.entry
         return target
+
+    def matching(
+        self,
+        model: str | os.PathLike[str] | None,
+        device: str | None,
+        compute_type: str | None,
+    ) -> Callable[[ModelKey], bool]:
+        """
+        Whether a key is what was named; None names all. ``"int8"`` is each type of it.
+
+        Raises:
+            UnknownModel, LoadFailed: there is no such model, in memory or elsewhere.
+            TypeError, ValueError: the device is nonsense.
+        """
+        names = None if model is None else self._names(os.fspath(model))
+        place = None if device is None else canonical_device(device)
+
+        def matches(key: ModelKey) -> bool:
+            return (
+                (names is None or key.model in names)
+                and place in (None, "auto", key.device, key.device.partition(":")[0])
+                and (
+                    compute_type in (None, "default", "auto", key.compute_type)
+                    or (compute_type == "int8" and key.compute_type.startswith("int8"))
+                )
+            )
+
+        return matches
+
+    def _names(self, name: str) -> set[str]:
+        """
+        The models that *name* means now, or meant when they were asked for: its files
+        may be gone since, and a link may point elsewhere.
+        """
+        # A copy: other threads change it meanwhile.
+        asked = [each for each in list(self._known.items()) if _is_name(each[0], name)]
+        meant = {entry.key.model for _, entry in asked}
+        try:
+            return meant | {canonical_model(name)}
+        except (UnknownModel, LoadFailed):
+            path = os.path.expanduser(name)
+            spelled = {name, os.path.abspath(path), os.path.realpath(path)}
+            meant |= spelled & {key.model for key in list(self._core.entries)}
+            if not meant:
+                raise
+            return meant
 
     def least_choice(self, target: Target) -> tuple[bool, int]:
         """
@@ -282,23 +334,6 @@ class _Wish:
     files: ModelFiles
 
 
-def matcher(
-    model: str | os.PathLike[str] | None, device: str | None, compute_type: str | None
-) -> Callable[[ModelKey], bool]:
-    """
-    Whether a key is what was named; None names all. ``"int8"`` is each type of int8.
-    """
-    name = None if model is None else canonical_model(model)
-    place = None if device is None else canonical_device(device)
-
-    def matches(key: ModelKey) -> bool:
-        return (
-            name in (None, key.model)
-            and place in (None, "auto", key.device, key.device.partition(":")[0])
-            and (
-                compute_type in (None, "default", "auto", key.compute_type)
-                or (compute_type == "int8" and key.compute_type.startswith("int8"))
-            )
-        )
-
-    return matches
+def _is_name(request: Request, name: str) -> bool:
+    given = request[0]
+    return name in (given, os.fspath(given))

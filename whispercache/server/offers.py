@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from whispercache.cache import as_request
 from whispercache.footprint import DEFAULT_WORKLOAD
-from whispercache.keys import ALIASES, MODELS
+from whispercache.keys import ALIASES, MODELS, OTHER_NAMES, anchored
 from whispercache.specs import short_name
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ OPENAI_NAME = "whisper-1"
 What OpenAI calls its Whisper, and hence what many clients ask for.
 """
 
+_SIZES = {**{name: name for name in MODELS}, **ALIASES, **OTHER_NAMES}
+
 
 class Offer:
     """
@@ -38,7 +40,9 @@ class Offer:
 
     def __init__(self, spec: ModelSpec, device: str, cache: ModelCache) -> None:
         self.name: str = spec.name
-        self.place: tuple[str, str, str] = (spec.model, device, spec.compute_type)
+        # What a relative path means is settled now: the cache remembers no other.
+        model = anchored(spec.model)
+        self.place: tuple[str, str, str] = (model, device, spec.compute_type)
         self._cache = cache
 
     def key(self) -> ModelKey | None:
@@ -103,14 +107,12 @@ class Offers:
 
 def _other_names(spec: ModelSpec) -> Iterator[str]:
     """
-    Other names of a known size that is served under its own: ``"large"`` is
-    ``"large-v3"``, and ``"Systran/faster-whisper-base"`` is ``"base"``.
+    Other names of a known size that is served under one of its own: ``"large"`` and
+    ``"whisper-large-v3"`` are ``"large-v3"``.
     """
     size, _, kind = spec.name.partition(":")
-    canonical = ALIASES.get(size, size)
-    if ALIASES.get(spec.model, spec.model) != canonical or canonical not in MODELS:
+    canonical = _SIZES.get(size)
+    if canonical is None or _SIZES.get(spec.model) != canonical:
         return
     suffix = f":{kind}" if kind else ""
-    yield canonical + suffix
-    yield MODELS[canonical] + suffix
-    yield from (a + suffix for a, name in ALIASES.items() if name == canonical)
+    yield from (other + suffix for other, name in _SIZES.items() if name == canonical)
