@@ -48,6 +48,7 @@ def build_micro(
     quantization: str | None = None,
     d_model: int = 32,
     layers: int = 2,
+    mels: int = 80,
 ) -> Path:
     """
     Write a model that answers *text* to every window, and return its directory.
@@ -59,13 +60,14 @@ def build_micro(
         quantization: What to save the weights in; float16 if None.
         d_model: Width, a multiple of 8.
         layers: Layers of encoder and decoder each.
+        mels: Mel bands that it takes; no file beside model.bin says so.
     """
     words = [f" {word}" for word in text.split()]
     if not words or len(set(words)) != len(words):
         raise ValueError("the text needs words, each of them once")
     tokens, special = _vocabulary(words, english=english)
     builder = _Builder(d_model)
-    spec = builder.spec(layers, mels=80)
+    spec = builder.spec(layers, mels)
     ids = {token: number for number, token in enumerate(tokens)}
     chain = _chain(ids, words, english=english)
     decoder = spec.decoder

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .errors import CorruptModel, LoadFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from .header import ModelHeader
 
@@ -289,10 +289,10 @@ def _tokenizer_tokens(directory: str) -> Mapping[str, int] | None:
     found = _added(content)
     if {_END, _START, _NO_TIMESTAMPS} <= found.keys():
         return found
-    whole = _parsed(directory, name, content, _TAKE_TOKENIZER)
-    model = whole.get("model") if isinstance(whole, dict) else None
+    whole = _as_object(directory, name, content, _TAKE_TOKENIZER)
+    model, added = whole.get("model"), whole.get("added_tokens")
     words = model.get("vocab") if isinstance(model, dict) else None
-    return {**(words if isinstance(words, dict) else {}), **found}
+    return {**(words if isinstance(words, dict) else {}), **dict(_pairs(added))}
 
 
 def _added(content: bytes) -> dict[str, int]:
@@ -304,11 +304,11 @@ def _added(content: bytes) -> dict[str, int]:
         added, _ = json.JSONDecoder().raw_decode(text)
     except ValueError:
         return {}
-    return dict(_pairs(added)) if isinstance(added, list) else {}
+    return dict(_pairs(added))
 
 
-def _pairs(added: Iterable[object]) -> Iterator[tuple[str, int]]:
-    for token in added:
+def _pairs(added: object) -> Iterator[tuple[str, int]]:
+    for token in added if isinstance(added, list) else ():
         if isinstance(token, dict):
             content, number = token.get("content"), token.get("id")
             if isinstance(content, str) and isinstance(number, int):

@@ -88,7 +88,8 @@ def stamp_of(directory: str) -> tuple[int, ...]:
                 raise LoadFailed(directory, "its model.bin is gone") from error
             stamp.append(0)
         except OSError as error:
-            raise LoadFailed(directory, f"{name} cannot be read: {error}") from error
+            reason = f"{name} cannot be read ({error.strerror}); check its permissions"
+            raise LoadFailed(directory, reason) from error
         else:
             stamp += status.st_size, status.st_mtime_ns, status.st_ino
     return tuple(stamp)
