@@ -413,10 +413,19 @@ def test_a_repository_without_a_ctranslate2_model_is_unknown(
     """
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "config.json").write_text("{}")
-    hub.repositories["openai/whisper-tiny"] = {"main": tmp_path / "torch"}
-    error = hub.ask("openai/whisper-tiny").error()
+    hub.repositories["someone/whisper-mine"] = {"main": tmp_path / "torch"}
+    error = hub.ask("someone/whisper-mine").error()
     assert error.startswith("UnknownModel")
     assert "no model.bin" in error
+    assert "ct2-transformers-converter" in error
+
+
+def test_openai_s_repository_means_the_one_that_was_converted(hub: Hub) -> None:
+    """
+    Its own weights are nothing for CTranslate2.
+    """
+    assert hub.ask("openai/whisper-tiny").answers == [TEXT]
+    assert not [each for each in hub.requests if "openai" in each]
 
 
 def test_a_hub_that_cannot_be_reached_fails_the_load(hub: Hub) -> None:
@@ -461,6 +470,8 @@ def test_a_broken_download_is_completed_by_the_next_try(
     error = hub.ask("tiny").error()
     assert error.startswith("LoadFailed")
     assert "the download failed" in error
+    if name == "model.bin":
+        assert "its download is not whole: model.bin is missing" in error
     hub.breaks.clear()
     assert hub.ask("tiny").answers == [TEXT]
 
@@ -505,3 +516,47 @@ def test_a_deleted_download_is_fetched_again(hub: Hub) -> None:
     shutil.rmtree(hub.directory / "home")
     assert hub.ask("tiny").answers == [TEXT]
     assert hub.downloads("model.bin") == 2
+
+
+@pytest.mark.parametrize("name", ["model.bin", "vocabulary.json"])
+def test_a_link_that_leads_nowhere_is_mended(hub: Hub, name: str) -> None:
+    """
+    huggingface-hub fetches the file that it should lead to, and nothing else.
+    """
+    assert hub.ask("tiny").answers == [TEXT]
+    (link,) = (hub.directory / "home").rglob(f"snapshots/*/{name}")
+    link.resolve().unlink()
+    assert hub.ask("tiny").answers == [TEXT]
+    assert hub.downloads(name) == 2
+    assert hub.downloads("config.json") == 1
+
+
+def test_a_file_that_nobody_needs_is_not_missed_without_network(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """
+    huggingface-hub 2 takes a snapshot for incomplete that lacks any file it listed.
+    """
+    shutil.copytree(micro(), tmp_path / "more")
+    (tmp_path / "more" / "preprocessor_config.json").write_text("{}")
+    hub.repositories[TINY] = {"main": tmp_path / "more"}
+    assert hub.ask("tiny").answers == [TEXT]
+    (link,) = (hub.directory / "home").rglob("snapshots/*/preprocessor_config.json")
+    link.unlink()
+    hub.url = "http://127.0.0.1:9"
+    assert hub.ask("tiny").answers == [TEXT]
+    assert hub.ask("tiny", local_files_only=True).answers == [TEXT]
+
+
+def test_an_interrupted_download_says_so_without_network(hub: Hub) -> None:
+    """
+    Not that there is no model in the repository.
+    """
+    hub.breaks["model.bin"] = "reset"
+    hub.ask("tiny").error()
+    hub.url = "http://127.0.0.1:9"
+    for local_files_only in (False, True):
+        error = hub.ask("tiny", local_files_only=local_files_only).error()
+        assert error.startswith("LoadFailed")
+        assert "its download is not whole: model.bin is missing" in error
+        assert "give the directory of a model" in error
