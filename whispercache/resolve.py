@@ -181,15 +181,15 @@ class Resolver:
         The models that *name* means now, or meant when they were asked for: its files
         may be gone since, and a link may point elsewhere.
         """
-        # A copy: other threads change it meanwhile.
+        # Copies: other threads change them meanwhile.
         asked = [each for each in list(self._known.items()) if _is_name(each[0], name)]
-        meant = {entry.key.model for _, entry in asked}
+        path = os.path.expanduser(name)
+        spelled = {name, os.path.abspath(path), os.path.realpath(path)}
+        meant = spelled & {key.model for key in list(self._core.entries)}
+        meant |= {entry.key.model for _, entry in asked}
         try:
             return meant | {canonical_model(name)}
         except (UnknownModel, LoadFailed):
-            path = os.path.expanduser(name)
-            spelled = {name, os.path.abspath(path), os.path.realpath(path)}
-            meant |= spelled & {key.model for key in list(self._core.entries)}
             if not meant:
                 raise
             return meant
