@@ -258,7 +258,7 @@ class Resolver:
         files = self._loader.locate(model, options, download=download)
         if files is None:
             raise NotDownloaded(
-                model, "its files are not on this disk; preload it first"
+                model, "its files are not all on this disk; preload it first"
             )
         return files
 
