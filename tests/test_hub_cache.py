@@ -386,6 +386,9 @@ def test_what_is_not_here_is_told_when_it_may_not_be_fetched(hub: Hub) -> None:
     As by `explain`, which downloads nothing.
     """
     hub.store(dangling=["model.bin"])
-    with ModelCache() as cache, pytest.raises(NotDownloaded, match="not all on this disk"):
+    with (
+        ModelCache() as cache,
+        pytest.raises(NotDownloaded, match="not all on this disk"),
+    ):
         cache.explain(MODEL, "cpu")
     assert hub.asked == 0

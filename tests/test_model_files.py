@@ -17,18 +17,28 @@ import pytest
 from forbidden import forbid
 from micro import build_micro
 from real import SILENCE, TEXT, micro, micro_copy, model_of, packaged, text_of
+from tokenizers import Tokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from byte_level import tokenizer, vocabulary
 
-from whispercache import CorruptModel, LoadFailed, ModelCache, WhisperCacheError
+from whispercache import (
+    CorruptModel,
+    LoadFailed,
+    ModelCache,
+    ModelKey,
+    WhisperCacheError,
+)
 from whispercache import claims as claims_module
 from whispercache import loader as loader_module
 from whispercache.claims import alignment_problem, check_claims, read_vocabulary
-from whispercache.files import files_in
+from whispercache.files import ModelFiles, files_in
 from whispercache.header import read_header
 from whispercache.keys import canonical_model
+from whispercache.loader import FasterWhisperLoader
+from whispercache.memory import SystemProbe
+from whispercache.shells import Shells
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +50,14 @@ NEW = (*OLD, "yue")
 """
 Languages before large-v3, and since. The tasks come after them.
 """
+
+
+@pytest.fixture
+def loader() -> FasterWhisperLoader:
+    """
+    A loader of its own.
+    """
+    return FasterWhisperLoader(SystemProbe())
 
 
 def tokens_of(
@@ -164,7 +182,8 @@ class TestWhatIsRight:
         header = write_files(tmp_path)
         tokens, special = tokens_of()
         content: Any = tokenizer(tokens, special)
-        extra = {"id": len(tokens), "content": "<|speaker|>", "special": True}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        extra = {"id": len(tokens), "content": "<|speaker|>", **flags, "special": True}
         content["added_tokens"].append(extra)
         write_json(tmp_path / "tokenizer.json", content)
         check_claims(str(tmp_path), header_of(header.architecture.vocabulary + 1))
@@ -199,7 +218,8 @@ class TestWhatIsRight:
         header = write_files(tmp_path)
         tokens, special = tokens_of()
         content: Any = tokenizer(tokens, special)
-        content["model"]["vocab"]["added_tokens"] = 10**6
+        words = content["model"]["vocab"]
+        words["added_tokens"] = words.pop("word")
         write_json(tmp_path / "tokenizer.json", dict(reversed(content.items())))
         check_claims(str(tmp_path), header)
 
@@ -330,10 +350,59 @@ class TestTokens:
         header = write_files(tmp_path)
         tokens, special = tokens_of()
         content: Any = tokenizer(tokens, special)
-        first = {"id": tokens.index("<|0.00|>") + 1, "content": "<|0.00|>"}
-        content["added_tokens"].append(first)
+        for number, token in enumerate(("<|more|>", "<|0.00|>"), len(special)):
+            added = {**content["added_tokens"][0], "content": token}
+            added["id"] = content["added_tokens"][0]["id"] + number
+            content["added_tokens"].append(added)
         write_json(tmp_path / "tokenizer.json", content)
         assert "<|0.00|> is " in refusal(tmp_path, header)
+
+    @pytest.mark.parametrize("order", ["reversed", "with a gap"])
+    def test_tokens_are_numbered_by_their_order(
+        self, tmp_path: Path, order: str
+    ) -> None:
+        """
+        Tokenizers goes by that, whatever numbers the file has.
+        """
+        header = write_files(tmp_path)
+        content: Any = tokenizer(*tokens_of())
+        added = content["added_tokens"]
+        content["added_tokens"] = (
+            added[::-1] if order == "reversed" else added[:2] + added[3:]
+        )
+        write_json(tmp_path / "tokenizer.json", content)
+        told = refusal(tmp_path, header)
+        path = str(tmp_path / "tokenizer.json")
+        found = Tokenizer.from_file(path).token_to_id("<|transcribe|>")
+        assert found != tokens_of()[0].index("<|transcribe|>")
+        assert "so they are of different models" in told
+
+    def test_numbers_that_nobody_reads_may_be_wrong(self, tmp_path: Path) -> None:
+        """
+        Tokenizers warns of them, and goes on with the right ones.
+        """
+        header = write_files(tmp_path)
+        content: Any = tokenizer(*tokens_of())
+        for token in content["added_tokens"]:
+            token["id"] += 5
+        write_json(tmp_path / "tokenizer.json", content)
+        check_claims(str(tmp_path), header)
+
+    def test_a_load_looks_at_the_tokenizer_itself(
+        self, tmp_path: Path, loader: FasterWhisperLoader
+    ) -> None:
+        """
+        Its words decide, too, where the numbers of its special tokens begin.
+        """
+        directory = micro_copy(tmp_path / "model")
+        path = directory / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["model"]["vocab"]["one more"] = len(content["model"]["vocab"])
+        write_json(path, content)
+        files = loader.locate(str(directory), {}, download=False)
+        assert files is not None
+        with pytest.raises(CorruptModel, match="so they are of different models"):
+            loader.load(ModelKey(str(directory), "cpu", "float32"), files)
 
     @pytest.mark.parametrize(
         "token", ["<|startoftranscript|>", "<|notimestamps|>", "<|transcribe|>"]
@@ -427,30 +496,35 @@ class TestTokenizerOfAnother:
     def test_the_vocabulary_tells_whose_it_needs(
         self,
         tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
         asked: list[str],
+        *,
         languages: tuple[str, ...],
         repository: str,
-        *,
         english: bool,
     ) -> None:
         """
         faster-whisper takes that of tiny whatever the model is.
         """
         write_files(tmp_path, languages, english=english)
+        monkeypatch.setattr(
+            loader_module, "vocabulary_in", lambda _: read_vocabulary(str(tmp_path))
+        )
+        (tmp_path / "tokenizer.json").unlink()
+        files = ModelFiles(str(tmp_path), "float16")
         if repository == "openai/whisper-tiny":
-            loader_module._tokenizer_from_hub(str(tmp_path))
+            loader_module._tokenizer_of(files, Shells())
         else:  # one that has other tokens after all is not taken
             with pytest.raises(CorruptModel, match=repository):
-                loader_module._tokenizer_from_hub(str(tmp_path))
+                loader_module._tokenizer_of(files, Shells())
         assert asked == [repository]
 
     def test_without_network_the_error_names_it(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """
         So that somebody can fetch it by hand.
         """
-        write_files(tmp_path, NEW)
 
         class Away:
             @staticmethod
@@ -461,7 +535,7 @@ class TestTokenizerOfAnother:
         with pytest.raises(
             LoadFailed, match=r"tokenizer\.json of openai/whisper-large"
         ):
-            loader_module._tokenizer_from_hub(str(tmp_path))
+            loader_module._tokenizer_from_hub("/models/mine", "openai/whisper-large-v3")
 
 
 class TestConfig:

@@ -27,10 +27,14 @@ from .keys import MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import TypeAlias
 
+    from .claims import Vocabulary
     from .header import ModelHeader
     from .keys import OptionValue
     from .weights import Source
+
+    _Look: TypeAlias = tuple[ModelHeader, Vocabulary]
 
 __all__ = [
     "ModelFiles",
@@ -39,6 +43,7 @@ __all__ = [
     "is_whole",
     "local_files",
     "stamp_of",
+    "vocabulary_in",
 ]
 
 _log = logging.getLogger("whispercache")
@@ -96,13 +101,12 @@ def stamp_of(directory: str) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _header(directory: str, _stamp: tuple[int, ...]) -> ModelHeader:
+def _looked_at(directory: str, _stamp: tuple[int, ...]) -> _Look:
     """
-    The header of a model whose files agree, read again when they have changed.
+    What the files of a model say, read again when they have changed.
     """
     header = read_header(directory)
-    check_claims(directory, header)
-    return header
+    return header, check_claims(directory, header)
 
 
 def files_in(directory: str) -> ModelFiles:
@@ -117,8 +121,18 @@ def files_in(directory: str) -> ModelFiles:
             are of different ones.
     """
     stamp = stamp_of(directory)
-    header = _header(directory, stamp)
+    header, _ = _looked_at(directory, stamp)
     return ModelFiles(directory, header.saved_compute_type, stamp, header)
+
+
+def vocabulary_in(files: ModelFiles) -> Vocabulary:
+    """
+    The tokens of a model that `files_in` has found.
+
+    Raises:
+        CorruptModel, LoadFailed: the files have changed for the worse since.
+    """
+    return _looked_at(files.directory, files.stamp)[1]
 
 
 def local_files(model: str, options: Mapping[str, OptionValue]) -> ModelFiles | None:

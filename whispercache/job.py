@@ -25,6 +25,7 @@ from .loader import FasterWhisperLoader
 from .memory import SystemProbe
 from .model import workload_of
 from .progress import Bar
+from .specs import short_name
 
 if TYPE_CHECKING:
     import argparse
@@ -244,7 +245,7 @@ def _short(model: str) -> str:
     A name for headings and files: of a directory its own, of a repository both parts.
     """
     if is_directory(model):
-        return Path(model).name
+        return short_name(model)
     return model if model in MODELS else model.replace("/", "--")
 
 

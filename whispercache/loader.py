@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from . import memory, primer, vram
-from .claims import alignment_problem, check_tokens, read_vocabulary
+from .claims import alignment_problem, check_tokens
 from .convert import Origin, kind_for
 from .cublas import cublas_problem, load_cublas
 from .errors import (
@@ -43,6 +43,7 @@ from .files import (
     is_whole,
     local_files,
     stamp_of,
+    vocabulary_in,
 )
 from .footprint import estimate
 from .header import ModelHeader
@@ -177,11 +178,9 @@ class _Gone:
 _estimate = functools.lru_cache(maxsize=256)(estimate)
 
 
-def _construct(
-    directory: str, header: ModelHeader, shells: Shells, **options: object
-) -> WhisperModel:
+def _construct(files: ModelFiles, shells: Shells, **options: object) -> WhisperModel:
     """
-    A `WhisperModel` of *directory* whose tokenizer is shared.
+    A `WhisperModel` of *files* whose tokenizer is shared.
 
     Parsing it takes a third of a small model's load and holds the GIL all the while,
     and WhisperModel's constructor has no hook for it. So the constructor is run with
@@ -198,11 +197,8 @@ def _construct(
     from faster_whisper import WhisperModel
     from faster_whisper.feature_extractor import FeatureExtractor
 
-    path = os.path.join(directory, "tokenizer.json")
-    if os.path.isfile(path):
-        tokenizer = shells.tokenizer(path)
-    else:
-        tokenizer = _tokenizer_from_hub(directory)
+    assert isinstance(files.source, ModelHeader)
+    tokenizer = _tokenizer_of(files, shells)
     plain = WhisperModel.__init__
     shared = types.SimpleNamespace(
         Tokenizer=types.SimpleNamespace(
@@ -213,7 +209,7 @@ def _construct(
     view = {
         "tokenizers": shared,
         "FeatureExtractor": partial(
-            FeatureExtractor, feature_size=header.architecture.mels
+            FeatureExtractor, feature_size=files.source.architecture.mels
         ),
     }
     init = types.FunctionType(
@@ -225,7 +221,7 @@ def _construct(
     )
     init.__kwdefaults__ = plain.__kwdefaults__
     whisper: WhisperModel = WhisperModel.__new__(WhisperModel)
-    init(whisper, directory, **options)
+    init(whisper, files.directory, **options)
     return whisper
 
 
@@ -530,11 +526,8 @@ class FasterWhisperLoader:
         options = dict(key.options)
         for hub_option in ("download_root", "revision"):
             options.pop(hub_option, None)
-        header = files.source
-        assert isinstance(header, ModelHeader)
         whisper = _construct(
-            files.directory,
-            header,
+            files,
             self._shells,
             device=kind,
             device_index=int(index or 0),
@@ -542,7 +535,8 @@ class FasterWhisperLoader:
             **options,
         )
         whisper.feature_extractor = InBlocks(whisper.feature_extractor)
-        if problem := alignment_problem(files.directory, header):
+        assert isinstance(files.source, ModelHeader)
+        if problem := alignment_problem(files.directory, files.source):
             _log.warning("%s cannot tell when words were said: %s", key, problem)
             model = (files.original or files).directory
             whisper.find_alignment = partial(_refuse_alignment, model, problem)
@@ -858,27 +852,34 @@ def _refuse_alignment(directory: str, problem: str, *_: object, **__: object) ->
     raise CorruptModel(directory, problem, cure=_CORRECT_HEADS)
 
 
-def _tokenizer_from_hub(directory: str) -> Tokenizer:
+def _tokenizer_of(files: ModelFiles, shells: Shells) -> Tokenizer:
     """
-    The tokenizer of a model that brings none, from the hub, as faster-whisper does.
+    The tokenizer of a model: its own, or else OpenAI's, as faster-whisper does.
 
     Raises:
-        CorruptModel: the model has other tokens than OpenAI's.
-        LoadFailed: the hub cannot be reached.
+        CorruptModel: it is broken, or numbers its tokens otherwise than the model.
+        LoadFailed: there is none, and the hub cannot be reached.
     """
+    path = os.path.join(files.directory, "tokenizer.json")
+    vocabulary = vocabulary_in(files)
+    if os.path.isfile(path):
+        found, origin = shells.tokenizer(path), "tokenizer.json"
+    else:
+        repository = vocabulary.tokenizer
+        found = _tokenizer_from_hub(files.directory, repository)
+        origin = f"the tokenizer of {repository}"
+    check_tokens(files.directory, vocabulary, found, origin)
+    return found
+
+
+def _tokenizer_from_hub(directory: str, repository: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    vocabulary = read_vocabulary(directory)
-    repository = vocabulary.tokenizer
     try:
-        found = Tokenizer.from_pretrained(repository)
+        return Tokenizer.from_pretrained(repository)
     except Exception as error:  # tokenizers raises nothing narrower
         raise LoadFailed(
             directory,
             "it has no tokenizer.json and the model hub cannot be reached; put the "
             f"tokenizer.json of {repository} beside its model.bin",
         ) from error
-    numbers = {token: found.token_to_id(token) for token in vocabulary.special}
-    known = {token: n for token, n in numbers.items() if n is not None}
-    check_tokens(directory, vocabulary, known, f"the tokenizer of {repository}")
-    return found
