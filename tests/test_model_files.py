@@ -32,8 +32,8 @@ from whispercache import (
 )
 from whispercache import claims as claims_module
 from whispercache import loader as loader_module
-from whispercache.claims import alignment_problem, check_claims, read_vocabulary
-from whispercache.files import ModelFiles, files_in
+from whispercache.claims import Claims, check_claims, read_vocabulary
+from whispercache.files import ModelFiles, claims_of, files_in
 from whispercache.header import read_header
 from whispercache.keys import canonical_model
 from whispercache.loader import FasterWhisperLoader
@@ -138,7 +138,7 @@ class TestWhatIsRight:
         directory = packaged(name)
         files_in(str(directory))
         header = read_header(directory)
-        assert alignment_problem(str(directory), header) == ""
+        assert check_claims(str(directory), header).alignment_problem == ""
         found = read_vocabulary(str(directory))
         assert found.size == header.architecture.vocabulary
         assert found.is_multilingual is (name == "base")
@@ -507,9 +507,8 @@ class TestTokenizerOfAnother:
         faster-whisper takes that of tiny whatever the model is.
         """
         write_files(tmp_path, languages, english=english)
-        monkeypatch.setattr(
-            loader_module, "vocabulary_in", lambda _: read_vocabulary(str(tmp_path))
-        )
+        known = Claims(read_vocabulary(str(tmp_path)), "")
+        monkeypatch.setattr(loader_module, "claims_of", lambda _: known)
         (tmp_path / "tokenizer.json").unlink()
         files = ModelFiles(str(tmp_path), "float16")
         if repository == "openai/whisper-tiny":
@@ -653,7 +652,7 @@ class TestHeads:
         """
         header = write_files(tmp_path)
         edit(tmp_path / "config.json", alignment_heads=heads)
-        assert alignment_problem(str(tmp_path), header) == ""
+        assert check_claims(str(tmp_path), header).alignment_problem == ""
 
     def test_without_any_ctranslate2_says_so(self, tmp_path: Path) -> None:
         """
@@ -661,7 +660,7 @@ class TestHeads:
         """
         header = write_files(tmp_path)
         edit(tmp_path / "config.json", alignment_heads=None)
-        assert alignment_problem(str(tmp_path), header) == ""
+        assert check_claims(str(tmp_path), header).alignment_problem == ""
 
     @pytest.mark.parametrize(
         "heads",
@@ -692,8 +691,8 @@ class TestHeads:
         """
         header = write_files(tmp_path)
         edit(tmp_path / "config.json", alignment_heads=heads)
-        assert "alignment_heads" in alignment_problem(str(tmp_path), header)
-        check_claims(str(tmp_path), header)
+        told = check_claims(str(tmp_path), header).alignment_problem
+        assert "alignment_heads" in told
 
     def test_the_error_says_which_and_how_many_there_are(self, tmp_path: Path) -> None:
         """
@@ -701,7 +700,7 @@ class TestHeads:
         """
         header = write_files(tmp_path)
         edit(tmp_path / "config.json", alignment_heads=[[1, 0], [25, 6]])
-        told = alignment_problem(str(tmp_path), header)
+        told = check_claims(str(tmp_path), header).alignment_problem
         assert "[25, 6]" in told
         assert "2 layers of 1 heads" in told
 
@@ -719,8 +718,13 @@ class TestHeads:
         """
         By an error of this package, again and again; all else goes on.
         """
+        plain = claims_of
         monkeypatch.setattr(
-            loader_module, "alignment_problem", lambda *_: "there are no such heads"
+            loader_module,
+            "claims_of",
+            lambda files: replace(
+                plain(files), alignment_problem="there are no such heads"
+            ),
         )
         options: dict[str, Any] = {"batch_size": batch_size} if batch_size else {}
         if batch_size:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .header import ModelHeader
 
 __all__ = [
+    "Claims",
     "Vocabulary",
-    "alignment_problem",
     "check_claims",
     "check_tokens",
     "read_vocabulary",
@@ -85,9 +85,23 @@ class Vocabulary:
         return f"openai/whisper-{'large-v3' if has_cantonese else 'tiny'}"
 
 
-def check_claims(directory: str, header: ModelHeader) -> Vocabulary:
+@dataclass(frozen=True, slots=True)
+class Claims:
     """
-    Checks the files beside the model.bin of *header*; the vocabulary among them.
+    What the files beside a model.bin say, as far as it is true.
+
+    Attributes:
+        vocabulary: The model's tokens.
+        alignment_problem: Why word timestamps would end the process; nothing if not.
+    """
+
+    vocabulary: Vocabulary
+    alignment_problem: str
+
+
+def check_claims(directory: str, header: ModelHeader) -> Claims:
+    """
+    Checks the files beside the model.bin of *header*.
 
     Blocks: reads them, all of the vocabulary and some of tokenizer.json.
 
@@ -112,7 +126,7 @@ def check_claims(directory: str, header: ModelHeader) -> Vocabulary:
     _check_config(directory, config, vocabulary, rows)
     _check_mels(directory, header.architecture.mels)
     _check_tokenizer(directory, vocabulary)
-    return vocabulary
+    return Claims(vocabulary, _alignment_problem(config, header))
 
 
 # config.json --------------------------------------------------------------------------
@@ -140,7 +154,7 @@ def _check_config(
             raise CorruptModel(directory, reason, cure=_CONVERT)
 
 
-def alignment_problem(directory: str, header: ModelHeader) -> str:
+def _alignment_problem(config: Mapping[str, object], header: ModelHeader) -> str:
     """
     What is wrong with the heads that word timestamps are read from; nothing if all is
     well, or if none are named, which CTranslate2 says by itself.
@@ -149,13 +163,9 @@ def alignment_problem(directory: str, header: ModelHeader) -> str:
     all else works, and well-known distilled models are published with the heads of the
     model that they were distilled from: so this is no reason to refuse the model.
 
-    Raises:
-        CorruptModel, LoadFailed: config.json is broken, or cannot be read.
-
     Source: CTranslate2 src/layers/transformer.cc:577-603 @ 0d8bcd3; issues 688 and 1283
     of SYSTRAN/faster-whisper, and 2 of kotoba-tech/kotoba-whisper.
     """
-    config = _read_object(directory, "config.json", _CONVERT) or {}
     if _HEADS not in config:
         return ""
     heads = config[_HEADS]

@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import TypeAlias
 
-    from .claims import Vocabulary
+    from .claims import Claims
     from .header import ModelHeader
     from .keys import OptionValue
     from .weights import Source
 
-    _Look: TypeAlias = tuple[ModelHeader, Vocabulary]
+    _Look: TypeAlias = tuple[ModelHeader, Claims]
 
 __all__ = [
     "ModelFiles",
+    "claims_of",
     "downloaded",
     "files_in",
     "is_whole",
     "local_files",
     "stamp_of",
-    "vocabulary_in",
 ]
 
 _log = logging.getLogger("whispercache")
@@ -125,9 +125,10 @@ def files_in(directory: str) -> ModelFiles:
     return ModelFiles(directory, header.saved_compute_type, stamp, header)
 
 
-def vocabulary_in(files: ModelFiles) -> Vocabulary:
+def claims_of(files: ModelFiles) -> Claims:
     """
-    The tokens of a model that `files_in` has found.
+    What the files say of a model that `files_in` has found. No look at the disk, unless
+    it has been forgotten.
 
     Raises:
         CorruptModel, LoadFailed: the files have changed for the worse since.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from . import memory, primer, vram
-from .claims import alignment_problem, check_tokens
+from .claims import check_tokens
 from .convert import Origin, kind_for
 from .cublas import cublas_problem, load_cublas
 from .errors import (
@@ -38,12 +38,12 @@ from .faults import Fault, classify
 from .features import InBlocks
 from .files import (
     ModelFiles,
+    claims_of,
     downloaded,
     files_in,
     is_whole,
     local_files,
     stamp_of,
-    vocabulary_in,
 )
 from .footprint import estimate
 from .header import ModelHeader
@@ -535,8 +535,7 @@ class FasterWhisperLoader:
             **options,
         )
         whisper.feature_extractor = InBlocks(whisper.feature_extractor)
-        assert isinstance(files.source, ModelHeader)
-        if problem := alignment_problem(files.directory, files.source):
+        if problem := claims_of(files).alignment_problem:
             _log.warning("%s cannot tell when words were said: %s", key, problem)
             model = (files.original or files).directory
             whisper.find_alignment = partial(_refuse_alignment, model, problem)
@@ -861,7 +860,7 @@ def _tokenizer_of(files: ModelFiles, shells: Shells) -> Tokenizer:
         LoadFailed: there is none, and the hub cannot be reached.
     """
     path = os.path.join(files.directory, "tokenizer.json")
-    vocabulary = vocabulary_in(files)
+    vocabulary = claims_of(files).vocabulary
     if os.path.isfile(path):
         found, origin = shells.tokenizer(path), "tokenizer.json"
     else:
