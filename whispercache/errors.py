@@ -291,7 +291,7 @@ class CorruptModel(LoadFailed):
         cure: str = "delete it and download or convert it again",
     ) -> None:
         super().__init__(model, reason, retry_in_s)
-        self.args = (model, reason, retry_in_s, cure)
+        WhisperCacheError.__init__(self, model, reason, retry_in_s, cure)
         self.cure = cure
 
     def __str__(self) -> str:
