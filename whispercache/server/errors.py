@@ -20,6 +20,8 @@ from starlette.routing import Match
 from whispercache.errors import (
     AudioError,
     CacheClosed,
+    DownloadTimeout,
+    EvictionTimeout,
     LeaseTimeout,
     LoadFailed,
     ModelTooLarge,
@@ -156,6 +158,12 @@ def _from_cache(error: WhisperCacheError) -> ApiError:
 
 
 def _unavailable(error: WhisperCacheError) -> ApiError:
+    if isinstance(error, DownloadTimeout):
+        message = f"the model is still being downloaded after {error.waited_s:.1f} s"
+        return refused_for_now(503, f"{message}; try again later", "model_busy")
+    if isinstance(error, EvictionTimeout):
+        message = f"the model is still at work after {error.waited_s:.1f} s"
+        return refused_for_now(503, f"{message}; try again later", "model_busy")
     if isinstance(error, LeaseTimeout):
         message = f"the model could not be had within {error.waited_s:.1f} s"
         return refused_for_now(503, f"{message}; try again later", "model_busy")

@@ -21,7 +21,12 @@ from prometheus_client import (
 )
 
 from whispercache.aio import AsyncModelCache
-from whispercache.errors import LeaseTimeout, LoadFailed, WhisperCacheError
+from whispercache.errors import (
+    DownloadTimeout,
+    LeaseTimeout,
+    LoadFailed,
+    WhisperCacheError,
+)
 from whispercache.live import Snapshot, Watch
 from whispercache.metrics import CacheCollector
 
@@ -172,18 +177,22 @@ class Service:
         A lease on a model, downloaded and loaded if need be; see `ModelCache.lease`.
 
         Raises:
-            LeaseTimeout: not within *timeout_s*, the download included, which goes on.
+            DownloadTimeout: its files were not there within *timeout_s*.
+            LeaseTimeout: the model was not, the download included.
         """
+        is_there = False
         # The cache's own limit begins once the files are there, and tells more.
         with anyio.move_on_after(timeout_s + _GRACE_S):
             await self._fetch(offer)
+            is_there = True
             return await self.cache.lease(
                 *offer.place,
                 timeout_s=timeout_s,
                 keep_alive=keep_alive,
                 workload=workload,
             )
-        raise LeaseTimeout(offer.name, timeout_s, 0)
+        ended = LeaseTimeout if is_there else DownloadTimeout
+        raise ended(offer.name, timeout_s)
 
     async def _fetch(self, offer: Offer) -> None:
         """
