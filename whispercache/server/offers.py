@@ -4,7 +4,9 @@ Offers: the models that a server has on its list, by the names that clients use.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whispercache.cache import as_request
@@ -18,7 +20,12 @@ if TYPE_CHECKING:
     from whispercache import ModelCache, ModelKey
     from whispercache.specs import ModelSpec
 
-__all__ = ["OPENAI_NAME", "Offer", "Offers"]
+__all__ = ["ALIGNMENT_HEADS", "OPENAI_NAME", "Offer", "Offers"]
+
+ALIGNMENT_HEADS = "alignment_heads"
+"""
+The field of config.json that names the attention heads which follow the words.
+"""
 
 OPENAI_NAME = "whisper-1"
 """
@@ -47,6 +54,23 @@ class Offer:
         """
         entry = self._cache._resolver.known(as_request(*self.place, {}))
         return None if entry is None else entry.key
+
+    def may_tell_words(self) -> bool:
+        """
+        Whether its files name attention heads that tell when words are said; true, too,
+        while that is not known without a download. Blocks: for a small file.
+        """
+        key = self.key()
+        loader = self._cache._core.loader
+        files = key and loader.locate(key.model, dict(key.options), download=False)
+        if not files:
+            return True
+        try:
+            text = Path(files.directory, "config.json").read_text(encoding="utf-8")
+            config = json.loads(text)
+        except (OSError, ValueError):  # CTranslate2 will say so
+            return True
+        return not isinstance(config, dict) or bool(config.get(ALIGNMENT_HEADS))
 
     def fetch(self) -> None:
         """
