@@ -416,6 +416,27 @@ class Follower:
         self._thread.join(PATIENCE_S)
 
 
+def test_tasks_hand_segments_over(make_cache: MakeCache) -> None:
+    """
+    The task that closes the cache waits for the one that will iterate.
+    """
+    cache = make_cache()
+
+    async def main() -> list[float]:
+        both = AsyncModelCache(cache)
+        model = await both.get_model("base", "cuda:0")
+        segments, _ = await model.transcribe(AUDIO)
+        segments.hand_over()
+        closing = asyncio.create_task(both.close())
+        await asyncio.sleep(0)
+        assert cache._core.is_closed
+        heard = [segment.start async for segment in segments]
+        await closing
+        return heard
+
+    assert asyncio.run(asyncio.wait_for(main(), PATIENCE_S)) == [0, 1, 2]
+
+
 def test_segments_that_were_handed_over_are_waited_for(make_cache: MakeCache) -> None:
     """
     Though nobody has begun to iterate yet.

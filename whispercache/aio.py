@@ -575,6 +575,12 @@ class AsyncSegments(AsyncIterator[T]):
         """
         return self._items.key
 
+    def hand_over(self) -> None:
+        """
+        Say that another task will iterate. See `LeasedIterator.hand_over`.
+        """
+        self._items.hand_over()
+
     async def aclose(self) -> None:
         """
         End early and let the model go, once the step in flight is over.
