@@ -138,11 +138,15 @@ def _in_one_spelling(
     The fields of a form, with all spellings of the one list among them as one.
     """
     chosen: dict[str, None] = {}
+    is_given = False
     for name, value in items:
         if isinstance(value, str) and _GRANULARITIES.fullmatch(unquote(name)):
+            is_given = True
             chosen.update(dict.fromkeys(_listed(value)))
         else:
             yield name, value
+    if is_given and not chosen:
+        chosen[""] = None  # to be refused: whoever sends it wants something
     yield from ((f"{GRANULARITIES}[]", one) for one in chosen)
 
 
