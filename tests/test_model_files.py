@@ -507,7 +507,7 @@ class TestTokenizerOfAnother:
         faster-whisper takes that of tiny whatever the model is.
         """
         write_files(tmp_path, languages, english=english)
-        known = Claims(read_vocabulary(str(tmp_path)), "")
+        known = Claims(read_vocabulary(str(tmp_path)), "", tells_words=True)
         monkeypatch.setattr(loader_module, "claims_of", lambda _: known)
         (tmp_path / "tokenizer.json").unlink()
         files = ModelFiles(str(tmp_path), "float16")

@@ -29,8 +29,12 @@ ERRORS: tuple[WhisperCacheError, ...] = (
         "large-v3/cuda:0/float16", "cuda:0", 5 << 30, 4 << 30, "limit"
     ),
     errors.LeaseTimeout("base/cpu/float32", 1.5, 2),
+    errors.LeaseTimeout("base/cpu/float32", 1.5),
+    errors.DownloadTimeout("base", 60.5),
+    errors.EvictionTimeout("base/cpu/float32", 10.0),
     errors.TooManyWaiters("base/cpu/float32", 8),
     errors.LeaseDeadlock("base/cpu/float32", ("tiny/cpu/float32",)),
+    errors.LeaseDeadlock("the end of the cache", ("tiny/cpu/float32",), own=True),
     errors.LoadFailed("base", "the hub is gone"),
     errors.LoadFailed("base", "2 loads in a row failed: broken", 1.5),
     errors.NotDownloaded("someone/whisper", "preload it first"),

@@ -242,7 +242,7 @@ def test_nothing_but_what_is_served_can_be_had(
         ({"temperature": 2}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"response_format": "xml"}, "response_format"),
-        ({"timestamp_granularities": ["word"]}, "timestamp_granularities[]"),
+        ({"timestamp_granularities": ["word"]}, "timestamp_granularities"),
         ({"stream": True, "response_format": "srt"}, "stream"),
         ({"extra_body": {"keep_alive": "soon"}}, "keep_alive"),
         ({"prompt": "a" * 10_001}, "prompt"),

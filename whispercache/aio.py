@@ -12,25 +12,28 @@ import asyncio
 import functools
 import os
 import tracemalloc
-import weakref
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from .cache import (
+    CLOSED,
     UNCHANGED,
     Departure,
     ModelCache,
     ModelSource,
     as_request,
     as_requests,
+    log_held,
+    tell_own,
 )
+from .errors import EvictionTimeout
 from .fallback import Attempts
 from .footprint import DEFAULT_WORKLOAD
 from .keys import anchored
 from .lease import Leases
 from .model import LeasedIterator, call_leased, workload_of
-from .threads import caller, current_owner
+from .threads import caller, current_owner, token_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
@@ -77,11 +80,7 @@ def _current_task() -> object:
     A token of the running task, as the owner of leases; it does not keep it alive.
     """
     task = asyncio.current_task()
-    if task is None:
-        return current_owner()
-    token = weakref.ref(task)
-    hash(token)  # remembers it, for when the task is gone
-    return token
+    return current_owner() if task is None else token_of(task)
 
 
 @functools.cache
@@ -385,8 +384,12 @@ class AsyncModelCache:
         """
         Close the cache, for threads too. See `ModelCache.close`.
         """
-        await self._gone(self._cache._core.close() or [], timeout_s)
-        await _in_thread(self._cache.close, timeout_s)
+        core = self._cache._core
+        leaving = core.close()
+        if leaving is not None:
+            tell_own(core.end_own((_current_task(),), CLOSED), timeout_s)
+            await self._gone(leaving, timeout_s)
+            await _in_thread(core.join, timeout_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -397,7 +400,13 @@ class AsyncModelCache:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await _in_thread(self._cache.__exit__, kind, error, trace)
+        try:
+            await self.close()
+        except EvictionTimeout as held:
+            # The error that ends the block tells more than this one.
+            if error is None:
+                raise
+            log_held(held)
 
     def __repr__(self) -> str:
         return repr(self._cache).replace("<ModelCache", "<AsyncModelCache", 1)
@@ -568,6 +577,12 @@ class AsyncSegments(AsyncIterator[T]):
         """
         return self._items.key
 
+    def hand_over(self) -> None:
+        """
+        Say that another task will iterate. See `LeasedIterator.hand_over`.
+        """
+        self._items.hand_over()
+
     async def aclose(self) -> None:
         """
         End early and let the model go, once the step in flight is over.
@@ -606,6 +621,7 @@ async def _call(
         if future.cancelled():  # before a thread was free for it
             lease.release()
         else:
+            lease.hand_over()
             future.add_done_callback(_close_result)
         raise
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, cast
 
-from .errors import LeaseTimeout, NotDownloaded
+from .errors import EvictionTimeout, LeaseDeadlock, NotDownloaded
 from .fallback import Attempts, Terms, as_ladder
 from .footprint import DEFAULT_WORKLOAD
 from .keys import anchored
 from .lease import Leases
 from .model import CachedModel
-from .threads import MonotonicClock, caller, current_owner
+from .threads import MonotonicClock, caller, current_owner, current_owners
 from .units import Limit, parse_duration, parse_limit
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .admission import Policy
-    from .core import Core
+    from .core import Core, Own
     from .deadlock import Owner
     from .entries import Part
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
@@ -72,6 +72,11 @@ Most seconds that the end of the interpreter waits for loads, unloads and calls.
 PATIENCE_S = 5.0
 """
 Seconds for which hits may pass a request that waits for memory.
+"""
+
+CLOSED = "the cache was closed"
+"""
+Why segments end early when a cache is closed.
 """
 
 PRESSURES = ("load", "watch")
@@ -558,7 +563,7 @@ class ModelCache:
             How many left; 0 if there was none to evict.
 
         Raises:
-            LeaseTimeout: some stayed; those that are still leased stay as they were.
+            EvictionTimeout: some stayed; those that are still leased stay as they were.
             LeaseDeadlock: without *timeout_s*, this thread would wait for itself, since
                 it holds a lease on one of them.
         """
@@ -687,20 +692,32 @@ class ModelCache:
         """
         Refuse new requests, fail those that wait, and unload all models.
 
+        Segments that this thread began and did not finish end at once, since nobody
+        else could end them; so do those of threads and tasks that have ended, unless
+        they were handed over. To go on with them is a RuntimeError. What others work
+        with is waited for.
+
         A second call waits again. A model that is still leased after *timeout_s* leaves
-        when its lease ends. In a signal handler that interrupted the cache itself, this
-        returns before anything has left.
+        when its lease ends. In a signal handler that interrupted the cache itself, or a
+        step of segments, this returns before that has left.
 
         Args:
             timeout_s: Most seconds to wait for leases, loads and unloads; None for
                 ever.
 
         Raises:
-            LeaseTimeout: models were still held then; it names them.
+            EvictionTimeout: models were still held then; it names them.
+            LeaseDeadlock: without *timeout_s*, this thread would wait for itself, since
+                it holds a lease and has not said `Lease.hand_over`.
         """
         leaving = self._core.close()
-        if leaving is not None:
-            self._await_gone(leaving, timeout_s)
+        if leaving is None:
+            return
+        own = self._core.end_own(current_owners(), CLOSED)
+        tell_own(own, timeout_s)
+        awaited = [(entry, gone) for entry, gone in leaving if entry not in own.stuck]
+        self._await_gone(awaited, timeout_s)
+        if not own.stuck:
             self._core.join(timeout_s)
 
     def __enter__(self) -> Self:
@@ -714,16 +731,34 @@ class ModelCache:
     ) -> None:
         try:
             self.close()
-        except LeaseTimeout as held:
+        except EvictionTimeout as held:
             # The error that ends the block tells more than this one.
             if error is None:
                 raise
-            _log.warning("closing: %s", held)
+            log_held(held)
 
     def __repr__(self) -> str:
         from . import report
 
         return report.describe(self._core, type(self).__name__)
+
+
+def tell_own(own: Own, timeout_s: float | None) -> None:
+    """
+    See whether whoever closes a cache would wait for himself, and for ever.
+
+    Raises:
+        LeaseDeadlock: he would.
+    """
+    if own.held and timeout_s is None:
+        raise LeaseDeadlock("the end of the cache", own.held, own=True)
+
+
+def log_held(held: Exception) -> None:
+    """
+    Say what is still held where another error is raised.
+    """
+    _log.warning("closing: %s", held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -950,7 +985,7 @@ class Departure:
         How many left, once all futures are done.
 
         Raises:
-            LeaseTimeout: some did not.
+            EvictionTimeout: some did not.
         """
         stayed = [(entry, gone) for entry, gone in self._leaving if gone.cancelled()]
         for entry, gone in stayed:
@@ -958,5 +993,5 @@ class Departure:
         if stayed:
             names = ", ".join(str(entry.key) for entry, _ in stayed)
             waited_s = self._core.clock.now() - self._started_s
-            raise LeaseTimeout(names, waited_s, 0)
+            raise EvictionTimeout(names, waited_s)
         return len(self._leaving)

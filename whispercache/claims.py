@@ -93,10 +93,13 @@ class Claims:
     Attributes:
         vocabulary: The model's tokens.
         alignment_problem: Why word timestamps would end the process; nothing if not.
+        tells_words: Whether it names heads that are there, from which word timestamps
+            are read; without any, CTranslate2 raises an error.
     """
 
     vocabulary: Vocabulary
     alignment_problem: str
+    tells_words: bool
 
 
 def check_claims(directory: str, header: ModelHeader) -> Claims:
@@ -126,7 +129,8 @@ def check_claims(directory: str, header: ModelHeader) -> Claims:
     _check_config(directory, config, vocabulary, rows)
     _check_mels(directory, header.architecture.mels)
     _check_tokenizer(directory, vocabulary)
-    return Claims(vocabulary, _alignment_problem(config, header))
+    problem = _alignment_problem(config, header)
+    return Claims(vocabulary, problem, bool(config.get(_HEADS)) and not problem)
 
 
 # config.json --------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def _top(options: argparse.Namespace) -> int:
 
     key = os.environ.get(KEY_VARIABLE)
     if options.key_file is not None:
-        key = options.key_file.read_text(encoding="utf-8").strip()
+        key = serve.read_keys(options.key_file)[0]
     source = remote(options.url, key)
     interval_s = parse_duration(options.interval, "--interval")
     if not 0 < interval_s < math.inf:

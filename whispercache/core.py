@@ -30,7 +30,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,7 @@ from .footprint import DEFAULT_WORKLOAD
 from .lease import Lease
 from .moves import Moves
 from .placement import Candidate
-from .threads import take_turn
+from .threads import has_ended, take_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -61,13 +61,14 @@ if TYPE_CHECKING:
     from .deadlock import Owner
     from .footprint import Workload
     from .keys import ModelKey
+    from .lease import Holder
     from .loading import Loader
     from .memory import MemoryProbe
     from .moves import Leaving
     from .threads import Clock
     from .units import Limit
 
-__all__ = ["Core"]
+__all__ = ["Core", "Own"]
 
 _log = logging.getLogger("whispercache")
 
@@ -83,6 +84,21 @@ SIGNAL_S = 1.0
 Seconds after which `Core.close` takes the lock for one that its own thread holds, under
 the signal handler that calls it. Critical sections take microseconds.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """
+    What those hold who close a cache, and hence would wait for themselves.
+
+    Attributes:
+        held: Models on which they hold leases, which only they could end.
+        stuck: Models at work for a step that a signal handler interrupted, in which the
+            cache is closed: it goes on, and ends, after that.
+    """
+
+    held: tuple[str, ...]
+    stuck: frozenset[Entry]
 
 
 class Core(Moves):
@@ -116,6 +132,10 @@ class Core(Moves):
         self._patience_s = patience_s
         self._max_waiting = max_waiting
         self._keep_alive_s = keep_alive_s
+        # By serial number. Whoever holds segments keeps them, not the cache.
+        self._holders: weakref.WeakValueDictionary[int, Holder] = (
+            weakref.WeakValueDictionary()
+        )
         # All that follows is guarded by the lock.
         self._serials = itertools.count()
         self._sweep_at_s = math.inf
@@ -656,6 +676,13 @@ class Core(Moves):
                 entry.owners[serial] = owner
                 self._admit_locked()
 
+    def entrust(self, serial: int, holder: Holder) -> None:
+        """
+        Note what holds a lease for a caller.
+        """
+        with self.changing():
+            self._holders[serial] = holder
+
     def drop(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
         """
         End a lease from the garbage collector.
@@ -748,7 +775,8 @@ class Core(Moves):
                 if own:
                     self.counts["deadlocks"] += 1
                     names = tuple(str(entry.key) for entry in own)
-                    raise LeaseDeadlock(f"the eviction of {names[0]}", names)
+                    what = f"the eviction of {names[0]}"
+                    raise LeaseDeadlock(what, names, own=True)
             return [
                 (entry, self._doom_locked(entry, EvictionCause.EXPLICIT))
                 for entry in leaving
@@ -925,6 +953,37 @@ class Core(Moves):
             ]
             self._stop_if_over_locked()
         return leaving
+
+    def end_own(self, owners: Collection[Owner], why: str) -> Own:
+        """
+        End what *owners*, who will wait, would wait for in vain: iterators of theirs,
+        and those that never had other owners than threads and tasks that are over. A
+        step in flight on another thread is not interrupted.
+
+        Returns:
+            What they still hold.
+        """
+        with self.changing():
+            found = [
+                (entry, serial, owner, self._holders.get(serial))
+                for entry in self.entries.values()
+                for serial, owner in entry.owners.items()
+                if owner in owners or has_ended(owner)
+            ]
+        stuck = {
+            entry
+            for entry, _, owner, holder in found
+            if holder is not None
+            and (owner in owners or not holder.has_moved)
+            and not holder.end(why, owner)
+        }
+        # What the garbage collector ended meanwhile was given back with the lock.
+        held = {
+            str(entry.key)
+            for entry, serial, owner, holder in found
+            if holder is None and owner in owners and serial in entry.leases
+        }
+        return Own(tuple(sorted(held)), frozenset(stuck))
 
     def quiesce(self, timeout_s: float) -> None:
         """

@@ -9,6 +9,8 @@ Every exception of whispercache.
     ├── DeviceUnavailable(…, RuntimeError)      resolve: no such device, or no driver
     ├── ModelTooLarge(…, MemoryError)           admit: can never fit
     ├── LeaseTimeout(…, TimeoutError)           wait: not served in time
+    │   ├── DownloadTimeout                     wait: for its files, in a server
+    │   └── EvictionTimeout                     evict, close: did not leave in time
     ├── TooManyWaiters                          wait: refused at the door
     ├── LeaseDeadlock(…, RuntimeError)          wait: only the waiting could end it
     ├── LoadFailed                              load: the original error is its cause
@@ -30,6 +32,8 @@ __all__ = [
     "CacheForked",
     "CorruptModel",
     "DeviceUnavailable",
+    "DownloadTimeout",
+    "EvictionTimeout",
     "LeaseDeadlock",
     "LeaseTimeout",
     "LoadFailed",
@@ -161,32 +165,53 @@ class ModelTooLarge(WhisperCacheError, MemoryError):
 
 class LeaseTimeout(WhisperCacheError, TimeoutError):
     """
-    The lease, or the eviction, was not granted within its ``timeout_s``.
+    The lease was not granted within its ``timeout_s``.
 
     A load that was already running goes on; its model will be there next time.
 
     Attributes:
         model: The model, as text.
         waited_s: Seconds waited.
-        position: Place in the queue when time ran out; 1 was next. 0 for an eviction.
+        position: Place in the queue when time ran out; 1 was next, 0 is in none.
     """
 
-    def __init__(self, model: str, waited_s: float, position: int) -> None:
+    def __init__(self, model: str, waited_s: float, position: int = 0) -> None:
         super().__init__(model, waited_s, position)
         self.model = model
         self.waited_s = waited_s
         self.position = position
 
     def __str__(self) -> str:
-        if not self.position:
-            return (
-                f"{self.model} did not leave within {self.waited_s:.2f} s; release the "
-                "leases on it, or consume or close its segments"
-            )
+        place = f" (place {self.position} in the queue)" if self.position else ""
         return (
-            f"{self.model} could not be had within {self.waited_s:.2f} s "
-            f"(place {self.position} in the queue); release leases sooner, "
-            "raise the limit, or wait longer with timeout_s"
+            f"{self.model} could not be had within {self.waited_s:.2f} s{place}; "
+            "release leases sooner, raise the limit, or wait longer with timeout_s"
+        )
+
+
+class DownloadTimeout(LeaseTimeout):
+    """
+    The model's files were not on this machine within the time that a request had.
+
+    The download goes on; they will be there later.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} was not downloaded within {self.waited_s:.2f} s; that goes "
+            "on, so ask again later, or download it beforehand"
+        )
+
+
+class EvictionTimeout(LeaseTimeout):
+    """
+    The model did not leave within the ``timeout_s`` of an eviction or a close.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} did not leave within {self.waited_s:.2f} s; release the "
+            "leases on it, or consume or close its segments"
         )
 
 
@@ -219,14 +244,22 @@ class LeaseDeadlock(WhisperCacheError, RuntimeError):
     Attributes:
         model: The model, as text.
         held: The models on which the caller holds leases.
+        own: The caller waited for his own leases to end, and nothing else.
     """
 
-    def __init__(self, model: str, held: tuple[str, ...]) -> None:
-        super().__init__(model, held)
+    def __init__(self, model: str, held: tuple[str, ...], own: bool = False) -> None:  # noqa: FBT001, FBT002 - errors pickle with what is passed by position
+        super().__init__(model, held, own)
         self.model = model
         self.held = held
+        self.own = own
 
     def __str__(self) -> str:
+        if self.own:
+            return (
+                f"{self.model} would wait for leases on {', '.join(self.held)} that "
+                "only its caller can end; end them first (consume or close their "
+                "segments), or say hand_over() where another thread ends them"
+            )
         return (
             f"{self.model} waits for memory that only the holders of "
             f"{', '.join(self.held)} can free, and they wait too; end those leases "

@@ -20,7 +20,25 @@ if TYPE_CHECKING:
     from .keys import ModelKey
     from .loading import LoadedModel
 
-__all__ = ["Lease", "Leases"]
+__all__ = ["Holder", "Lease", "Leases"]
+
+
+class Holder(Protocol):
+    """
+    Something of ours that holds a lease for a caller, and can end it in his stead.
+    """
+
+    @property
+    def has_moved(self) -> bool:
+        """
+        Whether it has had several owners, so that one who is over tells little.
+        """
+
+    def end(self, why: str, owner: Owner) -> bool:
+        """
+        End the lease early, once a step in flight is over, unless somebody took it over
+        from *owner*; whether that needs nothing more of the calling thread.
+        """
 
 
 class _Lessor(Protocol):
@@ -37,6 +55,11 @@ class _Lessor(Protocol):
     def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
         """
         Note that somebody else will end a lease.
+        """
+
+    def entrust(self, serial: int, holder: Holder) -> None:
+        """
+        Note what holds a lease, without keeping it alive.
         """
 
     def blame(self, entry: Entry, error: BaseException) -> None:
@@ -131,6 +154,21 @@ class Lease:
             owner: Who it is, as `threads.current_owner` tells; None for anybody.
         """
         self._lessor.hand_over(self._entry, self._serial, owner)
+
+    @property
+    def owner(self) -> Owner:
+        """
+        The thread or task that is to end it; None if that is not known, or it ended.
+        """
+        return self._entry.owners.get(self._serial)
+
+    def entrust(self, holder: Holder) -> None:
+        """
+        Let *holder* have this lease: it may just be dropped, and ends with the cache
+        where its owner closes that, or has ended.
+        """
+        self.owned = True
+        self._lessor.entrust(self._serial, holder)
 
     def recover(self, error: BaseException) -> bool:
         """

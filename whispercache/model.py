@@ -129,15 +129,18 @@ class LeasedIterator(Iterator[T]):
         lease: Lease,
         again: Callable[[], Iterator[T]] | None = None,
     ) -> None:
-        lease.owned = True
         self._items: Iterator[T] | None = items
         self._lease = lease
         self._again = again
-        self._owner = current_owner()
+        self._owner = lease.owner
+        self._has_moved = False
         self._failure = ""
+        self._ending = ""  # why it ends as soon as no step is in flight
         # One step at a time: a close from another thread waits for the step in flight,
         # since the model must not leave under it.
         self._step = threading.Lock()
+        self._stepper: int | None = None  # the thread of that step
+        lease.entrust(self)
 
     @property
     def key(self) -> ModelKey:
@@ -163,7 +166,16 @@ class LeasedIterator(Iterator[T]):
         """
         if owner != self._owner:
             self._owner = owner
+            self._has_moved = True
+            self._ending = ""
             self._lease.hand_over(owner)
+
+    @property
+    def has_moved(self) -> bool:
+        """
+        Whether others than the first owner have iterated, or were to.
+        """
+        return self._has_moved
 
     def step(self) -> T:
         """
@@ -171,23 +183,34 @@ class LeasedIterator(Iterator[T]):
         """
         if self._was_forked():
             raise CacheForked
-        with self._step:
-            if self._items is None:
-                if self._failure:
-                    # A finished generator would just say that there is no more.
-                    raise RuntimeError(f"it ended early: {self._failure}")
-                raise StopIteration
-            try:
-                item = self._first() if self._again else next(self._items)
-            except StopIteration:
-                self._finish()
-                raise
-            except BaseException as error:
-                self._failure = f"{type(error).__name__}: {error}"
-                self._finish()
-                raise
-            self._again = None  # and with it the audio
-            return item
+        try:
+            with self._step:
+                self._stepper = threading.get_ident()
+                try:
+                    return self._next()
+                finally:
+                    self._stepper = None
+        finally:
+            if self._ending:
+                self._end_if_idle()
+
+    def _next(self) -> T:
+        if self._items is None:
+            if self._failure:
+                # A finished generator would just say that there is no more.
+                raise RuntimeError(f"it ended early: {self._failure}")
+            raise StopIteration
+        try:
+            item = self._first() if self._again else next(self._items)
+        except StopIteration:
+            self._finish()
+            raise
+        except BaseException as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            self._finish()
+            raise
+        self._again = None  # and with it the audio
+        return item
 
     def _was_forked(self) -> bool:
         """
@@ -219,12 +242,42 @@ class LeasedIterator(Iterator[T]):
         with self._step:
             self._finish()
 
+    def end(self, why: str, owner: Owner) -> bool:
+        """
+        End early on behalf of *owner*, after the step in flight if there is one, unless
+        somebody else has gone on to iterate. Who iterates afterwards is told *why*.
+
+        Returns:
+            Whether that takes nothing more of this thread: it does where a signal
+            handler interrupted a step, which ends after the handler.
+        """
+        if self._was_forked():
+            return True
+        self._ending = why
+        if self._owner != owner:
+            self._ending = ""
+        self._end_if_idle()
+        return self._stepper != threading.get_ident()
+
+    def _end_if_idle(self) -> None:
+        # Whoever has a step in flight comes here after it.
+        if not self._step.acquire(blocking=False):
+            return
+        try:
+            if self._ending and self._items is not None:
+                self._failure = self._ending
+                self._finish()
+        finally:
+            self._step.release()
+
     def _finish(self) -> None:
         items, self._items = self._items, None
         self._again = None
-        if isinstance(items, types.GeneratorType):
-            items.close()
-        self._lease.release()
+        try:
+            if isinstance(items, types.GeneratorType):
+                items.close()
+        finally:
+            self._lease.release()
 
     def __enter__(self) -> Self:
         return self

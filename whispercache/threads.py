@@ -11,7 +11,8 @@ import queue
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol
+import weakref
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,27 +23,47 @@ __all__ = [
     "MonotonicClock",
     "caller",
     "current_owner",
+    "current_owners",
+    "has_ended",
     "take_turn",
+    "token_of",
 ]
 
 _log = logging.getLogger("whispercache")
 
+T = TypeVar("T")
 
 _TURNS = 100
 """
 How often `take_turn` lets others go first: about 100 µs.
 """
 
-_owners = itertools.count()
+
+class _Life:
+    """
+    Lives as long as its thread. Unlike a thread's number, it never comes back.
+    """
+
+    __slots__ = ("__weakref__",)
 
 
 class _Here(threading.local):
     """
-    A number for each thread. Unlike a thread's own, it is never used again.
+    The life of each thread, and a token of it.
     """
 
     def __init__(self) -> None:
-        self.owner = next(_owners)
+        self.life = _Life()
+        self.owner = token_of(self.life)
+
+
+def token_of(life: T) -> weakref.ref[T]:
+    """
+    A reference that does not keep *life*, and can be told from others after its end.
+    """
+    token = weakref.ref(life)
+    hash(token)  # remembered, for when the referent is gone
+    return token
 
 
 _here = _Here()
@@ -66,6 +87,27 @@ def current_owner() -> object:
     A token of the calling thread, as the owner of leases.
     """
     return _here.owner
+
+
+def current_owners() -> tuple[object, ...]:
+    """
+    Tokens of the calling thread, and of the asyncio task that it runs, if any.
+    """
+    asyncio = sys.modules.get("asyncio")  # where there are tasks, it is there
+    if asyncio is None or asyncio._get_running_loop() is None:
+        return (current_owner(),)
+    task = asyncio.current_task()
+    return (current_owner(),) if task is None else (current_owner(), token_of(task))
+
+
+def has_ended(owner: object) -> bool:
+    """
+    Whether the thread or task of a token is over, so that it ends no lease any more.
+    """
+    if not isinstance(owner, weakref.ref):
+        return False  # handed over to nobody knows whom
+    life = owner()
+    return life is None or (not isinstance(life, _Life) and life.done())
 
 
 def take_turn(lock: threading.Lock) -> None:

@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 from whispercache.cache import ModelCache
 from whispercache.job import INTERRUPTED, WRONG_USE, error_line
 
+from .references import read_references
 from .run import RESULTS, compare
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.progress import Progress as Bars
 
-    from .values import Comparison, Progress
+    from .values import Comparison, Progress, Reference
 
 __all__ = ["HELP", "add_options", "run"]
 
@@ -34,7 +37,7 @@ references:
 
 Models take turns, each with all files, so that each is loaded once. What is done is
 kept in DIR: after Ctrl-C, the same command goes on where it stopped. The exit code is 2
-if a file could not be decoded; the others are compared all the same.
+if a file could not be decoded, or a model failed; the others are compared all the same.
 """
 
 
@@ -49,12 +52,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("audio", nargs="+", metavar="AUDIO", help="anything that FFmpeg reads")
     add(
         "--models",
+        action="extend",
         required=True,
         type=lambda text: list(filter(None, text.split(","))),
         metavar="MODEL,...",
-        help="for example tiny.en,base,base:int8 or mine=/models/mine:int8",
+        help="for example tiny.en,base,base:int8 or mine=/models/mine:int8; may be "
+        "repeated",
     )
-    add("--references", type=Path, metavar="TSV", help="what is said; see below")
+    add(
+        "--references",
+        action="append",
+        type=Path,
+        metavar="TSV",
+        help="what is said; see below; may be repeated",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="where reports go")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--language", metavar="CODE", help="for example en (default: detected)")
@@ -111,7 +122,7 @@ def _compare(options: argparse.Namespace, show: _Show) -> Comparison:
         return compare(
             options.audio,
             models=options.models,
-            references=options.references,
+            references=_references(options.references or ()),
             device=options.device,
             language=options.language,
             out=options.out,
@@ -122,19 +133,36 @@ def _compare(options: argparse.Namespace, show: _Show) -> Comparison:
         )
 
 
+def _references(tables: Sequence[Path]) -> dict[str, Reference] | None:
+    """
+    The references of all tables; None without a table.
+
+    Raises:
+        ValueError: two tables say different things of a file.
+    """
+    found: dict[str, Reference] = {}
+    for table in tables:
+        for name, reference in read_references(table).items():
+            if found.setdefault(name, reference) != reference:
+                raise ValueError(f"{table}: another table has other words for {name!r}")
+    return found or None
+
+
 def _finish(comparison: Comparison, out: Path) -> int:
     """
     Print the outcome.
     """
     for failure in comparison.failures:
         sys.stderr.write(f"whispercache: error: {failure.file}: {failure.reason}\n")
+    for left_out in comparison.model_failures:
+        sys.stderr.write(f"whispercache: error: {left_out.model}: {left_out.reason}\n")
     for note in comparison.notes:
         sys.stderr.write(f"{note}\n")
     from .report import as_lines
 
     sys.stdout.writelines(f"{line}\n" for line in as_lines(comparison))
     sys.stdout.write(f"{out / 'report.html'}\n")
-    return WRONG_USE if comparison.failures else 0
+    return WRONG_USE if comparison.failures or comparison.model_failures else 0
 
 
 class _Show:

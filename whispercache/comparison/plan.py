@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from whispercache.errors import WhisperCacheError
+from whispercache.errors import LoadFailed, WhisperCacheError
 
 from .store import fingerprint, hash_of_file
-from .values import Failure
+from .values import Failure, ModelFailure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from whispercache.keys import ModelKey
     from whispercache.specs import ModelSpec
 
-__all__ = ["Entrant", "Input", "enter", "read_inputs"]
+__all__ = ["Entrant", "Input", "enter", "one_line", "read_inputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,38 +61,73 @@ def enter(
     device: str,
     workload: Workload,
     load_options: Mapping[str, object],
-) -> tuple[list[Entrant], list[str]]:
+) -> tuple[list[Entrant], list[str], list[ModelFailure]]:
     """
-    The models, each of them once, and what a reader should know of that.
+    The models, each of them once, what a reader should know of that, and those whose
+    files are broken or cannot be had.
 
-    Blocks: for downloads, which begin when it is clear that all models can be had.
+    Blocks: for downloads, which begin when it is clear that there is room for all.
 
     Raises:
-        WhisperCacheError: one of them cannot.
+        WhisperCacheError: one of them does not exist, or has no room; or the files of
+            none can be had.
     """
     planned: dict[ModelKey, tuple[ModelSpec, int]] = {}
-    notes = []
+    notes: list[str] = []
+    failed: list[tuple[str, LoadFailed]] = []
     for spec in specs:
-        place = (spec.model, device, spec.compute_type)
-        key = cache.get_model(*place, **load_options).key  # type: ignore[arg-type]
-        plan = cache.explain(
-            *place,
-            workload=workload,
-            **load_options,  # type: ignore[arg-type]
-        )
-        if plan.outcome == "never":
-            raise WhisperCacheError(plan.reason)
+        try:
+            key, cost = _plan(cache, spec, device, workload, load_options)
+        except LoadFailed as error:
+            failed.append((spec.name, error))
+            continue
         if key in planned:
             other = planned[key][0].name
             notes.append(f"{spec.name} is the same model as {other}: {key}.")
         else:
-            planned[key] = spec, max(1, plan.needed_bytes)
+            planned[key] = spec, cost
     names = _distinct([spec.name for spec, _ in planned.values()])
-    entrants = [
-        Entrant(name, spec, key, _identity(cache, key, load_options), cost)
-        for name, (key, (spec, cost)) in zip(names, planned.items(), strict=True)
-    ]
-    return entrants, notes
+    entrants: list[Entrant] = []
+    for name, (key, (spec, cost)) in zip(names, planned.items(), strict=True):
+        try:
+            identity = _identity(cache, key, load_options)
+        except LoadFailed as error:
+            failed.append((name, error))
+        else:
+            entrants.append(Entrant(name, spec, key, identity, cost))
+    if failed and not entrants:
+        raise failed[0][1]
+    failures = [ModelFailure(name, one_line(error)) for name, error in failed]
+    return entrants, notes, failures
+
+
+def one_line(error: BaseException) -> str:
+    """
+    An error as one line.
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _plan(
+    cache: ModelCache,
+    spec: ModelSpec,
+    device: str,
+    workload: Workload,
+    load_options: Mapping[str, object],
+) -> tuple[ModelKey, int]:
+    """
+    What a model is, and the bytes that it takes.
+    """
+    place = (spec.model, device, spec.compute_type)
+    key = cache.get_model(*place, **load_options).key  # type: ignore[arg-type]
+    plan = cache.explain(
+        *place,
+        workload=workload,
+        **load_options,  # type: ignore[arg-type]
+    )
+    if plan.outcome == "never":
+        raise WhisperCacheError(plan.reason)
+    return key, max(1, plan.needed_bytes)
 
 
 def _identity(

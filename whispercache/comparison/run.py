@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from whispercache.cache import ModelCache
+from whispercache.errors import WhisperCacheError
 from whispercache.model import workload_of
 from whispercache.specs import ModelSpec, parse_spec
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from .values import Comparison, Progress, Reference
+    from .values import Comparison, ModelFailure, Progress, Reference
 
     Path_: TypeAlias = str | os.PathLike[str]
     References: TypeAlias = Path_ | Mapping[str, Reference | str]
@@ -88,8 +89,9 @@ def compare(
         TypeError, ValueError: a parameter, a spec or the references are nonsense.
         OSError: the references cannot be read, or the reports not be written.
         ModuleNotFoundError: the extra is not installed.
-        WhisperCacheError: a model cannot be had; if that can be told in advance, before
-            anything was loaded.
+        WhisperCacheError: a model does not exist, or has no room, which is told before
+            anything was loaded; or no model is left. One of several that is broken, or
+            fails at a file, is left out, and named in ``model_failures``.
 
     Blocks: until all is done. An interrupted run has kept what was done in *out*; while
     a model computes, it hears no Ctrl-C.
@@ -112,16 +114,21 @@ def compare(
     )
     with own as used:
         workload = workload_of(call, None)
-        entrants, notes = enter(used, specs, device, workload, given)
+        entrants, notes, broken = enter(used, specs, device, workload, given)
         inputs, failures = read_inputs(files)
         # Not before: it may forget what was kept.
         store = Store(None if folder is None else folder / RESULTS, resume=resume)
         run = Run(used, call, given, entrants, inputs, failures, store, progress)
         run.run()
+    failed = (*broken, *run.failed)
+    if len(run.failed) == len(entrants):
+        raise WhisperCacheError(f"no model is left to compare: {_told(failed)}")
     from .assess import assess
 
     comparison = assess(run.findings(), known, call, resamples)
-    comparison = replace(comparison, notes=(*notes, *comparison.notes))
+    comparison = replace(
+        comparison, notes=(*notes, *comparison.notes), model_failures=failed
+    )
     if folder is not None:
         from .report import write_reports
 
@@ -150,6 +157,16 @@ def _specs(models: Sequence[str | ModelSpec]) -> list[ModelSpec]:
     if not specs:
         raise ValueError("there are no models to compare")
     return specs
+
+
+def _told(failures: Sequence[ModelFailure]) -> str:
+    """
+    Which models failed, and why; what they have in common once.
+    """
+    models: dict[str, list[str]] = {}
+    for failure in failures:
+        models.setdefault(failure.reason, []).append(failure.model)
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in models.items())
 
 
 def _references(

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from whispercache.errors import AudioError
+from whispercache.errors import AudioError, CacheClosed
 from whispercache.formats import Cue
 from whispercache.model import workload_of
 
 from .gauge import Gauge
+from .plan import one_line
 from .store import LoadRecord, Store, fingerprint
-from .values import Failure, Progress, Result
+from .values import Failure, ModelFailure, Progress, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     from faster_whisper import WhisperModel
     from numpy.typing import NDArray
 
     from whispercache.cache import ModelCache
+    from whispercache.lease import Lease
 
     from .plan import Entrant, Input
 
@@ -35,6 +38,12 @@ __all__ = ["Findings", "Run"]
 
 _RATE_HZ = 16_000
 _WARM_TOKENS = 8
+
+
+class _ModelFailed(Exception):
+    """
+    A model goes no further; its text is why.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,7 @@ class Run:
         failures: Files that were passed over.
         store: Keeps what was found.
         progress: Is told of each step.
+        failed: Models that went no further.
         loaded: Names of the models that were loaded.
         done: Pairs of a model and a file that are there.
         spent: Estimated work that is done.
@@ -98,10 +108,12 @@ class Run:
     failures: list[Failure]
     store: Store
     progress: Callable[[Progress], None] | None = None
+    failed: list[ModelFailure] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
     done: int = 0
     spent: float = 0.0
     work: float = 0.0
+    _told: BaseException | None = None  # what whoever watches raised
 
     def run(self) -> None:
         """
@@ -114,15 +126,30 @@ class Run:
             self.work += sum(entrant.cost * each.size_bytes for each in missing)
         for entrant in self.entrants:
             if missing := self._missing(entrant):
-                self._session(entrant, missing)
+                try:
+                    self._session(entrant, missing)
+                except _ModelFailed as failed:
+                    self._leave_out(entrant, failed)
+
+    def _leave_out(self, entrant: Entrant, failed: _ModelFailed) -> None:
+        """
+        Go on without a model. What it has heard is kept for another run, but with other
+        files than the rest it is compared with nothing.
+        """
+        self.failed.append(ModelFailure(entrant.name, str(failed)))
+        missing = self._missing(entrant)
+        self.spent += sum(entrant.cost * each.size_bytes for each in missing)
+        self.done -= len(self.inputs) - len(missing)
 
     def findings(self) -> Findings:
         """
         What there is now, from this run and earlier ones.
         """
         bad = {failure.file for failure in self.failures}
+        out = {failure.model for failure in self.failed}
+        entrants = [entrant for entrant in self.entrants if entrant.name not in out]
         results = []
-        for entrant in self.entrants:
+        for entrant in entrants:
             for each in self.inputs:
                 found = self.store.result(self._key(entrant, each))
                 if found is not None and each.file not in bad:
@@ -131,10 +158,10 @@ class Run:
                     results.append(found)
         none = LoadRecord(0.0, 0.0, 0, None)
         return Findings(
-            entrants=tuple(self.entrants),
+            entrants=tuple(entrants),
             loads={
                 entrant.name: self.store.load(entrant.identity) or none
-                for entrant in self.entrants
+                for entrant in entrants
             },
             results=tuple(results),
             failures=tuple(self.failures),
@@ -156,6 +183,9 @@ class Run:
     def _session(self, entrant: Entrant, missing: Sequence[Input]) -> None:
         """
         Load a model, let it hear the files, and let it go.
+
+        Raises:
+            _ModelFailed: it could not, or not all of them.
         """
         key = entrant.key
         place = (key.model, key.device, key.compute_type)
@@ -164,23 +194,30 @@ class Run:
         try:
             with Gauge(self.cache._core.probe, key.device) as gauge:
                 self._hold(entrant, missing, gauge)
+        except _ModelFailed as failed:
+            # Their frames hold what is to leave.
+            for error in (failed, failed.__context__):
+                traceback.clear_frames(error.__traceback__ if error else None)
+            raise
         finally:
             self.cache.evict(*place)
 
     def _hold(self, entrant: Entrant, missing: Sequence[Input], gauge: Gauge) -> None:
         spec, key = entrant.spec, entrant.key
-        lease = self.cache.lease(
-            spec.model,
-            key.device,
-            spec.compute_type,
-            workload=workload_of(self.call, None),
-            fallback=(),
-            **self.load_options,  # type: ignore[arg-type]
-        )
+        with self._blaming():
+            lease = self.cache.lease(
+                spec.model,
+                key.device,
+                spec.compute_type,
+                workload=workload_of(self.call, None),
+                fallback=(),
+                **self.load_options,  # type: ignore[arg-type]
+            )
         with lease as whisper:
             self.loaded.append(entrant.name)
             self._tell("warming up", entrant)
-            load = self._warm(entrant, whisper, gauge)
+            with self._blaming():
+                load = self._warm(entrant, whisper, gauge)
             self.store.add_load(entrant.identity, load)
             for each in missing:
                 try:
@@ -190,17 +227,40 @@ class Run:
                     self.failures.append(Failure(each.file, reason))
                     continue
                 gauge.take_peak()
-                try:
-                    heard = self._hear(entrant, each, whisper, samples)
-                except Exception as error:
-                    # Out of memory, perhaps: then what is idle makes room.
-                    if not lease.recover(error):
-                        raise
-                    traceback.clear_frames(error.__traceback__)
-                    heard = self._hear(entrant, each, whisper, samples)
-                if not lease.loaded.is_multilingual:
-                    heard = replace(heard, certainty=None)
+                with self._blaming(each.file):
+                    heard = self._try_to_hear(entrant, each, lease, samples)
                 self._keep(entrant, each, heard, len(samples), gauge)
+
+    @contextmanager
+    def _blaming(self, file: str = "") -> Iterator[None]:
+        """
+        Take any error for the model's own, but for what whoever watches raises, for a
+        parameter that no model has, and for the end of the cache.
+        """
+        try:
+            yield
+        except (CacheClosed, TypeError):
+            raise
+        except Exception as error:
+            if error is self._told:
+                raise
+            reason = one_line(error)
+            raise _ModelFailed(f"{reason} (at {file})" if file else reason) from error
+
+    def _try_to_hear(
+        self, entrant: Entrant, each: Input, lease: Lease, samples: NDArray[np.float32]
+    ) -> _Heard:
+        try:
+            heard = self._hear(entrant, each, lease.whisper, samples)
+        except Exception as error:
+            # Out of memory, perhaps: then what is idle makes room.
+            if not lease.recover(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            heard = self._hear(entrant, each, lease.whisper, samples)
+        if not lease.loaded.is_multilingual:
+            heard = replace(heard, certainty=None)
+        return heard
 
     def _warm(
         self, entrant: Entrant, whisper: WhisperModel, gauge: Gauge
@@ -288,18 +348,21 @@ class Run:
         """
         if self.progress is None:
             return
-        total = len(self.entrants) * len(self.inputs)
+        total = (len(self.entrants) - len(self.failed)) * len(self.inputs)
         size_bytes = 0 if each is None else each.size_bytes
         spent = self.spent + entrant.cost * size_bytes * min(1.0, share)
-        self.progress(
-            Progress(
-                stage=stage,
-                model=entrant.name,
-                file="" if each is None else each.file,
-                done=self.done,
-                total=total,
-                fraction=min(1.0, spent / self.work) if self.work else 1.0,
-                share=1.0 if result else min(1.0, share),
-                result=result,
-            )
+        step = Progress(
+            stage=stage,
+            model=entrant.name,
+            file="" if each is None else each.file,
+            done=self.done,
+            total=total,
+            fraction=min(1.0, spent / self.work) if self.work else 1.0,
+            share=1.0 if result else min(1.0, share),
+            result=result,
         )
+        try:
+            self.progress(step)
+        except Exception as error:
+            self._told = error
+            raise

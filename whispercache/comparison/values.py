@@ -23,6 +23,7 @@ __all__ = [
     "Failure",
     "FileInfo",
     "Interval",
+    "ModelFailure",
     "ModelSummary",
     "Progress",
     "Reference",
@@ -328,12 +329,27 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFailure:
+    """
+    A model that could not be loaded, or failed at a file; it is left out.
+
+    Attributes:
+        model: Name of the model in this comparison.
+        reason: The error, in one line.
+    """
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """
     Some models on some files.
 
     Attributes:
-        models: The models, in the order in which they were named.
+        models: The models, in the order in which they were named; without those that
+            failed.
         files: The files that could be decoded, likewise.
         results: Each model on each file, model by model.
         differences: Each pair of models; empty without references.
@@ -344,6 +360,7 @@ class Comparison:
             holds one model.
         options: The options of ``transcribe`` that were used.
         notes: What a reader should know, a sentence each.
+        model_failures: Models that were left out.
     """
 
     models: tuple[ModelSummary, ...]
@@ -356,6 +373,7 @@ class Comparison:
     loads_saved: int
     options: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    model_failures: tuple[ModelFailure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

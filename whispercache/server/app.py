@@ -33,6 +33,11 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
     The server, for uvicorn or any other ASGI server, in one process: the models are in
     its memory.
 
+    It may be mounted in another application. That does not tell it when it starts and
+    ends: it then starts with its first request, and ends with the event loop. To have
+    it start at once, and end in order, let the other application's lifespan enter
+    ``server.router.lifespan_context(server)``.
+
     Args:
         options: What it offers, and to whom.
         cache: Where the models are; it is left open. If None, a cache with default

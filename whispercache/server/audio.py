@@ -15,14 +15,15 @@ from fastapi import APIRouter, Depends, File, Form, Request, Response, UploadFil
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from whispercache.errors import WhisperCacheError
+from whispercache.errors import AudioError, LoadFailed, WhisperCacheError
 from whispercache.model import workload_of
 
 from .calls import transcribe
 from .decode import samples
-from .errors import as_refusal, nonsense, responses
-from .forms import SmallForm, check_keep_alive
+from .errors import ApiError, as_refusal, nonsense, responses
+from .forms import FILE, GRANULARITIES, SmallForm, check_keep_alive
 from .languages import LANGUAGES
+from .offers import ALIGNMENT_HEADS
 from .presence import while_present
 from .service import Served, Service
 from .transcripts import (
@@ -51,6 +52,11 @@ router: APIRouter = APIRouter(prefix="/v1/audio", tags=["audio"], route_class=Sm
 
 _CODES = {name: code for code, name in LANGUAGES.items()}
 
+NO_WORDS = (
+    "this model cannot tell when words were said, since its config.json names no "
+    f"{ALIGNMENT_HEADS} of it; ask for segments, or for another model"
+)
+
 Kind = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Task = Literal["transcribe", "translate"]
 
@@ -70,6 +76,13 @@ class Job:
     keep_alive: str | None
     stream: bool
 
+    @property
+    def wants_words(self) -> bool:
+        """
+        Whether it is to tell when each word was said.
+        """
+        return "word" in self.granularities
+
     def check(self) -> None:
         """
         See whether it makes sense.
@@ -79,7 +92,7 @@ class Job:
         """
         if self.granularities and self.kind != "verbose_json":
             raise nonsense(
-                "timestamp_granularities[]",
+                GRANULARITIES,
                 "timestamps come with response_format=verbose_json only",
             )
         if self.stream and self.kind not in ("json", "text"):
@@ -97,7 +110,7 @@ class Job:
             "task": self.task,
             "language": self.language,
             "initial_prompt": self.prompt,
-            "word_timestamps": "word" in self.granularities,
+            "word_timestamps": self.wants_words,
         }
         # At 0 Whisper itself raises it where it hears nonsense, as OpenAI's does.
         if self.temperature > 0:
@@ -158,11 +171,12 @@ async def transcriptions(
     response_format: Annotated[Kind, Form()] = "json",
     temperature: Temperature = 0.0,
     timestamp_granularities: Annotated[
-        list[Literal["word", "segment"]] | None, Form(alias="timestamp_granularities[]")
+        list[Literal["word", "segment"]] | None, Form(alias=f"{GRANULARITIES}[]")
     ] = None,
     granularities: Annotated[
         list[Literal["word", "segment"]] | None,
-        Form(alias="timestamp_granularities", description="The same, as some send it."),
+        # Never there any more: `SmallForm` has put all spellings into the one above.
+        Form(alias=GRANULARITIES, description="The same, as some send it."),
     ] = None,
     stream: Annotated[bool, Form(description="Send text as it is heard.")] = False,
     keep_alive: KeepAlive = None,
@@ -236,7 +250,12 @@ async def _answer(
     if job.stream:
         events = _events(segments, info)
         return StreamingResponse(events, media_type="text/event-stream")
-    heard = [segment async for segment in segments]
+    try:
+        heard = [segment async for segment in segments]
+    except (LoadFailed, RuntimeError) as error:
+        if job.wants_words and ALIGNMENT_HEADS in str(error):
+            raise nonsense(GRANULARITIES, NO_WORDS) from error
+        raise
     if job.kind == "json":
         return as_plain(heard, info)
     if job.kind == "verbose_json":
@@ -255,6 +274,8 @@ async def _begin(
     """
     Decode, wait for the model, and begin to listen; *lifetime* ends all of it.
     """
+    if job.wants_words and not await run_in_threadpool(offer.may_tell_words):
+        raise nonsense(GRANULARITIES, NO_WORDS)
     service.gate.check(offer.name)
     folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="whispercache-"))
     decoded = Path(folder, "samples")
@@ -308,6 +329,13 @@ async def _decode(
     await run_in_threadpool(_save, file, upload)
     try:
         return await service.decoder.decode(upload, decoded)
+    except AudioError as error:
+        if file.filename:
+            raise
+        hint = "the file came without a name; curl means a file by -F file=@talk.wav"
+        raise ApiError(
+            400, f"{error}; {hint}", code="invalid_audio", param=FILE
+        ) from None
     finally:
         await run_in_threadpool(upload.unlink)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -16,12 +17,13 @@ from whispercache.errors import WhisperCacheError
 from whispercache.specs import parse_spec
 from whispercache.units import limit_bytes, parse_duration, parse_limit
 
-from .options import ServerOptions
+from .options import ANY_ORIGIN, ServerOptions
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
-__all__ = ["HELP", "KEYS_VARIABLE", "add_options", "run"]
+__all__ = ["HELP", "KEYS_VARIABLE", "add_options", "read_keys", "run"]
 
 KEYS_VARIABLE = "WHISPERCACHE_API_KEYS"
 """
@@ -35,12 +37,17 @@ models:
   mine=/models/mine    a directory; clients say mine
   whisper-1=large-v3   another name; by default whisper-1 is the first of them
 
-Limits are bytes or 100MiB, times are seconds or 5m. Keys are lines of --key-file, or in
-${KEYS_VARIABLE}, with commas between; clients send Authorization: Bearer KEY.
+Limits are bytes or 100MiB, times are seconds or 5m. Keys are lines of --key-file, where
+# begins a comment, or in ${KEYS_VARIABLE}, with commas between; clients send
+Authorization: Bearer KEY.
+
+Pages of other sites may not use it, but those of --allow-origin https://app.example;
+null are pages without an origin, such as local files, and * is any site.
 
 The page is at /, Prometheus metrics at /metrics, probes look at /healthz and /readyz.
 """
 
+_COMMENT = re.compile(r"(^|\s)#.*")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -61,9 +68,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--pin", action="append", default=[], metavar="NAME", help="load and keep it")
     add(
         "--key-file",
+        action="append",
+        default=[],
         type=Path,
         metavar="FILE",
-        help=f"who may use it: a key a line; or ${KEYS_VARIABLE}, with commas",
+        help=f"who may use it: a key a line; or ${KEYS_VARIABLE}, with commas; may be "
+        "repeated",
     )
     add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
     add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
@@ -103,7 +113,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of this server",
     )
-    add("--allow-origin", action="append", default=[], metavar="URL", help="of a page")
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="of a page; null, * (see below)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -180,15 +196,29 @@ def _seconds(options: argparse.Namespace, name: str) -> float:
     return seconds
 
 
-def _keys(file: Path | None) -> tuple[str, ...]:
+def _keys(files: Sequence[Path]) -> tuple[str, ...]:
     # The processes that decode what strangers sent need not know them.
-    text = os.environ.pop(KEYS_VARIABLE, "").replace(",", "\n")
-    if file is not None:
-        text += "\n" + file.read_text(encoding="utf-8")
-    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if file is not None and not keys:
+    named = os.environ.pop(KEYS_VARIABLE, "").split(",")
+    keys = [key.strip() for key in named if key.strip()]
+    for file in files:
+        keys += read_keys(file)
+    return tuple(dict.fromkeys(keys))
+
+
+def read_keys(file: Path) -> list[str]:
+    """
+    The keys in a file, one a line. What follows a ``#`` at the beginning of a line, or
+    after a space, is a comment.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: there are none.
+    """
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    keys = [_COMMENT.sub("", line).strip() for line in lines]
+    if not any(keys):
         raise ValueError(f"{file} holds no key, which would let everybody in")
-    return keys
+    return [key for key in keys if key]
 
 
 def _warn(options: argparse.Namespace, served: ServerOptions) -> None:
@@ -198,6 +228,11 @@ def _warn(options: argparse.Namespace, served: ServerOptions) -> None:
     names = ", ".join(spec.name for spec in served.models)
     host = f"[{options.host}]" if ":" in options.host else options.host
     sys.stderr.write(f"whispercache: {names} on http://{host}:{options.port}\n")
+    if ANY_ORIGIN in served.origins and not served.keys:
+        sys.stderr.write(
+            "whispercache: warning: any page that a browser here shows may use it; "
+            "--key-file asks for keys\n"
+        )
     if options.host not in LOOPBACK and not served.keys:
         sys.stderr.write(
             "whispercache: warning: whoever reaches this address may use it; "

@@ -20,6 +20,8 @@ from starlette.routing import Match
 from whispercache.errors import (
     AudioError,
     CacheClosed,
+    DownloadTimeout,
+    EvictionTimeout,
     LeaseTimeout,
     LoadFailed,
     ModelTooLarge,
@@ -156,6 +158,12 @@ def _from_cache(error: WhisperCacheError) -> ApiError:
 
 
 def _unavailable(error: WhisperCacheError) -> ApiError:
+    if isinstance(error, DownloadTimeout):
+        message = f"the model is still being downloaded after {error.waited_s:.1f} s"
+        return refused_for_now(503, f"{message}; try again later", "model_busy")
+    if isinstance(error, EvictionTimeout):
+        message = f"the model is still at work after {error.waited_s:.1f} s"
+        return refused_for_now(503, f"{message}; try again later", "model_busy")
     if isinstance(error, LeaseTimeout):
         message = f"the model could not be had within {error.waited_s:.1f} s"
         return refused_for_now(503, f"{message}; try again later", "model_busy")
@@ -225,7 +233,7 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
         _request: Request, error: RequestValidationError
     ) -> JSONResponse:
         first = error.errors()[0]
-        param = str(first["loc"][-1])
+        param = _field_of(first["loc"])
         message = f"{param}: {first['msg']}"
         if param == "file":
             message = "file: send the audio as a file of a multipart form"
@@ -246,6 +254,16 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
             headers=headers,
         )
         return refusal.response()
+
+
+def _field_of(place: Sequence[str | int]) -> str:
+    """
+    The field to which a place in a request belongs: of one in a list that of the list,
+    without brackets.
+    """
+    within = place[1:] or place  # after "body", "query" or "path"
+    named = next((part for part in within if isinstance(part, str)), place[0])
+    return str(named).partition("[")[0]
 
 
 def _methods(routes: Sequence[BaseRoute], request: Request) -> str:

@@ -5,9 +5,16 @@ a request waits, so there must not be much of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import re
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote
 
 from fastapi.routing import APIRoute
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from whispercache.units import parse_duration
@@ -15,14 +22,23 @@ from whispercache.units import parse_duration
 from .errors import nonsense
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
 
     from starlette._utils import AwaitableOrContextManager
-    from starlette.datastructures import FormData
+    from starlette.datastructures import UploadFile
     from starlette.responses import Response
 
-__all__ = ["SmallForm", "check_keep_alive"]
+__all__ = ["FILE", "GRANULARITIES", "SmallForm", "check_keep_alive"]
 
+FILE = "file"
+GRANULARITIES = "timestamp_granularities"
+"""
+Names of fields, as OpenAI's API has them.
+"""
+
+# With brackets or without, with numbers in them (qs, PHP), or after dots.
+_GRANULARITIES = re.compile(rf"{GRANULARITIES}(\[[^\[\]]*\]|\.\d+)*")
+_UNNAMED = b'; filename=""'
 _FILES = 1
 _FIELDS = 50
 _FIELD_BYTES = 64 * 1024
@@ -52,9 +68,96 @@ class _Request(Request):
         """
         The form, as far as it is within the limits.
         """
-        return super().form(
-            max_files=_FILES, max_fields=_FIELDS, max_part_size=_FIELD_BYTES
-        )
+        # FastAPI awaits it, and closes it by itself.
+        return cast("AwaitableOrContextManager[FormData]", self._read())
+
+    async def _read(self) -> FormData:
+        kind, _ = parse_options_header(self.headers.get("content-type"))
+        if kind == b"multipart/form-data":
+            try:
+                async with aclosing(self.stream()) as body:
+                    form = await _Parser(
+                        self.headers,
+                        body,
+                        max_files=_FILES,
+                        max_fields=_FIELDS,
+                        max_part_size=_FIELD_BYTES,
+                    ).parse()
+            except MultiPartException as error:
+                raise HTTPException(400, detail=error.message) from None
+        else:
+            form = await super().form(
+                max_fields=_FIELDS, max_part_size=_FIELD_BYTES, max_files=_FILES
+            )
+        return FormData(list(_in_one_spelling(form.multi_items())))
+
+
+class _Parser(MultiPartParser):
+    """
+    Takes a part that is called `FILE` for a file, also where it has no file name.
+    """
+
+    def on_part_begin(self) -> None:
+        """
+        See the parser, like the following.
+        """
+        self._header, self._value = bytearray(), bytearray()
+        super().on_part_begin()
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        """
+        A piece of a header's name.
+        """
+        self._header += data[start:end]
+        super().on_header_field(data, start, end)
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        """
+        A piece of its value.
+        """
+        self._value += data[start:end]
+        super().on_header_value(data, start, end)
+
+    def on_header_end(self) -> None:
+        """
+        Give the file the name that it lacks, an empty one.
+        """
+        if self._header.lower() == b"content-disposition":
+            _, options = parse_options_header(bytes(self._value))
+            if options.get(b"name") == FILE.encode() and b"filename" not in options:
+                super().on_header_value(_UNNAMED, 0, len(_UNNAMED))
+        self._header.clear()
+        self._value.clear()
+        super().on_header_end()
+
+
+def _in_one_spelling(
+    items: Iterable[tuple[str, UploadFile | str]],
+) -> Iterator[tuple[str, UploadFile | str]]:
+    """
+    The fields of a form, with all spellings of the one list among them as one.
+    """
+    chosen: dict[str, None] = {}
+    is_given = False
+    for name, value in items:
+        if isinstance(value, str) and _GRANULARITIES.fullmatch(unquote(name)):
+            is_given = True
+            chosen.update(dict.fromkeys(_listed(value)))
+        else:
+            yield name, value
+    if is_given and not chosen:
+        chosen[""] = None  # to be refused: whoever sends it wants something
+    yield from ((f"{GRANULARITIES}[]", one) for one in chosen)
+
+
+def _listed(text: str) -> Iterator[str]:
+    """
+    The values of a list, however it was written: alone, with commas between, as JSON or
+    as Python prints it. Of an empty one there are none.
+    """
+    for part in text.strip().strip("[](){}").split(","):
+        if value := part.strip().strip("\"'").strip():
+            yield value.lower()
 
 
 def check_keep_alive(text: str) -> None:

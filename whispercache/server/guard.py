@@ -12,6 +12,7 @@ from urllib.parse import SplitResult, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 
 from .errors import ApiError
+from .options import ANY_ORIGIN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Guard:
         app: What is guarded.
         keys: Any of these will do; none are needed if empty.
         hosts: Names of ours; any will do if empty.
-        origins: Other sites whose pages may use the server.
+        origins: Other sites whose pages may use the server; see `ServerOptions`.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class Guard:
         Whether a page of another site sent it. Other programs send neither header.
         """
         origin = headers.get("origin")
+        if ANY_ORIGIN in self._origins:
+            return False
         if origin is not None and origin in self._origins:
             return False
         if (site := headers.get("sec-fetch-site")) is not None:
@@ -116,7 +119,7 @@ class Guard:
         return origin is not None and _parts(origin).netloc != headers.get("host")
 
     def _needs_key(self, scope: Scope) -> bool:
-        path: str = scope["path"]
+        path = _route_path(scope)
         is_open = path in OPEN_PATHS or path.startswith(_OPEN_FOLDER)
         return bool(self._digests) and not is_open
 
@@ -126,6 +129,17 @@ class Guard:
         # All are compared, whichever it is.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return scheme.lower() == "bearer" and any(matches)
+
+
+def _route_path(scope: Scope) -> str:
+    """
+    The path below where the server is mounted.
+    """
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    if root and (path == root or path.startswith(f"{root}/")):
+        return path[len(root) :] or "/"
+    return path
 
 
 def _parts(url: str) -> SplitResult:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from whispercache.cache import as_request
+from whispercache.errors import WhisperCacheError
+from whispercache.files import claims_of
 from whispercache.footprint import DEFAULT_WORKLOAD
 from whispercache.keys import ALIASES, MODELS, OTHER_NAMES, anchored
 from whispercache.specs import short_name
@@ -18,7 +20,12 @@ if TYPE_CHECKING:
     from whispercache import ModelCache, ModelKey
     from whispercache.specs import ModelSpec
 
-__all__ = ["OPENAI_NAME", "Offer", "Offers"]
+__all__ = ["ALIGNMENT_HEADS", "OPENAI_NAME", "Offer", "Offers"]
+
+ALIGNMENT_HEADS = "alignment_heads"
+"""
+The field of config.json that names the attention heads which follow the words.
+"""
 
 OPENAI_NAME = "whisper-1"
 """
@@ -51,6 +58,21 @@ class Offer:
         """
         entry = self._cache._resolver.known(as_request(*self.place, {}))
         return None if entry is None else entry.key
+
+    def may_tell_words(self) -> bool:
+        """
+        Whether its files name attention heads that tell when words are said; true, too,
+        while that is not known without a download. Blocks: for some system calls.
+        """
+        key = self.key()
+        if key is None:
+            return True
+        loader = self._cache._core.loader
+        try:
+            files = loader.locate(key.model, dict(key.options), download=False)
+            return files is None or claims_of(files).tells_words
+        except WhisperCacheError:  # which the load will raise as well
+            return True
 
     def fetch(self) -> None:
         """

@@ -4,15 +4,25 @@ Options: what a server offers, to whom, and how much of it. Pure.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from whispercache.specs import ModelSpec
 
-__all__ = ["ServerOptions"]
+__all__ = ["ANY_ORIGIN", "NO_ORIGIN", "ServerOptions"]
 
+ANY_ORIGIN = "*"
+NO_ORIGIN = "null"
+"""
+What `ServerOptions.origins` may say besides sites.
+"""
+
+_USUAL_PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"[a-z0-9_.-]+")
 _MIB = 1024**2
 _ABOVE_0 = (
     *("max_upload_bytes", "max_duration_s", "upload_timeout_s", "decode_timeout_s"),
@@ -33,8 +43,11 @@ class ServerOptions:
         keys: Whoever presents one of these may use the server; everybody if empty.
         hosts: Names by which clients may address it, as protection against pages that
             rebind a name of theirs to this machine; any if empty.
-        origins: Origins of other sites whose pages may use it, as
-            ``"https://app.example"``.
+        origins: Origins of other sites whose pages may use it, as browsers send them:
+            ``"https://app.example"``, without a slash or a usual port. ``"*"`` is any
+            site, and ``"null"`` are pages without an origin, such as local files; but
+            any site can make such a page, so that without *keys* both are for whatever
+            page a browser here happens to show.
         max_upload_bytes: Of one request's whole body.
         max_duration_s: Of one request's audio.
         max_audio_s: Of the audio of all requests that are at work, which is in memory:
@@ -92,8 +105,53 @@ class ServerOptions:
 
 
 def _check_origin(origin: str) -> None:
-    parts = urlsplit(origin)
-    if not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
-        raise ValueError(
-            f"{origin!r} is no origin; name sites as in https://app.example"
-        )
+    if origin in (ANY_ORIGIN, NO_ORIGIN):
+        return
+    spelled = _as_browsers_spell(origin)
+    if spelled and origin == spelled:
+        return
+    hint = (
+        f"browsers send {spelled}"
+        if spelled
+        else f"name each site as in https://app.example, or {ANY_ORIGIN} for all"
+    )
+    raise ValueError(f"{origin!r} is no origin; {hint}")
+
+
+def _as_browsers_spell(site: str) -> str:
+    """
+    The origin of pages at an address; nothing if that is none.
+
+    Source: "serialization of an origin" in the HTML and URL standards.
+    """
+    text = site.strip()
+    if text.lower() == NO_ORIGIN:
+        return NO_ORIGIN
+    if "://" not in text:
+        is_here = text.lower().startswith(("localhost", "127.", "["))
+        text = f"{'http' if is_here else 'https'}://{text}"
+    try:
+        parts = urlsplit(text)
+        host, port = _host(parts.hostname or ""), parts.port
+    except ValueError:
+        return ""
+    if parts.scheme == "file":
+        return NO_ORIGIN
+    if not host or not parts.scheme:
+        return ""
+    is_usual = port is None or port == _USUAL_PORTS.get(parts.scheme)
+    return f"{parts.scheme}://{host}" if is_usual else f"{parts.scheme}://{host}:{port}"
+
+
+def _host(name: str) -> str:
+    """
+    A host as in an origin: small letters, names of other alphabets in ASCII.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if ":" in name:
+        return f"[{IPv6Address(name)}]"
+    if not name.isascii():
+        name = name.encode("idna").decode("ascii")
+    return name if _HOST.fullmatch(name) else ""

@@ -21,7 +21,12 @@ from prometheus_client import (
 )
 
 from whispercache.aio import AsyncModelCache
-from whispercache.errors import LeaseTimeout, LoadFailed, WhisperCacheError
+from whispercache.errors import (
+    DownloadTimeout,
+    LeaseTimeout,
+    LoadFailed,
+    WhisperCacheError,
+)
 from whispercache.live import Snapshot, Watch
 from whispercache.metrics import CacheCollector
 
@@ -80,6 +85,10 @@ class Service:
             (*options.preload, *options.pin), "loading"
         )
         self._watch: Watch | None = None
+        # Where it runs: the loop, and what was started there without the server's word.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._upkeep: asyncio.Task[None] | None = None
         # Not the loop's own pool, for which the end of the loop waits. Threads are made
         # when they are needed, one for each model at most.
         self._fetchers = ThreadPoolExecutor(
@@ -116,12 +125,45 @@ class Service:
             stack.callback(self.registry.unregister, collector)
             await stack.enter_async_context(self.decoder)
             loads = asyncio.gather(*map(self._load_at_start, list(self.pending)))
+            self._loop = asyncio.get_running_loop()
             try:
                 yield
             finally:
+                self._loop = None
                 loads.cancel()
                 with suppress(asyncio.CancelledError):
                     await loads
+
+    async def ensure_running(self) -> None:
+        """
+        Start what runs while the server does, where nobody has: no framework tells an
+        application that is mounted in another one that this starts. It then runs for as
+        long as the event loop does.
+
+        Raises:
+            DecodeCrashed: no process for decoding starts.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        if self._started is None or self._started.get_loop() is not loop:
+            self._started = loop.create_future()
+            # Kept, or it would be collected; the end of the loop cancels it.
+            self._upkeep = loop.create_task(self._run_on(self._started))
+        await asyncio.shield(self._started)
+
+    async def _run_on(self, started: asyncio.Future[None]) -> None:
+        try:
+            async with self.running():
+                started.set_result(None)
+                await asyncio.Event().wait()
+        except Exception as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+        finally:
+            started.cancel()  # whoever waits; nothing happens where it is done
+            self._started = None
 
     async def _load_at_start(self, name: str) -> None:
         """
@@ -172,18 +214,22 @@ class Service:
         A lease on a model, downloaded and loaded if need be; see `ModelCache.lease`.
 
         Raises:
-            LeaseTimeout: not within *timeout_s*, the download included, which goes on.
+            DownloadTimeout: its files were not there within *timeout_s*.
+            LeaseTimeout: the model was not, the download included.
         """
+        is_there = False
         # The cache's own limit begins once the files are there, and tells more.
         with anyio.move_on_after(timeout_s + _GRACE_S):
             await self._fetch(offer)
+            is_there = True
             return await self.cache.lease(
                 *offer.place,
                 timeout_s=timeout_s,
                 keep_alive=keep_alive,
                 workload=workload,
             )
-        raise LeaseTimeout(offer.name, timeout_s, 0)
+        ended = LeaseTimeout if is_there else DownloadTimeout
+        raise ended(offer.name, timeout_s)
 
     async def _fetch(self, offer: Offer) -> None:
         """
@@ -216,12 +262,13 @@ class Service:
         return offer
 
 
-def _of(request: Request) -> Service:
+async def _of(request: Request) -> Service:
     service: Service = request.app.state.service
+    await service.ensure_running()
     return service
 
 
 Served = Annotated[Service, Depends(_of)]
 """
-The service of a route's application.
+The service of a route's application, which runs.
 """
