@@ -41,6 +41,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .aio import AsyncCachedModel, AsyncModelCache
+    from .audio import Audio, AudioDamage, read_audio
     from .comparison import compare
     from .events import (
         DeviceInfo,
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncCachedModel",
     "AsyncModelCache",
+    "Audio",
+    "AudioDamage",
     "AudioError",
     "CacheClosed",
     "CacheForked",
@@ -110,6 +113,7 @@ __all__ = [
     "default_cache",
     "footprint",
     "get_model",
+    "read_audio",
 ]
 
 
@@ -118,6 +122,8 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
     _LATER = {
         "AsyncCachedModel": "aio",
         "AsyncModelCache": "aio",
+        "Audio": "audio",
+        "AudioDamage": "audio",
         "compare": "comparison",
         "DeviceInfo": "events",
         "DeviceLost": "events",
@@ -137,6 +143,7 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
         "ReleaseUnconfirmed": "events",
         "Stats": "events",
         "WaitingInfo": "events",
+        "read_audio": "audio",
     }
 
     def __getattr__(name: str) -> object:

@@ -705,28 +705,31 @@ class FasterWhisperLoader:
         """
         import numpy as np
 
-        _ctranslate2()
-        from faster_whisper.audio import decode_audio
-
         if isinstance(audio, np.ndarray):
-            if audio.ndim != 1 or audio.dtype.kind != "f":
-                got = f"an array of {audio.dtype}, shape {audio.shape}"
-                raise AudioError(got, "samples are floats in one dimension")
-            return audio.astype(np.float32, copy=False)
-        name = repr(os.fspath(audio)) if isinstance(audio, (str, os.PathLike)) else ""
-        source = os.fspath(audio) if isinstance(audio, os.PathLike) else audio
-        try:
-            samples: NDArray[np.float32] = decode_audio(source)
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
-            raise
-        except (ValueError, IndexError, OSError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            if isinstance(error, IndexError):  # there is no first stream of audio
-                reason = "no audio in it"
-            raise AudioError(name or type(audio).__name__, reason) from error
-        if not samples.size:
-            raise AudioError(name or type(audio).__name__, "no audio in it")
-        return samples
+            return _as_samples(audio)
+        from .audio import name_of, read_audio
+
+        heard = read_audio(audio)
+        if heard.damage is not None:
+            _log.warning("%s is damaged: %s", name_of(audio), heard.damage)
+        return heard.samples
+
+
+def _as_samples(audio: NDArray[np.generic]) -> NDArray[np.float32]:
+    """
+    An array that was given in place of a file, if it holds samples.
+
+    Raises:
+        AudioError: it does not.
+    """
+    if audio.ndim == 1 and audio.dtype.kind == "f":
+        return audio.astype("float32", copy=False)
+    got = f"an array of {audio.dtype}, shape {audio.shape}"
+    if audio.ndim == 1 and audio.dtype.kind == "i":
+        full = 2 ** (8 * audio.dtype.itemsize - 1)
+        mend = f"samples are floats in ±1: take audio.astype('float32') / {full}"
+        raise AudioError(got, mend)
+    raise AudioError(got, "samples are floats in one dimension")
 
 
 def _keep_for_ever(whisper: WhisperModel) -> None:

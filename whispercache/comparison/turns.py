@@ -12,6 +12,7 @@ import traceback
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from whispercache.audio import read_audio
 from whispercache.errors import AudioError
 from whispercache.formats import Cue
 from whispercache.model import workload_of
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from faster_whisper import WhisperModel
     from numpy.typing import NDArray
 
+    from whispercache.audio import Audio
     from whispercache.cache import ModelCache
 
     from .plan import Entrant, Input
@@ -184,23 +186,23 @@ class Run:
             self.store.add_load(entrant.identity, load)
             for each in missing:
                 try:
-                    samples = self.cache._core.loader.decode_audio(each.file)
+                    audio = read_audio(each.file)
                 except (AudioError, OSError) as error:
                     reason = getattr(error, "reason", None) or str(error)
                     self.failures.append(Failure(each.file, reason))
                     continue
                 gauge.take_peak()
                 try:
-                    heard = self._hear(entrant, each, whisper, samples)
+                    heard = self._hear(entrant, each, whisper, audio.samples)
                 except Exception as error:
                     # Out of memory, perhaps: then what is idle makes room.
                     if not lease.recover(error):
                         raise
                     traceback.clear_frames(error.__traceback__)
-                    heard = self._hear(entrant, each, whisper, samples)
+                    heard = self._hear(entrant, each, whisper, audio.samples)
                 if not lease.loaded.is_multilingual:
                     heard = replace(heard, certainty=None)
-                self._keep(entrant, each, heard, len(samples), gauge)
+                self._keep(entrant, each, heard, audio, gauge)
 
     def _warm(
         self, entrant: Entrant, whisper: WhisperModel, gauge: Gauge
@@ -256,7 +258,7 @@ class Run:
         return _Heard(tuple(cues), info.language, certainty, latency_s, work_s)
 
     def _keep(
-        self, entrant: Entrant, each: Input, heard: _Heard, n: int, gauge: Gauge
+        self, entrant: Entrant, each: Input, heard: _Heard, audio: Audio, gauge: Gauge
     ) -> None:
         result = Result(
             model=entrant.name,
@@ -265,10 +267,11 @@ class Run:
             certainty=heard.certainty,
             text="".join(cue.text for cue in heard.cues).strip(),
             cues=heard.cues,
-            duration_s=n / _RATE_HZ,
+            duration_s=len(audio.samples) / _RATE_HZ,
             work_s=heard.work_s,
             latency_s=heard.latency_s,
             peak_bytes=gauge.take_peak(),
+            damage=str(audio.damage or ""),
         )
         self.store.add_result(self._key(entrant, each), result)
         self.spent += entrant.cost * each.size_bytes
