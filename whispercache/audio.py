@@ -302,7 +302,7 @@ class Recording:
             NoAudio: its rate is none, or too high.
             UNDECODABLE: something else is wrong than single packets.
         """
-        for frame in _resampled(_grouped(self._frames())):
+        for frame in _resampled(_grouped(self._frames()), self._losses):
             n_bytes = frame.samples * SAMPLE_BYTES
             yield memoryview(frame.planes[0])[:n_bytes]
 
@@ -413,6 +413,15 @@ class _Losses:
         self._stretch += 1
         self._stretch_s += self._seconds(packet)
 
+    def unhear(self, frame: AudioFrame) -> None:
+        """
+        Counts a *frame* that came of a broken packet after all.
+        """
+        length_s = frame.samples / frame.sample_rate
+        self.heard_s -= length_s
+        self.broken_s += length_s
+        self.packets += 1
+
     def end(self, promised_s: float) -> None:
         """
         Counts what is broken or missing at the end of a stream of *promised_s*.
@@ -478,9 +487,11 @@ def _rest(fifo: av.AudioFifo) -> Iterator[AudioFrame]:
         yield frame
 
 
-def _resampled(frames: Iterable[AudioFrame]) -> Iterator[AudioFrame]:
+def _resampled(frames: Iterable[AudioFrame], losses: _Losses) -> Iterator[AudioFrame]:
     """
     The same in mono, 16 kHz, 16 bit, however often *frames* change their form.
+
+    A broken packet may decode to a form that there is no way from: it is left out.
     """
     resampler: av.AudioResampler | None = None
     form: tuple[object, ...] = ()
@@ -490,6 +501,14 @@ def _resampled(frames: Iterable[AudioFrame]) -> Iterator[AudioFrame]:
             if resampler is not None:
                 yield from resampler.resample(None)
             resampler, form = av.AudioResampler("s16", "mono", SAMPLES_PER_S), of_frame
-        yield from resampler.resample(frame)
+        try:
+            resampled = resampler.resample(frame)
+        except MemoryError:
+            raise
+        except (av.error.FFmpegError, ValueError):
+            losses.unhear(frame)
+            resampler = None
+            continue
+        yield from resampled
     if resampler is not None:
         yield from resampler.resample(None)
