@@ -10,11 +10,13 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import psutil
 
+from . import telemetry
 from .cuda import _DRIVER_LIBRARY
 from .errors import DeviceUnavailable, WhisperCacheError, format_bytes
 from .loader import versions
@@ -78,6 +80,7 @@ def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
     yield from libraries
     has_libraries = all(finding.mark == "works" for finding in libraries)
     if has_libraries:
+        yield _onnxruntime()
         yield _arithmetic("cpu", loader)
     yield _host(probe)
     yield from _hub_cache()
@@ -133,8 +136,37 @@ def _libraries() -> Iterator[Finding]:
             "pip install --force-reinstall faster-whisper ctranslate2",
         )
         return
-    for name, version in found.items():
-        yield Finding("works", name, version)
+    for name, number in found.items():
+        yield Finding("works", name, number)
+
+
+def _onnxruntime() -> Finding:
+    """
+    What finds speech (``vad_filter``, ``batch_size``), and whether it tells its makers.
+
+    Not imported: that is what would begin to tell.
+    """
+    # It comes from one of several packages, for example onnxruntime-gpu.
+    name = next(iter(packages_distributions().get("onnxruntime", ())), None)
+    if name is None:
+        return Finding(
+            "wrong",
+            "onnxruntime",
+            "not installed: vad_filter= and batch_size= find no speech without it",
+            "pip install onnxruntime",
+        )
+    is_off, by = telemetry.setting()
+    value = f"{telemetry.VARIABLE}={os.environ[telemetry.VARIABLE]}"
+    if is_off:
+        text = f"{version(name)}; its telemetry is off, by {by} ({value})"
+        return Finding("works", "onnxruntime", text)
+    return Finding(
+        "note",
+        "onnxruntime",
+        f"{version(name)}; its telemetry is on, by {by} ({value}): from 1.29 on it "
+        "sends usage data, and writes an id and a database into the cache directory",
+        f"unset {telemetry.VARIABLE}, or set it to 1, to keep it off",
+    )
 
 
 def _arithmetic(device: str, loader: Loader) -> Finding:

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from . import memory, primer, vram
+from . import memory, primer, telemetry, vram
 from .convert import Origin, kind_for
 from .cublas import cublas_problem, load_cublas
 from .errors import (
@@ -98,10 +98,12 @@ def _ctranslate2() -> types.ModuleType:
     wants the cores, loads to int8 and transcriptions then take several times as long;
     where nothing does, sleeping costs nothing that could be measured. The variable is
     read once, by CTranslate2's own copy of OpenMP; a value that is set already stands.
+    What faster-whisper imports later may read the environment, too: see `telemetry`.
 
     Source: two busy cores, CTranslate2 4.8.5: base to int8 in 0.29 s against 1.12 s, a
     transcription by base in 2.0 s against 6.0 s.
     """
+    telemetry.keep_off()
     name = "OMP_WAIT_POLICY"
     given = os.environ.get(name)
     os.environ.setdefault(name, "PASSIVE")
