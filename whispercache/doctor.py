@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 
 from . import telemetry
+from .cublas import cublas_version
 from .cuda import _DRIVER_LIBRARY
 from .errors import DeviceUnavailable, WhisperCacheError, format_bytes
 from .loader import versions
 from .memory import cublas_problem, driver_version, nvml_problem
-from .vram import compile_reason
+from .vram import compile_reason, cublas_reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
@@ -276,11 +277,28 @@ def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
             yield Finding("wrong", f"types, {device}", str(error))
         if reason := compile_reason(device):
             yield Finding("note", f"kernels, {device}", f"at the first load {reason}")
+    yield from _cublas(seen)
+
+
+def _cublas(devices: Sequence[str]) -> Iterator[Finding]:
+    """
+    Whether cuBLAS is there, and knows the cards.
+    """
     if problem := cublas_problem():
         what, _, mend = problem.partition(": ")
         yield Finding("wrong", "cuBLAS", what, mend)
-    else:
-        yield Finding("works", "cuBLAS", "version 12 is found")
+        return
+    reasons = [reason for device in devices if (reason := cublas_reason(device))]
+    for reason in dict.fromkeys(reasons):
+        yield Finding(
+            "wrong",
+            "cuBLAS",
+            f"{reason}: int8 fails (CUBLAS_STATUS_NOT_SUPPORTED)",
+            "pip install -U nvidia-cublas-cu12; until then, compute_type='float16'",
+        )
+    if not reasons:
+        version = ".".join(map(str, cublas_version() or (12,)))
+        yield Finding("works", "cuBLAS", f"version {version} is found")
 
 
 def _mend_cuda(driver: str | None) -> str:

@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .audio import read_audio
 from .cache import ModelCache
 from .errors import AudioError, WhisperCacheError
 from .events import ModelLoaded, ModelLoading
@@ -195,6 +194,8 @@ class _Job:
         """
         What is in a file; what of it is lost is said once.
         """
+        from .audio import read_audio
+
         audio = read_audio(file)
         if audio.damage is not None and file not in self.damaged:
             self.damaged.add(file)

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 import types
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -403,9 +404,10 @@ class FasterWhisperLoader:
         try:
             primer.prime(_ctranslate2(), kind, int(index or 0), key.compute_type)
         except RuntimeError as error:
-            if not _lacks_cublas(error):
+            reason = _of_cublas(error, key)
+            if not reason:
                 raise
-            raise LoadFailed(str(key), cublas_problem() or str(error)) from error
+            raise LoadFailed(str(key), reason) from error
         except OSError as error:  # nowhere to write it; the first model pays then
             _log.warning("%s is not warmed up: %s", key.device, error)
             self._warm.add((key.device, key.compute_type))
@@ -455,7 +457,12 @@ class FasterWhisperLoader:
                 vram.synchronize(key.device)
         except Exception as error:
             self._failed(key, files, whisper, error)
-            raise
+            reason = _of_cublas(error, key)
+            if not reason:
+                raise
+            # The frames of the traceback hold the model.
+            traceback.clear_frames(error.__traceback__)
+            raise LoadFailed(str(key), reason) from error
         model = whisper.model
         if model.compute_type != key.compute_type:
             _log.warning("%s computes in %s", key, model.compute_type)
@@ -783,11 +790,25 @@ def _expected_bytes(key: ModelKey, files: ModelFiles, grown: int | None) -> int:
     return n_bytes if grown is None else max(0, min(n_bytes, grown))
 
 
-def _lacks_cublas(error: RuntimeError) -> bool:
+def _of_cublas(error: Exception, key: ModelKey) -> str:
     """
-    Whether CTranslate2 did not find cuBLAS. Source: the texts of version 4.8.5.
+    What an error has to do with cuBLAS, and how to mend it; empty if nothing.
+
+    Source: the texts of CTranslate2 4.8.5. Before 4.7 it asks for products in int8 that
+    no cuBLAS has for Blackwell (OpenNMT/CTranslate2#1982).
     """
-    return "libcublas" in str(error) or "cublas64" in str(error)
+    if "libcublas" in str(error) or "cublas64" in str(error):
+        return cublas_problem() or str(error)
+    if classify(error) is not Fault.UNSUPPORTED:
+        return ""
+    why = vram.cublas_reason(key.device) or (
+        f"it cannot compute in {key.compute_type} on {key.device}"
+    )
+    other = "another device, such as 'cpu'"
+    if key.compute_type.startswith("int8"):
+        other = "compute_type='float16'"
+    update = "pip install -U nvidia-cublas-cu12 ctranslate2"
+    return f"{error}: {why}; {update}, or take {other}"
 
 
 def _shell_of(loaded: LoadedModel, *, parks: bool) -> Shell:

@@ -12,7 +12,6 @@ import traceback
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from whispercache.audio import read_audio
 from whispercache.errors import AudioError
 from whispercache.formats import Cue
 from whispercache.model import workload_of
@@ -170,6 +169,8 @@ class Run:
             self.cache.evict(*place)
 
     def _hold(self, entrant: Entrant, missing: Sequence[Input], gauge: Gauge) -> None:
+        from whispercache.audio import read_audio
+
         spec, key = entrant.spec, entrant.key
         lease = self.cache.lease(
             spec.model,
