@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import io
+import itertools
 import os
 import tempfile
 import threading
@@ -22,8 +23,16 @@ from broken_audio import VALID, encoded, tone, wav
 from faster_whisper import decode_audio
 from real import clip, micro, model_of
 
-from whispercache import Audio, AudioError, ModelCache, compare, read_audio
+from whispercache import (
+    Audio,
+    AudioDamage,
+    AudioError,
+    ModelCache,
+    compare,
+    read_audio,
+)
 from whispercache import audio as audio_module
+from whispercache.audio import Recording
 from whispercache.cli import main
 from whispercache.server import decoding
 from whispercache.server.decode import Decoder, samples
@@ -407,13 +416,30 @@ class TestDamage:
                 else:
                     assert len(audio.samples) > 2 * RATE
 
+    def test_a_container_that_breaks_off_is_heard_to_there(self) -> None:
+        """
+        And that is told, also where nobody knows how much is lost. Without a single
+        sample it is an error.
+        """
+        content = of_kind("tone.mp3")
+        for n_packets in (100, 0):
+            with av.open(io.BytesIO(content)) as container:
+                recording = Recording(cast("Any", _BreaksOff(container, n_packets)))
+                if n_packets:
+                    n_bytes = sum(piece.nbytes for piece in recording.pieces())
+                    assert n_bytes / 2 / RATE == pytest.approx(2.6, abs=0.1)
+                    assert str(recording.damage()) == "it breaks off"
+                else:
+                    with pytest.raises(av.error.InvalidDataError):
+                        list(recording.pieces())
+
     def test_the_seconds_of_broken_packets_are_a_few_words(self) -> None:
         """
         Each kind alone, and both.
         """
-        damage = audio_module.AudioDamage(packets=1, broken_s=0.84, missing_s=0.0)
+        damage = AudioDamage(packets=1, broken_s=0.84, missing_s=0.0)
         assert str(damage) == "about 0.8 s could not be decoded (1 packet)"
-        damage = audio_module.AudioDamage(packets=36, broken_s=0.84, missing_s=2.0)
+        damage = AudioDamage(packets=36, broken_s=0.84, missing_s=2.0)
         assert str(damage) == (
             "about 0.8 s could not be decoded (36 packets) and 2.0 s are missing, by "
             "its own times"
@@ -480,6 +506,23 @@ def _faststart(folder: Path) -> bytes:
                 packet.stream = stream
                 target.mux(packet)
     return path.read_bytes()
+
+
+class _BreaksOff:
+    """
+    A container in which nothing can be read after some packets.
+    """
+
+    def __init__(self, container: Any, n_packets: int) -> None:
+        self.streams, self.format = container.streams, container.format
+        self._container, self._n_packets = container, n_packets
+
+    def demux(self, stream: av.AudioStream) -> Iterator[Any]:
+        """
+        The packets that are left.
+        """
+        yield from itertools.islice(self._container.demux(stream), self._n_packets)
+        raise av.error.InvalidDataError(1, "broken")
 
 
 class TestNothingToHear:

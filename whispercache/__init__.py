@@ -41,8 +41,9 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .aio import AsyncCachedModel, AsyncModelCache
-    from .audio import Audio, AudioDamage, read_audio
+    from .audio import Audio, read_audio
     from .comparison import compare
+    from .damage import AudioDamage
     from .events import (
         DeviceInfo,
         DeviceLost,
@@ -123,7 +124,7 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
         "AsyncCachedModel": "aio",
         "AsyncModelCache": "aio",
         "Audio": "audio",
-        "AudioDamage": "audio",
+        "AudioDamage": "damage",
         "compare": "comparison",
         "DeviceInfo": "events",
         "DeviceLost": "events",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import av
 import av.error
 
+from .damage import AudioDamage, Losses
 from .errors import AudioError
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ __all__ = [
     "SAMPLE_BYTES",
     "UNDECODABLE",
     "Audio",
-    "AudioDamage",
     "NoAudio",
     "Recording",
     "collect",
@@ -73,21 +73,10 @@ Source: one frame at a time takes up to 1.9 times as long as faster-whisper, who
 groups have 500,000 samples; with these it is 0.5 to 1.0 times (benchmarks/decode.py).
 """
 
-JUMP_S = 0.1
-"""
-Seconds that timestamps may leave out before that counts as missing: in containers that
-keep milliseconds, or times of arrival, they tremble.
-"""
-
 WORTH_TELLING_S = 0.1
 """
 Seconds that must be lost before it is told. No syllable is shorter, and the seam of two
 joined files is: one or two packets, of 26 ms each in an mp3.
-"""
-
-_TAGS = (b"ID3", b"TAG", b"APETAGEX")
-"""
-Beginnings of what stands between joined files and is no audio.
 """
 
 _COUNTED = frozenset({"flac", "mov"})
@@ -106,43 +95,6 @@ class NoAudio(Exception):
     """
     There is nothing to decode; the text says why.
     """
-
-
-@dataclass(frozen=True, slots=True)
-class AudioDamage:
-    """
-    What of a recording could not be heard, as far as its packets and timestamps tell.
-
-    Times of what follows do not count it: they are that much earlier.
-
-    Attributes:
-        packets: How many packets could not be decoded, and were left out.
-        broken_s: About how many seconds these stand for.
-        missing_s: Seconds that are not there at all: timestamps leave them out, or the
-            header counts them. A recorder that was paused does that, too.
-    """
-
-    packets: int
-    broken_s: float
-    missing_s: float
-
-    @property
-    def lost_s(self) -> float:
-        """
-        Seconds in all.
-        """
-        return self.broken_s + self.missing_s
-
-    def __str__(self) -> str:
-        parts = []
-        if self.packets:
-            packets = "1 packet" if self.packets == 1 else f"{self.packets} packets"
-            parts.append(
-                f"about {self.broken_s:.1f} s could not be decoded ({packets})"
-            )
-        if self.missing_s:
-            parts.append(f"{self.missing_s:.1f} s are missing, by its own times")
-        return " and ".join(parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -292,7 +244,7 @@ class Recording:
         if options:
             self._stream.codec_context.options = options
         self._highest_rate_hz = highest_rate_hz
-        self._losses = _Losses()
+        self._losses = Losses()
 
     def pieces(self) -> Iterator[memoryview]:
         """
@@ -310,11 +262,9 @@ class Recording:
         """
         What was lost, once all pieces are there; None if nothing worth telling.
         """
-        self._losses.end(_promised_s(self._container, self._stream))
-        damage = AudioDamage(
-            self._losses.packets, self._losses.broken_s, self._losses.missing_s
-        )
-        return damage if damage.lost_s >= WORTH_TELLING_S else None
+        damage = self._losses.total(_promised_s(self._container, self._stream))
+        is_told = damage.lost_s >= WORTH_TELLING_S or damage.breaks_off
+        return damage if is_told else None
 
     def _frames(self) -> Iterator[AudioFrame]:
         """
@@ -348,6 +298,7 @@ class Recording:
         except av.error.InvalidDataError:
             if not self._losses.heard_s:
                 raise
+            self._losses.breaks_off = True
 
 
 def _promised_s(container: InputContainer, stream: AudioStream) -> float:
@@ -358,106 +309,6 @@ def _promised_s(container: InputContainer, stream: AudioStream) -> float:
     if _COUNTED.isdisjoint(names) or not stream.duration or not stream.time_base:
         return 0.0
     return float(stream.duration * stream.time_base)
-
-
-class _Losses:
-    """
-    What of a stream could not be heard, counted as it is decoded.
-
-    Attributes:
-        n_bytes: Size of the packets that could be decoded.
-        heard_s: Seconds that came of them.
-        packets: As in `AudioDamage`.
-        broken_s: Likewise.
-        missing_s: Likewise.
-    """
-
-    def __init__(self) -> None:
-        self.n_bytes = 0
-        self.heard_s = 0.0
-        self.packets = 0
-        self.broken_s = 0.0
-        self.missing_s = 0.0
-        self._next_s: float | None = None
-        self._largest_bytes = 0
-        # Broken packets since the last one that was heard, and their seconds.
-        self._stretch = 0
-        self._stretch_s = 0.0
-        self._is_tag = False
-
-    def hear(self, frame: AudioFrame, packet: Packet[AudioStream]) -> None:
-        """
-        Counts a *frame* of *packet*; its time tells what is missing before it.
-        """
-        length_s = frame.samples / frame.sample_rate
-        at_s, next_s = frame.time, self._next_s
-        if at_s is None:
-            at_s = next_s or 0.0
-        gap_s = 0.0 if next_s is None else at_s - next_s
-        self._next_s = at_s + length_s
-        self.heard_s += length_s
-        self._largest_bytes = max(self._largest_bytes, packet.size)
-        if self._stretch:
-            self._close(gap_s)
-        elif gap_s > JUMP_S:
-            self.missing_s += gap_s
-
-    def lose(self, packet: Packet[AudioStream]) -> None:
-        """
-        Counts a packet that could not be decoded. The last one is empty: no loss.
-        """
-        if not packet.size:
-            return
-        if not self._stretch:
-            self._is_tag = bytes(packet).startswith(_TAGS)
-        self._stretch += 1
-        self._stretch_s += self._seconds(packet)
-
-    def unhear(self, frame: AudioFrame) -> None:
-        """
-        Counts a *frame* that came of a broken packet after all.
-        """
-        length_s = frame.samples / frame.sample_rate
-        self.heard_s -= length_s
-        self.broken_s += length_s
-        self.packets += 1
-
-    def end(self, promised_s: float) -> None:
-        """
-        Counts what is broken or missing at the end of a stream of *promised_s*.
-        """
-        if self._stretch:
-            self._close(0.0)
-        left_s = promised_s - self.heard_s - self.lost_s
-        if left_s > JUMP_S:
-            self.missing_s += left_s
-
-    @property
-    def lost_s(self) -> float:
-        """
-        Seconds in all, so far.
-        """
-        return self.broken_s + self.missing_s
-
-    def _close(self, gap_s: float) -> None:
-        """
-        Counts a stretch of broken packets, over which timestamps went by *gap_s*.
-        """
-        if not self._is_tag:
-            self.packets += self._stretch
-            self.broken_s += max(gap_s, self._stretch_s)
-        self._stretch, self._stretch_s = 0, 0.0
-
-    def _seconds(self, packet: Packet[AudioStream]) -> float:
-        """
-        What a broken packet would have lasted.
-
-        Where a container has no packets of its own, as mp3, junk of any length comes as
-        one: by its size.
-        """
-        if packet.size > 2 * self._largest_bytes and self.n_bytes:
-            return packet.size * self.heard_s / self.n_bytes
-        return float((packet.duration or 0) * (packet.time_base or 0))
 
 
 def _grouped(frames: Iterable[AudioFrame]) -> Iterator[AudioFrame]:
@@ -487,7 +338,7 @@ def _rest(fifo: av.AudioFifo) -> Iterator[AudioFrame]:
         yield frame
 
 
-def _resampled(frames: Iterable[AudioFrame], losses: _Losses) -> Iterator[AudioFrame]:
+def _resampled(frames: Iterable[AudioFrame], losses: Losses) -> Iterator[AudioFrame]:
     """
     The same in mono, 16 kHz, 16 bit, however often *frames* change their form.
 

@@ -29,7 +29,6 @@ from whispercache.audio import (
     SAMPLE_BYTES,
     SAMPLES_PER_S,
     UNDECODABLE,
-    AudioDamage,
     NoAudio,
     Recording,
     collect,
@@ -38,6 +37,8 @@ from whispercache.audio import (
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+    from whispercache.damage import AudioDamage
 
 __all__ = ["SAMPLES_PER_S", "SAMPLE_BYTES", "Outcome", "decode", "prepare", "ready"]
 
