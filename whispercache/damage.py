@@ -82,12 +82,12 @@ class Losses:
     """
 
     def __init__(self) -> None:
-        self.n_bytes = 0
-        self.heard_s = 0.0
-        self.packets = 0
-        self.broken_s = 0.0
-        self.missing_s = 0.0
-        self.breaks_off = False
+        self.n_bytes: int = 0
+        self.heard_s: float = 0.0
+        self.packets: int = 0
+        self.broken_s: float = 0.0
+        self.missing_s: float = 0.0
+        self.breaks_off: bool = False
         self._next_s: float | None = None
         self._largest_bytes = 0
         # Broken packets since the last one that was heard, and their seconds.
