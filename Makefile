@@ -53,6 +53,7 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/switch.py
 	$(BIN)/python benchmarks/floor.py
 	$(BIN)/python benchmarks/page.py
+	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/serve.py

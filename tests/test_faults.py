@@ -47,6 +47,7 @@ AMBIGUOUS = (
     "cudaErrorInvalidDevice",
 )
 CUBLAS = "cuBLAS failed with status CUBLAS_STATUS_NOT_INITIALIZED"
+NOT_SUPPORTED = "cuBLAS failed with status CUBLAS_STATUS_NOT_SUPPORTED"
 ILLEGAL = "CUDA failed with error an illegal memory access was encountered"
 
 
@@ -73,6 +74,8 @@ def record(cache: ModelCache) -> list[Event]:
         (RuntimeError(CUBLAS), Fault.PERHAPS_OUT_OF_MEMORY),
         (RuntimeError(ILLEGAL), Fault.STICKY),
         (RuntimeError("unspecified launch failure"), Fault.STICKY),
+        (RuntimeError(NOT_SUPPORTED), Fault.UNSUPPORTED),
+        (RuntimeError("CUBLAS_STATUS_ARCH_MISMATCH"), Fault.UNSUPPORTED),
         (RuntimeError("Library libcublas.so.12 is not found"), Fault.OTHER),
         (ValueError("out of memory"), Fault.OTHER),
     ],

@@ -103,3 +103,26 @@ def test_a_name_that_came_later_is_the_one_in_its_module() -> None:
         "print(first is events.ModelLoaded is whispercache.ModelLoaded)"
     )
     assert seen == "True"
+
+
+def test_the_command_answers_before_audio_could_be_decoded() -> None:
+    """
+    PyAV is there for who listens; ``--help`` does not wait for it.
+    """
+    seen = printed(
+        "import sys, whispercache.cli; "
+        "print(sorted({'av', 'numpy', 'ctranslate2'} & set(sys.modules)))"
+    )
+    assert seen == "[]"
+
+
+def test_a_decoding_process_imports_pyav_and_nothing_else_that_is_large() -> None:
+    """
+    Each new one waits for its imports.
+    """
+    seen = printed(
+        "import sys, whispercache.server.decoding; "
+        "print(sorted({'av', 'numpy', 'ctranslate2', 'faster_whisper', 'fastapi'} "
+        "& set(sys.modules)))"
+    )
+    assert seen == "['av']"

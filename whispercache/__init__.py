@@ -43,7 +43,9 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .aio import AsyncCachedModel, AsyncModelCache
+    from .audio import Audio, read_audio
     from .comparison import compare
+    from .damage import AudioDamage
     from .events import (
         DeviceInfo,
         DeviceLost,
@@ -68,6 +70,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncCachedModel",
     "AsyncModelCache",
+    "Audio",
+    "AudioDamage",
     "AudioError",
     "CacheClosed",
     "CacheForked",
@@ -114,6 +118,7 @@ __all__ = [
     "default_cache",
     "footprint",
     "get_model",
+    "read_audio",
 ]
 
 
@@ -122,6 +127,8 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
     _LATER = {
         "AsyncCachedModel": "aio",
         "AsyncModelCache": "aio",
+        "Audio": "audio",
+        "AudioDamage": "damage",
         "compare": "comparison",
         "DeviceInfo": "events",
         "DeviceLost": "events",
@@ -141,6 +148,7 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
         "ReleaseUnconfirmed": "events",
         "Stats": "events",
         "WaitingInfo": "events",
+        "read_audio": "audio",
     }
 
     def __getattr__(name: str) -> object:

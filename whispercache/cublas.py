@@ -14,12 +14,14 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["cublas_problem", "load_cublas"]
+__all__ = ["cublas_problem", "cublas_version", "load_cublas"]
 
 _IS_WINDOWS = sys.platform == "win32"
 _LIBRARY = "cublas64_12.dll" if _IS_WINDOWS else "libcublas.so.12"
 # What cuBLAS itself needs comes first.
 _PACKAGED = ("cublasLt64_12.dll" if _IS_WINDOWS else "libcublasLt.so.12", _LIBRARY)
+# From library_types.h.
+_MAJOR_VERSION, _MINOR_VERSION = 0, 1
 _INSIDE = "nvidia/cublas/bin" if _IS_WINDOWS else "nvidia/cublas/lib"
 
 
@@ -45,6 +47,29 @@ def cublas_problem() -> str | None:
     except OSError as error:
         return str(error)
     return None
+
+
+def cublas_version() -> tuple[int, int] | None:
+    """
+    Major and minor version of the library, which are those of its CUDA; None where it
+    is missing or does not tell.
+
+    Loads it for good, as `cublas_problem` does. No GPU is touched.
+    """
+    numbers = []
+    try:
+        _load()
+        # By its name, as CTranslate2 opens it.
+        library = ctypes.CDLL(_LIBRARY)
+        for of_version in (_MAJOR_VERSION, _MINOR_VERSION):
+            number = ctypes.c_int()
+            if library.cublasGetProperty(of_version, ctypes.byref(number)) != 0:
+                return None
+            numbers.append(number.value)
+    except (OSError, AttributeError):
+        return None
+    major, minor = numbers
+    return major, minor
 
 
 @functools.cache

@@ -10,19 +10,22 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import psutil
 
+from . import telemetry
+from .cublas import cublas_version
 from .cuda import _DRIVER_LIBRARY
 from .errors import DeviceUnavailable, WhisperCacheError, format_bytes
 from .loader import versions
 from .memory import cublas_problem, driver_version, nvml_problem
-from .vram import compile_reason
+from .vram import compile_reason, cublas_reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
@@ -78,6 +81,7 @@ def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
     yield from libraries
     has_libraries = all(finding.mark == "works" for finding in libraries)
     if has_libraries:
+        yield _onnxruntime()
         yield _arithmetic("cpu", loader)
     yield _host(probe)
     yield from _hub_cache()
@@ -133,8 +137,37 @@ def _libraries() -> Iterator[Finding]:
             "pip install --force-reinstall faster-whisper ctranslate2",
         )
         return
-    for name, version in found.items():
-        yield Finding("works", name, version)
+    for name, number in found.items():
+        yield Finding("works", name, number)
+
+
+def _onnxruntime() -> Finding:
+    """
+    What finds speech (``vad_filter``, ``batch_size``), and whether it tells its makers.
+
+    Not imported: that is what would begin to tell.
+    """
+    # It comes from one of several packages, for example onnxruntime-gpu.
+    name = next(iter(packages_distributions().get("onnxruntime", ())), None)
+    if name is None:
+        return Finding(
+            "wrong",
+            "onnxruntime",
+            "not installed: vad_filter= and batch_size= find no speech without it",
+            "pip install onnxruntime",
+        )
+    is_off, by = telemetry.setting()
+    value = f"{telemetry.VARIABLE}={os.environ[telemetry.VARIABLE]}"
+    if is_off:
+        text = f"{version(name)}; its telemetry is off, by {by} ({value})"
+        return Finding("works", "onnxruntime", text)
+    return Finding(
+        "note",
+        "onnxruntime",
+        f"{version(name)}; its telemetry is on, by {by} ({value}): from 1.29 on it "
+        "sends usage data, and writes an id and a database into the cache directory",
+        f"unset {telemetry.VARIABLE}, or set it to 1, to keep it off",
+    )
 
 
 def _arithmetic(device: str, loader: Loader) -> Finding:
@@ -244,11 +277,28 @@ def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
             yield Finding("wrong", f"types, {device}", str(error))
         if reason := compile_reason(device):
             yield Finding("note", f"kernels, {device}", f"at the first load {reason}")
+    yield from _cublas(seen)
+
+
+def _cublas(devices: Sequence[str]) -> Iterator[Finding]:
+    """
+    Whether cuBLAS is there, and knows the cards.
+    """
     if problem := cublas_problem():
         what, _, mend = problem.partition(": ")
         yield Finding("wrong", "cuBLAS", what, mend)
-    else:
-        yield Finding("works", "cuBLAS", "version 12 is found")
+        return
+    reasons = [reason for device in devices if (reason := cublas_reason(device))]
+    for reason in dict.fromkeys(reasons):
+        yield Finding(
+            "wrong",
+            "cuBLAS",
+            f"{reason}: int8 fails (CUBLAS_STATUS_NOT_SUPPORTED)",
+            "pip install -U nvidia-cublas-cu12; until then, compute_type='float16'",
+        )
+    if not reasons:
+        version = ".".join(map(str, cublas_version() or (12,)))
+        yield Finding("works", "cuBLAS", f"version {version} is found")
 
 
 def _mend_cuda(driver: str | None) -> str:

@@ -29,6 +29,11 @@ class Fault(Enum):
     """
     The process's CUDA context is broken; every further call on the device fails.
     """
+    UNSUPPORTED = auto()
+    """
+    A library cannot compute this on that device. In another type, or with a newer
+    library, the same model may work.
+    """
     OTHER = auto()
     """
     Anything else: broken files, a missing library, a mistake in a call.
@@ -77,6 +82,13 @@ state"; the texts are those of cudaGetErrorString.
 """
 
 
+_UNSUPPORTED = ("cublas_status_not_supported", "cublas_status_arch_mismatch")
+"""
+Source: OpenNMT/CTranslate2#1865, int8 on GeForce RTX 50xx; NVIDIA, cuBLAS, its status:
+"the device architecture" lacks what the function needs.
+"""
+
+
 def is_from_ctranslate2(error: BaseException) -> bool:
     """
     Whether an error that came out of a caller's block is CTranslate2's, by its wording:
@@ -109,6 +121,7 @@ def classify(error: BaseException) -> Fault:
         (_STICKY, Fault.STICKY),
         (_OUT_OF_MEMORY, Fault.OUT_OF_MEMORY),
         (_PERHAPS_OUT_OF_MEMORY, Fault.PERHAPS_OUT_OF_MEMORY),
+        (_UNSUPPORTED, Fault.UNSUPPORTED),
     ):
         if any(wording in text for wording in wordings):
             return fault

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .events import Event
     from .model import CachedModel
 
@@ -94,12 +97,14 @@ class _Job:
         bar: Shows how far it is.
         partial: The file that is being written.
         bad: Files that could not be decoded.
+        damaged: Files of which something was lost, and that was said.
     """
 
     options: argparse.Namespace
     bar: Bar
     partial: Path | None = None
     bad: set[str] = field(default_factory=set)
+    damaged: set[str] = field(default_factory=set)
 
     def run(self) -> int:
         """
@@ -163,7 +168,7 @@ class _Job:
         self.bar.begin(f"{Path(file).name} · {name}")
         try:
             segments, info = model.transcribe(
-                file, batch_size=options.batch_size, **self._call()
+                self._samples(file), batch_size=options.batch_size, **self._call()
             )
         except (AudioError, OSError) as error:
             self.bad.add(file)
@@ -185,6 +190,18 @@ class _Job:
                 target = options.output_dir / f"{stem}.{name}.{options.format}"
                 self._save(pieces, target)
                 self.bar.say(f"{file} · {name}: {target}")
+
+    def _samples(self, file: str) -> NDArray[np.float32]:
+        """
+        What is in a file; what of it is lost is said once.
+        """
+        from .audio import read_audio
+
+        audio = read_audio(file)
+        if audio.damage is not None and file not in self.damaged:
+            self.damaged.add(file)
+            self.bar.say(f"whispercache: warning: {file} is damaged: {audio.damage}")
+        return audio.samples
 
     def _call(self) -> dict[str, Any]:
         """

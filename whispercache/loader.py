@@ -15,13 +15,14 @@ import logging
 import os
 import threading
 import time
+import traceback
 import types
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from . import memory, primer, vram
+from . import memory, primer, telemetry, vram
 from .claims import check_tokens
 from .convert import Origin, kind_for
 from .cublas import cublas_problem, load_cublas
@@ -114,10 +115,12 @@ def _ctranslate2() -> types.ModuleType:
     wants the cores, loads to int8 and transcriptions then take several times as long;
     where nothing does, sleeping costs nothing that could be measured. The variable is
     read once, by CTranslate2's own copy of OpenMP; a value that is set already stands.
+    What faster-whisper imports later may read the environment, too: see `telemetry`.
 
     Source: two busy cores, CTranslate2 4.8.5: base to int8 in 0.29 s against 1.12 s, a
     transcription by base in 2.0 s against 6.0 s.
     """
+    telemetry.keep_off()
     name = "OMP_WAIT_POLICY"
     given = os.environ.get(name)
     os.environ.setdefault(name, "PASSIVE")
@@ -425,9 +428,10 @@ class FasterWhisperLoader:
         try:
             primer.prime(_ctranslate2(), kind, int(index or 0), key.compute_type)
         except RuntimeError as error:
-            if not _lacks_cublas(error):
+            reason = _of_cublas(error, key)
+            if not reason:
                 raise
-            raise LoadFailed(str(key), cublas_problem() or str(error)) from error
+            raise LoadFailed(str(key), reason) from error
         except OSError as error:  # nowhere to write it; the first model pays then
             _log.warning("%s is not warmed up: %s", key.device, error)
             self._warm.add((key.device, key.compute_type))
@@ -477,7 +481,12 @@ class FasterWhisperLoader:
                 vram.synchronize(key.device)
         except Exception as error:
             self._failed(key, files, whisper, error)
-            raise
+            reason = _of_cublas(error, key)
+            if not reason:
+                raise
+            # The frames of the traceback hold the model.
+            traceback.clear_frames(error.__traceback__)
+            raise LoadFailed(str(key), reason) from error
         model = whisper.model
         if model.compute_type != key.compute_type:
             _log.warning("%s computes in %s", key, model.compute_type)
@@ -733,28 +742,31 @@ class FasterWhisperLoader:
         """
         import numpy as np
 
-        _ctranslate2()
-        from faster_whisper.audio import decode_audio
-
         if isinstance(audio, np.ndarray):
-            if audio.ndim != 1 or audio.dtype.kind != "f":
-                got = f"an array of {audio.dtype}, shape {audio.shape}"
-                raise AudioError(got, "samples are floats in one dimension")
-            return audio.astype(np.float32, copy=False)
-        name = repr(os.fspath(audio)) if isinstance(audio, (str, os.PathLike)) else ""
-        source = os.fspath(audio) if isinstance(audio, os.PathLike) else audio
-        try:
-            samples: NDArray[np.float32] = decode_audio(source)
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
-            raise
-        except (ValueError, IndexError, OSError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            if isinstance(error, IndexError):  # there is no first stream of audio
-                reason = "no audio in it"
-            raise AudioError(name or type(audio).__name__, reason) from error
-        if not samples.size:
-            raise AudioError(name or type(audio).__name__, "no audio in it")
-        return samples
+            return _as_samples(audio)
+        from .audio import name_of, read_audio
+
+        heard = read_audio(audio)
+        if heard.damage is not None:
+            _log.warning("%s is damaged: %s", name_of(audio), heard.damage)
+        return heard.samples
+
+
+def _as_samples(audio: NDArray[np.generic]) -> NDArray[np.float32]:
+    """
+    An array that was given in place of a file, if it holds samples.
+
+    Raises:
+        AudioError: it does not.
+    """
+    if audio.ndim == 1 and audio.dtype.kind == "f":
+        return audio.astype("float32", copy=False)
+    got = f"an array of {audio.dtype}, shape {audio.shape}"
+    if audio.ndim == 1 and audio.dtype.kind == "i":
+        full = 2 ** (8 * audio.dtype.itemsize - 1)
+        mend = f"samples are floats in ±1: take audio.astype('float32') / {full}"
+        raise AudioError(got, mend)
+    raise AudioError(got, "samples are floats in one dimension")
 
 
 def _keep_for_ever(whisper: WhisperModel) -> None:
@@ -806,11 +818,25 @@ def _expected_bytes(key: ModelKey, files: ModelFiles, grown: int | None) -> int:
     return n_bytes if grown is None else max(0, min(n_bytes, grown))
 
 
-def _lacks_cublas(error: RuntimeError) -> bool:
+def _of_cublas(error: Exception, key: ModelKey) -> str:
     """
-    Whether CTranslate2 did not find cuBLAS. Source: the texts of version 4.8.5.
+    What an error has to do with cuBLAS, and how to mend it; empty if nothing.
+
+    Source: the texts of CTranslate2 4.8.5. Before 4.7 it asks for products in int8 that
+    no cuBLAS has for Blackwell (OpenNMT/CTranslate2#1982).
     """
-    return "libcublas" in str(error) or "cublas64" in str(error)
+    if "libcublas" in str(error) or "cublas64" in str(error):
+        return cublas_problem() or str(error)
+    if classify(error) is not Fault.UNSUPPORTED:
+        return ""
+    why = vram.cublas_reason(key.device) or (
+        f"it cannot compute in {key.compute_type} on {key.device}"
+    )
+    other = "another device, such as 'cpu'"
+    if key.compute_type.startswith("int8"):
+        other = "compute_type='float16'"
+    update = "pip install -U nvidia-cublas-cu12 ctranslate2"
+    return f"{error}: {why}; {update}, or take {other}"
 
 
 def _shell_of(loaded: LoadedModel, *, parks: bool) -> Shell:

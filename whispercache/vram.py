@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cublas import cublas_version
 from .cuda import CudaError, open_driver
 from .faults import Fault, classify
 from .memory import TOTAL_ONLY
@@ -30,6 +31,7 @@ __all__ = [
     "Holdings",
     "Return",
     "compile_reason",
+    "cublas_reason",
     "floor_bytes",
     "forget_peak",
     "holdings",
@@ -71,6 +73,16 @@ The newest generation of cards that CTranslate2's wheels hold code for (sm_86 ru
 all 8.x from 8.6 on); for later ones CUDA compiles it from PTX.
 
 Source: CTranslate2 4.8.5's wheel; NVIDIA, CUDA programming guide, binary compatibility.
+"""
+
+
+_BLACKWELL_MAJOR = 10
+_CUBLAS_OF_BLACKWELL = (12, 8)
+"""
+The generation of cards that cuBLAS knows from that version on.
+
+Source: NVIDIA, CUDA 12.8 release notes; with an older one int8 fails there, and float16
+works (OpenNMT/CTranslate2#1865; McCloudS/subgen#332).
 """
 
 
@@ -251,6 +263,27 @@ def compile_reason(device: str) -> str:
         f"CTranslate2 has no code for {driver.name(ordinal)} (sm_{major}{minor}), so "
         f"CUDA compiles it, which takes up to half a minute; {kept}"
     )
+
+
+def cublas_reason(device: str) -> str:
+    """
+    Why cuBLAS does not know *device*; empty if it does, or if that cannot be told.
+
+    Loads cuBLAS if the card is of Blackwell's generation or later.
+    """
+    found = _find(device)
+    if found is None:
+        return ""
+    driver, ordinal = found
+    major, minor = driver.compute_capability(ordinal)
+    if major < _BLACKWELL_MAJOR:
+        return ""
+    version = cublas_version()
+    if version is None or version >= _CUBLAS_OF_BLACKWELL:
+        return ""
+    here, needed = (".".join(map(str, v)) for v in (version, _CUBLAS_OF_BLACKWELL))
+    card = f"{driver.name(ordinal)} (sm_{major}{minor})"
+    return f"cuBLAS {here} is older than {card}, which needs {needed} or later"
 
 
 def _kernel_cache() -> str:

@@ -22,6 +22,7 @@ from .conduct import (
     CALLS,
     ILLEGAL_ACCESS,
     NO_CUBLAS,
+    NOT_SUPPORTED,
     Conduct,
     behave,
     behaviour,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CALLS",
     "ILLEGAL_ACCESS",
+    "NOT_SUPPORTED",
     "NO_CUBLAS",
     "OUT_OF_MEMORY",
     "CardBooks",

@@ -17,6 +17,7 @@ from .card import OUT_OF_MEMORY, CardMemory, visible_cards
 __all__ = [
     "CALLS",
     "ILLEGAL_ACCESS",
+    "NOT_SUPPORTED",
     "NO_CUBLAS",
     "Card",
     "Conduct",
@@ -30,6 +31,7 @@ __all__ = [
 
 MIB = 1024**2
 ILLEGAL_ACCESS = "CUDA failed with error an illegal memory access was encountered"
+NOT_SUPPORTED = "cuBLAS failed with status CUBLAS_STATUS_NOT_SUPPORTED"
 NO_CUBLAS = "Library libcublas.so.12 is not found or cannot be loaded"
 
 CALLS: list[tuple[str, str]] = []
@@ -57,6 +59,7 @@ class Conduct:
         jit_s: How long the first encode on a card compiles.
         cublas: Whether encode finds cuBLAS: it does, does not, or tries to.
         compute_types: What cards compute in.
+        refused_types: In which of them cuBLAS does not know the cards.
         allocator: As in ``CT2_CUDA_ALLOCATOR``.
         stubborn: How many unloads of each model do nothing.
         leaks_bytes: What each unload keeps of the pool for ever.
@@ -79,6 +82,7 @@ class Conduct:
             *("int8_float32", "int8_float16", "int8_bfloat16"),
         }
     )
+    refused_types: tuple[str, ...] = ()
     allocator: Literal["cuda_malloc_async", "cub_caching"] = "cuda_malloc_async"
     stubborn: int = 0
     leaks_bytes: int = 0
@@ -123,11 +127,13 @@ class Card:
             self.is_broken = True
             raise RuntimeError(ILLEGAL_ACCESS)
 
-    def compile(self) -> None:
+    def compile(self, compute_type: str) -> None:
         """
         What precedes each encode: the first finds cuBLAS and compiles the kernels.
         """
         conduct = behaviour()
+        if compute_type in conduct.refused_types:
+            raise RuntimeError(NOT_SUPPORTED)
         if conduct.cublas == "missing":
             raise RuntimeError(NO_CUBLAS)
         if conduct.cublas == "looked for":

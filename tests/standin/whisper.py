@@ -156,7 +156,7 @@ class CardWhisper:
         Encode; the first time on a card, compile before.
         """
         with self._call("encode", _NO_REPLICA, _windows(features)):
-            self._card.compile()
+            self._card.compile(self._compute_type)
             self._take_handles()
             return self._cpu.encode(features, to_cpu)
 

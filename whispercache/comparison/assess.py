@@ -182,6 +182,9 @@ def _notes(files: Iterable[FileInfo], results: Sequence[Result]) -> Iterable[str
         )
     elif known and n_spoken < _ROUGH_FILES:
         yield f"With {n_spoken} files, take the intervals as rough ones."
+    damages = {each.file: each.damage for each in results if each.damage}
+    for file, damage in damages.items():
+        yield f"{file} is damaged: {damage}. All models heard what is left."
     if any(each.is_kept for each in results):
         n_kept = sum(each.is_kept for each in results)
         yield (

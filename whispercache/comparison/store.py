@@ -157,7 +157,7 @@ class Store:
 
 _RESULT_FIELDS = (
     *("model", "file", "language", "certainty", "text"),
-    *("duration_s", "work_s", "latency_s", "peak_bytes"),
+    *("duration_s", "work_s", "latency_s", "peak_bytes", "damage"),
 )
 """
 What is kept of a result; its score depends on the references, and is made anew.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from faster_whisper import WhisperModel
     from numpy.typing import NDArray
 
+    from whispercache.audio import Audio
     from whispercache.cache import ModelCache
     from whispercache.lease import Lease
 
@@ -203,6 +204,8 @@ class Run:
             self.cache.evict(*place)
 
     def _hold(self, entrant: Entrant, missing: Sequence[Input], gauge: Gauge) -> None:
+        from whispercache.audio import read_audio
+
         spec, key = entrant.spec, entrant.key
         with self._blaming():
             lease = self.cache.lease(
@@ -221,15 +224,15 @@ class Run:
             self.store.add_load(entrant.identity, load)
             for each in missing:
                 try:
-                    samples = self.cache._core.loader.decode_audio(each.file)
+                    audio = read_audio(each.file)
                 except (AudioError, OSError) as error:
                     reason = getattr(error, "reason", None) or str(error)
                     self.failures.append(Failure(each.file, reason))
                     continue
                 gauge.take_peak()
                 with self._blaming(each.file):
-                    heard = self._try_to_hear(entrant, each, lease, samples)
-                self._keep(entrant, each, heard, len(samples), gauge)
+                    heard = self._try_to_hear(entrant, each, lease, audio.samples)
+                self._keep(entrant, each, heard, audio, gauge)
 
     @contextmanager
     def _blaming(self, file: str = "") -> Iterator[None]:
@@ -316,7 +319,7 @@ class Run:
         return _Heard(tuple(cues), info.language, certainty, latency_s, work_s)
 
     def _keep(
-        self, entrant: Entrant, each: Input, heard: _Heard, n: int, gauge: Gauge
+        self, entrant: Entrant, each: Input, heard: _Heard, audio: Audio, gauge: Gauge
     ) -> None:
         result = Result(
             model=entrant.name,
@@ -325,10 +328,11 @@ class Run:
             certainty=heard.certainty,
             text="".join(cue.text for cue in heard.cues).strip(),
             cues=heard.cues,
-            duration_s=n / _RATE_HZ,
+            duration_s=len(audio.samples) / _RATE_HZ,
             work_s=heard.work_s,
             latency_s=heard.latency_s,
             peak_bytes=gauge.take_peak(),
+            damage=str(audio.damage or ""),
         )
         self.store.add_result(self._key(entrant, each), result)
         self.spent += entrant.cost * each.size_bytes

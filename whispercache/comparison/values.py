@@ -156,6 +156,7 @@ class Result:
         edits: Reference and transcript side by side, in pieces; empty without a
             reference.
         is_kept: Found by an earlier run, with that run's figures.
+        damage: What of the file could not be heard, in words; empty if nothing.
     """
 
     model: str
@@ -172,6 +173,7 @@ class Result:
     characters: Tally | None = None
     edits: tuple[Edit, ...] = ()
     is_kept: bool = False
+    damage: str = ""
 
     @property
     def wer(self) -> float | None:

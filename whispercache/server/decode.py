@@ -248,6 +248,8 @@ class Decoder:
             raise AudioTooLong(self.max_duration_s)
         if outcome.refusal:
             raise AudioRefused("upload", outcome.refusal)
+        if outcome.damage is not None:
+            _log.warning("an upload is damaged: %s", outcome.damage)
         return outcome.n_samples / SAMPLES_PER_S
 
     async def _run(self, call: Callable[[], Outcome], timeout_s: float) -> Outcome:

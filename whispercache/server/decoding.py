@@ -5,8 +5,8 @@ Of what FFmpeg can read, little is let in: the containers and codecs in which pe
 send speech. Playlists, manifests, scripts, pictures and subtitles are refused by name
 before they are read, and nothing but the upload itself can be opened.
 
-This module imports PyAV and the standard library alone, since a new process waits for
-its imports.
+This module and the one that decodes for everybody import PyAV and the standard library
+alone, since a new process waits for their imports.
 """
 
 from __future__ import annotations
@@ -23,20 +23,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import av
-import av.error
 import av.logging
 
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+from whispercache.audio import (
+    SAMPLE_BYTES,
+    SAMPLES_PER_S,
+    UNDECODABLE,
+    NoAudio,
+    Recording,
+    collect,
+    open_audio,
+)
 
-    from av.audio.frame import AudioFrame
-    from av.container import InputContainer
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from whispercache.damage import AudioDamage
 
 __all__ = ["SAMPLES_PER_S", "SAMPLE_BYTES", "Outcome", "decode", "prepare", "ready"]
-
-SAMPLES_PER_S = 16_000
-SAMPLE_BYTES = 2
 
 _CONTAINERS = (
     "aac,aiff,amr,asf,au,caf,flac,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav"  # demuxers
@@ -64,19 +68,6 @@ _HIGHEST_RATE_HZ = 768_000
 _STACK_BYTES = 8 * 1024**2
 _OPEN_FILES = 64
 
-# All that PyAV was seen to raise on broken files, and their kin. A mistake in this
-# module (a wrong name, say) is none of these and is no client's fault.
-_UNDECODABLE = (
-    av.error.FFmpegError,
-    ArithmeticError,
-    AssertionError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -87,11 +78,13 @@ class Outcome:
         n_samples: How many were written.
         refusal: Why it was refused, for the client; empty if it was not.
         is_too_long: It was refused, since it goes on for longer than allowed.
+        damage: What of it could not be heard, if anything.
     """
 
     n_samples: int
     refusal: str = ""
     is_too_long: bool = False
+    damage: AudioDamage | None = None
 
 
 class _Refused(Exception):
@@ -139,47 +132,51 @@ def decode(path: str, target: str, max_samples: int) -> Outcome:
         OSError: *path* or *target* cannot be opened, or *target* cannot be written.
     """
     n_samples = 0
+    damages: list[AudioDamage] = []
     try:
         with (
             io.FileIO(path) as source,
             Path(target).open("r+b") as file,
-            contextlib.closing(_pieces(source)) as pieces,
+            contextlib.closing(_pieces(source, damages)) as pieces,
         ):
             # FFmpeg takes "song.png" for a picture, whatever is in it.
             source.name = _NAME
             file.truncate()
             for piece in pieces:
-                n_samples += len(piece) // SAMPLE_BYTES
+                n_samples += piece.nbytes // SAMPLE_BYTES
                 if n_samples > max_samples:
                     return Outcome(0, "it is too long", is_too_long=True)
                 file.write(piece)
     except _Refused as refusal:
         return Outcome(0, str(refusal))
     finally:
-        # Resamplers are kept alive by cycles that only the collector finds.
-        gc.collect()
+        collect()
     if not n_samples:
         return Outcome(0, "no audio could be decoded from it")
-    return Outcome(n_samples)
+    return Outcome(n_samples, damage=damages[0] if damages else None)
 
 
-def _pieces(source: io.FileIO) -> Generator[bytes, None, None]:
+def _pieces(
+    source: io.FileIO, damages: list[AudioDamage]
+) -> Generator[memoryview, None, None]:
     """
-    All samples of *source*, some at a time.
+    All samples of *source*, some at a time; what was lost, if it was, to *damages*.
     """
     try:
-        with av.open(
-            source,
-            metadata_errors="ignore",
-            container_options=_OPTIONS,
-            io_open=_open_nothing,
+        with open_audio(
+            source, container_options=_OPTIONS, io_open=_open_nothing
         ) as container:
-            for frame in _resampled(_frames(container)):
-                n_bytes = frame.samples * SAMPLE_BYTES
-                yield bytes(memoryview(frame.planes[0])[:n_bytes])
+            recording = Recording(
+                container, {"codec_whitelist": _CODECS}, _HIGHEST_RATE_HZ
+            )
+            yield from recording.pieces()
+            if (damage := recording.damage()) is not None:
+                damages.append(damage)
+    except NoAudio as error:
+        raise _Refused(str(error)) from error
     except MemoryError as error:
         raise _Refused("it is broken, or takes too much memory") from error
-    except _UNDECODABLE as error:
+    except UNDECODABLE as error:
         raise _Refused(
             "it is broken, or none of the kinds of audio that are accepted; send "
             "flac, m4a, mp3, mp4, ogg, wav or webm"
@@ -191,46 +188,6 @@ def _open_nothing(*_asked: object) -> BinaryIO:
     Refuse to open what is named inside of an upload.
     """
     raise PermissionError
-
-
-def _frames(container: InputContainer) -> Iterator[AudioFrame]:
-    """
-    What the first audio stream decodes to; broken packets are left out.
-    """
-    if not container.streams.audio:
-        raise _Refused("there is no audio in it")
-    stream = container.streams.audio[0]
-    if stream.codec_context is None:
-        raise _Refused("its codec is not known")
-    stream.codec_context.options = {"codec_whitelist": _CODECS}
-    for packet in container.demux(stream):
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError:
-            continue
-        for frame in frames:
-            if not 0 < frame.sample_rate <= _HIGHEST_RATE_HZ:
-                raise _Refused(f"its sample rate is {frame.sample_rate} Hz")
-            # Timestamps that jump are not to become silence, or an error.
-            frame.pts = None
-            yield frame
-
-
-def _resampled(frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:
-    """
-    The same in mono, 16 kHz, 16 bit, however often *frames* change their form.
-    """
-    resampler: av.AudioResampler | None = None
-    form: tuple[object, ...] = ()
-    for frame in frames:
-        of_frame = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if resampler is None or form != of_frame:
-            if resampler is not None:
-                yield from resampler.resample(None)
-            resampler, form = av.AudioResampler("s16", "mono", SAMPLES_PER_S), of_frame
-        yield from resampler.resample(frame)
-    if resampler is not None:
-        yield from resampler.resample(None)
 
 
 def _end_with_parent() -> None:
