@@ -547,7 +547,7 @@ class FasterWhisperLoader:
         if problem := claims_of(files).alignment_problem:
             _log.warning("%s cannot tell when words were said: %s", key, problem)
             model = (files.original or files).directory
-            whisper.find_alignment = partial(_refuse_alignment, model, problem)
+            _refuse_alignment(whisper, model, problem)
         return whisper
 
     def unload(
@@ -870,11 +870,20 @@ def _wanted_variant(key: ModelKey, files: ModelFiles) -> tuple[Origin, str] | No
     return Origin(key.model, files.source, files.stamp), kind
 
 
-def _refuse_alignment(directory: str, problem: str, *_: object, **__: object) -> None:
+def _refuse_alignment(whisper: WhisperModel, directory: str, problem: str) -> None:
     """
-    Stands for faster-whisper's alignment where CTranslate2 would end the process.
+    Have *whisper* raise `CorruptModel` where CTranslate2 would end the process.
+
+    By its class, so that whatever is made after its likeness does so, too.
     """
-    raise CorruptModel(directory, problem, cure=_CORRECT_HEADS)
+
+    def find_alignment(*_: object, **__: object) -> None:
+        raise CorruptModel(directory, problem, cure=_CORRECT_HEADS)
+
+    plain = type(whisper)
+    whisper.__class__ = type(
+        plain.__name__, (plain,), {"find_alignment": find_alignment}
+    )
 
 
 def _tokenizer_of(files: ModelFiles, shells: Shells) -> Tokenizer:
