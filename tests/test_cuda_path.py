@@ -14,8 +14,7 @@ from micro import build_micro
 from real import TEXT, micro, micro_copy
 from standin import ILLEGAL_ACCESS, OUT_OF_MEMORY, run_on_cards
 
-from whispercache.footprint import estimate, read_header
-from whispercache.loader import HEAP_SLACK
+from whispercache.footprint import HEAP_SLACK, estimate, read_header
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -26,6 +26,7 @@ from whispercache.architecture import ITEM_BYTES, layout
 from whispercache.errors import CorruptModel, UnknownModel, UnsupportedComputeType
 from whispercache.footprint import (
     ARCHITECTURES,
+    HEAP_SLACK,
     Footprint,
     Workload,
     estimate,
@@ -570,7 +571,8 @@ def test_the_weights_are_within_5_percent_of_the_measured_growth(
     grown, peak = in_a_child(LOADING, path, compute_type, env=unpacked)
     predicted = footprint(path, compute_type)
     assert predicted.weights_bytes == pytest.approx(grown, rel=0.05)
-    assert 0.85 <= peak / predicted.loading_bytes <= 1.05
+    # What is reserved is more than what is predicted.
+    assert 0.85 <= peak * HEAP_SLACK / predicted.loading_bytes <= 1.05
 
 
 @on_linux

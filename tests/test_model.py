@@ -196,13 +196,15 @@ class TestSameAsWhisperModel:
 
     def test_facts_are_the_same(self, cache: ModelCache) -> None:
         """
-        What a model says of itself, whichever it is.
+        What a model says of itself, whichever it is; but for Cantonese, which
+        faster-whisper lists for models that have no token for it.
         """
         for english in (False, True):
             directory = micro(english=english)
             plain, model = plain_model(directory), model_of(cache, directory)
             assert model.is_multilingual is plain.model.is_multilingual
-            assert model.supported_languages == plain.supported_languages
+            listed = [code for code in plain.supported_languages if code != "yue"]
+            assert model.supported_languages == listed
 
 
 class TestSurface:

@@ -17,7 +17,7 @@ from served import TINY, serving
 
 from whispercache import ModelCache
 from whispercache.formats import FORMATS
-from whispercache.server.languages import LANGUAGES
+from whispercache.languages import LANGUAGES
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from .fallback import Attempts
 from .footprint import DEFAULT_WORKLOAD
 from .keys import anchored
 from .lease import Leases
-from .model import LeasedIterator, call_leased, workload_of
+from .model import Handle, LeasedIterator, call_leased
+from .prepare import prepared, prepared_detection
 from .threads import caller, current_owner, token_of
 
 if TYPE_CHECKING:
@@ -465,7 +466,7 @@ class AsyncLeases:
             self._leases.__exit__(kind, error, trace)
 
 
-class AsyncCachedModel:
+class AsyncCachedModel(Handle):
     """
     A `CachedModel` whose calls are awaited. Made by `AsyncModelCache.get_model`.
     """
@@ -515,10 +516,12 @@ class AsyncCachedModel:
 
         Takes and raises what `CachedModel.transcribe` does.
         """
-        samples = await _in_thread(self._source.decode_audio, audio)
-        lease = await self._held(workload_of(options, batch_size))
-        call = self._source.transcriber(lease, batch_size)
-        result = await _call(lease, call, samples, *args, **options)
+        ready = await _in_thread(
+            prepared, self._source, audio, args, options, batch_size
+        )
+        lease = await self._held(ready.workload)
+        call = self._source.transcriber(lease, ready.batch_size)
+        result = await _call(lease, call, ready.samples, **ready.options)
         segments, info = cast(
             "tuple[LeasedIterator[Segment], TranscriptionInfo]", result
         )
@@ -530,12 +533,10 @@ class AsyncCachedModel:
         """
         The language spoken. Takes and raises what `CachedModel.detect_language` does.
         """
-        samples = None
-        if audio is not None:
-            samples = await _in_thread(self._source.decode_audio, audio)
-        lease = await self._held(DEFAULT_WORKLOAD)
+        ready = await _in_thread(prepared_detection, self._source, audio, args, options)
+        lease = await self._held(ready.workload)
         call = lease.whisper.detect_language
-        result = await _call(lease, call, samples, *args, **options)
+        result = await _call(lease, call, ready.samples, **ready.options)
         return cast("tuple[str, float, list[tuple[str, float]]]", result)
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict, cast
 from .errors import EvictionTimeout, LeaseDeadlock, NotDownloaded
 from .fallback import Attempts, Terms, as_ladder
 from .footprint import DEFAULT_WORKLOAD
-from .keys import anchored
+from .keys import anchored, frozen_compute_type
 from .lease import Leases
 from .model import CachedModel
 from .threads import MonotonicClock, caller, current_owner, current_owners
@@ -30,6 +30,7 @@ from .units import Limit, parse_duration, parse_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from inspect import Signature
     from types import TracebackType
 
     import numpy as np
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
     from .footprint import Workload
     from .keys import ModelKey
+    from .languages import Knowledge
     from .lease import Lease
     from .loading import AudioInput, Loader
     from .memory import MemoryProbe
@@ -285,7 +287,8 @@ class ModelCache:
                 already, or else the one with most room for it; ``"auto"`` for that, or
                 the CPU if no GPU can hold it. A ``device_index`` names the GPU, too.
             compute_type: As for WhisperModel; ``"default"``, ``"auto"`` and ``"int8"``
-                mean what CTranslate2 really uses on that device.
+                mean what CTranslate2 really uses on that device. A mapping has one for
+                each kind of device, as in ``{"cuda": "float16", "cpu": "int8"}``.
             keep_alive: For this model, instead of the cache's.
             timeout_s: Most seconds that each call on it waits for the model.
             fallback: Instead of the cache's.
@@ -794,6 +797,12 @@ class ModelSource:
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
         return self.cache._core.loader.decode_audio(audio)
 
+    def signatures(self) -> Mapping[str, Signature]:
+        return self.cache._core.loader.signatures()
+
+    def knowledge(self) -> Knowledge | None:
+        return self.cache._resolver.knowledge(self.request, download=True)
+
 
 # The process-wide cache ---------------------------------------------------------------
 
@@ -879,9 +888,10 @@ def as_request(
     compute_type: str,
     load_options: dict[str, object],
 ) -> Request:
+    kind = frozen_compute_type(compute_type)
     if not load_options:
-        return (model, device, compute_type)
-    return (model, device, compute_type, *sorted(load_options.items()))
+        return (model, device, kind)
+    return (model, device, kind, *sorted(load_options.items()))
 
 
 def as_requests(
@@ -900,7 +910,7 @@ def as_requests(
         defaults = (device, compute_type)
         if not 1 <= len(named) <= len(defaults) + 1:
             raise ValueError(f"{model!r} must be (model, device, compute_type)")
-        own = tuple(map(str, named[1:]))
+        own = cast("tuple[str, ...]", named[1:])
         where, kind = own + defaults[len(own) :]
         requests.append(as_request(named[0], where, kind, load_options))
     if not requests:

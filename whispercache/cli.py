@@ -22,6 +22,7 @@ from .errors import WhisperCacheError
 from .formats import FORMATS
 from .job import INTERRUPTED, WRONG_USE, error_line, transcribe
 from .keys import canonical_device
+from .languages import language_code
 from .loader import FasterWhisperLoader
 from .memory import SystemProbe
 from .server import command as serve
@@ -229,7 +230,12 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
         help="a size such as base, a hub repository or a directory; may be repeated",
     )
     _add_place(parser, "a GPU with room, else the CPU", "as the model was saved")
-    add("--language", metavar="CODE", help="for example en (default: detected)")
+    add(
+        "--language",
+        type=_language,
+        metavar="LANGUAGE",
+        help="for example de, german or de-AT (default: detected)",
+    )
     add("--task", choices=("transcribe", "translate"), default="transcribe")
     add("--batch-size", type=_count, metavar="N", help="windows of 30 s at once")
     add("--beam-size", type=_count, default=5, metavar="N", help="default: 5")
@@ -240,6 +246,13 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
     add("--no-variants", action="store_true", help="read models as they were saved")
     parser.set_defaults(run=transcribe)
+
+
+def _language(text: str) -> str | None:
+    try:
+        return language_code(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_top(parser: argparse.ArgumentParser) -> None:

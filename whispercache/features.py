@@ -8,6 +8,7 @@ thirtieth of that.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ class InBlocks:
     A feature extractor that takes long audio in blocks; otherwise the one it is made
     of.
 
+    As with that one, a window of another length is kept for the next call: whoever
+    shares it works with a copy, which has its own (``copy.copy``).
+
     Args:
         extractor: faster-whisper's.
     """
@@ -83,6 +87,9 @@ class InBlocks:
         if name == "_extractor":  # not there yet, as when this is copied
             raise AttributeError(name)
         return getattr(self._extractor, name)
+
+    def __copy__(self) -> InBlocks:
+        return InBlocks(copy.copy(self._extractor))
 
     def __call__(
         self,

@@ -7,7 +7,8 @@ architecture of a known size; both go through the same sums.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .architecture import (
@@ -25,7 +26,9 @@ from .keys import (
     TYPICAL_COMPUTE_TYPES,
     canonical_device,
     canonical_model,
+    compute_type_on,
     effective_compute_type,
+    frozen_compute_type,
     is_directory,
 )
 from .weights import (
@@ -71,6 +74,35 @@ _PARSING_BYTES_PER_TOKEN = 600
 _CUDA_BUFFERS = 6
 _CPU_BUFFERS = 12
 
+HEAP_SLACK = 1.25
+"""
+What a load on the CPU reserves, as a multiple of its predicted peak.
+
+Source: with the heap's holes and the shell that the model before left, loads of base to
+int8 in turn with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
+"""
+
+_SAMPLES_BYTES_PER_S = 4 * 16_000
+_FRAMES_PER_S = 100
+
+_VAD_BYTES = 16 * 1024**2
+"""
+What the detection of voice activity takes for a block (speech.py).
+"""
+
+_PADDED = 1.5
+"""
+What the batched pipeline's windows take when they are padded to 30 s, as a multiple of
+the features in them. At most 2: two in a row are more than 30 s together, or they would
+be one.
+"""
+
+_EXTRACTING_BYTES = 54 * 1024**2
+"""
+Most that features take while they are made: 0.9 MiB for each second of up to a minute,
+and less for the blocks of longer audio (features.py).
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -82,17 +114,33 @@ class Workload:
         best_of: Samples at a higher temperature.
         batch_size: Windows at once; above 1 this is the batched pipeline.
         fallback: Whether a temperature above 0 can be reached.
+        audio_s: Seconds of audio; what comes of it on the way to the model is in host
+            memory. Calls give it rounded up; see `rounded_audio_s`.
+        vad: Whether voice activity is looked for in it.
     """
 
     beam_size: int = 5
     best_of: int = 5
     batch_size: int = 1
     fallback: bool = True
+    audio_s: int = 60
+    vad: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("beam_size", "best_of", "batch_size"):
+        for name in ("beam_size", "best_of", "batch_size", "audio_s"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+
+
+def rounded_audio_s(audio_s: float) -> int:
+    """
+    Seconds of audio rounded up, so that most calls on a model share a footprint: to
+    minutes, above ten of them to five, above an hour to half an hour.
+    """
+    for most_s, step_s in ((600, 60), (3600, 300)):
+        if audio_s <= most_s:
+            return max(1, math.ceil(audio_s / step_s)) * step_s
+    return math.ceil(audio_s / 1800) * 1800
 
 
 DEFAULT_WORKLOAD = Workload()
@@ -109,7 +157,8 @@ class Footprint:
             which the first call makes and the unload frees.
         workspace_bytes: On top of that, at the peak of one call. Calls at the same time
             take it each.
-        loading_bytes: Peak on its device while it loads.
+        loading_bytes: Peak on its device while it loads, with what a cache reserves on
+            the CPU for the heap's holes.
         host_loading_bytes: Peak in host RAM while it loads to a GPU; 0 on the CPU.
 
     The CUDA context, compiled kernels and the caller's audio are nobody's footprint.
@@ -137,9 +186,13 @@ def footprint(
     best_of: int = 5,
     batch_size: int = 1,
     fallback: bool = True,
+    audio_s: float = 60,
+    vad: bool = False,
 ) -> Footprint:
     """
     What *model* takes on *device*. Nothing is loaded and nothing downloaded.
+
+    It is what a cache reserves, until it has learned better from measurements.
 
     Args:
         model: A known size, its alias or repository, a directory, or a repository that
@@ -150,6 +203,8 @@ def footprint(
         best_of: See `Workload`.
         batch_size: See `Workload`.
         fallback: See `Workload`.
+        audio_s: See `Workload`; rounded up as there.
+        vad: See `Workload`.
 
     Blocks: milliseconds, if a header has to be read.
 
@@ -162,11 +217,23 @@ def footprint(
     canonical = canonical_device(device)
     if canonical == "auto":
         raise ValueError("the bytes depend on the device: name 'cpu' or 'cuda'")
-    workload = Workload(beam_size, best_of, batch_size, fallback)
+    rounded_s = rounded_audio_s(audio_s)
+    workload = Workload(beam_size, best_of, batch_size, fallback, rounded_s, vad)
     source, saved = _source(canonical_model(model))
     supported = TYPICAL_COMPUTE_TYPES[canonical.partition(":")[0]]
-    effective = effective_compute_type(compute_type, saved, canonical, supported)
-    return estimate(source, effective, canonical, workload)
+    wanted = compute_type_on(frozen_compute_type(compute_type), canonical)
+    effective = effective_compute_type(wanted, saved, canonical, supported)
+    return reserved(estimate(source, effective, canonical, workload), canonical)
+
+
+def reserved(predicted: Footprint, device: str) -> Footprint:
+    """
+    What a cache reserves of *device* where so much was predicted.
+    """
+    if not is_cpu(device):
+        return predicted
+    loading_bytes = int(predicted.loading_bytes * HEAP_SLACK)
+    return replace(predicted, loading_bytes=loading_bytes)
 
 
 def estimate(
@@ -215,7 +282,8 @@ def workspace_bytes(
 
     Text is taken to be as long as Whisper allows. A temperature above 0 copies what the
     decoder keeps of the audio *best_of* times; the batched pipeline stays at its first
-    temperature. Not counted: audio and features of the whole file, in host RAM.
+    temperature. On the CPU with what comes of the audio; see `audio_bytes`. Not
+    counted: that on a GPU's host, and the samples themselves.
 
     Source: layers of CTranslate2 4.8. Peaks on the CPU were 0.8 to 1.2 times this, for
     tiny.en and base, float32 and int8, batches of 1 to 8; none was measured on a card.
@@ -233,7 +301,35 @@ def workspace_bytes(
         best_of = workload.best_of
         sampling = _decoding(architecture, batch, best_of, copies=best_of)
         decoding = max(decoding, sampling)
-    return item_bytes * max(encoding, audio + decoding)
+    work = item_bytes * max(encoding, audio + decoding)
+    if not on_cpu:
+        return work
+    making, keeping = audio_bytes(architecture, workload)
+    return max(making, work + keeping)
+
+
+def audio_bytes(architecture: Architecture, workload: Workload) -> tuple[int, int]:
+    """
+    Bytes of host memory that come of the audio besides its samples: at most while a
+    call begins, and while its segments are iterated over.
+
+    The detection of voice activity works in blocks on a copy of the samples, and leaves
+    a copy of what is speech. The batched pipeline has features twice for a moment, and
+    padded ones twice for another.
+
+    Source: faster_whisper/transcribe.py, 1.2.1. Measured with 30 minutes, in MiB, and
+    predicted: 97 and 109, with voice activity 214 and 219, batched 260 and 330; without
+    blocks 1486, 1779 and 404 (benchmarks/audio_memory.py, onnxruntime 1.32).
+    """
+    features = workload.audio_s * _FRAMES_PER_S * architecture.mels * 4
+    samples = workload.audio_s * _SAMPLES_BYTES_PER_S
+    is_batched = workload.batch_size > 1
+    speech = samples if workload.vad or is_batched else 0
+    keeping = int(features * _PADDED) if is_batched else features
+    making = speech + features + (2 * keeping if is_batched else _EXTRACTING_BYTES)
+    if workload.vad:
+        making = max(making, samples + _VAD_BYTES)
+    return max(making, speech + features + _EXTRACTING_BYTES), keeping
 
 
 def _decoding(architecture: Architecture, batch: int, rows: int, copies: int) -> int:

@@ -23,7 +23,7 @@ from .formats import FORMATS, Cue, Transcript
 from .keys import MODELS, is_directory
 from .loader import FasterWhisperLoader
 from .memory import SystemProbe
-from .model import workload_of
+from .prepare import check_knowledge, workload_of
 from .progress import Bar
 from .specs import short_name
 
@@ -126,6 +126,7 @@ class _Job:
             # Before the first line of progress, which a download's own would spoil.
             for model in models.values():
                 loader.locate(model.key.model, {}, download=True)
+                check_knowledge(model._source, self._call())
             cache.subscribe(self._watch)
             stems = _distinct(Path(file).stem for file in files)
             for name, model in models.items():

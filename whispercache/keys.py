@@ -33,8 +33,10 @@ __all__ = [
     "canonical_device",
     "canonical_model",
     "canonical_options",
+    "compute_type_on",
     "directory_at",
     "effective_compute_type",
+    "frozen_compute_type",
     "is_directory",
 ]
 
@@ -290,13 +292,69 @@ def _is_known(name: str) -> bool:
     return name in MODELS or name in ALIASES or name.lower() in _BY_OTHER_NAME
 
 
+_DEVICES = "device must be 'auto', 'cpu', 'cuda' or 'cuda:N'"
+_DEVICE = re.compile(r"(auto|cpu)|cuda(?::(\d+))?")
+
+
+def _device_hint(device: object) -> str:
+    """
+    What was probably meant by what is no device.
+    """
+    if device is None:
+        return "; leave it out for 'auto'"
+    # PyTorch's devices print as what is wanted here.
+    text = str(device).strip().lower()
+    text = f"cuda:{text}" if text.isdecimal() else text
+    for other in ("gpu", "nvidia"):
+        text = re.sub(rf"^{other}(?=:|$)", "cuda", text)
+    if text != device and _DEVICE.fullmatch(text):
+        return f"; did you mean {text!r}?"
+    return "; CTranslate2 knows no others"
+
+
+def frozen_compute_type(
+    compute_type: str | Mapping[str, str],
+) -> str | tuple[tuple[str, str], ...]:
+    """
+    A compute type, or one for each kind of device, as a value that can be hashed.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    if isinstance(compute_type, str):
+        return compute_type
+    # As CTranslate2 takes it.
+    wanted = "compute_type must be text such as 'int8', or {'cuda': 'float16', ...}"
+    if not hasattr(compute_type, "items"):
+        raise TypeError(f"{wanted}, not {compute_type!r}")
+    for device, kind in compute_type.items():
+        if device not in ("cpu", "cuda") or not isinstance(kind, str):
+            raise ValueError(f"{wanted} for 'cpu' and 'cuda', not {compute_type!r}")
+    return tuple(sorted(compute_type.items()))
+
+
+def compute_type_on(
+    compute_type: str | tuple[tuple[str, str], ...], device: str
+) -> str:
+    """
+    The compute type that was asked for on *device*; ``"default"`` if there is none.
+
+    Args:
+        compute_type: See `frozen_compute_type`.
+        device: ``"cpu"`` or ``"cuda:N"``.
+    """
+    if isinstance(compute_type, str):
+        return compute_type
+    return dict(compute_type).get(device.partition(":")[0], "default")
+
+
 def canonical_device(device: str, device_index: OptionValue = None) -> str:
     """
     ``"auto"``, ``"cpu"``, ``"cuda:N"``, or ``"cuda"`` for whichever card is best. With
     a *device_index*, ``"cuda"`` is that card.
 
     Raises:
-        TypeError: *device_index* is not one number.
+        TypeError: *device* is no text, or *device_index* not one number.
         ValueError: the device is none of these.
     """
     if isinstance(device_index, bool) or not isinstance(device_index, int | None):
@@ -304,11 +362,11 @@ def canonical_device(device: str, device_index: OptionValue = None) -> str:
             f"device_index must be one integer, not {device_index!r}: one model over "
             "several cards is not supported; ask for 'cuda:0' and 'cuda:1' separately"
         )
-    match = re.fullmatch(r"(auto|cpu)|cuda(?::(\d+))?", device)
+    if not isinstance(device, str):
+        raise TypeError(f"{_DEVICES}, not {device!r}{_device_hint(device)}")
+    match = _DEVICE.fullmatch(device)
     if not match or (device_index or 0) < 0:
-        raise ValueError(
-            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not {device!r}"
-        )
+        raise ValueError(f"{_DEVICES}, not {device!r}{_device_hint(device)}")
     if match[1]:
         return match[1]
     if match[2] is None and device_index is None:

@@ -88,7 +88,10 @@ class Lease:
         taken_at: File and line of the caller that took it, while tracemalloc traces.
     """
 
-    __slots__ = ("_entry", "_keep_alive_s", "_lessor", "_serial", "owned", "taken_at")
+    __slots__ = (
+        *("_entry", "_keep_alive_s", "_lessor", "_serial", "_view"),
+        *("owned", "taken_at"),
+    )
 
     def __init__(
         self, lessor: _Lessor, entry: Entry, serial: int, keep_alive_s: float | None
@@ -97,6 +100,7 @@ class Lease:
         self._entry = entry
         self._serial = serial
         self._keep_alive_s = keep_alive_s
+        self._view: WhisperModel | None = None
         self.owned: bool = False
         self.taken_at: str = ""
 
@@ -130,17 +134,22 @@ class Lease:
     @property
     def whisper(self) -> WhisperModel:
         """
-        The model itself.
+        The model itself, as the holder of this lease may use it: what is set on it, or
+        asked for in a call, is seen by nobody else.
 
         Raises:
             RuntimeError: the lease was released.
         """
-        return self.loaded.whisper
+        loaded = self.loaded
+        if self._view is None:
+            self._view = loaded.lend(loaded.whisper)
+        return self._view
 
     def release(self) -> None:
         """
         Let the model go. A second call does nothing.
         """
+        self._view = None
         self._lessor.release(self._entry, self._serial, self._keep_alive_s)
 
     def hand_over(self, owner: Owner = None) -> None:

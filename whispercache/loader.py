@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import logging
 import os
 import threading
@@ -46,16 +47,22 @@ from .files import (
     local_files,
     stamp_of,
 )
-from .footprint import estimate
+from .footprint import estimate, reserved
 from .header import ModelHeader
 from .keys import is_directory
+from .languages import knowledge_of
 from .learned import LearnedFootprints
 from .loading import LoadedModel, Released
 from .pages import ReadAhead, read_through
+from .rebound import rebound
 from .shells import Shell, Shells
+from .signatures import signature_of
+from .speech import bounded_names
+from .views import lending, view_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
+    from inspect import Signature
 
     import numpy as np
     from faster_whisper import WhisperModel
@@ -65,6 +72,7 @@ if TYPE_CHECKING:
     from .building import Builder
     from .footprint import Footprint, Workload
     from .keys import ModelKey, OptionValue
+    from .languages import Knowledge
     from .loading import AudioInput
     from .memory import MemoryProbe
     from .variants import Variants
@@ -80,14 +88,6 @@ Seconds for which a busy model is asked again to unload before that counts as re
 Source: right after a finished call 72 of 100 unloads did nothing, and a retry loop
 ended within 4.2 ms (CTranslate2 4.8.5, CPU); the rest allows for a card's slowest
 kernel.
-"""
-
-HEAP_SLACK = 1.25
-"""
-What a load on the CPU reserves, as a multiple of its predicted peak.
-
-Source: with the heap's holes and the shell that the model before left, loads of base to
-int8 in turn with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
 """
 
 _CORRECT_HEADS = (
@@ -202,30 +202,39 @@ def _construct(files: ModelFiles, shells: Shells, **options: object) -> WhisperM
 
     assert isinstance(files.source, ModelHeader)
     tokenizer = _tokenizer_of(files, shells)
-    plain = WhisperModel.__init__
     shared = types.SimpleNamespace(
         Tokenizer=types.SimpleNamespace(
             from_file=lambda _path: tokenizer,
             from_pretrained=lambda _repository: tokenizer,
         )
     )
-    view = {
-        "tokenizers": shared,
-        "FeatureExtractor": partial(
+    init = rebound(
+        WhisperModel.__init__,
+        tokenizers=shared,
+        FeatureExtractor=partial(
             FeatureExtractor, feature_size=files.source.architecture.mels
         ),
-    }
-    init = types.FunctionType(
-        plain.__code__,
-        {**plain.__globals__, **view},
-        plain.__name__,
-        plain.__defaults__,
-        plain.__closure__,
     )
-    init.__kwdefaults__ = plain.__kwdefaults__
-    whisper: WhisperModel = WhisperModel.__new__(WhisperModel)
+    lent = lending(WhisperModel, **_bounded_names())
+    whisper: WhisperModel = object.__new__(lent)
     init(whisper, files.directory, **options)
     return whisper
+
+
+@functools.cache
+def _bounded_names() -> Mapping[str, Callable[..., object]]:
+    """
+    What calls find in place of faster-whisper's functions that take much memory.
+    """
+    _ctranslate2()
+    from faster_whisper import vad
+
+    return bounded_names(
+        vad.get_speech_timestamps,
+        vad.get_vad_model,
+        vad.collect_chunks,
+        vad.VadOptions,
+    )
 
 
 @dataclass(slots=True)
@@ -366,21 +375,19 @@ class FasterWhisperLoader:
         )
         # Upwards only: a load into memory that an earlier one left looks too small.
         growth_bytes = max(0, weights_bytes - predicted.weights_bytes)
-        loading_bytes = predicted.loading_bytes + growth_bytes
         workspace_bytes = predicted.workspace_bytes
-        if key.device == "cpu":
-            loading_bytes = int(loading_bytes * HEAP_SLACK)
-        else:
+        if key.device != "cpu":
             # Upwards only, too: few calls do all that was reserved for.
             card = self._name_of(key.device)
             seen_bytes = self.learned.correct(_WORK, "", card, workspace_bytes)
             workspace_bytes = max(workspace_bytes, seen_bytes)
-        return replace(
+        corrected = replace(
             predicted,
             weights_bytes=predicted.weights_bytes + growth_bytes,
             workspace_bytes=workspace_bytes,
-            loading_bytes=loading_bytes,
+            loading_bytes=predicted.loading_bytes + growth_bytes,
         )
+        return reserved(corrected, key.device)
 
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
         """
@@ -494,18 +501,20 @@ class FasterWhisperLoader:
             # A reload leaves its buffers for the next one; `return_memory` comes later.
             memory.return_free_memory()
         grown = self._held(key.device).growth_since(before)
+        known = knowledge_of(files)
         loaded = LoadedModel(
             key=key,
             files=files,
             whisper=whisper,
             compute_type=str(model.compute_type),
             is_multilingual=bool(model.is_multilingual),
-            supported_languages=tuple(whisper.supported_languages),
+            supported_languages=_languages(whisper, known),
             measured_bytes=None if reloaded else grown,
             reloaded=reloaded,
             restored=copy_bytes > 0,
             copy_bytes=copy_bytes,
             expected_bytes=_expected_bytes(key, files, grown),
+            lend=partial(view_of, n_tokens=None if known is None else known.n_tokens),
         )
         if key.device != "cpu":
             vram.forget_peak(key.device)
@@ -727,6 +736,21 @@ class FasterWhisperLoader:
             return vram.Holdings(None, memory.anonymous_bytes())
         return vram.holdings(device, self.probe)
 
+    def signatures(self) -> Mapping[str, Signature]:
+        """
+        Those of the faster-whisper that is installed.
+        """
+        _ctranslate2()
+        from faster_whisper import BatchedInferencePipeline, WhisperModel
+        from faster_whisper.vad import VadOptions
+
+        return {
+            "transcribe": signature_of(WhisperModel.transcribe),
+            "batched": signature_of(BatchedInferencePipeline.transcribe),
+            "detect_language": signature_of(WhisperModel.detect_language),
+            "vad": _signature(VadOptions),
+        }
+
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:
         """
         A new pipeline each time: it keeps state from call to call.
@@ -734,7 +758,8 @@ class FasterWhisperLoader:
         _ctranslate2()
         from faster_whisper import BatchedInferencePipeline
 
-        return BatchedInferencePipeline(whisper).transcribe  # type: ignore[no-any-return]
+        transcribe = rebound(BatchedInferencePipeline.transcribe, **_bounded_names())
+        return partial(transcribe, BatchedInferencePipeline(whisper))
 
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
         """
@@ -767,6 +792,9 @@ def _as_samples(audio: NDArray[np.generic]) -> NDArray[np.float32]:
         mend = f"samples are floats in ±1: take audio.astype('float32') / {full}"
         raise AudioError(got, mend)
     raise AudioError(got, "samples are floats in one dimension")
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def _keep_for_ever(whisper: WhisperModel) -> None:
@@ -837,6 +865,14 @@ def _of_cublas(error: Exception, key: ModelKey) -> str:
         other = "compute_type='float16'"
     update = "pip install -U nvidia-cublas-cu12 ctranslate2"
     return f"{error}: {why}; {update}, or take {other}"
+
+
+def _languages(whisper: WhisperModel, known: Knowledge | None) -> tuple[str, ...]:
+    """
+    The languages that a model has tokens for; faster-whisper lists all that there are.
+    """
+    every: list[str] = whisper.supported_languages
+    return tuple(code for code in every if known is None or code in known.languages)
 
 
 def _shell_of(loaded: LoadedModel, *, parks: bool) -> Shell:

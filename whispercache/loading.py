@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Collection, Iterable, Mapping
+    from inspect import Signature
 
     import numpy as np
     from faster_whisper import WhisperModel
@@ -46,6 +47,7 @@ class LoadedModel:
         copy_bytes: What that copy takes, beside the weights.
         expected_bytes: What an unload should give back to the card; 0 on the CPU.
         references: How many refer to it while nobody uses it.
+        lend: What a holder of a lease gets of it, so that what is set there is his own.
     """
 
     key: ModelKey
@@ -60,6 +62,7 @@ class LoadedModel:
     copy_bytes: int = 0
     expected_bytes: int = 0
     references: int = 0
+    lend: Callable[[WhisperModel], WhisperModel] = lambda whisper: whisper
 
     def count_references(self) -> int:
         """
@@ -250,6 +253,13 @@ class Loader(Protocol):
         """
         Let daemon threads begin no more calls on a model, at the interpreter's end, and
         wait for those in flight; whether they ended in time.
+        """
+
+    def signatures(self) -> Mapping[str, Signature]:
+        """
+        The parameters of ``transcribe``, of ``transcribe`` of the batched pipeline
+        (``"batched"``), of ``detect_language``, and of the options of voice activity
+        detection (``"vad"``) if they are known; without ``self``.
         """
 
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:

@@ -11,15 +11,17 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, cast
 
 from .errors import CacheForked
 from .footprint import DEFAULT_WORKLOAD, Workload
+from .prepare import prepared, prepared_detection, workload_of
 from .threads import current_owner
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
+    from inspect import Signature
     from typing import BinaryIO
 
     import numpy as np
@@ -29,11 +31,17 @@ if TYPE_CHECKING:
 
     from .deadlock import Owner
     from .keys import ModelKey
+    from .languages import Knowledge
     from .lease import Lease
 
     AudioInput = str | os.PathLike[str] | BinaryIO | NDArray[np.float32]
 
-__all__ = ["CachedModel", "LeasedIterator", "call_leased", "workload_of"]
+__all__ = [
+    "CachedModel",
+    "LeasedIterator",
+    "call_leased",
+    "workload_of",
+]
 
 T = TypeVar("T")
 
@@ -90,25 +98,16 @@ class Leases(Protocol):
         Samples of *audio*.
         """
 
+    def signatures(self) -> Mapping[str, Signature]:
+        """
+        What calls take; see `loading.Loader.signatures`.
+        """
 
-def workload_of(options: Mapping[str, object], batch_size: int | None) -> Workload:
-    """
-    What a ``transcribe`` call with these options takes.
-    """
-
-    def count(name: str) -> int:
-        value = options.get(name)
-        return value if isinstance(value, int) and value > 0 else 5
-
-    temperatures = options.get("temperature", (0.0, 1.0))
-    if not isinstance(temperatures, (list, tuple)):
-        temperatures = (temperatures,)
-    return Workload(
-        beam_size=count("beam_size"),
-        best_of=count("best_of"),
-        batch_size=batch_size or 1,
-        fallback=any(temperature != 0 for temperature in temperatures),
-    )
+    def knowledge(self) -> Knowledge | None:
+        """
+        What the model has words for, if that is known. Blocks for a download, if it
+        takes one to find out.
+        """
 
 
 class LeasedIterator(Iterator[T]):
@@ -285,6 +284,12 @@ class LeasedIterator(Iterator[T]):
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError(
+            "segments cannot be pickled or copied: they are made while they are "
+            "iterated over. Send list(segments)"
+        )
+
 
 def call_leased(
     lease: Lease, call: Callable[..., object], *args: object, **options: object
@@ -326,7 +331,41 @@ def _lazy(result: object) -> Iterator[object]:
     return cast("Iterator[object]", first)
 
 
-class CachedModel:
+class Handle:
+    """
+    Something that stands for a model of a cache, and has nothing of its own to change.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("_cache", "_served_by", "_source"):
+            raise self._refusal(name)
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise self._refusal(name)
+
+    def _refusal(self, name: str) -> AttributeError:
+        return AttributeError(
+            f"{name!r} of a {type(self).__name__} cannot be changed: others use the "
+            "same model, and it comes and goes. Give what you want to each call, as in "
+            "transcribe(audio, beam_size=1), or set it on the model of a lease ('with "
+            "model.lease() as whisper'), where nobody else sees it"
+        )
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self  # as with a function: it is a name, and not the model
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled: it belongs to a cache of this "
+            "process. Send its name, and call get_model() in the other process"
+        )
+
+
+class CachedModel(Handle):
     """
     A WhisperModel that is in memory when it is used.
 
@@ -383,26 +422,31 @@ class CachedModel:
 
         Args:
             audio: A path, a binary stream, or float32 samples (samples,), mono, 16 kHz.
-            args: Further positional parameters of ``transcribe``, ``language`` first.
+            args: Further positional parameters of ``transcribe``, ``language`` first:
+                a code, a name or a locale (``"de"``, ``"german"``, ``"de-AT"``); None
+                or ``"auto"`` to detect it.
             batch_size: Windows at once; given, the batched pipeline does the work, with
                 its own defaults (``vad_filter=True``, ``without_timestamps=True``).
-            options: All other parameters of ``transcribe``.
+            options: All other parameters of ``transcribe``. With ``multilingual=True``
+                each window's language is detected, whatever *language* says.
 
         Returns:
             The segments, computed while they are iterated over, and the info.
 
         Raises:
-            AudioError: the audio cannot be decoded; no model was loaded for it.
+            TypeError, ValueError: a parameter is nonsense, or the model does not know
+                the language; no model was loaded for it.
+            AudioError: the audio cannot be decoded; likewise.
             WhisperCacheError: the model cannot be had; see `ModelCache.lease`.
 
         Blocks: for decoding, the lease, and the language detection if none is given.
         """
-        samples = self._source.decode_audio(audio)
-        lease = self._lease(workload_of(options, batch_size))
-        call = self._source.transcriber(lease, batch_size)
+        ready = prepared(self._source, audio, args, options, batch_size)
+        lease = self._lease(ready.workload)
+        call = self._source.transcriber(lease, ready.batch_size)
         return cast(
             "tuple[LeasedIterator[Segment], TranscriptionInfo]",
-            call_leased(lease, call, samples, *args, **options),
+            call_leased(lease, call, ready.samples, **ready.options),
         )
 
     def detect_language(
@@ -419,12 +463,12 @@ class CachedModel:
         Returns:
             Language code, its probability, and those of all languages.
         """
-        samples = None if audio is None else self._source.decode_audio(audio)
-        lease = self.lease()
+        ready = prepared_detection(self._source, audio, args, options)
+        lease = self._lease(ready.workload)
         call = lease.whisper.detect_language
         return cast(
             "tuple[str, float, list[tuple[str, float]]]",
-            call_leased(lease, call, samples, *args, **options),
+            call_leased(lease, call, ready.samples, **ready.options),
         )
 
     @property

@@ -29,9 +29,12 @@ from .keys import (
     canonical_device,
     canonical_model,
     canonical_options,
+    compute_type_on,
     effective_compute_type,
+    frozen_compute_type,
     is_directory,
 )
+from .languages import knowledge_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from .core import Core
     from .footprint import Workload
     from .keys import OptionValue
+    from .languages import Knowledge
     from .placement import Candidate
 
     # Model, device and compute type as given, then pairs of a load option and value.
@@ -101,6 +105,27 @@ class Resolver:
         """
         return self.known(request) or self.resolve(request).entry
 
+    def knowledge(self, request: Request, *, download: bool) -> Knowledge | None:
+        """
+        What the model of *request* has words for; None if that cannot be told, as with
+        a repository of unknown size that is not on this disk.
+
+        Blocks: not for a model in memory; else for some system calls, and for a
+        download if one is needed and allowed.
+
+        Raises:
+            UnknownModel, CorruptModel, LoadFailed: as `resolve` would.
+        """
+        entry = self.known(request)
+        if entry is not None and entry.is_present and entry.files is not None:
+            return knowledge_of(entry.files)
+        name, _, _, *pairs = request
+        try:
+            files = self._peek(canonical_model(name), dict(pairs), download=download)
+        except NotDownloaded:
+            return None
+        return knowledge_of(files)
+
     def forget(self) -> None:
         """
         Resolve everything anew.
@@ -159,18 +184,22 @@ class Resolver:
 
         Raises:
             UnknownModel, LoadFailed: there is no such model, in memory or elsewhere.
-            TypeError, ValueError: the device is nonsense.
+            TypeError, ValueError: the device or the compute type is nonsense.
         """
         names = None if model is None else self._names(os.fspath(model))
         place = None if device is None else canonical_device(device)
+        wanted = (
+            "default" if compute_type is None else frozen_compute_type(compute_type)
+        )
 
         def matches(key: ModelKey) -> bool:
+            kind = compute_type_on(wanted, key.device)
             return (
                 (names is None or key.model in names)
                 and place in (None, "auto", key.device, key.device.partition(":")[0])
                 and (
-                    compute_type in (None, "default", "auto", key.compute_type)
-                    or (compute_type == "int8" and key.compute_type.startswith("int8"))
+                    kind in ("default", "auto", key.compute_type)
+                    or (kind == "int8" and key.compute_type.startswith("int8"))
                 )
             )
 
@@ -289,8 +318,9 @@ class Resolver:
 
     def _on(self, device: str, wish: _Wish) -> ModelKey:
         supported = self._loader.supported_compute_types(device)
+        wanted = compute_type_on(wish.compute_type, device)
         effective = effective_compute_type(
-            wish.compute_type, wish.files.saved_compute_type, device, supported
+            wanted, wish.files.saved_compute_type, device, supported
         )
         return ModelKey(wish.model, device, effective, wish.options)
 
@@ -329,7 +359,7 @@ class _Wish:
     """
 
     model: str
-    compute_type: str
+    compute_type: str | tuple[tuple[str, str], ...]
     options: tuple[tuple[str, OptionValue], ...]
     files: ModelFiles
 

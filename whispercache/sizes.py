@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .architecture import ARCHITECTURES, HUB_COMPUTE_TYPE
 from .errors import DeviceUnavailable, format_bytes
-from .footprint import estimate
+from .footprint import estimate, reserved
 from .keys import MODELS, TYPICAL_COMPUTE_TYPES, effective_compute_type
 from .memory import headroom_bytes
 
@@ -174,7 +174,8 @@ def _place(device: str, probe: MemoryProbe, trouble: str = "") -> Place:
 
 
 def _size(model: str, compute_type: str, place: Place, host: Place) -> Size:
-    footprint = estimate(ARCHITECTURES[model], compute_type, place.device)
+    predicted = estimate(ARCHITECTURES[model], compute_type, place.device)
+    footprint = reserved(predicted, place.device)
     fits = (
         footprint.total_bytes <= place.usable_bytes
         and footprint.host_loading_bytes <= host.usable_bytes

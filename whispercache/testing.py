@@ -36,10 +36,12 @@ from .footprint import Footprint
 from .keys import TYPICAL_COMPUTE_TYPES
 from .loading import LoadedModel, Released
 from .memory import MemoryReading
+from .signatures import signature_of
 from .units import parse_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from inspect import Signature
 
     import numpy as np
     from faster_whisper import WhisperModel
@@ -252,6 +254,14 @@ class FakeWhisper:
         self.calls += 1
         if not self.is_loaded:
             raise RuntimeError(f"{self.key} was used after its unload")
+
+
+# Whatever a test puts in place of its methods.
+_SIGNATURES: Mapping[str, Signature] = {
+    "transcribe": signature_of(FakeWhisper.transcribe),
+    "batched": signature_of(FakeWhisper.transcribe),
+    "detect_language": signature_of(FakeWhisper.detect_language),
+}
 
 
 class Gate:
@@ -622,6 +632,12 @@ class FakeLoader:
             unreturned_bytes=kept_bytes,
             used_bytes=self.machine.used_bytes(key.device),
         )
+
+    def signatures(self) -> Mapping[str, Signature]:
+        """
+        Those of `FakeWhisper`, which takes whatever there is.
+        """
+        return _SIGNATURES
 
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:
         """

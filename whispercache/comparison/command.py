@@ -68,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, required=True, metavar="DIR", help="where reports go")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--language", metavar="CODE", help="for example en (default: detected)")
+    add("--language", metavar="CODE", help="de, german or de-AT (default: detected)")
     add("--beam-size", type=int, default=5, metavar="N", help="default: 5")
     add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
     add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")

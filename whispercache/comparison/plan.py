@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from whispercache.cache import as_request
 from whispercache.errors import LoadFailed, WhisperCacheError
+from whispercache.languages import check_language
 
 from .store import fingerprint, hash_of_file
 from .values import Failure, ModelFailure
@@ -21,7 +23,14 @@ if TYPE_CHECKING:
     from whispercache.keys import ModelKey
     from whispercache.specs import ModelSpec
 
-__all__ = ["Entrant", "Input", "enter", "one_line", "read_inputs"]
+__all__ = [
+    "Entrant",
+    "Input",
+    "check_languages",
+    "enter",
+    "one_line",
+    "read_inputs",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +137,27 @@ def _plan(
     if plan.outcome == "never":
         raise WhisperCacheError(plan.reason)
     return key, max(1, plan.needed_bytes)
+
+
+def check_languages(
+    cache: ModelCache,
+    entrants: Iterable[Entrant],
+    language: str | None,
+    load_options: Mapping[str, object],
+) -> None:
+    """
+    See whether all models know the language of the files.
+
+    Raises:
+        ValueError: one of them does not.
+    """
+    for entrant in entrants:
+        key = entrant.key
+        request = as_request(
+            key.model, key.device, key.compute_type, dict(load_options)
+        )
+        known = cache._resolver.knowledge(request, download=False)
+        check_language(entrant.name, language, known)
 
 
 def _identity(

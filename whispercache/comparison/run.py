@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from whispercache.cache import ModelCache
 from whispercache.errors import WhisperCacheError
+from whispercache.languages import language_code
 from whispercache.model import workload_of
+from whispercache.parameters import checked
+from whispercache.signatures import bound
 from whispercache.specs import ModelSpec, parse_spec
 
-from .plan import enter, read_inputs
+from .plan import check_languages, enter, read_inputs
 from .references import match_references, read_references
 from .store import Store
 from .turns import Run
@@ -72,7 +75,8 @@ def compare(
         references: What is said in the files: a table (see `read_references`), or texts
             by file. Without, the models are compared with each other alone.
         device: Where all models run; as for `ModelCache.get_model`.
-        language: Of all files; None to let each model detect it.
+        language: Of all files, by code, name or locale; None to let each model detect
+            it.
         out: Directory for the reports, and for what a rerun resumes from.
         cache: Where to lease the models. They are unloaded there before and after.
             None for a cache of its own.
@@ -99,8 +103,9 @@ def compare(
     _check_extra()
     if resamples < _LEAST_RESAMPLES:
         raise ValueError(f"resamples must be at least {_LEAST_RESAMPLES}")
-    call = {
-        "language": language,
+    code = language_code(language)
+    asked: dict[str, object] = {
+        "language": code,
         "beam_size": beam_size,
         "temperature": temperature,
         **options,
@@ -113,8 +118,11 @@ def compare(
         ModelCache() if cache is None else nullcontext(cache)
     )
     with own as used:
+        signature = used._core.loader.signatures()["transcribe"]
+        call = checked(bound(signature, (), asked))
         workload = workload_of(call, None)
         entrants, notes, broken = enter(used, specs, device, workload, given)
+        check_languages(used, entrants, code, given)
         inputs, failures = read_inputs(files)
         # Not before: it may forget what was kept.
         store = Store(None if folder is None else folder / RESULTS, resume=resume)

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,14 +16,14 @@ from fastapi import APIRouter, Depends, File, Form, Request, Response, UploadFil
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from whispercache.errors import AudioError, LoadFailed, WhisperCacheError
+from whispercache.errors import AudioError, LoadFailed
+from whispercache.languages import check_language, language_code
 from whispercache.model import workload_of
 
 from .calls import transcribe
 from .decode import samples
 from .errors import ApiError, as_refusal, nonsense, responses
 from .forms import FILE, GRANULARITIES, SmallForm, check_keep_alive
-from .languages import LANGUAGES
 from .offers import ALIGNMENT_HEADS
 from .presence import while_present
 from .service import Served, Service
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from faster_whisper.transcribe import Segment, TranscriptionInfo
 
     from whispercache.aio import AsyncSegments
+    from whispercache.languages import Knowledge
 
     from .offers import Offer
 
@@ -50,7 +52,7 @@ __all__ = ["router"]
 
 router: APIRouter = APIRouter(prefix="/v1/audio", tags=["audio"], route_class=SmallForm)
 
-_CODES = {name: code for code, name in LANGUAGES.items()}
+_RATE_HZ = 16_000
 
 NO_WORDS = (
     "this model cannot tell when words were said, since its config.json names no "
@@ -101,6 +103,24 @@ class Job:
             )
         if self.keep_alive is not None:
             check_keep_alive(self.keep_alive)
+
+    def check_model(self, name: str, known: Knowledge | None) -> None:
+        """
+        See whether the model of that *name* can do it, as far as it is known.
+
+        Raises:
+            ApiError: it cannot.
+        """
+        if known is not None and not known.is_multilingual:
+            message = "this model understands English only"
+            if self.language not in (None, "en"):
+                raise nonsense("language", message)
+            if self.task == "translate":
+                raise nonsense("model", message)
+        try:
+            check_language(name, self.language, known)
+        except ValueError as error:
+            raise nonsense("language", str(error)) from None
 
     def options(self) -> dict[str, Any]:
         """
@@ -166,7 +186,9 @@ async def transcriptions(
     lifetime: Lifetime,
     file: Audio,
     model: Named,
-    language: Annotated[str | None, Form(description="Code, such as en.")] = None,
+    language: Annotated[
+        str | None, Form(description="Code, name or locale: de, German, de-AT.")
+    ] = None,
     prompt: Prompt = None,
     response_format: Annotated[Kind, Form()] = "json",
     temperature: Temperature = 0.0,
@@ -200,10 +222,15 @@ async def transcriptions(
 
 def _code(language: str | None) -> str | None:
     """
-    The code of a language that was asked for by code or by name.
+    The code of a language that was asked for.
+
+    Raises:
+        ApiError: there is no such language.
     """
-    asked = (language or "").strip().lower()
-    return _CODES.get(asked, asked) or None
+    try:
+        return language_code(language)
+    except ValueError as error:
+        raise nonsense("language", str(error)) from None
 
 
 @router.post(
@@ -274,6 +301,8 @@ async def _begin(
     """
     Decode, wait for the model, and begin to listen; *lifetime* ends all of it.
     """
+    known = await run_in_threadpool(offer.knowledge)
+    job.check_model(offer.name, known)
     if job.wants_words and not await run_in_threadpool(offer.may_tell_words):
         raise nonsense(GRANULARITIES, NO_WORDS)
     service.gate.check(offer.name)
@@ -284,40 +313,17 @@ async def _begin(
         service.gate.turn(offer.name, service.options.timeout_s, audio_s)
     )
     options = job.options()
-    lease = await service.lease(
-        offer, left_s, job.keep_alive, workload_of(options, None)
-    )
+    workload = workload_of(options, None, round(audio_s * _RATE_HZ))
+    check = partial(job.check_model, offer.name) if known is None else None
+    lease = await service.lease(offer, left_s, job.keep_alive, workload, check)
     with ExitStack() as held:
         held.callback(lease.release)
         heard = await run_in_threadpool(samples, decoded)
         # From now on the call has it, whatever becomes of the request.
         held.pop_all()
-    try:
-        segments, info = await transcribe(lease, heard, options)
-    except WhisperCacheError:
-        raise
-    except ValueError as error:
-        if job.language is None:
-            raise
-        message = f"no model knows the language {job.language[:20]!r}; give a code"
-        raise nonsense("language", f"{message} such as en") from error
+    segments, info = await transcribe(lease, heard, options)
     await lifetime.enter_async_context(segments)
-    _check_language(info, job)
     return segments, info
-
-
-def _check_language(info: TranscriptionInfo, job: Job) -> None:
-    """
-    See whether a model of English alone was asked for more.
-
-    Raises:
-        ApiError: it was.
-    """
-    if job.language is not None and info.language != job.language:
-        raise nonsense("language", "this model understands English only")
-    # One of many languages has looked which of them it is.
-    if job.task == "translate" and info.all_language_probs is None:
-        raise nonsense("model", "this model understands English only")
 
 
 async def _decode(

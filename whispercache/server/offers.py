@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from whispercache import ModelCache, ModelKey
+    from whispercache.languages import Knowledge
     from whispercache.specs import ModelSpec
 
 __all__ = ["ALIGNMENT_HEADS", "OPENAI_NAME", "Offer", "Offers"]
@@ -58,6 +59,17 @@ class Offer:
         """
         entry = self._cache._resolver.known(as_request(*self.place, {}))
         return None if entry is None else entry.key
+
+    def knowledge(self) -> Knowledge | None:
+        """
+        What it has words for, as far as that is known without a download. Blocks for
+        some system calls, but not while it is in memory.
+
+        Raises:
+            WhisperCacheError: its files are gone, or broken.
+        """
+        request = as_request(*self.place, {})
+        return self._cache._resolver.knowledge(request, download=False)
 
     def may_tell_words(self) -> bool:
         """

@@ -19,6 +19,7 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
+from starlette.concurrency import run_in_threadpool
 
 from whispercache.aio import AsyncModelCache
 from whispercache.errors import (
@@ -36,10 +37,11 @@ from .gate import Gate
 from .offers import Offer, Offers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from whispercache.cache import ModelCache
     from whispercache.footprint import Workload
+    from whispercache.languages import Knowledge
     from whispercache.lease import Lease
 
     from .options import ServerOptions
@@ -209,9 +211,18 @@ class Service:
         timeout_s: float,
         keep_alive: str | None = None,
         workload: Workload | None = None,
+        check: Callable[[Knowledge | None], None] | None = None,
     ) -> Lease:
         """
         A lease on a model, downloaded and loaded if need be; see `ModelCache.lease`.
+
+        Args:
+            offer: The model.
+            timeout_s: Most seconds to wait.
+            keep_alive: Once the lease ends, instead of the cache's.
+            workload: What will be done with the model.
+            check: Called with what is known of the model once its files are here, and
+                before it is loaded; what it raises is raised here.
 
         Raises:
             DownloadTimeout: its files were not there within *timeout_s*.
@@ -222,6 +233,8 @@ class Service:
         with anyio.move_on_after(timeout_s + _GRACE_S):
             await self._fetch(offer)
             is_there = True
+            if check is not None:
+                check(await run_in_threadpool(offer.knowledge))
             return await self.cache.lease(
                 *offer.place,
                 timeout_s=timeout_s,

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel
 
 from whispercache.formats import FORMATS, Cue, Transcript
-
-from .languages import LANGUAGES
+from whispercache.languages import LANGUAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

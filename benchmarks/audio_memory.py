@@ -1,0 +1,109 @@
+"""
+Memory of audio: what a call takes beside the samples, with and without voice activity
+detection, and what was predicted for it.
+
+Each figure is from a process of its own: the growth of resident memory, at its peak
+while the call begins and while its segments are iterated over. A micro model takes next
+to nothing itself.
+
+    python benchmarks/audio_memory.py [MINUTES ...]
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+MIB = 1024**2
+CALLS = {
+    "plain": {},
+    "vad": {"vad_filter": True},
+    "batched": {"batch_size": 2},
+}
+
+CHILD = """
+import json, sys
+import numpy as np
+from faster_whisper import decode_audio
+from faster_whisper.vad import get_vad_model
+from whispercache import ModelCache
+from whispercache.footprint import Workload, audio_bytes, read_header
+from whispercache.model import workload_of
+
+directory, minutes, options, clip, is_ours = map(json.loads, sys.argv[1:])
+
+def status(name):
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+speech = decode_audio(clip)
+samples = np.tile(speech, 1 + minutes * 60 * 16000 // len(speech))
+samples = np.ascontiguousarray(samples[: minutes * 60 * 16000], np.float32)
+with ModelCache(variants=False) as cache, cache.lease(directory, "cpu") as whisper:
+    batch = options.pop("batch_size", None)
+    call = whisper.transcribe
+    if not is_ours:
+        from faster_whisper import BatchedInferencePipeline, WhisperModel
+        whisper = WhisperModel(directory, "cpu")
+        call = whisper.transcribe
+    if batch:
+        if is_ours:
+            call = cache._core.loader.batched(whisper)
+        else:
+            call = BatchedInferencePipeline(whisper).transcribe
+        options["batch_size"] = batch
+    get_vad_model()
+    next(call(speech[:16000], **options)[0], None)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = status("VmRSS")
+    segments, _ = call(samples, language="en", **options)
+    making = status("VmHWM") - before
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    next(segments, None)
+    keeping = status("VmHWM") - before
+architecture = read_header(directory).architecture
+workload = workload_of(options, batch, len(samples))
+print(json.dumps([making, keeping, *audio_bytes(architecture, workload)]))
+"""
+
+
+def main() -> None:
+    """
+    Measure, and print a table.
+    """
+    from micro import build_micro
+    from real import clip
+
+    lengths = [int(text) for text in sys.argv[1:]] or [10, 30]
+    print("call     min  whose           making keeping  MiB; predicted")
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(build_micro(Path(folder, "micro"), "hello world"))
+        for name, options in CALLS.items():
+            for minutes in lengths:
+                for whose in ("faster-whisper", "ours"):
+                    arguments = [model, minutes, options, clip("en-harbour-long")]
+                    arguments.append(whose == "ours")
+                    done = subprocess.run(
+                        [sys.executable, "-c", CHILD, *map(json.dumps, arguments)],
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                    )
+                    found = [each / MIB for each in json.loads(done.stdout)]
+                    making, keeping, *predicted = (f"{each:7.0f}" for each in found)
+                    told = " ".join(predicted) if whose == "ours" else ""
+                    print(
+                        f"{name:8} {minutes:3}  {whose:14} {making} {keeping}  {told}"
+                    )
+
+
+if __name__ == "__main__":
+    main()

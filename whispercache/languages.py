@@ -1,0 +1,214 @@
+"""
+Languages: what people call them, and which of them a model knows.
+
+Whisper goes by codes (``"de"``). Here names, locale tags and older codes are taken as
+well, and what a model knows is told from its files, before it is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from .architecture import Architecture
+from .files import claims_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .files import ModelFiles
+
+__all__ = [
+    "LANGUAGES",
+    "Knowledge",
+    "check_language",
+    "knowledge_of",
+    "language_code",
+]
+
+_NAMES = """\
+af afrikaans; am amharic; ar arabic; as assamese; az azerbaijani; ba bashkir;
+be belarusian; bg bulgarian; bn bengali; bo tibetan; br breton; bs bosnian;
+ca catalan; cs czech; cy welsh; da danish; de german; el greek; en english;
+es spanish; et estonian; eu basque; fa persian; fi finnish; fo faroese;
+fr french; gl galician; gu gujarati; ha hausa; haw hawaiian; he hebrew;
+hi hindi; hr croatian; ht haitian creole; hu hungarian; hy armenian;
+id indonesian; is icelandic; it italian; ja japanese; jw javanese;
+ka georgian; kk kazakh; km khmer; kn kannada; ko korean; la latin;
+lb luxembourgish; ln lingala; lo lao; lt lithuanian; lv latvian; mg malagasy;
+mi maori; mk macedonian; ml malayalam; mn mongolian; mr marathi; ms malay;
+mt maltese; my myanmar; ne nepali; nl dutch; nn nynorsk; no norwegian;
+oc occitan; pa punjabi; pl polish; ps pashto; pt portuguese; ro romanian;
+ru russian; sa sanskrit; sd sindhi; si sinhala; sk slovak; sl slovenian;
+sn shona; so somali; sq albanian; sr serbian; su sundanese; sv swedish;
+sw swahili; ta tamil; te telugu; tg tajik; th thai; tk turkmen; tl tagalog;
+tr turkish; tt tatar; uk ukrainian; ur urdu; uz uzbek; vi vietnamese;
+yi yiddish; yo yoruba; zh chinese; yue cantonese"""
+
+LANGUAGES: Mapping[str, str] = MappingProxyType(
+    dict(entry.strip().split(" ", 1) for entry in _NAMES.replace("\n", " ").split(";"))
+)
+"""
+Names in English by code.
+
+Source: openai/whisper, tokenizer.py, ``LANGUAGES``; a test compares the codes with
+faster-whisper's.
+"""
+
+_OTHER_NAMES = {
+    "burmese": "my",
+    "castilian": "es",
+    "flemish": "nl",
+    "haitian": "ht",
+    "letzeburgesch": "lb",
+    "mandarin": "zh",
+    "moldavian": "ro",
+    "moldovan": "ro",
+    "panjabi": "pa",
+    "pushto": "ps",
+    "sinhalese": "si",
+    "valencian": "ca",
+}
+"""
+Source: openai/whisper, tokenizer.py, ``TO_LANGUAGE_CODE``.
+"""
+
+_OTHER_CODES = {
+    "cmn": "zh",
+    "fil": "tl",
+    "in": "id",
+    "iw": "he",
+    "ji": "yi",
+    "jv": "jw",
+    "mo": "ro",
+    "nb": "no",
+    "zh-yue": "yue",
+}
+"""
+Codes that operating systems and speech services have for languages of Whisper's.
+
+Source: IANA language subtag registry: deprecated codes, macrolanguages (``nb`` is
+Norwegian, ``cmn`` Chinese, ``fil`` Tagalog) and the extended ``zh-yue``.
+"""
+
+_CODES: Mapping[str, str] = {
+    **{name: code for code, name in LANGUAGES.items()},
+    **{code: code for code in LANGUAGES},
+    **_OTHER_NAMES,
+    **_OTHER_CODES,
+}
+_DETECT = ("", "auto")
+_LOCALE = re.compile(r"([a-z]{2,3})(?:-[a-z0-9]{1,8})+")
+_LONGEST_SHOWN = 20
+
+_ENGLISH_TOKENS, _CANTONESE_TOKENS = 51864, 51866
+"""
+Sizes of the vocabularies of Whisper's English-only models, and of those since large-v3.
+"""
+
+
+def language_code(language: str | None) -> str | None:
+    """
+    Whisper's code of a language: of its code, name, or locale; None to detect it.
+
+    ``"de"``, ``"German"``, ``"de-AT"`` and ``"de_DE.UTF-8"`` are ``"de"``; None, empty
+    text and ``"auto"`` ask for detection.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: there is no such language.
+    """
+    if language is None:
+        return None
+    if not isinstance(language, str):
+        raise TypeError(f"language must be a code such as 'en', not {language!r}")
+    text = language.strip().lower().replace("_", "-")
+    if text in _DETECT:
+        return None
+    if text in _CODES:
+        return _CODES[text]
+    locale = text.partition(".")[0].partition("@")[0]
+    if match := _LOCALE.fullmatch(locale):
+        parts = locale.split("-")
+        for tag in ("-".join(parts[:2]), match[1]):
+            if tag in _CODES:
+                return _CODES[tag]
+    elif locale in _CODES and locale in {*LANGUAGES, *_OTHER_CODES}:
+        return _CODES[locale]
+    raise ValueError(
+        f"language {language[:_LONGEST_SHOWN]!r} is none that Whisper knows; give a "
+        "code such as 'en', a name such as 'german', or None to have it detected"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """
+    What a model has words for.
+
+    Attributes:
+        n_tokens: How many tokens it has.
+        is_multilingual: It knows other languages than English.
+        languages: Codes of those that it knows, in Whisper's order.
+    """
+
+    n_tokens: int
+    is_multilingual: bool
+    languages: tuple[str, ...]
+
+
+def knowledge_of(files: ModelFiles) -> Knowledge | None:
+    """
+    What the model of *files* has words for; None if nothing is known of it.
+
+    No look at the disk for files that were looked at before; see `files.claims_of`.
+
+    Raises:
+        CorruptModel, LoadFailed: the files have changed for the worse since.
+    """
+    files = files.original or files
+    source = files.source
+    if source is None:
+        return None
+    if isinstance(source, Architecture):
+        return _by_size(source.vocabulary)
+    vocabulary = claims_of(files).vocabulary
+    n_tokens = source.architecture.vocabulary
+    if not vocabulary.is_multilingual:
+        return Knowledge(n_tokens, is_multilingual=False, languages=("en",))
+    codes = tuple(code for code in LANGUAGES if f"<|{code}|>" in vocabulary.special)
+    return Knowledge(n_tokens, is_multilingual=True, languages=codes)
+
+
+def check_language(model: str, code: str | None, known: Knowledge | None) -> None:
+    """
+    See whether a model knows a language. An English-only one is asked for nothing: it
+    takes all for English, and faster-whisper warns of that.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if code is None or known is None or not known.is_multilingual:
+        return
+    if code in known.languages:
+        return
+    hint = "leave the language out to have it detected"
+    if code == "yue":
+        hint = "Cantonese came with large-v3; take a model since then, or language='zh'"
+    raise ValueError(
+        f"{model} does not know {LANGUAGES[code].title()} ({code!r}): {hint}"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _by_size(n_tokens: int) -> Knowledge:
+    """
+    The vocabulary of one of OpenAI's models, of which this is the size.
+    """
+    if n_tokens <= _ENGLISH_TOKENS:
+        return Knowledge(n_tokens, is_multilingual=False, languages=("en",))
+    codes = (c for c in LANGUAGES if c != "yue" or n_tokens >= _CANTONESE_TOKENS)
+    return Knowledge(n_tokens, is_multilingual=True, languages=tuple(codes))

@@ -1,0 +1,500 @@
+"""
+Parameters of a call: what faster-whisper takes, told before a model is loaded for it.
+
+What it would refuse after seconds, never come back from, or take for something else is
+refused here, with the name of the parameter and what it may be. Pure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from .signatures import bound, signature_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    Options: TypeAlias = Mapping[str, object]
+    Check: TypeAlias = "Callable[[_Call, str, Any], object]"
+
+__all__ = [
+    "WINDOW_S",
+    "check_batch_size",
+    "check_tokens",
+    "checked",
+    "filters_speech",
+    "own_values",
+    "temperatures_of",
+]
+
+WINDOW_S = 30
+"""
+Seconds that a Whisper model looks at; what is beyond them, it does not hear.
+"""
+
+_TASKS = ("transcribe", "translate")
+
+_LADDER = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""
+Temperatures that faster-whisper tries, one after the other, unless others are given.
+"""
+
+_LONGEST_TEXT = 447
+"""
+Most tokens that a model writes in a window: its positions, less one for the prompt.
+
+Source: faster_whisper/transcribe.py, ``WhisperModel.max_length``, 1.2.1.
+"""
+
+_LONGEST_SHOWN = 60
+
+_VAD_WINDOW_S = 0.032
+"""
+Source: faster_whisper/vad.py, ``get_speech_timestamps``, 512 samples.
+"""
+
+
+# What was given ----------------------------------------------------------------------
+
+
+def filters_speech(options: Options, *, is_batched: bool) -> bool:
+    """
+    Whether a call looks for voice activity.
+    """
+    return _Call(options, is_batched).filters()
+
+
+def temperatures_of(options: Options) -> tuple[object, ...]:
+    """
+    The temperatures that a call may come to.
+    """
+    given = options.get("temperature", _LADDER)
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+    """
+    All parameters of one call, as far as they say which others matter.
+    """
+
+    options: Options
+    is_batched: bool = False
+    vad_names: Collection[str] = ()
+
+    def samples(self) -> bool:
+        """
+        Whether it may sample, at a temperature above 0; the pipeline does not.
+        """
+        return not self.is_batched and any(map(_is_above_0, self.temperatures()))
+
+    def searches(self) -> bool:
+        """
+        Whether it searches with beams.
+        """
+        return self.is_batched or not all(map(_is_above_0, self.temperatures()))
+
+    def temperatures(self) -> tuple[object, ...]:
+        return temperatures_of(self.options)
+
+    def detects(self) -> bool:
+        return self.options.get("language") is None
+
+    def filters(self) -> bool:
+        """
+        Whether voice activity is looked for: not where clips are named.
+        """
+        if self.is_batched:
+            is_asked = self.options.get("vad_filter", True)
+            return bool(is_asked) and not self.options.get("clip_timestamps")
+        clips = self.options.get("clip_timestamps", "0")
+        return bool(self.options.get("vad_filter")) and clips == "0"
+
+
+def _is_above_0(value: object) -> bool:
+    try:
+        return float(cast("float", value)) > 0
+    except (TypeError, ValueError):  # told by its own check
+        return False
+
+
+# Values ------------------------------------------------------------------------------
+
+
+def _refuse(name: str, wanted: str, value: object, *, kind: bool = False) -> Exception:
+    shown = repr(value)
+    if len(shown) > _LONGEST_SHOWN:
+        shown = f"{shown[:_LONGEST_SHOWN]}..."
+    text = f"{name} must be {wanted}, not {shown}"
+    return TypeError(text) if kind else ValueError(text)
+
+
+def _count(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """
+    A whole number within bounds; NumPy's will do.
+    """
+    wanted = f"a whole number of {least} or more"
+    if most is not None:
+        wanted = f"a whole number from {least} to {most}"
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise _refuse(name, wanted, value, kind=True)
+    if number < least or (most is not None and number > most):
+        raise _refuse(name, wanted, value)
+    return number
+
+
+def _number(
+    name: str,
+    value: object,
+    wanted: str = "a number",
+    is_fine: Callable[[float], bool] = lambda _: True,
+) -> object:
+    """
+    A number, as it was given, if *is_fine*; NaN never is.
+    """
+    is_text = isinstance(value, (str, bytes, bytearray, bool))
+    try:
+        number = math.nan if is_text else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        is_text, number = True, math.nan
+    except OverflowError:
+        number = math.inf
+    if is_text:
+        raise _refuse(name, wanted, value, kind=True)
+    if math.isnan(number) or not is_fine(number):
+        raise _refuse(name, wanted, value)
+    return value
+
+
+def _above_0(_call: _Call, name: str, value: object) -> object:
+    wanted = "a number above 0"
+    return _number(name, value, wanted, lambda number: 0 < number < math.inf)
+
+
+def _finite(_call: _Call, name: str, value: object) -> object:
+    return _number(name, value, "a finite number", math.isfinite)
+
+
+def _threshold(_call: _Call, name: str, value: object) -> object:
+    return value if value is None else _number(name, value, "a number or None")
+
+
+def _text(_call: _Call, name: str, value: object) -> object:
+    if value is not None and not isinstance(value, str):
+        raise _refuse(name, "text or None", value, kind=True)
+    return value
+
+
+def _items(name: str, wanted: str, value: object) -> list[object]:
+    """
+    A list of one's own, which faster-whisper may add to, and a second try may read.
+    """
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(
+        value, Iterable
+    ):
+        raise _refuse(name, wanted, value, kind=True)
+    return list(value)
+
+
+# Parameters, one by one --------------------------------------------------------------
+
+
+def _task(_call: _Call, name: str, value: object) -> object:
+    if value not in _TASKS:
+        raise _refuse(name, "'transcribe' or 'translate'", value)
+    return value
+
+
+def _beam_size(call: _Call, name: str, value: object) -> object:
+    return _count(name, value) if call.searches() else value
+
+
+def _best_of(call: _Call, name: str, value: object) -> object:
+    return _count(name, value) if call.samples() else value
+
+
+def _patience(call: _Call, name: str, value: object) -> object:
+    return _above_0(call, name, value) if call.searches() else value
+
+
+def _temperature(_call: _Call, name: str, value: object) -> object:
+    wanted = "a finite number of 0 or more, or a list of some"
+    several = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not several:
+        raise _refuse(name, wanted, value)
+    for each in several:
+        _number(name, each, wanted, lambda number: 0 <= number < math.inf)
+    return several if isinstance(value, list) else value
+
+
+def _reset_temperature(call: _Call, name: str, value: object) -> object:
+    is_used = call.options.get("condition_on_previous_text", True)
+    return value if call.is_batched or not is_used else _number(name, value)
+
+
+def _initial_prompt(call: _Call, name: str, value: object) -> object:
+    if value is None or isinstance(value, str):
+        return value
+    if call.is_batched:
+        raise _refuse(name, "text or None with batch_size", value, kind=True)
+    wanted = "text, a list of token ids, or None"
+    return [_count(name, each, 0) for each in _items(name, wanted, value)]
+
+
+def _suppress_tokens(_call: _Call, name: str, value: object) -> object:
+    if value is None:
+        return value
+    wanted = "a list of token ids, with -1 for the usual symbols, or None"
+    return [_count(name, each, -1) for each in _items(name, wanted, value)]
+
+
+def _initial_timestamp(call: _Call, name: str, value: object) -> object:
+    if call.is_batched:  # which has one of its own
+        return value
+    wanted = "a finite number of seconds, 0 or more"
+    return _number(name, value, wanted, lambda number: 0 <= number < math.inf)
+
+
+def _punctuations(call: _Call, name: str, value: object) -> object:
+    if call.options.get("word_timestamps") and not isinstance(value, Iterable):
+        raise _refuse(name, "text", value, kind=True)
+    return value
+
+
+def _max_new_tokens(_call: _Call, name: str, value: object) -> object:
+    return value if value is None else _count(name, value, 0, _LONGEST_TEXT)
+
+
+def _chunk_length(call: _Call, name: str, value: object) -> object:
+    if value is None:
+        return value
+    if not call.is_batched:
+        return _count(name, value, 1, WINDOW_S)
+    wanted = f"seconds, {WINDOW_S} at most"  # 0 is as good as None there
+    return _number(name, value, wanted, lambda number: 0 <= number <= WINDOW_S)
+
+
+def _clip_timestamps(call: _Call, name: str, value: object) -> object:
+    if call.is_batched:
+        return _clips(name, value) if value else value
+    wanted = "seconds in pairs: a list of numbers, or text such as '0,10.5'"
+    seconds: list[object] = []
+    if isinstance(value, str):
+        try:
+            seconds += [float(part) for part in value.split(",")] if value else []
+        except ValueError:
+            raise _refuse(name, wanted, value) from None
+    else:
+        seconds = _items(name, wanted, value)
+    for each in seconds:
+        _number(name, each, wanted, lambda number: 0 <= number < math.inf)
+    if not seconds:  # all of it; the detection of the language wants a beginning
+        return [0.0]
+    return value if isinstance(value, str) else seconds
+
+
+def _clips(name: str, value: object) -> list[dict[str, object]]:
+    """
+    Clips of the batched pipeline.
+    """
+    wanted = "a list of {'start': seconds, 'end': seconds} with batch_size"
+    clips = []
+    for each in _items(name, wanted, value):
+        if not isinstance(each, Mapping) or set(each) != {"start", "end"}:
+            raise _refuse(name, wanted, each, kind=True)
+        start, end = (
+            _number(name, each[key], wanted, lambda number: 0 <= number < math.inf)
+            for key in ("start", "end")
+        )
+        clips.append({"start": start, "end": end})
+    return clips
+
+
+def _detection_threshold(call: _Call, name: str, value: object) -> object:
+    return _number(name, value) if value is not None or call.detects() else value
+
+
+def _detection_segments(call: _Call, name: str, value: object) -> object:
+    return _count(name, value) if call.detects() else value
+
+
+# Voice activity ----------------------------------------------------------------------
+
+
+def _vad_parameters(call: _Call, name: str, value: object) -> object:
+    """
+    A mapping or options of voice activity detection; a copy, which the pipeline writes
+    into.
+
+    As options, they have no limit unless one is given, and the pipeline would not hear
+    what is beyond 30 s of a stretch of speech; in a mapping it sets the limit itself.
+    """
+    if not call.filters() or value is None:
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if call.vad_names and key not in call.vad_names:
+                names = ", ".join(call.vad_names)
+                raise TypeError(f"{name} has {key!r}, which is none of {names}")
+        _check_vad(name, value)
+        return dict(value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        raise _refuse(name, "a mapping, VadOptions or None", value, kind=True)
+    fields = {
+        each.name: getattr(value, each.name) for each in dataclasses.fields(value)
+    }
+    _check_vad(name, fields)
+    limit_s = "max_speech_duration_s"
+    if call.is_batched and limit_s in fields:
+        window_s: Any = call.options.get("chunk_length") or WINDOW_S
+        fields[limit_s] = min(fields[limit_s], window_s)
+    return dataclasses.replace(value, **fields)
+
+
+def _check_vad(name: str, fields: Mapping[str, Any]) -> None:
+    def is_probability(number: float) -> bool:
+        return 0 <= number <= 1
+
+    def is_time(number: float) -> bool:
+        return 0 <= number < math.inf
+
+    rules: dict[str, tuple[str, Callable[[float], bool]]] = {
+        "threshold": ("a number from 0 to 1", is_probability),
+        "min_speech_duration_ms": ("milliseconds, 0 or more", is_time),
+        "min_silence_duration_ms": ("milliseconds, 0 or more", is_time),
+        "speech_pad_ms": ("milliseconds, 0 or more", is_time),
+    }
+    for key, (wanted, is_fine) in rules.items():
+        if key in fields:
+            _number(f"{name}[{key!r}]", fields[key], wanted, is_fine)
+    if fields.get("neg_threshold") is not None:
+        _number(f"{name}['neg_threshold']", fields["neg_threshold"], "a number or None")
+    if "max_speech_duration_s" in fields:
+        pad_s = float(fields.get("speech_pad_ms", 400)) / 1000
+        least_s = _VAD_WINDOW_S + 2 * pad_s
+        wanted = f"seconds, more than {least_s:.3f} with the padding of {pad_s} s"
+        key = f"{name}['max_speech_duration_s']"
+        _number(key, fields["max_speech_duration_s"], wanted, lambda s: s > least_s)
+
+
+_CHECKS: Mapping[str, Check] = {
+    "task": _task,
+    "beam_size": _beam_size,
+    "best_of": _best_of,
+    "patience": _patience,
+    "length_penalty": _finite,
+    "repetition_penalty": _above_0,
+    "no_repeat_ngram_size": lambda _call, name, value: _count(name, value, 0),
+    "temperature": _temperature,
+    "compression_ratio_threshold": _threshold,
+    "log_prob_threshold": _threshold,
+    "no_speech_threshold": _threshold,
+    "prompt_reset_on_temperature": _reset_temperature,
+    "initial_prompt": _initial_prompt,
+    "prefix": lambda call, name, value: (
+        value if call.is_batched else _text(call, name, value)
+    ),
+    "suppress_tokens": _suppress_tokens,
+    "max_initial_timestamp": _initial_timestamp,
+    "prepend_punctuations": _punctuations,
+    "append_punctuations": _punctuations,
+    "vad_parameters": _vad_parameters,
+    "max_new_tokens": _max_new_tokens,
+    "chunk_length": _chunk_length,
+    "clip_timestamps": _clip_timestamps,
+    "hallucination_silence_threshold": _threshold,
+    "hotwords": _text,
+    "language_detection_threshold": _detection_threshold,
+    "language_detection_segments": _detection_segments,
+}
+
+
+def checked(
+    options: Options, *, is_batched: bool = False, vad_names: Collection[str] = ()
+) -> dict[str, object]:
+    """
+    A copy of the parameters of one call that faster-whisper can work with, and write
+    into.
+
+    Args:
+        options: By name; see `bound`.
+        is_batched: They are for the batched pipeline.
+        vad_names: Names that ``vad_parameters`` may have, if they are known.
+
+    Raises:
+        TypeError, ValueError: one of them is nonsense.
+    """
+    call = _Call(options, is_batched, vad_names)
+    return {
+        name: _CHECKS[name](call, name, value) if name in _CHECKS else value
+        for name, value in options.items()
+    }
+
+
+def check_batch_size(value: object) -> int:
+    """
+    Windows at once.
+
+    Raises:
+        TypeError, ValueError: not a whole number above 0.
+    """
+    return _count("batch_size", value)
+
+
+def check_tokens(options: Options, n_tokens: int) -> None:
+    """
+    See whether token ids are those of a model that has *n_tokens*. CTranslate2 does
+    not, and would read and write beyond its memory.
+
+    Raises:
+        ValueError: one of them is not.
+    """
+    for name in ("initial_prompt", "suppress_tokens"):
+        given = options.get(name)
+        if isinstance(given, (list, tuple)):
+            for each in given:
+                if isinstance(each, int) and each >= n_tokens:
+                    wanted = f"ids below {n_tokens}, the tokens of this model"
+                    raise _refuse(name, wanted, each)
+
+
+def own_values(
+    function: Callable[..., object],
+    args: tuple[object, ...],
+    options: Options,
+    n_tokens: int | None = None,
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """
+    The parameters of a call of a method, by position and by name, checked and copied.
+
+    All are by name unless the method takes any number of them by position.
+
+    Args:
+        function: The method of the class.
+        args: Those by position.
+        options: Those by name.
+        n_tokens: How many tokens the model has, if that is known.
+
+    Raises:
+        TypeError, ValueError: one of them is nonsense.
+    """
+    signature = signature_of(function)
+    kinds = {each.kind for each in signature.parameters.values()}
+    is_open = inspect.Parameter.VAR_POSITIONAL in kinds
+    values = checked(options if is_open else bound(signature, args, options))
+    if n_tokens is not None:
+        check_tokens(values, n_tokens)
+    for each in signature.parameters.values():
+        # The one list of all calls of the process would leave with the info.
+        if isinstance(each.default, list):
+            values.setdefault(each.name, list(each.default))
+    return args if is_open else (), values

@@ -1,0 +1,60 @@
+"""
+Signatures: what a function of another library takes, and what a call gives it. Pure.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["bound", "signature_of"]
+
+
+def bound(
+    signature: inspect.Signature,
+    args: tuple[object, ...],
+    options: Mapping[str, object],
+) -> dict[str, object]:
+    """
+    The parameters of a call by name, positional ones too.
+
+    Raises:
+        TypeError: there is no such parameter, there are too many, or one came twice.
+    """
+    parameters = signature.parameters.values()
+    kinds = {each.kind for each in parameters}
+    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [each.name for each in parameters if each.kind is plain]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # it takes anything, audio first
+        names = names or ["audio"]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        for name in options:
+            if name not in names:
+                import difflib
+
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else " in faster-whisper"
+                raise TypeError(f"there is no parameter {name!r}{hint}")
+    if len(args) > len(names):
+        raise TypeError(f"{len(args)} parameters by position, of {len(names)} at all")
+    given: dict[str, object] = dict(zip(names, args, strict=False))
+    for name in given:
+        if name in options:
+            raise TypeError(f"parameter {name!r} was given by position and by name")
+    return {**given, **options}
+
+
+@functools.cache
+def signature_of(function: Callable[..., object]) -> inspect.Signature:
+    """
+    The parameters of a method, given as a function of its class, without ``self``.
+    """
+    signature = inspect.signature(function)
+    first, *others = signature.parameters.values()
+    if first.kind is first.VAR_POSITIONAL:
+        return signature
+    return signature.replace(parameters=others)
