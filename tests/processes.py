@@ -43,7 +43,7 @@ def _checked_spawn(*arguments: Any) -> Any:
 
 
 sys.addaudithook(_audit)
-multiprocessing.util.spawnv_passfds = _checked_spawn
+multiprocessing.util.spawnv_passfds = _checked_spawn  # type: ignore[assignment]
 
 
 @contextmanager

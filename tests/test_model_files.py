@@ -29,6 +29,7 @@ from whispercache import (
     ModelCache,
     ModelKey,
     WhisperCacheError,
+    languages,
 )
 from whispercache import claims as claims_module
 from whispercache import loader as loader_module
@@ -737,6 +738,27 @@ class TestHeads:
                 assert "all but word timestamps works" in str(caught.value)
             assert text_of(model.transcribe(SILENCE)[0]) == TEXT
             assert cache.stats().loads == 1
+
+    @pytest.mark.parametrize("asked", [True, 1])
+    def test_words_are_refused_before_a_lease(
+        self, monkeypatch: pytest.MonkeyPatch, asked: object
+    ) -> None:
+        """
+        Nothing is loaded, nor leaves, for a call that cannot be.
+        """
+        monkeypatch.setattr(
+            languages,
+            "claims_of",
+            lambda files: replace(
+                claims_of(files), alignment_problem="there are no such heads"
+            ),
+        )
+        with ModelCache() as cache:
+            model = model_of(cache, micro())
+            with pytest.raises(CorruptModel, match="no such heads"):
+                model.transcribe(SILENCE, word_timestamps=asked)
+            assert cache.stats().loads == 0
+            assert text_of(model.transcribe(SILENCE, word_timestamps=False)[0]) == TEXT
 
 
 class TestWhenItIsTold:

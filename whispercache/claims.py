@@ -29,6 +29,7 @@ __all__ = [
     "check_claims",
     "check_tokens",
     "read_vocabulary",
+    "unalignable",
 ]
 
 _END, _START = "<|endoftext|>", "<|startoftranscript|>"
@@ -189,6 +190,17 @@ def _alignment_problem(config: Mapping[str, object], header: ModelHeader) -> str
 
 def _is_below(value: object, limit: int) -> bool:
     return type(value) is int and 0 <= value < limit
+
+
+def unalignable(directory: str, problem: str) -> CorruptModel:
+    """
+    The error that refuses word timestamps for an `alignment_problem`.
+    """
+    cure = (
+        "correct them in its config.json, or leave them out when it is converted; all "
+        "but word timestamps works without"
+    )
+    return CorruptModel(directory, problem, cure=cure)
 
 
 # preprocessor_config.json -------------------------------------------------------------

@@ -14,11 +14,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .architecture import Architecture
+from .claims import unalignable
 from .files import claims_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from .errors import CorruptModel
     from .files import ModelFiles
 
 __all__ = [
@@ -153,11 +155,14 @@ class Knowledge:
         n_tokens: How many tokens it has.
         is_multilingual: It knows other languages than English.
         languages: Codes of those that it knows, in Whisper's order.
+        words_error: Why it cannot tell when words were said; None if it can, or
+            CTranslate2 says so by itself.
     """
 
     n_tokens: int
     is_multilingual: bool
     languages: tuple[str, ...]
+    words_error: CorruptModel | None = None
 
 
 def knowledge_of(files: ModelFiles) -> Knowledge | None:
@@ -175,12 +180,14 @@ def knowledge_of(files: ModelFiles) -> Knowledge | None:
         return None
     if isinstance(source, Architecture):
         return _by_size(source.vocabulary)
-    vocabulary = claims_of(files).vocabulary
-    n_tokens = source.architecture.vocabulary
-    if not vocabulary.is_multilingual:
-        return Knowledge(n_tokens, is_multilingual=False, languages=("en",))
-    codes = tuple(code for code in LANGUAGES if f"<|{code}|>" in vocabulary.special)
-    return Knowledge(n_tokens, is_multilingual=True, languages=codes)
+    claims = claims_of(files)
+    special, is_multilingual = claims.vocabulary.special, True
+    codes = tuple(code for code in LANGUAGES if f"<|{code}|>" in special)
+    if not claims.vocabulary.is_multilingual:
+        codes, is_multilingual = ("en",), False
+    problem = claims.alignment_problem
+    error = unalignable(files.directory, problem) if problem else None
+    return Knowledge(source.architecture.vocabulary, is_multilingual, codes, error)
 
 
 def check_language(model: str, code: str | None, known: Knowledge | None) -> None:

@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from . import memory, primer, telemetry, vram
-from .claims import check_tokens
+from .claims import check_tokens, unalignable
 from .convert import Origin, kind_for
 from .cublas import cublas_problem, load_cublas
 from .errors import (
     AudioError,
     CacheClosed,
     CacheForked,
-    CorruptModel,
     DeviceUnavailable,
     LoadFailed,
     WhisperCacheError,
@@ -89,11 +88,6 @@ Source: right after a finished call 72 of 100 unloads did nothing, and a retry l
 ended within 4.2 ms (CTranslate2 4.8.5, CPU); the rest allows for a card's slowest
 kernel.
 """
-
-_CORRECT_HEADS = (
-    "correct them in its config.json, or leave them out when it is converted; all but "
-    "word timestamps works without"
-)
 
 _WORK = "(calls)"
 """
@@ -914,7 +908,7 @@ def _refuse_alignment(whisper: WhisperModel, directory: str, problem: str) -> No
     """
 
     def find_alignment(*_: object, **__: object) -> None:
-        raise CorruptModel(directory, problem, cure=_CORRECT_HEADS)
+        raise unalignable(directory, problem)
 
     plain = type(whisper)
     whisper.__class__ = type(

@@ -142,22 +142,27 @@ def _check_position(audio: AudioInput) -> None:
 
 def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
     """
-    See whether a model knows the language and the tokens of a call.
+    See whether a model knows the language and the tokens of a call, and when words
+    were said if that is asked.
 
     Raises:
         ValueError: it does not.
+        CorruptModel: it names heads for words that are not there.
     """
+    wants_words = bool(values.get("word_timestamps"))
     language = cast("str | None", values.get("language"))
     names_tokens = any(
         isinstance(values.get(name), list)
         for name in ("initial_prompt", "suppress_tokens")
     )
-    if language is None and not names_tokens:
+    if language is None and not names_tokens and not wants_words:
         return  # spares a look at its files
     known = source.knowledge()
     check_language(str(source), language, known)
     if known is not None:
         check_tokens(values, known.n_tokens)
+        if wants_words and known.words_error is not None:
+            raise known.words_error
 
 
 def prepared_detection(
