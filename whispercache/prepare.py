@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, cast
 
 from .errors import AudioError
 from .footprint import DEFAULT_WORKLOAD, Workload, rounded_audio_s
-from .languages import check_language, language_code
 from .parameters import (
     check_batch_size,
     check_tokens,
@@ -112,6 +111,9 @@ def prepared(
     names = () if vad is None else tuple(vad.parameters)
     values = checked(given, is_batched=is_batched, vad_names=names)
     if "language" in values:
+        # Who names none does not wait for what tells of them.
+        from .languages import language_code
+
         values["language"] = language_code(cast("str | None", values["language"]))
     check_knowledge(source, values)
     _check_position(audio)
@@ -157,6 +159,8 @@ def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
     )
     if language is None and not names_tokens and not wants_words:
         return  # spares a look at its files
+    from .languages import check_language
+
     known = source.knowledge()
     check_language(str(source), language, known)
     if known is not None:
