@@ -4,12 +4,21 @@ Micro Whisper models, built from nothing: half a megabyte, milliseconds to load.
 The decoder is a Markov chain. Its layers add next to nothing to the token's own
 embedding, and the output layer maps each token to the next one of a script, so a model
 answers its text to any audio. A test can tell by the answer which model gave it.
+
+It does so in int8 on any CPU. Where that has no VNNI, oneDNN multiplies bytes in pairs:
+activations from 0 to 255, where 128 stands for zero, by weights from -127 to 127. The
+sum of two products has 16 bits and is cut off at 32767, which two large weights exceed.
+To make them small does not help: CTranslate2 scales each row until its largest is 127.
+So the last channel is silent, its activations are zero, and each row's weight there is
+twice the largest of the others. Those become 64 at most, and no pair is too much:
+2 × 255 × 64 = 32640, and 255 × 64 + 128 × 127 = 32576 with the silent channel.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,7 +114,7 @@ class _Builder:
             positions = self._noise(_POSITIONS[name], width, scale=scale)
             if name == "encoder":
                 steps = np.arange(len(positions))
-                positions[steps, np.minimum(steps // _WORD_FRAMES, width - 1)] = 20
+                positions[steps, np.minimum(steps // _WORD_FRAMES, width - 2)] = 20
             stack.position_encodings.encodings = positions
             self._norm(stack.layer_norm)
             for layer in stack.layer:
@@ -118,7 +127,8 @@ class _Builder:
                 self._linear(layer.ffn.linear_0, 4 * width, width)
                 self._linear(layer.ffn.linear_1, width, 4 * width, scale)
         for conv, inputs in ((spec.encoder.conv1, mels), (spec.encoder.conv2, width)):
-            conv.weight, conv.bias = self._noise(width, inputs, 3), self._noise(width)
+            conv.weight = self._one_in_each(width, inputs, 3)
+            conv.bias = self._noise(width)
         return spec
 
     def script(
@@ -130,9 +140,11 @@ class _Builder:
         After the last word comes a timestamp or, where those are suppressed, the end of
         the text, the runner-up. The end is aligned to audio like a word after the last.
         """
-        if len(chain) > self._width:
+        if len(chain) >= self._width:
             raise ValueError(f"the text is too long for a width of {self._width}")
         embeddings = self._noise(vocabulary, self._width, scale=_QUIET)
+        # All is as likely after what is not in it: a search that strays finds no end.
+        embeddings[:, -1] = 4
         projection = self._noise(vocabulary, self._width)
         for axis, (token, following) in enumerate(chain.items()):
             embeddings[token] = 0
@@ -142,6 +154,7 @@ class _Builder:
                 projection[last[1], axis] = 7
             if following == last[1]:
                 embeddings[following] = embeddings[token]
+        _spare(projection)
         return embeddings, projection
 
     def _attention(
@@ -156,21 +169,41 @@ class _Builder:
         Let each word attend to a stretch of the audio of its own, one after the other.
         """
         for each, shift in zip(linear, (0, _FIRST_WORD), strict=False):
-            axes = np.arange(self._width - shift)
+            axes = np.arange(self._width - 1 - shift)
             each.weight[axes + shift, axes] += 1.5
+            _spare(each.weight)
 
     def _linear(
         self, spec: LinearSpec, rows: int, columns: int, scale: float = 0.02
     ) -> None:
         spec.weight = self._noise(rows, columns, scale=scale)
         spec.bias = self._noise(rows, scale=scale)
+        spec.weight[-1] = spec.bias[-1] = 0
+        _spare(spec.weight)
 
     def _norm(self, spec: LayerNormSpec) -> None:
         spec.gamma = 1 + self._noise(self._width, scale=_QUIET)
         spec.beta = self._noise(self._width, scale=_QUIET)
+        spec.gamma[-1] = spec.beta[-1] = 0
+
+    def _one_in_each(self, rows: int, *shape: int) -> Array:
+        """
+        Weights of which each row has one, which cannot meet another.
+        """
+        weights = np.zeros((rows, math.prod(shape)), np.float16)
+        places = self._random.integers(weights.shape[1], size=rows)
+        weights[np.arange(rows), places] = self._noise(rows)
+        return weights.reshape(rows, *shape)
 
     def _noise(self, *shape: int, scale: float = 0.02) -> Array:
         return (self._random.standard_normal(shape) * scale).astype(np.float16)
+
+
+def _spare(weights: Array) -> None:
+    """
+    Leave half the range of int8 to each row's weight in the silent channel, the last.
+    """
+    weights[:, -1] = 2 * np.abs(weights[:, :-1]).max(axis=1)
 
 
 def _chain(ids: dict[str, int], words: list[str], *, english: bool) -> dict[int, int]:
