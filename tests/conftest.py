@@ -4,20 +4,23 @@ Fixtures for all tests: fakes, and caches that are checked and closed afterwards
 
 from __future__ import annotations
 
+import shutil
 import signal
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
 from driver import DRIVERS
 from fakes import FakeGpus, build_drivers
 from hypothesis import HealthCheck, settings
+from surroundings import move_to
 
 from whispercache import ModelCache
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine, check, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from driver import Driver
     from typing_extensions import Unpack
@@ -29,6 +32,15 @@ settings.register_profile(
     "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("busy")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """
+    Give this process, and all that it starts, a home of its own.
+    """
+    home = Path(tempfile.mkdtemp(prefix="whispercache-home-"))
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    move_to(home)
 
 
 class MakeCache(Protocol):
@@ -48,16 +60,6 @@ def _heeds_ctrl_c() -> None:
     A shell's background jobs ignore Ctrl-C, and so would the programs under test.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _own_cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """
-    Nothing is read from, or written to, the user's cache directory.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg-cache")))
-        yield
 
 
 @pytest.fixture(scope="session")

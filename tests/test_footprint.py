@@ -20,8 +20,8 @@ from faster_whisper import BatchedInferencePipeline, WhisperModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro import build_micro
+from real import packaged
 
-from examples.weights import WeightsMissing, packaged_model
 from whispercache.architecture import ITEM_BYTES, layout
 from whispercache.errors import CorruptModel, UnknownModel, UnsupportedComputeType
 from whispercache.footprint import (
@@ -85,16 +85,6 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """
     monkeypatch.setenv("CT2_PACKED_GEMM", "0")
     return {**os.environ, "CT2_PACKED_GEMM": "0"}
-
-
-def packaged(name: str) -> Path:
-    """
-    Directory of packaged weights; the test is skipped without them.
-    """
-    try:
-        return packaged_model(name)
-    except WeightsMissing as error:
-        pytest.skip(str(error))
 
 
 # --- the header ---------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""
+The environment of the tests and of all that they start.
+
+They have a home of their own: nothing is read from the user's, whatever its caches and
+settings hold, and nothing is left there.
+"""
+
+from __future__ import annotations
+
+import os
+import site
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["move_to"]
+
+_FOLDERS = {
+    "HOME": "",
+    "USERPROFILE": "",
+    "XDG_CACHE_HOME": ".cache",
+    "XDG_CONFIG_HOME": ".config",
+    "XDG_DATA_HOME": ".local/share",
+    "XDG_STATE_HOME": ".local/state",
+    "XDG_RUNTIME_DIR": "run",
+}
+# What tells where the user's files are, or speaks to the model hub in the user's name.
+_USERS = ("XDG_", "HF_", "HUGGINGFACE_", "MPLCONFIGDIR")
+
+
+def move_to(home: Path) -> None:
+    """
+    Let this process, and all that it starts, live in *home*, which nobody else uses.
+    """
+    # Packages that were installed for the user alone stay where they are.
+    packages = site.getuserbase()
+    for name in list(os.environ):
+        if name.startswith(_USERS):
+            del os.environ[name]
+    for name, folder in _FOLDERS.items():
+        path = home / folder
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ[name] = str(path)
+    os.environ["PYTHONUSERBASE"] = packages
+    # OpenMP's threads that spin while they wait take the time of those that work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
