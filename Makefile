@@ -20,11 +20,9 @@ PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test lint types layers unit quick coverage bench soak gpu clean
 
-# OpenMP's threads that spin while they wait would take several times as long where other
-# programs want the processor, too.
 demo: .venv/demo
-	OMP_WAIT_POLICY=PASSIVE $(RUN) examples/multilingual.py
-	OMP_WAIT_POLICY=PASSIVE $(RUN) examples/ab_test.py
+	$(RUN) examples/multilingual.py
+	$(RUN) examples/ab_test.py
 
 test: lint types layers unit
 

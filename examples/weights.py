@@ -19,7 +19,7 @@ __all__ = ["PACKAGED", "WeightsMissing", "find_model", "packaged_model"]
 PACKAGED = ("tiny.en", "base")
 
 # Beside this file: `make clean` removes it, and nothing is left when a checkout goes.
-_JOINED = Path(__file__).resolve().parent / ".cache" / "packaged"
+_JOINED = (Path(__file__).parent / ".cache" / "packaged").resolve()
 
 
 class WeightsMissing(LookupError):
