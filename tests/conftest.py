@@ -7,9 +7,11 @@ from __future__ import annotations
 import shutil
 import signal
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import processes
 import pytest
 from driver import DRIVERS
 from fakes import FakeGpus, build_drivers
@@ -20,7 +22,7 @@ from whispercache import ModelCache
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine, check, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from driver import Driver
     from typing_extensions import Unpack
@@ -41,6 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
     home = Path(tempfile.mkdtemp(prefix="whispercache-home-"))
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     move_to(home)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """
+    Tell a test that starts a process, itself or by its fixtures, without a mark.
+    """
+    is_marked = any(item.get_closest_marker(mark) for mark in processes.MARKS)
+    with nullcontext() if is_marked else processes.forbidden():
+        return (yield)
 
 
 class MakeCache(Protocol):
