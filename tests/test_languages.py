@@ -377,6 +377,7 @@ def served(cache: ModelCache) -> Iterator[TestClient]:
         yield client
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "case",  # the model in memory, the one that is asked, for what, and the answer
     [
@@ -407,6 +408,7 @@ def test_a_refusal_swaps_no_model(
     assert model["name"] == here
 
 
+@pytest.mark.process
 def test_an_english_model_translates_nothing_and_loads_for_nothing(
     served: TestClient, cache: ModelCache
 ) -> None:
@@ -420,6 +422,7 @@ def test_an_english_model_translates_nothing_and_loads_for_nothing(
     assert ask(served, "translations", "many").status_code == 200
 
 
+@pytest.mark.process
 def test_an_english_model_hears_english_of_all_places(served: TestClient) -> None:
     """
     By any of its names.
@@ -429,6 +432,7 @@ def test_an_english_model_hears_english_of_all_places(served: TestClient) -> Non
         assert answer.json()["text"] == "only english", language
 
 
+@pytest.mark.process
 def test_a_language_is_told_by_its_name(served: TestClient) -> None:
     """
     However it was asked for.
@@ -438,6 +442,7 @@ def test_a_language_is_told_by_its_name(served: TestClient) -> None:
     assert answer.json()["language"] == "portuguese"
 
 
+@pytest.mark.process
 def test_files_that_come_later_are_looked_at_before_a_load(
     cache: ModelCache, monkeypatch: pytest.MonkeyPatch, served: TestClient
 ) -> None:
