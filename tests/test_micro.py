@@ -45,6 +45,7 @@ print(json.dumps(sorted(heard)))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", KINDS_OF_CPU)
 def test_a_micro_model_answers_its_text_on_any_cpu(kind: str) -> None:
     """

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from real import child_environment, packaged
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = ROOT / "examples" / ".cache"
 
@@ -27,6 +29,7 @@ from whispercache.variants import MANIFEST
 
 BUILD = "from whispercache.cli import script; script()"
 
+@pytest.mark.process
 def test_inside():
     with ModelCache() as cache:
         segments, _ = model_of(cache, micro()).transcribe(SILENCE, vad_filter=True)
