@@ -1,6 +1,6 @@
 # make demo      set up, then transcribe the example clips with several models
 # make test      set up, then check style, types, layers and behaviour
-# make quick     set up, then run the tests that start no process and no browser
+# make quick     set up, then run the tests that take a moment: nine in ten of them
 # make coverage  set up, then run all tests and see which lines they reach
 # make bench     set up, then measure
 # make soak      set up, then try at random what may happen, for much longer
@@ -44,7 +44,7 @@ unit: .venv/test .venv/browser
 	$(PYTEST)
 
 quick: .venv/test
-	$(PYTEST) -m "not process and not browser and not stress"
+	$(PYTEST) -m "not process and not browser and not stress and not slow"
 
 # Apart from `make test`, since it takes half as long again.
 coverage: .venv/test .venv/browser
@@ -57,6 +57,7 @@ bench: .venv/bench
 	$(RUN) benchmarks/floor.py
 	$(RUN) benchmarks/page.py
 	$(RUN) benchmarks/decode.py
+	$(RUN) benchmarks/audio_memory.py 5 30
 	$(RUN) benchmarks/overlap.py
 	$(RUN) benchmarks/simulate.py
 	$(RUN) benchmarks/serve.py

@@ -30,6 +30,8 @@ from whispercache.admission import (
 )
 from whispercache.keys import ModelKey
 
+pytestmark = pytest.mark.soak
+
 MANY = settings(max_examples=tries(500))
 CARD, HOST = "cuda:0", "cpu"
 
@@ -174,6 +176,7 @@ def add(added: defaultdict[str, tuple[int, int]], pending: Pending) -> None:
         added[demand.device] = n_bytes + demand.n_bytes, models + demand.models
 
 
+@pytest.mark.slow
 @MANY
 @given(worlds())
 def test_capacity_is_never_exceeded(world: World) -> None:
@@ -188,6 +191,7 @@ def test_capacity_is_never_exceeded(world: World) -> None:
             assert room.models + models <= room.max_models
 
 
+@pytest.mark.slow
 @MANY
 @given(worlds())
 def test_victims_are_idle_and_chosen_once(world: World) -> None:
@@ -206,6 +210,7 @@ def test_victims_are_idle_and_chosen_once(world: World) -> None:
             assert own.isdisjoint(victim.key for victim in victims)
 
 
+@pytest.mark.slow
 @MANY
 @given(worlds())
 def test_who_waits_for_victims_gets_what_they_free(world: World) -> None:
@@ -231,6 +236,7 @@ def test_who_waits_for_victims_gets_what_they_free(world: World) -> None:
             assert models <= free_models
 
 
+@pytest.mark.slow
 @MANY
 @given(worlds())
 def test_what_can_never_be_had_evicts_nothing(world: World) -> None:
@@ -256,6 +262,7 @@ def test_what_can_never_be_had_evicts_nothing(world: World) -> None:
         assert demand.n_bytes > most_bytes or (demand.models and too_many)
 
 
+@pytest.mark.slow
 @MANY
 @given(worlds())
 def test_a_load_passes_only_those_who_may_be_passed(world: World) -> None:
@@ -272,6 +279,7 @@ def test_a_load_passes_only_those_who_may_be_passed(world: World) -> None:
             assert may_pass or world.queue[passed].overtaken < MAX_OVERTAKES
 
 
+@pytest.mark.slow
 @MANY
 @given(worlds())
 def test_what_is_drained_is_enough_and_no_more(world: World) -> None:
@@ -303,6 +311,7 @@ def test_what_is_drained_is_enough_and_no_more(world: World) -> None:
             assert spared < short_bytes or len(drained) == short_models
 
 
+@pytest.mark.slow
 @MANY
 @given(worlds())
 def test_the_patient_drain_nothing(world: World) -> None:
@@ -313,6 +322,7 @@ def test_the_patient_drain_nothing(world: World) -> None:
         assert pending.impatient or not decision.drain
 
 
+@pytest.mark.slow
 @MANY
 @given(worlds())
 def test_a_plan_changes_only_its_copies(world: World) -> None:

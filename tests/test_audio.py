@@ -155,6 +155,7 @@ class TestWholeFiles:
     What nothing is wrong with is heard as faster-whisper hears it, to the last bit.
     """
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("path", CLIPS, ids=lambda path: path.stem)
     def test_clips_give_the_samples_of_faster_whisper(self, path: Path) -> None:
         """
@@ -167,6 +168,7 @@ class TestWholeFiles:
         assert np.array_equal(audio.samples, expected)
         assert audio.damage is None
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", VALID)
     def test_every_container_gives_them(self, name: str) -> None:
         """
@@ -189,6 +191,7 @@ class TestWholeFiles:
         samples = read_audio(io.BytesIO(content)).samples
         assert np.array_equal(samples, decode_audio(io.BytesIO(content)))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "given",
         [
@@ -530,6 +533,7 @@ class TestNothingToHear:
     What cannot be decoded is an AudioError, whatever FFmpeg says.
     """
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", VALID)
     def test_a_truncated_file_is_heard_or_refused(self, name: str) -> None:
         """
@@ -738,6 +742,7 @@ class TestTold:
             page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
             assert "is damaged: about 0.8 s" in page
 
+    @pytest.mark.process
     def test_a_server_has_it_in_its_log(
         self, caplog: pytest.LogCaptureFixture, damaged: str, tmp_path: Path
     ) -> None:

@@ -78,6 +78,7 @@ def speech() -> np.ndarray[Any, np.dtype[np.float32]]:
 # Where somebody speaks ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "length",
     [

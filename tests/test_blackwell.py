@@ -50,6 +50,7 @@ def _run(gpus: FakeGpus, code: str, **conduct: Any) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.process
 class TestLoads:
     """
     A load in int8 says what is too old, before weights are read; float16 works.
@@ -145,6 +146,7 @@ class TestVersion:
     The version of cuBLAS, and what it means for a card.
     """
 
+    @pytest.mark.process
     def test_the_library_is_asked_itself(self, tmp_path: Path) -> None:
         """
         Without a card, and without a toolkit.
@@ -158,6 +160,7 @@ class TestVersion:
         )
         assert (child.stdout, child.stderr) == ("(12, 4)\n", "")
 
+    @pytest.mark.process
     @pytest.mark.parametrize("text", ["int other(void) { return 0; }\n", None])
     def test_one_that_does_not_tell_or_is_missing_has_none(
         self, tmp_path: Path, text: str | None

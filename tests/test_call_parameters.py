@@ -94,6 +94,7 @@ def test_calls_under_way_do_not_see_each_other(cache: ModelCache) -> None:
     assert found == SEEKS
 
 
+@pytest.mark.slow
 def test_threads_with_windows_of_their_own(cache: ModelCache) -> None:
     """
     The same at the same time, through a cached model and through one lease.
@@ -269,6 +270,7 @@ def test_nonsense_is_refused_by_name(name: str, value: Any) -> None:
         checked({name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -373,6 +375,7 @@ VAD: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", VAD, ids=str)
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_parameters_of_voice_activity_are_checked(

@@ -135,6 +135,7 @@ class TestTranscribe:
     ``whispercache transcribe``.
     """
 
+    @pytest.mark.process
     def test_real_speech_comes_out_as_text_and_nothing_else(self) -> None:
         """
         One file and one model: stdout is the transcript, stderr is empty.
@@ -214,6 +215,7 @@ class TestTranscribe:
             "segments": [{"start": 0.0, "end": 2.0, "text": "alpha speaks"}],
         }
 
+    @pytest.mark.process
     @pytest.mark.parametrize("name", ["srt", "vtt"])
     def test_subtitles_of_real_speech_parse(self, name: str) -> None:
         """
@@ -227,6 +229,7 @@ class TestTranscribe:
         assert second.text.startswith("We planted tomatoes")
         assert 0 <= first.start_s < first.end_s <= second.start_s < second.end_s
 
+    @pytest.mark.process
     def test_batches_keep_the_times_of_subtitles(self) -> None:
         """
         Batched and with voice detection, half a minute is still more than one cue.
@@ -380,6 +383,7 @@ class TestTranscribe:
             assert line.startswith("whispercache: error: ")
             assert path in line
 
+    @pytest.mark.process
     @pytest.mark.parametrize("command", ["models", "transcribe"])
     def test_a_reader_that_leaves_early_is_no_error(
         self, command: str, models: Models
@@ -394,6 +398,7 @@ class TestTranscribe:
         os.close(writer)
         assert finish(child) == (141, "", "")
 
+    @pytest.mark.process
     def test_ctrl_c_ends_it_at_once_and_quietly(self, models: Models) -> None:
         """
         In the middle of work that would take minutes.
@@ -417,6 +422,7 @@ class TestProgress:
     The line of progress.
     """
 
+    @pytest.mark.process
     def test_a_terminal_shows_how_much_of_the_audio_is_done(
         self, models: Models
     ) -> None:
@@ -431,6 +437,7 @@ class TestProgress:
         assert max(percent) in range(50, 100)
         assert re.search(r"\d+:\d\d left", err)
 
+    @pytest.mark.process
     def test_it_leaves_the_terminal_as_it_was(self, models: Models) -> None:
         """
         The last line is erased, and the cursor is shown again.
@@ -525,6 +532,7 @@ class TestErrors:
         assert (result.code, result.out) == (2, "")
         assert "large-v3/cpu/float32 needs" in result.err
 
+    @pytest.mark.process
     def test_a_child_fails_without_a_traceback(self) -> None:
         """
         The same through a process: code, one line, nothing on stdout.
@@ -549,6 +557,7 @@ class TestStart:
     What happens before a command is run.
     """
 
+    @pytest.mark.process
     @pytest.mark.parametrize("option", ["--help", "--version"])
     def test_it_answers_without_heavy_imports(self, option: str) -> None:
         """
@@ -811,6 +820,7 @@ class TestModels:
         ((_, sizes),) = survey("cuda:0", "float32", FakeLoader(machine), machine)
         assert not {size.model: size.fits for size in sizes}["large-v3"]
 
+    @pytest.mark.process
     def test_without_a_gpu_the_cpu_alone_is_shown(self, gpus: FakeGpus) -> None:
         """
         In one table, with a row for each size.
@@ -824,6 +834,7 @@ class TestModels:
         ]
         assert [row for row in rows if row in MODELS] == list(MODELS)
 
+    @pytest.mark.process
     def test_a_card_has_its_own_table_within_80_columns(self, gpus: FakeGpus) -> None:
         """
         Of 3 GiB free, large-v3 fits into none in float16, and small in all types.
@@ -886,6 +897,7 @@ class TestDoctor:
     ``whispercache doctor``.
     """
 
+    @pytest.mark.process
     def test_a_machine_without_a_gpu_is_healthy(self, gpus: FakeGpus) -> None:
         """
         It says so, with what was found, and ends with 0.
@@ -898,6 +910,7 @@ class TestDoctor:
         assert re.search(r"^·  NVIDIA driver +none", out, re.MULTILINE)
         assert "float32, int8, int8_float32" in out
 
+    @pytest.mark.process
     def test_a_card_that_ctranslate2_cannot_use_is_wrong(self, gpus: FakeGpus) -> None:
         """
         The driver and the card are shown, what is missing is marked; the code is 1.
@@ -911,6 +924,7 @@ class TestDoctor:
         assert re.search(r"^✗  CUDA +CTranslate2 sees 0 of 1 GPUs", out, re.MULTILINE)
         assert "To mend: CUDA" in out
 
+    @pytest.mark.process
     def test_a_driver_that_shows_no_card_is_wrong_unless_they_are_hidden(
         self, gpus: FakeGpus, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -925,6 +939,7 @@ class TestDoctor:
         code, out = on_machine(gpus, nothing, "doctor")
         assert (code, "·  GPU" in out) == (0, True)
 
+    @pytest.mark.process
     def test_without_nvml_a_card_is_still_usable(self, gpus: FakeGpus) -> None:
         """
         That is worth a note, with what it costs.

@@ -441,6 +441,7 @@ class TestRun:
             "beta speaks"
         }
 
+    @pytest.mark.slow
     def test_the_figures_are_those_of_the_work(
         self, files: list[str], specs: list[ModelSpec]
     ) -> None:
@@ -480,6 +481,7 @@ class TestRun:
         assert alpha.wer == pytest.approx(5 / 4)
         assert beta.words == Tally(1, 2, 1, 3)
 
+    @pytest.mark.slow
     def test_models_agree_as_far_as_they_share_words(
         self, files: list[str], specs: list[ModelSpec]
     ) -> None:
@@ -581,6 +583,7 @@ class TestRun:
         with pytest.raises(ModuleNotFoundError, match=r"whispercache\[compare\]"):
             compare(files, models=["base"])
 
+    @pytest.mark.process
     def test_importing_it_brings_none_of_its_libraries(self) -> None:
         """
         Neither what scores nor what draws nor what runs models.
@@ -637,6 +640,7 @@ class TestResume:
             each.text for each in before.results if each.file == files[0]
         ]
 
+    @pytest.mark.slow
     def test_what_has_changed_is_run_again(
         self, files: list[str], tmp_path: Path
     ) -> None:
@@ -715,6 +719,7 @@ def started(
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.process
 class TestCommand:
     """
     ``whispercache compare``.
@@ -812,6 +817,7 @@ class TestCommand:
         assert stdout.splitlines()[-1] == str(out / "report.html")
 
 
+@pytest.mark.process
 class TestReal:
     """
     Real models on real speech.

@@ -110,6 +110,7 @@ def test_a_model_that_fails_at_its_first_call_is_left_out(
     assert document["model_failures"] == [{"model": "beta", "reason": reason}]
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_in_the_middle_is_compared_with_nothing(
     files: list[str],
     specs: list[ModelSpec],
@@ -156,6 +157,7 @@ def test_nothing_is_kept_of_a_model_that_never_heard(
     assert {each["model"] for each in records if "result" in each} == {"alpha", "gamma"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer.json", "model.bin"])
 def test_broken_files_are_named_and_the_others_compared(
     files: list[str], specs: list[ModelSpec], tmp_path: Path, name: str
@@ -264,6 +266,7 @@ def test_models_may_be_repeated(given: Sequence[str], models: list[str]) -> None
     assert options.audio == ["a.wav"]
 
 
+@pytest.mark.slow
 def test_references_may_be_repeated(
     files: list[str],
     specs: list[ModelSpec],

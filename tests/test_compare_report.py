@@ -149,6 +149,7 @@ class TestData:
     JSON, CSV and plain lines.
     """
 
+    @pytest.mark.slow
     def test_json_has_all_figures(self) -> None:
         """
         With the rates that follow from them.
@@ -342,6 +343,7 @@ def chromium() -> Iterator[Page]:
         browser.close()
 
 
+@pytest.mark.browser
 class TestInABrowser:
     """
     The page in a real Chromium.

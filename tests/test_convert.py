@@ -119,6 +119,7 @@ def answers(directory: Path, compute_type: str) -> Answers:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "compute_type"),
     [
@@ -173,6 +174,7 @@ def test_it_takes_the_same_memory_once_loaded(
         assert weights_bytes(read_header(after), compute_type, device) == of_source
 
 
+@pytest.mark.process
 def test_a_conversion_takes_little_memory() -> None:
     """
     The model is never in memory as a whole: base has 138 MiB.

@@ -19,7 +19,7 @@ from whispercache.footprint import HEAP_SLACK, estimate, read_header
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = needs_linux
+pytestmark = [needs_linux, pytest.mark.process]
 
 _FLOOR_BYTES = (200 + 64) * MIB  # the stand-in's context and kernels
 

@@ -47,6 +47,8 @@ from whispercache.testing import wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
+pytestmark = pytest.mark.process
+
 MIB = 1024**2
 CLIP = Path(clip("en-bread"))
 CLIP_S = 2.94

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from subprocess import CompletedProcess
 
+pytestmark = pytest.mark.process
+
 BROUGHT = {
     "server": ("fastapi", "pebble", "python_multipart", "starlette", "uvicorn"),
     "metrics": ("prometheus_client",),

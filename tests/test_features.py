@@ -29,6 +29,7 @@ def speech() -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     return np.ascontiguousarray(samples[: 150 * RATE], np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mels", [80, 128])
 @pytest.mark.parametrize("padding", [0, 160, 480_000])
 @pytest.mark.parametrize(

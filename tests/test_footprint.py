@@ -184,6 +184,7 @@ def test_without_a_model_bin_the_model_is_unknown(tmp_path: Path) -> None:
             read_header(path)
 
 
+@pytest.mark.soak
 @settings(max_examples=tries(150), deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_corrupt(
@@ -209,6 +210,7 @@ def test_the_message_names_the_tensor_that_is_cut(
         read_header(tmp_path)
 
 
+@pytest.mark.soak
 @settings(max_examples=tries(300), deadline=None)
 @given(data=st.data())
 def test_flipped_bits_never_raise_anything_else(
@@ -231,6 +233,7 @@ def test_flipped_bits_never_raise_anything_else(
     assert header.file_bytes == len(raw)
 
 
+@pytest.mark.soak
 @settings(max_examples=tries(100), deadline=None)
 @given(garbage=st.binary(max_size=2000))
 def test_garbage_is_corrupt(garbage: bytes, broken: Path) -> None:
@@ -549,6 +552,7 @@ def in_a_child(script: str, *arguments: str, env: dict[str, str] | None = None) 
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.process
 @on_linux
 @pytest.mark.parametrize("compute_type", ["float32", "int8"])
 def test_the_weights_are_within_5_percent_of_the_measured_growth(
@@ -565,6 +569,7 @@ def test_the_weights_are_within_5_percent_of_the_measured_growth(
     assert 0.85 <= peak * HEAP_SLACK / predicted.loading_bytes <= 1.05
 
 
+@pytest.mark.process
 @on_linux
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="MKL is for x86")
 @pytest.mark.parametrize("compute_type", ["float32", "int8"])
@@ -585,6 +590,7 @@ def test_packed_weights_are_predicted_too(
     assert compute_type == "int8" or predicted.weights_bytes > 1.4 * plain
 
 
+@pytest.mark.process
 @on_linux
 @pytest.mark.parametrize(
     ("batch", "options", "workload", "tolerance"),
@@ -641,6 +647,7 @@ def noise(seconds: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return (0.1 * samples).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [1, 3, 11])
 @pytest.mark.parametrize(
     ("text", "how"),

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from gpu_records import Record
 
-pytestmark = needs_linux
+pytestmark = [needs_linux, pytest.mark.process]
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "benchmarks" / "gpu.py"

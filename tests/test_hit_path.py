@@ -93,6 +93,7 @@ def came_with_no_system_calls(tmp_path: Path, then: str) -> int:
     return came
 
 
+@pytest.mark.process
 def test_a_hit_makes_no_system_call(tmp_path: Path) -> None:
     """
     Ten thousand leases on a directory's model, by a program that may make none.
@@ -100,6 +101,7 @@ def test_a_hit_makes_no_system_call(tmp_path: Path) -> None:
     assert came_with_no_system_calls(tmp_path, "hit") == 3
 
 
+@pytest.mark.process
 def test_a_program_that_may_make_no_system_call_dies_of_one(tmp_path: Path) -> None:
     """
     The test above can fail: one look at the disk is noticed.
@@ -168,6 +170,7 @@ def growth(cache: ModelCache, hits: int) -> tuple[int, int]:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_hits_keep_no_memory(make_cache: MakeCache) -> None:
     """
     Ten thousand of them leave nothing behind, not even for the garbage collector.
@@ -299,6 +302,7 @@ os._exit(0)  # the books of a model may be wrong, and the cache would not close
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no timers")
 def test_what_a_signal_handler_raises_leaves_no_lock_taken() -> None:
     """

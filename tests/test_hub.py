@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.process
+
 OTHER = " the second revision"
 REPOSITORY = "someone/faster-whisper-micro"
 TINY = "Systran/faster-whisper-tiny"

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 # What takes long to import, and is of no use before there is a cache.
 LATER = {
     "asyncio",

@@ -352,6 +352,7 @@ class TestComputeTypes:
     The type that a model will really compute in.
     """
 
+    @pytest.mark.process
     @pytest.mark.parametrize("environment", [{}, {"CT2_USE_MKL": "1"}])
     def test_types_are_those_that_real_models_report(
         self, tmp_path: Path, environment: dict[str, str]

@@ -224,6 +224,7 @@ def test_the_default_file_is_in_the_users_cache(
     assert (tmp_path / "whispercache" / "footprints.json").is_file()
 
 
+@pytest.mark.process
 def test_importing_it_imports_no_lock_library() -> None:
     """
     What only writing needs is imported by writing.

@@ -158,6 +158,7 @@ def other_than(
     )
 
 
+@pytest.mark.process
 def test_a_process_sees_what_another_tells(ledger: Ledger, tmp_path: Path) -> None:
     """
     Every number arrives, with who says it.
@@ -245,6 +246,7 @@ def test_every_device_id_has_a_directory_of_its_own(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.process
 def test_processes_take_turns(tmp_path: Path) -> None:
     """
     There are never two of them in the block.
@@ -311,6 +313,7 @@ def test_there_is_no_waiting_for_ever(ledger: Ledger, timeout_s: float) -> None:
         pass
 
 
+@pytest.mark.process
 def test_a_stopped_holder_of_the_turn_costs_only_the_time_that_one_gives(
     ledger: Ledger, tmp_path: Path
 ) -> None:
@@ -332,6 +335,7 @@ def test_a_stopped_holder_of_the_turn_costs_only_the_time_that_one_gives(
             assert has_turn
 
 
+@pytest.mark.process
 def test_a_killed_holder_leaves_neither_turn_nor_account(
     ledger: Ledger, tmp_path: Path
 ) -> None:
@@ -352,6 +356,7 @@ def test_a_killed_holder_leaves_neither_turn_nor_account(
         assert files(tmp_path) == {file_of(tmp_path, own).name}
 
 
+@pytest.mark.process
 def test_whoever_waits_for_a_killed_holder_gets_the_turn(
     ledger: Ledger, tmp_path: Path
 ) -> None:
@@ -372,6 +377,7 @@ def test_whoever_waits_for_a_killed_holder_gets_the_turn(
     assert ledger.others() == ()
 
 
+@pytest.mark.process
 def test_a_process_killed_while_it_tells_leaves_nothing(
     ledger: Ledger, tmp_path: Path
 ) -> None:
@@ -395,6 +401,7 @@ def test_a_process_killed_while_it_tells_leaves_nothing(
             assert files(tmp_path) == set()
 
 
+@pytest.mark.process
 def test_readers_see_whole_accounts_while_they_are_replaced(
     ledger: Ledger, tmp_path: Path
 ) -> None:
@@ -473,6 +480,7 @@ def test_threads_that_tell_first_at_once_share_the_account(
     assert len(files(tmp_path)) == 1
 
 
+@pytest.mark.process
 def test_a_process_that_ends_leaves_nothing(ledger: Ledger, tmp_path: Path) -> None:
     """
     Its account goes with it although nobody closed the ledger.
@@ -518,6 +526,7 @@ def test_a_closed_ledger_has_no_account_until_it_tells_again(
     assert ledger.others() == (account,)
 
 
+@pytest.mark.process
 def test_a_reused_pid_is_not_taken_for_the_one_before(
     ledger: Ledger, tmp_path: Path
 ) -> None:
@@ -759,6 +768,7 @@ def in_child(act):
 """
 
 
+@pytest.mark.process
 @on_linux
 def test_a_forked_child_leaves_its_parents_account_alone(
     ledger: Ledger, tmp_path: Path
@@ -783,6 +793,7 @@ def test_a_forked_child_leaves_its_parents_account_alone(
         assert [each.held_bytes for each in ledger.others()] == [1]
 
 
+@pytest.mark.process
 @on_linux
 def test_a_forked_child_has_an_account_of_its_own(
     ledger: Ledger, tmp_path: Path
@@ -811,6 +822,7 @@ def test_a_forked_child_has_an_account_of_its_own(
         assert hear(process) == "parent True"
 
 
+@pytest.mark.process
 @on_linux
 def test_a_forked_child_does_not_end_its_parents_turn(
     ledger: Ledger, tmp_path: Path
@@ -847,6 +859,7 @@ def is_gone(started_s: Callable[[int], float | None], pid: int) -> bool:
     return started_s(pid) is None
 
 
+@pytest.mark.process
 @on_linux
 def test_the_kernel_and_psutil_agree_on_who_lives(tmp_path: Path) -> None:
     """
@@ -867,6 +880,7 @@ def test_the_kernel_and_psutil_agree_on_who_lives(tmp_path: Path) -> None:
     assert [way(999_999_999) for way in ways] == [None, None]
 
 
+@pytest.mark.process
 @on_linux
 def test_a_processs_name_does_not_confuse_its_start(tmp_path: Path) -> None:
     """
@@ -945,6 +959,7 @@ def test_a_process_that_does_not_know_its_start_tells_nothing(
         ledger.publish()
 
 
+@pytest.mark.process
 def test_importing_it_imports_no_library() -> None:
     """
     What only a turn needs is imported by a turn.

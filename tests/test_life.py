@@ -221,6 +221,7 @@ def in_child(check: Any, timeout_s: int = 20) -> str:
     return told
 
 
+@pytest.mark.process
 def test_a_used_cache_says_in_a_child_that_it_cannot_be_used(
     make_cache: MakeCache,
 ) -> None:
@@ -257,6 +258,7 @@ def test_a_used_cache_says_in_a_child_that_it_cannot_be_used(
     cache.lease("tiny", "cuda:0").release()
 
 
+@pytest.mark.process
 def test_no_lock_is_inherited_in_a_locked_state(make_cache: MakeCache) -> None:
     """
     Whatever another thread of the parent was doing at that moment.
@@ -290,6 +292,7 @@ def test_no_lock_is_inherited_in_a_locked_state(make_cache: MakeCache) -> None:
         thread.join(10)
 
 
+@pytest.mark.process
 def test_a_cache_that_was_not_used_yet_works_in_children(
     make_cache: MakeCache,
 ) -> None:
@@ -310,6 +313,7 @@ def test_a_cache_that_was_not_used_yet_works_in_children(
     assert not cache.models()
 
 
+@pytest.mark.process
 def test_a_real_child_neither_hangs_nor_harms_its_parent() -> None:
     """
     Models of the parent would wait for their threads when the child ends, and new ones
@@ -343,6 +347,7 @@ def test_a_real_child_neither_hangs_nor_harms_its_parent() -> None:
     assert told.splitlines() == ["child: CacheForked"] * 3 + ["parent: well"]
 
 
+@pytest.mark.process
 def test_a_pool_of_forked_processes_loads_its_own() -> None:
     """
     If nothing was loaded before the fork.
@@ -373,6 +378,7 @@ def test_a_pool_of_forked_processes_loads_its_own() -> None:
 # The end of the interpreter -----------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["generator", "thread", "lease"])
 def test_the_interpreter_ends_well_in_mid_transcription(kind: str) -> None:
     """

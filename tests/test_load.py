@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
+import pytest
 from real import MIB, clip, micro
 from served import serving
 
@@ -24,7 +25,8 @@ from whispercache.testing import wait_until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    import pytest
+
+pytestmark = pytest.mark.process
 
 TEXTS = {"micro-a": "micro a", "micro-b": "micro b", "micro-c": "micro c"}
 AUDIO = Path(clip("en-bread")).read_bytes()

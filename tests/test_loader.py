@@ -177,6 +177,7 @@ class TestLoad:
         assert released.confirmed
         assert not whisper.model.model_is_loaded
 
+    @pytest.mark.slow
     def test_an_unload_waits_for_the_work_in_flight(
         self, loader: FasterWhisperLoader, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -194,6 +195,7 @@ class TestLoad:
         assert not model.model_is_loaded
         assert all(result.done() for result in results)
 
+    @pytest.mark.slow
     def test_an_unload_that_did_not_happen_is_not_confirmed(
         self, loader: FasterWhisperLoader, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -596,6 +598,7 @@ class TestAudio:
     Audio is decoded before any model is asked for.
     """
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "given",
         [
@@ -652,6 +655,7 @@ class TestAudio:
         with pytest.raises(IsADirectoryError):
             model_of(cache, micro()).transcribe(tmp_path)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("as_stream", [False, True], ids=["path", "stream"])
     @pytest.mark.parametrize(
         "content", ["text", "empty", "header only", "no samples", "binary", "json"]

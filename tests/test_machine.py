@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from whispercache import Lease, ModelKey
     from whispercache.entries import Entry, Waiter
 
+pytestmark = pytest.mark.soak
+
 GIB = 1024**3
 SIZES = {"tiny": GIB, "base": GIB, "small": 2 * GIB, "medium": 3 * GIB}
 DEVICES = {"cpu": "8GiB", "cuda:0": "8.5GiB"}
@@ -682,6 +684,7 @@ def is_granted(waiter: Waiter, lease: Lease) -> bool:
     return lease in future.result()
 
 
+@pytest.mark.slow
 def test_whatever_happens_the_invariants_hold() -> None:
     """
     And when it calms down, everybody has been served and all memory is back.

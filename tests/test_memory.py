@@ -31,6 +31,8 @@ from whispercache.errors import DeviceUnavailable
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.process
+
 NVML_NOT_SUPPORTED = 3
 NVML_GPU_IS_LOST = 15
 NVML_UNKNOWN = 999

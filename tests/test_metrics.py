@@ -603,6 +603,7 @@ def test_a_real_model_is_told_of() -> None:
         assert sum_s == pytest.approx(cache.stats().load_s)
 
 
+@pytest.mark.process
 def test_without_prometheus_client_the_extra_is_named() -> None:
     """
     In one line; and the rest of the package needs none of it.

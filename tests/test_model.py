@@ -92,7 +92,7 @@ def cache() -> Iterator[ModelCache]:
     """
     A cache with real models; no lease may be left in the end.
     """
-    with ModelCache() as made:
+    with ModelCache(variants=False) as made:
         yield made
         gc.collect()
         settle(made)
@@ -113,6 +113,7 @@ class TestSameAsWhisperModel:
     Results are those of the model without a cache.
     """
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [
@@ -139,6 +140,7 @@ class TestSameAsWhisperModel:
         got = everything(model_of(cache, micro()).transcribe(audio, **options))
         assert got == expected
 
+    @pytest.mark.slow
     def test_a_real_model_transcribes_the_same(self, cache: ModelCache) -> None:
         """
         tiny.en, with word timestamps; and what it heard is right.
@@ -152,6 +154,7 @@ class TestSameAsWhisperModel:
         heard = "".join(segment["text"] for segment in got[0])
         assert wer(plain_words(reference("en-bread")), plain_words(heard)) < 0.3
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "language"), [("de-zug", "de"), ("es-casa", "es"), ("en-bread", "en")]
     )
@@ -274,6 +277,7 @@ class TestSurface:
         signature = inspect.signature(WhisperModel.transcribe)
         assert {"self", "audio", *PARAMETERS} == set(signature.parameters)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", list(PARAMETERS))
     def test_every_parameter_of_transcribe_is_passed_on(
         self, cache: ModelCache, name: str
@@ -297,6 +301,7 @@ class TestSurface:
         got = everything(model_of(cache, micro()).transcribe(SILENCE, *arguments))
         assert got == expected
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("options", "error"),
         [
@@ -337,6 +342,7 @@ class TestSegments:
         assert count >= 3
         assert cache.stats().leases == 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("end", ["close", "with", "drop", "break"])
     def test_the_model_is_let_go_when_segments_end_early(
         self, cache: ModelCache, end: str
@@ -407,6 +413,7 @@ class TestComingAndGoing:
             assert cache.models() == ()
             assert cache.stats().loads == loads
 
+    @pytest.mark.slow
     def test_ten_models_share_the_room_of_one(self, tmp_path: Path) -> None:
         """
         Each answers with its own text, and never are two in memory.
@@ -426,6 +433,7 @@ class TestComingAndGoing:
             assert cache.stats().loads == 20
             assert cache.devices()[0].peak_bytes <= limit_bytes
 
+    @pytest.mark.slow
     def test_ten_models_in_threads_share_the_room_of_two(self, tmp_path: Path) -> None:
         """
         Each thread has its own model; all get their turn.
@@ -443,6 +451,7 @@ class TestComingAndGoing:
             assert texts == [[f" {name}"] * 2 for name in names]
             assert cache.devices()[0].peak_bytes <= limit_bytes
 
+    @pytest.mark.slow
     def test_threads_share_one_model_while_it_is_evicted(
         self, cache: ModelCache
     ) -> None:

@@ -314,6 +314,7 @@ def test_a_directory_that_cannot_be_read_is_no_missing_one(
     assert canonical_model("base") == "base"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "text",
     [

@@ -133,6 +133,7 @@ def test_the_modules_that_users_import_say_what_they_are(module: str) -> None:
     assert not bare
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("program", "clips", "said"),
     [

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from whispercache import ModelCache, ModelKey
     from whispercache.testing import FakeClock, FakeLoader
 
+pytestmark = pytest.mark.browser
+
 PAGE = Path(whispercache.__file__).parent / "server" / "page"
 TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 CSP = (

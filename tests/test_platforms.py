@@ -30,7 +30,7 @@ from standin import OUT_OF_MEMORY, run_on_cards
 
 from whispercache.footprint import estimate, read_header
 
-pytestmark = needs_linux
+pytestmark = [needs_linux, pytest.mark.process]
 
 _NOT_SUPPORTED, _DRIVER_NOT_LOADED, _NOT_FOUND = 3, 9, 6  # of NVML
 _FLOOR_BYTES = (200 + 64) * MIB  # the stand-in's context and kernels

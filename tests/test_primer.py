@@ -153,6 +153,7 @@ def test_a_device_that_is_not_there_fails_as_for_a_real_model(temporary: Path) -
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("english", [False, True])
 def test_a_silent_window_leaves_the_answers_of_a_micro_model(*, english: bool) -> None:
     """
@@ -164,6 +165,7 @@ def test_a_silent_window_leaves_the_answers_of_a_micro_model(*, english: bool) -
     assert text_of(whisper.transcribe(clip("en-bread"))[0]) == before != ""
 
 
+@pytest.mark.slow
 def test_a_silent_window_leaves_the_answers_of_a_real_model() -> None:
     """
     tiny.en hears the same words, at the same times, with the same scores.

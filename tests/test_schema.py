@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import psutil
 import pytest
 from broken_audio import corpus
+from effort import tries
 from real import MIB, child_environment, clip, micro
 from served import serving
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import httpx
+
+pytestmark = [pytest.mark.process, pytest.mark.soak]
 
 A, B = "micro-a", "micro-b"
 KEY = "s3cret"
@@ -129,7 +132,11 @@ def test_the_server_keeps_to_its_own_schema(
                 *("--config-file", "config.toml", "run"),
                 str(client.base_url.join("/openapi.json")),
                 *(f"--header=Authorization: Bearer {key}" for key in keys),
-                *("--mode=all", "--max-examples=25", "--generation-deterministic"),
+                *(
+                    "--mode=all",
+                    f"--max-examples={tries(25)}",
+                    "--generation-deterministic",
+                ),
                 *("--suppress-health-check=all", "--no-color"),
             ],
             cwd=tmp_path,

@@ -316,6 +316,7 @@ def test_an_async_block_that_fails_lets_go_at_once(make_cache: MakeCache) -> Non
 # Closing and forking ------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
 @pytest.mark.parametrize("how", ["closed", "forgotten"])
 def test_children_know_of_closed_and_forgotten_caches(

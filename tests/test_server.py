@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     import httpx
 
+pytestmark = pytest.mark.process
+
 BREAD = "en-bread"
 TRAIN = "de-zug"
 

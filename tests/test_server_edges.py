@@ -28,6 +28,8 @@ from whispercache.specs import ModelSpec
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+pytestmark = pytest.mark.process
+
 NAME = "timestamp_granularities"
 URL = "/v1/audio/transcriptions"
 CLIP = Path(clip("en-bread"))

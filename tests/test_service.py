@@ -36,6 +36,8 @@ from whispercache.testing import wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.process
+
 A, B = "micro-a", "micro-b"
 
 

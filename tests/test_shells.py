@@ -251,6 +251,7 @@ class TestComingBack:
         real.evict()
         assert one_bytes < shell_bytes(real) < 1.6 * one_bytes
 
+    @pytest.mark.process
     @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
     @pytest.mark.parametrize("name", ["tiny.en", "base"])
     def test_what_is_counted_is_about_what_is_taken(self, name: str) -> None:
@@ -524,6 +525,7 @@ class TestThreads:
         assert TEXT in text_of(batched.transcribe(voice, **words)[0])
         assert used == {"encode", "decode", "token_to_id"}
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("_hasty")
     def test_models_that_share_one_say_what_each_alone_says(
         self, tmp_path: Path, real: ModelCache
@@ -549,6 +551,7 @@ class TestThreads:
         alone = [tell(number) for number in range(4)]
         assert at_once([partial(tell, number) for number in range(4)]) == alone
 
+    @pytest.mark.slow
     def test_speech_is_heard_alike_with_a_shared_one(
         self, tmp_path: Path, real: ModelCache
     ) -> None:
@@ -619,6 +622,7 @@ cache.close()
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
 @pytest.mark.parametrize("lock", ["free", "held"])
 def test_a_forked_child_ends_with_the_shells_of_its_parent(lock: str) -> None:
@@ -629,6 +633,7 @@ def test_a_forked_child_ends_with_the_shells_of_its_parent(lock: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
 def test_a_cache_with_nothing_but_shells_was_used(
     make_cache: MakeCache, loader: FakeLoader
@@ -916,6 +921,7 @@ names_of_models = st.sampled_from(["tiny", "base", "small", "medium", "large-v3"
     ),
     shell_gib=st.sampled_from([0.25, 1.0]),
 )
+@pytest.mark.soak
 @settings(max_examples=tries(25))
 def test_the_machine_is_never_over_full(
     steps: list[tuple[str, str]], shell_gib: float

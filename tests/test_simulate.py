@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from whispercache.files import ModelFiles
     from whispercache.loading import LoadedModel
 
+pytestmark = pytest.mark.soak
+
 MANY = settings(max_examples=tries(200), deadline=None)
 FEWER = settings(max_examples=tries(60), deadline=None)
 VARIANTS = {

@@ -23,7 +23,7 @@ from whispercache.weights import output_copy_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = needs_linux
+pytestmark = [needs_linux, pytest.mark.process]
 
 
 @pytest.fixture

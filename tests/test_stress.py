@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from whispercache.files import ModelFiles
     from whispercache.memory import MemoryReading
 
+pytestmark = [pytest.mark.process, pytest.mark.stress, pytest.mark.soak]
+
 GIB = 1024**3
 LIMIT_BYTES = 4 * GIB
 SIZES = {"tiny": GIB, "base": GIB, "base.en": GIB, "small": 2 * GIB, "medium": 3 * GIB}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from real import child_environment, packaged
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.process]
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = ROOT / "examples" / ".cache"

@@ -54,6 +54,7 @@ def test_sizes_are_exact_to_the_byte(size: str, n_bytes: int) -> None:
     assert model_bytes(size) == n_bytes
 
 
+@pytest.mark.slow
 def test_a_synthetic_model_hears_the_same_each_time(tiny: Path) -> None:
     """
     Two seconds are the same words twice, at the first temperature; others are others.

@@ -56,6 +56,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         telemetry.keep_off()
 
 
+@pytest.mark.process
 def test_finding_speech_writes_nothing_into_the_home(tmp_path: Path) -> None:
     """
     The real onnxruntime, in a process with a home of its own, on Linux.

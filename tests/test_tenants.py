@@ -454,6 +454,7 @@ def worker(role: str, path: str, runtime: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.process
 def test_a_process_that_is_killed_while_it_loads_holds_nobody_up(
     runtime: Path,
 ) -> None:

@@ -325,6 +325,7 @@ def a_terminal(code: str) -> Iterator[tuple[Terminal, subprocess.Popen[bytes]]]:
             os.close(outside)
 
 
+@pytest.mark.process
 def test_ctrl_c_leaves_a_terminal_as_it_was() -> None:
     """
     Errors are shown and passed over; at the end the old screen and the cursor are back.
@@ -530,6 +531,7 @@ def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
     assert key not in str(caught.value)
 
 
+@pytest.mark.process
 def test_nothing_is_imported_before_it_is_shown() -> None:
     """
     Both rich and urllib's client wait for whoever watches.

@@ -530,6 +530,7 @@ class TestRemove:
         assert names(run) == {"alpha:float32", "alpha:int8"}
 
 
+@pytest.mark.process
 class TestProcess:
     """
     The command in a process of its own, as a user runs it.

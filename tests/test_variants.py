@@ -699,6 +699,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+@pytest.mark.process
 def test_a_killed_build_leaves_nothing_that_is_found(
     store: Variants, source: Origin
 ) -> None:
@@ -717,6 +718,7 @@ def test_a_killed_build_leaves_nothing_that_is_found(
     assert names(store.directory) == {built.name}
 
 
+@pytest.mark.process
 def test_two_processes_build_one_variant(store: Variants, source: Origin) -> None:
     """
     The second one finds what the first has built, and both succeed.
@@ -998,6 +1000,7 @@ class TestBuilder:
         builder.build_soon(source, "float32")
         wait_until(lambda: processes.calls, "a build")
 
+    @pytest.mark.process
     def test_the_work_is_done_at_the_lowest_priority(
         self, store: Variants, source: Origin
     ) -> None:
@@ -1018,6 +1021,7 @@ building.run_task(sys.argv[1])
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["19", "int8", "model"]
 
+    @pytest.mark.process
     def test_a_refusal_is_told_from_a_failure(
         self, store: Variants, source: Origin
     ) -> None:
@@ -1176,6 +1180,7 @@ class TestCache:
     Callers notice nothing but that loads are faster.
     """
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("at_once")
     def test_real_models_come_back_from_a_variant(self) -> None:
         """
@@ -1244,6 +1249,7 @@ class TestCache:
             assert said(other, source) == TEXT
             assert is_of_variant(other)
 
+    @pytest.mark.process
     def test_the_build_goes_on_when_the_program_ends(self, tmp_path: Path) -> None:
         """
         Short programs get their variants, too.
@@ -1470,6 +1476,7 @@ with cache.lease(sys.argv[1], "cpu", "int8"):
         (new,) = variants_there()
         assert old != new
 
+    @pytest.mark.process
     def test_a_cache_directory_that_cannot_be_made_costs_one_line(
         self, cache: ModelCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -1485,6 +1492,7 @@ with cache.lease(sys.argv[1], "cpu", "int8"):
         told = [each for each in caplog.records if "no int8 variant" in each.message]
         assert [each.levelno for each in told] == [logging.WARNING]
 
+    @pytest.mark.process
     def test_a_build_is_no_child_that_anybody_must_await(
         self, cache: ModelCache, tmp_path: Path
     ) -> None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from whispercache import ModelCache
     from whispercache.testing import FakeLoader
 
+pytestmark = pytest.mark.process
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PROGRAMS = {
     "flask_app": [str(EXAMPLES / "flask_app.py")],
