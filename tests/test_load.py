@@ -5,6 +5,7 @@ The server with many clients at once, some of whom leave: benchmarks/serve.py in
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections import Counter
 from contextlib import suppress
@@ -18,7 +19,7 @@ from real import MIB, clip, micro
 from served import serving
 
 from whispercache import ModelCache, footprint
-from whispercache.host import anonymous_bytes
+from whispercache.host import anonymous_bytes, return_free_memory
 from whispercache.specs import ModelSpec
 from whispercache.testing import wait_until
 
@@ -33,6 +34,7 @@ AUDIO = Path(clip("en-bread")).read_bytes()
 URL = "/v1/audio/transcriptions"
 CLIENTS = 12
 REQUESTS = 8
+LEAST_ROUNDS, ROUNDS = 2, 8
 HUNG_UP = "hung up"
 
 
@@ -109,12 +111,12 @@ def test_a_crowd_is_served_or_told_to_come_again_and_leaves_nothing(
     """
     models = tuple(ModelSpec(name, str(micro(TEXTS[name]))) for name in TEXTS)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    grown = []
+    held: list[int] = []
     with (
         ModelCache(max_models=2) as cache,
         serving(cache, models=models, parallel=1, max_waiting=6) as client,
     ):
-        for seed in range(3):
+        for seed in range(ROUNDS):
             seen = asyncio.run(crowd(str(client.base_url), seed))
             assert set(seen) <= {"200", "429", "503", HUNG_UP}, seen
             assert seen["200"] > CLIENTS, seen
@@ -125,14 +127,20 @@ def test_a_crowd_is_served_or_told_to_come_again_and_leaves_nothing(
             ps = client.get("/api/ps").json()
             assert ps["waiting"] == []
             assert len(ps["models"]) <= 2
-            grown.append(anonymous_bytes() or 0)
+            gc.collect()
+            return_free_memory()
+            held.append(anonymous_bytes() or 0)
+            # Other tests of this process leave a heap with holes, which takes a round
+            # or some to settle. What is kept of each round never does.
+            if len(held) > LEAST_ROUNDS and held[-1] - held[0] < 16 * MIB:
+                break
         (host,) = cache.devices()
         sizes = [footprint(spec.model).total_bytes for spec in models]
         assert host.peak_bytes < sum(sizes)
         # Models came and went all the time: kept, they would take more than that.
         stats = cache.stats()
         assert stats.loads > 20
-        assert min(grown[1:]) - grown[0] < 16 * MIB, grown
+        assert held[-1] - held[0] < 16 * MIB, held
 
 
 def sockets(client: httpx.Client) -> list[Any]:
