@@ -49,6 +49,8 @@ CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
 )
+PATIENCE_MS = 60_000
+expect.set_options(timeout=PATIENCE_MS)
 # The page asks ten times as often, so that tests wait less.
 HURRY = (b"POLL_MS = 1000", b"POLL_MS = 100")
 
@@ -315,7 +317,7 @@ def visit(browser: Browser) -> Iterator[Visit]:
 
     def open_(url: str, **options: Any) -> Page:
         context = browser.new_context(reduced_motion="reduce", **options)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         page.on("console", note)
         page.on("pageerror", lambda error: complaints.append(str(error)))

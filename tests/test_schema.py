@@ -143,7 +143,7 @@ def test_the_server_keeps_to_its_own_schema(
             env=child_environment({"SCHEMATHESIS_HOOKS": "hooks"}),
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr

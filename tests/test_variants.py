@@ -728,7 +728,7 @@ def test_two_processes_build_one_variant(store: Variants, source: Origin) -> Non
     with FileLock(store.directory / ".lock"):
         builders = [start(BUILD + THEN_BUILD, *arguments) for _ in "12"]
         assert [line_of(each) for each in builders] == ["ready", "ready"]
-    ends = [each.communicate(timeout=100)[0].strip() for each in builders]
+    ends = [each.communicate(timeout=250)[0].strip() for each in builders]
     assert [each.returncode for each in builders] == [0, 0]
     assert {*ends} == names(store.directory)
     assert store.find(source, "int8") == store.directory / ends[0]
