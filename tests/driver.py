@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DRIVERS", "Driver", "TaskDriver", "ThreadDriver", "wait_waiting"]
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 class Driver(Protocol):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from whispercache.testing import FakeClock
 
 AUDIO = cast("Any", "audio")
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 ENDED = "it ended early: the cache was closed"
 
 

@@ -65,7 +65,7 @@ __all__ = [
     "wait_until",
 ]
 
-_PATIENCE_S = 10.0
+_PATIENCE_S = 30.0
 _QUIET_PASSES = 2
 
 
