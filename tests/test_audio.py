@@ -436,6 +436,48 @@ class TestDamage:
                     with pytest.raises(av.error.InvalidDataError):
                         list(recording.pieces())
 
+    @pytest.mark.parametrize("name", ["libopus", "vorbis"])
+    def test_a_chain_whose_next_link_ffmpeg_cannot_follow_is_heard_to_there(
+        self, name: str
+    ) -> None:
+        """
+        Opus of other channels, or another codec, joined in ogg: other errors than of
+        broken data, which had the whole file refused.
+        """
+        first = encoded("ogg", name, 2.0)
+        second = _in_frames("ogg", "libopus", 48_000, "mono", 2.0)
+        audio = heard(first + second)
+        assert len(audio.samples) / RATE == pytest.approx(2.0, abs=0.1)
+        assert audio.damage is not None
+        assert audio.damage.breaks_off
+
+    @pytest.mark.parametrize("missing", [OSError, MemoryError, av.error.HTTPError])
+    def test_what_no_content_is_to_blame_for_is_an_error(
+        self, missing: type[Exception]
+    ) -> None:
+        """
+        A connection that fails in mid-file, say: another try may hear all of it.
+        """
+        kind = getattr(av.error, missing.__name__)
+        with av.open(io.BytesIO(of_kind("tone.mp3"))) as container:
+            broken = _BreaksOff(container, 100, kind(1, "gone"))
+            recording = Recording(cast("Any", broken))
+            with pytest.raises(kind):
+                list(recording.pieces())
+
+    def test_fragments_of_a_live_stream_miss_nothing_before_them(self) -> None:
+        """
+        An mp4 whose first fragments were sent to somebody else, or never.
+        """
+        flags = "empty_moov+default_base_moof"
+        options = {"movflags": flags, "frag_duration": "200000"}
+        whole = _in_frames("mp4", "aac", RATE, "mono", 4.0, **options)
+        head = whole.index(b"moof") - 4
+        later = whole.index(b"moof", len(whole) // 2) - 4
+        audio = heard(whole[:head] + whole[later:])
+        assert 1.0 < len(audio.samples) / RATE < 3.0
+        assert audio.damage is None
+
     def test_the_seconds_of_broken_packets_are_a_few_words(self) -> None:
         """
         Each kind alone, and both.
@@ -454,9 +496,23 @@ def _adts(rate_hz: int, layout: str, seconds: float) -> bytes:
     """
     AAC without a container, which can be joined like mp3.
     """
+    return _in_frames("adts", "aac", rate_hz, layout, seconds)
+
+
+def _in_frames(
+    container: str,
+    codec: str,
+    rate_hz: int,
+    layout: str,
+    seconds: float,
+    **options: str,
+) -> bytes:
+    """
+    Tones of any number of channels, from frames of 1024 samples.
+    """
     target = io.BytesIO()
-    with av.open(target, "w", format="adts") as file:
-        stream = cast("av.AudioStream", file.add_stream("aac", rate_hz))
+    with av.open(target, "w", format=container, options=options) as file:
+        stream = cast("av.AudioStream", file.add_stream(codec, rate_hz))
         stream.layout = layout
         for at in range(0, int(seconds * rate_hz), 1024):
             frame = av.AudioFrame("fltp", layout, 1024)
@@ -516,16 +572,19 @@ class _BreaksOff:
     A container in which nothing can be read after some packets.
     """
 
-    def __init__(self, container: Any, n_packets: int) -> None:
+    def __init__(
+        self, container: Any, n_packets: int, error: Exception | None = None
+    ) -> None:
         self.streams, self.format = container.streams, container.format
         self._container, self._n_packets = container, n_packets
+        self._error = error or av.error.InvalidDataError(1, "broken")
 
     def demux(self, stream: av.AudioStream) -> Iterator[Any]:
         """
         The packets that are left.
         """
         yield from itertools.islice(self._container.demux(stream), self._n_packets)
-        raise av.error.InvalidDataError(1, "broken")
+        raise self._error
 
 
 class TestNothingToHear:

@@ -79,6 +79,12 @@ Seconds that must be lost before it is told. No syllable is shorter, and the sea
 joined files is: one or two packets, of 26 ms each in an mp3.
 """
 
+_OF_CONTENT = (ValueError, av.error.PatchWelcomeError)
+"""
+What FFmpeg raises where a container cannot be read on: it is broken there, or a part of
+another kind was joined to it. All else is the machine's or the network's.
+"""
+
 _COUNTED = frozenset({"flac", "mov"})
 """
 Containers whose header says how long each stream is, and not by way of an estimate.
@@ -295,8 +301,8 @@ class Recording:
         """
         try:
             yield from self._container.demux(self._stream)
-        except av.error.InvalidDataError:
-            if not self._losses.heard_s:
+        except av.error.FFmpegError as error:
+            if not (self._losses.heard_s and isinstance(error, _OF_CONTENT)):
                 raise
             self._losses.breaks_off = True
 
@@ -304,11 +310,16 @@ class Recording:
 def _promised_s(container: InputContainer, stream: AudioStream) -> float:
     """
     Seconds that a stream lasts by its header; 0 where that cannot be relied on.
+
+    Fragments of an mp4 count from the beginning of what they were cut out of, as when
+    somebody joins a live stream: what was before is not missed. The header of a flac
+    does so, too, but there a beginning that is gone is told by nothing else.
     """
     names = container.format.name.split(",")
     if _COUNTED.isdisjoint(names) or not stream.duration or not stream.time_base:
         return 0.0
-    return float(stream.duration * stream.time_base)
+    before = max(0, stream.start_time or 0) if "mov" in names else 0
+    return float((stream.duration - before) * stream.time_base)
 
 
 def _grouped(frames: Iterable[AudioFrame]) -> Iterator[AudioFrame]:
