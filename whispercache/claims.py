@@ -36,10 +36,9 @@ _END, _START = "<|endoftext|>", "<|startoftranscript|>"
 _NO_TIMESTAMPS, _TRANSCRIBE = "<|notimestamps|>", "<|transcribe|>"
 _CANTONESE = "<|yue|>"
 
-# Those that faster-whisper looks up: tasks, languages, and where timestamps begin.
-_SPECIAL = re.compile(
-    r"<\|(?:endoftext|startof\w+|trans\w+|no[cst]\w+|[a-z]{2,3}|0\.00)\|>"
-)
+# Those that faster-whisper looks up: tasks and languages. Timestamps are counted from
+# the one before them, whatever stands there.
+_SPECIAL = re.compile(r"<\|(?:endoftext|startof\w+|trans\w+|no[cst]\w+|[a-z]{2,3})\|>")
 _ADDED_TOKENS = re.compile(rb'"added_tokens"\s*:\s*')
 # Three times what Whisper's take with all timestamps.
 _ADDED_BYTES = 1024**2
@@ -63,7 +62,7 @@ class Vocabulary:
     Attributes:
         file: Name of the file.
         size: How many there are.
-        special: Numbers of the special tokens, timestamps after the first left out.
+        special: Numbers of the special tokens, timestamps left out.
         is_multilingual: The model knows more than English, as CTranslate2 decides it.
     """
 
