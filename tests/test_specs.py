@@ -17,6 +17,7 @@ from whispercache.specs import ModelSpec, parse_spec, short_name
         (" base ", "base", "base", "default"),
         ("base:int8", "base:int8", "base", "int8"),
         ("fast=base:int8", "fast", "base", "int8"),
+        ("fast = base:int8", "fast", "base", "int8"),
         ("whisper-1=large-v3", "whisper-1", "large-v3", "default"),
         ("/models/mine", "mine", "/models/mine", "default"),
         ("/models/mine/:int8", "mine:int8", "/models/mine/", "int8"),
@@ -37,7 +38,9 @@ def test_a_spec_is_a_name_a_model_and_a_type(
     assert parse_spec(text) == ModelSpec(name, model, compute_type)
 
 
-@pytest.mark.parametrize("text", ["", " ", "base:in8", "=x", "a=", ":int8", "a=:int8"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "base:in8", "=x", "a=", ":int8", "a=:int8", "= x"]
+)
 def test_a_spec_with_a_part_missing_or_unknown_is_refused(text: str) -> None:
     """
     In one line that quotes it.

@@ -214,16 +214,26 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
         raise UnknownModel(name, "this is a file; give the directory of the model")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return name
-    if os.sep in name or name.startswith((".", "~")):
-        raise UnknownModel(name, "no such directory")
+    raise UnknownModel(name, _why_unknown(name))
+
+
+def _why_unknown(name: str) -> str:
+    """
+    The reason why *name* is neither a model nor a path of anything, with a hint.
+    """
+    if name.startswith((os.sep, ".", "~")):
+        return "no such directory"
+    if os.sep in name:
+        return "no such directory; a repository of the model hub is 'owner/name'"
     import difflib
 
-    near = difflib.get_close_matches(name, [*MODELS, *ALIASES], n=1)
+    spelled = name.strip().lower().replace("_", "-")
+    near = [spelled] if spelled in _BY_OTHER_NAME else []
+    near += difflib.get_close_matches(spelled, [*MODELS, *ALIASES], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UnknownModel(
-        name,
+    return (
         f"{hint}known sizes are {', '.join([*MODELS, *ALIASES])}; or give a hub "
-        "repository ('owner/name') or a directory",
+        "repository ('owner/name') or a directory"
     )
 
 

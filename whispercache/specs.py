@@ -63,7 +63,7 @@ def _named(text: str) -> tuple[str | None, str]:
     is_path = "\\" in name or ("/" in name and not _REPOSITORY.fullmatch(name))
     if not equals or is_path or directory_at(_typed(text)[0]):
         return None, text
-    return name, rest
+    return name.rstrip(), rest.lstrip()
 
 
 def _typed(text: str) -> tuple[str, str]:
