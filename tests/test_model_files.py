@@ -646,6 +646,29 @@ class TestMels:
             assert text_of(model.transcribe(SILENCE)[0]) == TEXT
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("ids", [[], None])
+def test_a_model_that_names_no_languages_wants_one(
+    tmp_path: Path, ids: object, batch_size: int | None
+) -> None:
+    """
+    The converter has none for some fine-tunes. With a language named it is a whole
+    model; faster-whisper says "list index out of range" without.
+    """
+    directory = micro_copy(tmp_path / "model")
+    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    write_json(directory / "config.json", {**content, "lang_ids": ids})
+    options: dict[str, Any] = {"batch_size": batch_size} if batch_size else {}
+    with ModelCache() as cache:
+        model = model_of(cache, directory)
+        with pytest.raises(CorruptModel, match=r"no lang_ids; name the language"):
+            list(model.transcribe(SILENCE, **options)[0])
+        with pytest.raises(CorruptModel, match=r"no lang_ids; name the language"):
+            model.detect_language(SILENCE)
+        if not batch_size:
+            assert text_of(model.transcribe(SILENCE, language="de")[0]) == TEXT
+
+
 class TestHeads:
     """
     Heads of the decoder that word timestamps are read from.

@@ -30,6 +30,7 @@ __all__ = [
     "check_tokens",
     "read_vocabulary",
     "unalignable",
+    "undetectable",
 ]
 
 _END, _START = "<|endoftext|>", "<|startoftranscript|>"
@@ -95,11 +96,14 @@ class Claims:
         alignment_problem: Why word timestamps would end the process; nothing if not.
         tells_words: Whether it names heads that are there, from which word timestamps
             are read; without any, CTranslate2 raises an error.
+        can_detect: It names languages, from which that of a recording is detected, or
+            it knows but English.
     """
 
     vocabulary: Vocabulary
     alignment_problem: str
     tells_words: bool
+    can_detect: bool = True
 
 
 def check_claims(directory: str, header: ModelHeader) -> Claims:
@@ -130,7 +134,9 @@ def check_claims(directory: str, header: ModelHeader) -> Claims:
     _check_mels(directory, header.architecture.mels)
     _check_tokenizer(directory, vocabulary)
     problem = _alignment_problem(config, header)
-    return Claims(vocabulary, problem, bool(config.get(_HEADS)) and not problem)
+    can_detect = bool(config.get(_LANGUAGES)) or not vocabulary.is_multilingual
+    tells_words = bool(config.get(_HEADS)) and not problem
+    return Claims(vocabulary, problem, tells_words, can_detect)
 
 
 # config.json --------------------------------------------------------------------------
@@ -200,6 +206,18 @@ def unalignable(directory: str, problem: str) -> CorruptModel:
         "but word timestamps works without"
     )
     return CorruptModel(directory, problem, cure=cure)
+
+
+def undetectable(directory: str) -> CorruptModel:
+    """
+    The error that refuses to detect a language where config.json names none. The
+    converter leaves none where a fine-tune's files tell it of none.
+    """
+    cure = (
+        "name the language of each call, or take over lang_ids from the config.json of "
+        "the model that was fine-tuned"
+    )
+    return CorruptModel(directory, f"its config.json has no {_LANGUAGES}", cure=cure)
 
 
 # preprocessor_config.json -------------------------------------------------------------

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from . import memory, primer, telemetry, vram
-from .claims import check_tokens, unalignable
+from .claims import check_tokens, unalignable, undetectable
 from .convert import Origin, kind_for
 from .cublas import cublas_problem, load_cublas
 from .errors import (
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from .building import Builder
+    from .errors import CorruptModel
     from .footprint import Footprint, Workload
     from .keys import ModelKey, OptionValue
     from .languages import Knowledge
@@ -547,10 +548,13 @@ class FasterWhisperLoader:
             **options,
         )
         whisper.feature_extractor = InBlocks(whisper.feature_extractor)
-        if problem := claims_of(files).alignment_problem:
+        claims, directory = claims_of(files), (files.original or files).directory
+        if problem := claims.alignment_problem:
             _log.warning("%s cannot tell when words were said: %s", key, problem)
-            model = (files.original or files).directory
-            _refuse_alignment(whisper, model, problem)
+            _refuse(whisper, "find_alignment", partial(unalignable, directory, problem))
+        if not claims.can_detect:
+            _log.warning("%s cannot detect languages: config.json names none", key)
+            _refuse(whisper, "detect_language", partial(undetectable, directory))
         return whisper
 
     def unload(
@@ -900,20 +904,21 @@ def _wanted_variant(key: ModelKey, files: ModelFiles) -> tuple[Origin, str] | No
     return Origin(key.model, files.source, files.stamp), kind
 
 
-def _refuse_alignment(whisper: WhisperModel, directory: str, problem: str) -> None:
+def _refuse(
+    whisper: WhisperModel, method: str, error: Callable[[], CorruptModel]
+) -> None:
     """
-    Have *whisper* raise `CorruptModel` where CTranslate2 would end the process.
+    Has a method of *whisper* raise an *error* where CTranslate2 would end the process,
+    or say nothing of use.
 
     By its class, so that whatever is made after its likeness does so, too.
     """
 
-    def find_alignment(*_: object, **__: object) -> None:
-        raise unalignable(directory, problem)
+    def refused(*_: object, **__: object) -> None:
+        raise error()
 
     plain = type(whisper)
-    whisper.__class__ = type(
-        plain.__name__, (plain,), {"find_alignment": find_alignment}
-    )
+    whisper.__class__ = type(plain.__name__, (plain,), {method: refused})
 
 
 def _tokenizer_of(files: ModelFiles, shells: Shells) -> Tokenizer:
