@@ -22,6 +22,7 @@ import pytest
 from broken_audio import VALID, encoded, tone, wav
 from faster_whisper import decode_audio
 from real import clip, micro, model_of
+from starlette.datastructures import UploadFile
 
 from whispercache import (
     Audio,
@@ -224,6 +225,19 @@ class TestWholeFiles:
             other = given(path, kept)
             expected = decode_audio(str(other) if isinstance(other, Path) else other)
         assert np.array_equal(audio.samples, expected)
+
+    @pytest.mark.skipif(os.name == "nt", reason="no file there has such a name")
+    def test_a_file_may_have_a_colon_in_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        FFmpeg takes what is before it for a protocol, unless the path is absolute.
+        """
+        (tmp_path / "12:30 talk.mp3").write_bytes(of_kind("tone.mp3", 1.0))
+        monkeypatch.chdir(tmp_path)
+        assert len(read_audio("12:30 talk.mp3").samples) > RATE // 2
+        with pytest.raises(AudioError, match=r"'12:31 talk\.mp3'"):
+            read_audio("12:31 talk.mp3")
 
     def test_long_audio_is_in_memory_once(self) -> None:
         """
@@ -692,6 +706,23 @@ class TestNothingToHear:
         """
         with pytest.raises(AudioError, match=r"io\.BytesIO"):
             read_audio(source)
+
+    def test_a_stream_of_another_kind_says_how_to_read_it(self, tmp_path: Path) -> None:
+        """
+        A file that was opened as text, and an upload of FastAPI's or Starlette's.
+        """
+        path = tmp_path / "tone.mp3"
+        path.write_bytes(of_kind("tone.mp3", 1.0))
+        with (
+            path.open(errors="replace") as text,
+            pytest.raises(AudioError, match=r"open it with mode 'rb'"),
+        ):
+            read_audio(cast("Any", text))
+        with path.open("rb") as file:
+            upload = UploadFile(file)
+            with pytest.raises(AudioError, match=r"BytesIO\(await audio\.read\(\)\)"):
+                read_audio(cast("Any", upload))
+            assert len(read_audio(upload.file).samples) > RATE // 2
 
     def test_a_reader_that_fails_in_mid_file_says_so(self) -> None:
         """

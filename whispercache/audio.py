@@ -11,6 +11,8 @@ server waits for its imports.
 from __future__ import annotations
 
 import gc
+import inspect
+import io
 import math
 import os
 from dataclasses import dataclass
@@ -137,11 +139,14 @@ def read_audio(source: str | os.PathLike[str] | BinaryIO) -> Audio:
     """
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
-    elif not isinstance(source, str) and not hasattr(source, "read"):
-        reason = "it is neither a path nor a stream; bytes become one by io.BytesIO"
-        raise AudioError(name_of(source), reason)
+    if refusal := _refusal(source):
+        raise AudioError(name_of(source), refusal)
+    opened = source
+    if isinstance(source, str) and Path(source).is_file():
+        # What is before a colon would be a protocol: "12:30 talk.mp3".
+        opened = str(Path(source).absolute())
     try:
-        with open_audio(source) as container:
+        with open_audio(opened) as container:
             recording = Recording(container)
             samples = _joined(list(recording.pieces()))
     except NoAudio as error:
@@ -183,6 +188,21 @@ def open_audio(source: str | BinaryIO, **options: object) -> InputContainer:
     """
     container = av.open(source, mode="r", **_OPEN, **options)  # type: ignore[call-overload]
     return cast("InputContainer", container)
+
+
+def _refusal(source: object) -> str:
+    """
+    Why nothing can be read from what was given, and what to give; empty if it can.
+    """
+    if isinstance(source, str):
+        return ""
+    if not hasattr(source, "read"):
+        return "it is neither a path nor a stream; bytes become one by io.BytesIO"
+    if isinstance(source, io.TextIOBase):
+        return "it is open as text; open it with mode 'rb'"
+    if inspect.iscoroutinefunction(source.read):
+        return "its read() has to be awaited; give io.BytesIO(await audio.read())"
+    return ""
 
 
 def _is_of_path(error: BaseException, source: object) -> bool:
