@@ -356,9 +356,18 @@ class TestFolders:
         """
         A link that leads nowhere is no model.
         """
-        hub.store(dangling=["model.bin"])
-        with pytest.raises(UnknownModel, match="its download is not whole"):
-            canonical_model(hub.folder())
+        snapshot = hub.store(dangling=["model.bin"])
+        for path in (hub.folder(), snapshot):
+            with pytest.raises(UnknownModel, match="its download is not whole"):
+                canonical_model(path)
+
+    def test_a_link_elsewhere_says_where_it_leads(self, tmp_path: Path) -> None:
+        """
+        It is not a matter of a conversion.
+        """
+        (tmp_path / "model.bin").symlink_to("/mnt/models/gone.bin")
+        with pytest.raises(UnknownModel, match=r"a link to /mnt/models/gone\.bin, "):
+            canonical_model(tmp_path)
 
     def test_its_name_is_that_of_the_repository(self, hub: Hub) -> None:
         """

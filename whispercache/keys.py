@@ -253,11 +253,7 @@ def _cached_snapshot(name: str, path: str) -> Path:
     folder = directory.parent if is_among else directory
     snapshots = snapshots_in(folder)
     if not snapshots:
-        raise UnknownModel(
-            name,
-            "the directory holds no model.bin; convert the model for CTranslate2 "
-            "with ct2-transformers-converter",
-        )
+        raise UnknownModel(name, _why_no_model(directory))
     whole = [each for each in snapshots if is_file(each / "model.bin")]
     current = snapshot_in(folder)
     if current in whole and not is_among:
@@ -265,14 +261,34 @@ def _cached_snapshot(name: str, path: str) -> Path:
     if len(whole) == 1:
         return whole[0]
     if not whole:
-        raise UnknownModel(
-            name,
-            "no snapshot in this folder of the model hub's cache has a model.bin: its "
-            "download is not whole, or the model is not converted for CTranslate2; "
-            "ask for it by its name, 'owner/name'",
-        )
+        raise UnknownModel(name, _NOT_WHOLE)
     names = ", ".join(map(str, whole))
     raise UnknownModel(name, f"several models are in it; give one of {names}")
+
+
+_NOT_WHOLE = (
+    "this folder of the model hub's cache has no model.bin: its download is not whole, "
+    "or the model is not converted for CTranslate2; ask for it by its name, "
+    "'owner/name'"
+)
+
+
+def _why_no_model(directory: Path) -> str:
+    """
+    The reason why a directory is no model: where it was to be one, what is missing.
+    """
+    file = directory / "model.bin"
+    if directory.absolute().parent.name == "snapshots":
+        return _NOT_WHOLE
+    if file.is_symlink():
+        return (
+            f"its model.bin is a link to {file.readlink()}, which is not there; mend "
+            "the link, or download the model again"
+        )
+    return (
+        "the directory holds no model.bin; convert the model for CTranslate2 with "
+        "ct2-transformers-converter"
+    )
 
 
 def anchored(name_or_path: str | os.PathLike[str]) -> str:
