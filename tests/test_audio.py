@@ -456,14 +456,16 @@ class TestDamage:
     ) -> None:
         """
         Opus of other channels, or another codec, joined in ogg: other errors than of
-        broken data, which had the whole file refused.
+        broken data, which had the whole file refused. FFmpeg 7 follows the opus.
         """
         first = encoded("ogg", name, 2.0)
         second = _in_frames("ogg", "libopus", 48_000, "mono", 2.0)
         audio = heard(first + second)
-        assert len(audio.samples) / RATE == pytest.approx(2.0, abs=0.1)
-        assert audio.damage is not None
-        assert audio.damage.breaks_off
+        if audio.damage is None:
+            assert len(audio.samples) / RATE == pytest.approx(4.0, abs=0.1)
+        else:
+            assert len(audio.samples) / RATE == pytest.approx(2.0, abs=0.1)
+            assert audio.damage.breaks_off
 
     @pytest.mark.parametrize("missing", [OSError, MemoryError, av.error.HTTPError])
     def test_what_no_content_is_to_blame_for_is_an_error(
