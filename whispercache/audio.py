@@ -83,8 +83,8 @@ joined files is: one or two packets, of 26 ms each in an mp3.
 
 _OF_CONTENT = (ValueError, av.error.PatchWelcomeError)
 """
-What FFmpeg raises where a container cannot be read on: it is broken there, or a part of
-another kind was joined to it. All else is the machine's or the network's.
+Errors of FFmpeg's where a container cannot be read on: it is broken there, or a part of
+another kind was joined to it. All others are the machine's or the network's.
 """
 
 _COUNTED = frozenset({"flac", "mov"})
@@ -286,7 +286,7 @@ class Recording:
 
     def damage(self) -> AudioDamage | None:
         """
-        What was lost, once all pieces are there; None if nothing worth telling.
+        The losses, once all pieces are there; None if none are worth telling.
         """
         damage = self._losses.total(_promised_s(self._container, self._stream))
         is_told = damage.lost_s >= WORTH_TELLING_S or damage.breaks_off
@@ -294,7 +294,7 @@ class Recording:
 
     def _frames(self) -> Iterator[AudioFrame]:
         """
-        What the stream decodes to, without its times.
+        The frames that the stream decodes to, without their times.
         """
         losses = self._losses
         for packet in self._packets():

@@ -89,7 +89,7 @@ class Vocabulary:
 @dataclass(frozen=True, slots=True)
 class Claims:
     """
-    What the files beside a model.bin say, as far as it is true.
+    The true statements of the files beside a model.bin.
 
     Attributes:
         vocabulary: The model's tokens.
@@ -166,8 +166,8 @@ def _check_config(
 
 def _alignment_problem(config: Mapping[str, object], header: ModelHeader) -> str:
     """
-    What is wrong with the heads that word timestamps are read from; nothing if all is
-    well, or if none are named, which CTranslate2 says by itself.
+    The fault of the heads that word timestamps are read from; empty if they have none,
+    or if none are named, which CTranslate2 says by itself.
 
     It looks them up without a check, and a head that is not there ends the process. Yet
     all else works, and well-known distilled models are published with the heads of the
@@ -348,8 +348,8 @@ def _check_tokenizer(directory: str, vocabulary: Vocabulary) -> None:
 
 def _is_usual(added: Sequence[tuple[str, int]], vocabulary: Vocabulary) -> bool:
     """
-    Whether tokens are listed in the order of their numbers, without a gap, all that is
-    needed is among them, and the numbers are those of the model.
+    Tells whether tokens are listed in the order of their numbers, without a gap, all
+    that are needed are among them, and the numbers are those of the model.
     """
     numbers = [number for _, number in added]
     found = dict(added)

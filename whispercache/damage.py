@@ -29,7 +29,7 @@ Beginnings of what stands between joined files and is no audio.
 @dataclass(frozen=True, slots=True)
 class AudioDamage:
     """
-    What of a recording could not be heard, as far as its packets and timestamps tell.
+    The losses of a recording, as far as its packets and timestamps tell.
 
     Times of what follows do not count it: they are that much earlier.
 
@@ -70,7 +70,7 @@ class AudioDamage:
 
 class Losses:
     """
-    What of a stream could not be heard, counted as it is decoded.
+    The losses of a stream, counted as it is decoded.
 
     Attributes:
         n_bytes: Size of the packets that could be decoded.
@@ -154,7 +154,7 @@ class Losses:
 
     def _seconds(self, packet: Packet[AudioStream]) -> float:
         """
-        What a broken packet would have lasted.
+        The seconds that a broken packet would have lasted.
 
         Where a container has no packets of its own, as mp3, junk of any length comes as
         one: by its size.

@@ -143,7 +143,8 @@ def _libraries() -> Iterator[Finding]:
 
 def _onnxruntime() -> Finding:
     """
-    What finds speech (``vad_filter``, ``batch_size``), and whether it tells its makers.
+    The library that finds speech (``vad_filter``, ``batch_size``), and whether it tells
+    its makers of its use.
 
     Not imported: that is what would begin to tell.
     """
@@ -282,7 +283,7 @@ def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
 
 def _cublas(devices: Sequence[str]) -> Iterator[Finding]:
     """
-    Whether cuBLAS is there, and knows the cards.
+    Tells whether cuBLAS is there, and knows the cards.
     """
     if problem := cublas_problem():
         what, _, mend = problem.partition(": ")

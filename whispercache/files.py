@@ -103,7 +103,7 @@ def stamp_of(directory: str) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=64)
 def _looked_at(directory: str, _stamp: tuple[int, ...]) -> _Look:
     """
-    What the files of a model say, read again when they have changed.
+    The header and the claims of a model's files, read again when they have changed.
     """
     header = read_header(directory)
     return header, check_claims(directory, header)
@@ -127,8 +127,8 @@ def files_in(directory: str) -> ModelFiles:
 
 def claims_of(files: ModelFiles) -> Claims:
     """
-    What the files say of a model that `files_in` has found. No look at the disk, unless
-    it has been forgotten.
+    The claims of the files of a model that `files_in` has found. No look at the disk,
+    unless they have been forgotten.
 
     Raises:
         CorruptModel, LoadFailed: the files have changed for the worse since.
@@ -150,7 +150,7 @@ def local_files(model: str, options: Mapping[str, OptionValue]) -> ModelFiles | 
 
 def is_whole(model: str, options: Mapping[str, OptionValue]) -> bool:
     """
-    Whether a download could bring nothing.
+    Tells whether a download could bring nothing.
     """
     here = _local(model, options)
     return here is not None and not missing_files(here)
@@ -160,7 +160,7 @@ def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
     """
     The files of a repository, after a download if need be.
 
-    What is here and may be incomplete is taken where the hub cannot say more.
+    Files that are here, and may be incomplete, are taken where the hub cannot say more.
 
     Raises:
         UnknownModel: the hub has no such model.
@@ -248,7 +248,7 @@ def _text(value: OptionValue) -> str | None:
 
 def _state(model: str, options: Mapping[str, OptionValue]) -> str:
     """
-    What there is of a repository on this disk, where that is not all.
+    The state of a repository on this disk, where it is not whole, in words.
     """
     here = _local(model, options)
     if here is not None:

@@ -106,7 +106,7 @@ def missing_files(directory: Path) -> list[str]:
 
 def is_usable(directory: Path) -> bool:
     """
-    Whether the files in *directory* are enough to load a model.
+    Tells whether the files in *directory* are enough to load a model.
 
     Raises:
         LoadFailed: it cannot be read.
@@ -117,7 +117,7 @@ def is_usable(directory: Path) -> bool:
 
 def is_interrupted(folder: Path) -> bool:
     """
-    Whether a download of the repository began, and did not end.
+    Tells whether a download of the repository began, and did not end.
 
     Raises:
         LoadFailed: the folder cannot be read.
@@ -127,7 +127,7 @@ def is_interrupted(folder: Path) -> bool:
 
 def is_there(path: str | Path) -> bool:
     """
-    Whether a file or directory is there, not only its name.
+    Tells whether a file or directory is there, not only a link to it.
 
     Raises:
         LoadFailed: that cannot be found out.
@@ -137,7 +137,7 @@ def is_there(path: str | Path) -> bool:
 
 def is_file(path: str | Path) -> bool:
     """
-    Whether a file is there.
+    Tells whether a file is there.
 
     Raises:
         LoadFailed: that cannot be found out.

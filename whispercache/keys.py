@@ -72,7 +72,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 
 def _other_names() -> dict[str, str]:
     """
-    What else the known models are called: by those who serve or publish them.
+    The names that those who serve or publish the known models give them.
 
     The repositories of OpenAI and of Distil-Whisper hold weights that CTranslate2
     cannot read; their names mean the conversions of these. ``openai/whisper-large`` is
@@ -324,7 +324,7 @@ _DEVICE = re.compile(r"(auto|cpu)|cuda(?::(\d+))?")
 
 def _device_hint(device: object) -> str:
     """
-    What was probably meant by what is no device.
+    A hint at the device that was probably meant.
     """
     if device is None:
         return "; leave it out for 'auto'"

@@ -107,7 +107,7 @@ class Resolver:
 
     def knowledge(self, request: Request, *, download: bool) -> Knowledge | None:
         """
-        What the model of *request* has words for; None if that cannot be told, as with
+        The knowledge of the model of *request*; None if that cannot be told, as with
         a repository of unknown size that is not on this disk.
 
         Blocks: not for a model in memory; else for some system calls, and for a

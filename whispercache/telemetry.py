@@ -30,7 +30,7 @@ def keep_off() -> bool:
     Sets the variable for this process and its children, unless the user has set it.
 
     Returns:
-        Whether it was set here. Asked once: a later call changes nothing.
+        True if it was set here. Asked once: a later call changes nothing.
     """
     if VARIABLE in os.environ:
         return False
@@ -40,7 +40,7 @@ def keep_off() -> bool:
 
 def setting() -> tuple[bool, Literal["whispercache", "the environment"]]:
     """
-    Whether it is off, and who said so.
+    Tells whether it is off, and who said so.
     """
     is_ours = keep_off()
     is_off = os.environ.get(VARIABLE, "").strip().lower() in _DISABLING
