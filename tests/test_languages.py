@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from faster_whisper.tokenizer import _LANGUAGE_CODES
 from micro import build_micro
-from real import SILENCE, clip, micro, model_of, packaged, plain_model
+from real import SILENCE, clip, micro, micro_copy, model_of, packaged, plain_model
 from starlette.testclient import TestClient
 
 from whispercache import ModelCache, compare
@@ -461,6 +461,29 @@ def test_files_that_come_later_are_looked_at_before_a_load(
     assert (answer.status_code, answers) == (400, [])
     assert "Cantonese" in answer.json()["error"]["message"]
     assert cache.stats().loads == 0
+
+
+@pytest.mark.process
+def test_a_model_that_cannot_detect_a_language_wants_one(
+    cache: ModelCache, tmp_path: Path
+) -> None:
+    """
+    Before it is loaded: its config.json names none (``lang_ids``).
+    """
+    directory = micro_copy(tmp_path / "model")
+    path = directory / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, "lang_ids": []}), encoding="utf-8")
+    models = (ModelSpec("tuned", str(directory)),)
+    app = create_app(ServerOptions(models=models, device="cpu"), cache)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        for kind, field in (("transcriptions", "language"), ("translations", "model")):
+            answer = ask(client, kind, "tuned")
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, field)
+            assert "cannot detect the language" in error["message"]
+        assert cache.stats().loads == 0
+        assert ask(client, "transcriptions", "tuned", language="de").status_code == 200
 
 
 def ask(client: TestClient, kind: str, model: str, **fields: str) -> Any:

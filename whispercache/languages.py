@@ -157,12 +157,14 @@ class Knowledge:
         languages: Codes of those that it knows, in Whisper's order.
         words_error: Why it cannot tell when words were said; None if it can, or
             CTranslate2 says so by itself.
+        can_detect: It tells which language is spoken.
     """
 
     n_tokens: int
     is_multilingual: bool
     languages: tuple[str, ...]
     words_error: CorruptModel | None = None
+    can_detect: bool = True
 
 
 def knowledge_of(files: ModelFiles) -> Knowledge | None:
@@ -187,7 +189,8 @@ def knowledge_of(files: ModelFiles) -> Knowledge | None:
         codes, is_multilingual = ("en",), False
     problem = claims.alignment_problem
     error = unalignable(files.directory, problem) if problem else None
-    return Knowledge(source.architecture.vocabulary, is_multilingual, codes, error)
+    n_tokens = source.architecture.vocabulary
+    return Knowledge(n_tokens, is_multilingual, codes, error, claims.can_detect)
 
 
 def check_language(model: str, code: str | None, known: Knowledge | None) -> None:

@@ -117,6 +117,12 @@ class Job:
                 raise nonsense("language", message)
             if self.task == "translate":
                 raise nonsense("model", message)
+        if known is not None and not known.can_detect and self.language is None:
+            # A translation has no field for the language.
+            field, cure = "model", "take another one"
+            if self.task == "transcribe":
+                field, cure = "language", "name it"
+            raise nonsense(field, f"this model cannot detect the language; {cure}")
         try:
             check_language(name, self.language, known)
         except ValueError as error:
