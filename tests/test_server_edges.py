@@ -359,25 +359,51 @@ def test_what_was_meant_for_a_file_is_told(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts",
+    ("named", "parts"),
     [
-        [('name="file"', "", b"a"), ('name="file"', "", b"b")],
-        [('name="file"; filename="a"', "", b"a"), ('name="file"', "", b"b")],
-        [('name="file"', "", b"a"), ('name="prompt"', "", b"x" * 70_000)],
-        [('name="file"', "", b"a"), ('name="data"', "", b"x" * 70_000)],
-        [('name="file"', "", b"a"), *[('name="x"', "", b"x")] * 60],
-        [('filename="a"', "", b"a")],
+        ("file", [('name="file"', "", b"a"), ('name="file"', "", b"b")]),
+        (
+            "file",
+            [('name="file"; filename="a"', "", b"a"), ('name="file"', "", b"b")],
+        ),
+        (
+            "voice",
+            [('name="file"', "", b"a"), ('name="voice"; filename="b"', "", b"b")],
+        ),
+        ("prompt", [('name="file"', "", b"a"), ('name="prompt"', "", b"x" * 70_000)]),
+        ("data", [('name="file"', "", b"a"), ('name="data"', "", b"x" * 70_000)]),
+        ("x", [('name="file"', "", b"a"), *[('name="x"', "", b"x")] * 60]),
+        (None, [('name="file"', "", b"a"), ('filename="a"', "", b"a")]),
     ],
 )
 def test_a_form_without_file_names_has_the_same_limits(
-    client: TestClient, parts: list[tuple[str, str, bytes]]
+    client: TestClient, named: str | None, parts: list[tuple[str, str, bytes]]
 ) -> None:
     """
-    One file, and a few short fields.
+    One file, and a few short fields; the refusal names the one that is too much.
     """
     answer = client.post(URL, **multipart(('name="model"', "", b"m"), *parts))
     assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "invalid_request"
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_request", named)
+    assert error["message"].startswith(f"{named}: " if named else "The ")
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/x-www-form-urlencoded", "audio/flac", "application/json"]
+)
+def test_audio_that_is_no_form_is_told_how_to_come(
+    client: TestClient, kind: str
+) -> None:
+    """
+    As by ``curl --data-binary @talk.wav``, which calls it a form of another kind.
+    """
+    body, headers = CLIP.read_bytes(), {"Content-Type": kind}
+    answer = client.post(URL, content=body, headers=headers)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "file"
+    assert "multipart form" in error["message"]
 
 
 # Keys and origins ---------------------------------------------------------------------
