@@ -20,6 +20,8 @@ from served import serving
 from starlette.testclient import TestClient
 
 from whispercache import ModelCache
+from whispercache.cli import main
+from whispercache.job import WRONG_USE
 from whispercache.loader import FasterWhisperLoader
 from whispercache.server import ServerOptions, command, create_app
 from whispercache.server.forms import _in_one_spelling
@@ -716,3 +718,18 @@ def test_a_download_that_takes_too_long_is_told_as_one(
             answer = client.delete("/api/models/m")
         assert answer.status_code == 503
         assert "still at work" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "http", ""])
+def test_a_port_that_is_none_is_told_in_one_line(
+    port: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Before anything is served.
+    """
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "m", f"--port={port}"])
+    assert end.value.code == WRONG_USE
+    told = capsys.readouterr().err
+    assert f"{port!r} is no port" in told
+    assert told.count("\n") == 1
