@@ -392,6 +392,26 @@ def test_a_form_without_file_names_has_the_same_limits(
 
 
 @pytest.mark.parametrize(
+    ("kind", "body", "said"),
+    [
+        ("multipart/form-data", b"", "Missing boundary"),
+        (f"multipart/form-data; boundary={BOUNDARY}", b"nonsense", "Invalid multipart"),
+    ],
+)
+def test_a_form_that_is_broken_before_its_first_field_names_none(
+    client: TestClient, kind: str, body: bytes, said: str
+) -> None:
+    """
+    As of clients that set the content type by hand.
+    """
+    answer = client.post(URL, content=body, headers={"Content-Type": kind})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (None, "invalid_request")
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
     "kind", ["application/x-www-form-urlencoded", "audio/flac", "application/json"]
 )
 def test_audio_that_is_no_form_is_told_how_to_come(

@@ -195,7 +195,7 @@ class _Job:
 
     def _samples(self, file: str) -> NDArray[np.float32]:
         """
-        What is in a file; what of it is lost is said once.
+        The samples of a file; what of it is lost is said once.
         """
         from .audio import read_audio
 

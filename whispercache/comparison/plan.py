@@ -125,7 +125,7 @@ def _plan(
     load_options: Mapping[str, object],
 ) -> tuple[ModelKey, int]:
     """
-    What a model is, and the bytes that it takes.
+    The key of a model, and the bytes that it takes.
     """
     place = (spec.model, device, spec.compute_type)
     key = cache.get_model(*place, **load_options).key  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ def check_languages(
     load_options: Mapping[str, object],
 ) -> None:
     """
-    See whether all models know the language of the files.
+    Refuses a language that one of the models does not know.
 
     Raises:
         ValueError: one of them does not.

@@ -95,9 +95,11 @@ class _Parser(MultiPartParser):
     Takes a part that is called `FILE` for a file, also where it has no file name.
     """
 
+    _name = ""  # of the part that is read; none before the first
+
     def on_part_begin(self) -> None:
         """
-        See the parser, like the following.
+        Begins a part. Called by the parser, as the following are.
         """
         self._header, self._value = bytearray(), bytearray()
         self._name = ""
@@ -132,7 +134,7 @@ class _Parser(MultiPartParser):
 
     def refusal(self, error: MultiPartException) -> ApiError:
         """
-        What a client is told of *error*: the field at which it came up, if any.
+        The refusal for *error*, with the field at which it came up, if any.
         """
         name = self._name[:_LONGEST_SHOWN]
         message = f"{name}: {error.message}" if name else error.message
