@@ -448,6 +448,9 @@ def test_a_key_file_has_comments(tmp_path: Path) -> None:
     file.write_text("# nobody\n\n", encoding="utf-8")
     with pytest.raises(ValueError, match="keys holds no key"):
         command._keys([file, other])
+    file.write_bytes(CLIP.read_bytes())
+    with pytest.raises(ValueError, match="keys is no key file: it is not UTF-8"):
+        command._keys([other, file])
 
 
 def test_a_comment_is_no_key(tmp_path: Path, cache: ModelCache) -> None:

@@ -226,9 +226,12 @@ def read_keys(file: Path) -> list[str]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: there are none.
+        ValueError: there are none, or it is no text.
     """
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no key file: it is not UTF-8") from error
     keys = [_COMMENT.sub("", line).strip() for line in lines]
     if not any(keys):
         raise ValueError(f"{file} holds no key, which would let everybody in")
