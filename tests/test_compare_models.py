@@ -184,6 +184,9 @@ def test_without_any_model_left_it_is_an_error(
     """
     with pytest.raises(CorruptModel):
         compared(files, [ModelSpec("bad", torn(tmp_path, "model.bin"))])
+    bad = [ModelSpec(name, torn(tmp_path / name, "model.bin")) for name in "ab"]
+    with pytest.raises(WhisperCacheError, match=r"no model is left .*: a: .*; b: "):
+        compared(files, bad)
     failing(monkeypatch, "_warm", SHAPE)
     with pytest.raises(WhisperCacheError, match=r"no model is left .*: beta: Invalid"):
         compared(files, specs[1:2])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import pytest
 from forbidden import forbid
-from real import micro
+from real import clip, micro
 
 from whispercache import (
     LoadFailed,
@@ -21,7 +21,9 @@ from whispercache import (
     UnknownModel,
     WhisperCacheError,
 )
+from whispercache.cli import main
 from whispercache.files import downloaded, is_whole, local_files
+from whispercache.job import WRONG_USE
 from whispercache.keys import canonical_model
 from whispercache.loader import FasterWhisperLoader
 from whispercache.memory import SystemProbe
@@ -401,3 +403,30 @@ def test_what_is_not_here_is_told_when_it_may_not_be_fetched(hub: Hub) -> None:
     ):
         cache.explain(MODEL, "cpu")
     assert hub.asked == 0
+
+
+@pytest.mark.parametrize("dangling", [None, ["model.bin"]])
+def test_the_command_downloads_a_repository(
+    hub: Hub, dangling: list[str] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Of any size, whether nothing of it is there yet or a part was lost since.
+    """
+    if dangling is not None:
+        hub.store(dangling=dangling)
+    code = main(["transcribe", clip("en-bread"), "--model", MODEL, "--ram", "2GiB"])
+    told = capsys.readouterr()
+    assert (code, told.err) == (0, "")
+    assert told.out
+    assert hub.asked == 1
+
+
+def test_the_command_says_that_a_download_failed(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Not that something should be loaded first, which a command cannot do.
+    """
+    hub.is_away = True
+    assert main(["transcribe", clip("en-bread"), "--model", MODEL]) == WRONG_USE
+    assert "the download failed" in capsys.readouterr().err

@@ -20,6 +20,8 @@ from served import serving
 from starlette.testclient import TestClient
 
 from whispercache import ModelCache
+from whispercache.cli import main
+from whispercache.job import WRONG_USE
 from whispercache.loader import FasterWhisperLoader
 from whispercache.server import ServerOptions, command, create_app
 from whispercache.server.forms import _in_one_spelling
@@ -359,25 +361,71 @@ def test_what_was_meant_for_a_file_is_told(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts",
+    ("named", "parts"),
     [
-        [('name="file"', "", b"a"), ('name="file"', "", b"b")],
-        [('name="file"; filename="a"', "", b"a"), ('name="file"', "", b"b")],
-        [('name="file"', "", b"a"), ('name="prompt"', "", b"x" * 70_000)],
-        [('name="file"', "", b"a"), ('name="data"', "", b"x" * 70_000)],
-        [('name="file"', "", b"a"), *[('name="x"', "", b"x")] * 60],
-        [('filename="a"', "", b"a")],
+        ("file", [('name="file"', "", b"a"), ('name="file"', "", b"b")]),
+        (
+            "file",
+            [('name="file"; filename="a"', "", b"a"), ('name="file"', "", b"b")],
+        ),
+        (
+            "voice",
+            [('name="file"', "", b"a"), ('name="voice"; filename="b"', "", b"b")],
+        ),
+        ("prompt", [('name="file"', "", b"a"), ('name="prompt"', "", b"x" * 70_000)]),
+        ("data", [('name="file"', "", b"a"), ('name="data"', "", b"x" * 70_000)]),
+        ("x", [('name="file"', "", b"a"), *[('name="x"', "", b"x")] * 60]),
+        (None, [('name="file"', "", b"a"), ('filename="a"', "", b"a")]),
     ],
 )
 def test_a_form_without_file_names_has_the_same_limits(
-    client: TestClient, parts: list[tuple[str, str, bytes]]
+    client: TestClient, named: str | None, parts: list[tuple[str, str, bytes]]
 ) -> None:
     """
-    One file, and a few short fields.
+    One file, and a few short fields; the refusal names the one that is too much.
     """
     answer = client.post(URL, **multipart(('name="model"', "", b"m"), *parts))
     assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "invalid_request"
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_request", named)
+    assert error["message"].startswith(f"{named}: " if named else "The ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "said"),
+    [
+        ("multipart/form-data", b"", "Missing boundary"),
+        (f"multipart/form-data; boundary={BOUNDARY}", b"nonsense", "Invalid multipart"),
+    ],
+)
+def test_a_form_that_is_broken_before_its_first_field_names_none(
+    client: TestClient, kind: str, body: bytes, said: str
+) -> None:
+    """
+    As of clients that set the content type by hand.
+    """
+    answer = client.post(URL, content=body, headers={"Content-Type": kind})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (None, "invalid_request")
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/x-www-form-urlencoded", "audio/flac", "application/json"]
+)
+def test_audio_that_is_no_form_is_told_how_to_come(
+    client: TestClient, kind: str
+) -> None:
+    """
+    As by ``curl --data-binary @talk.wav``, which calls it a form of another kind.
+    """
+    body, headers = CLIP.read_bytes(), {"Content-Type": kind}
+    answer = client.post(URL, content=body, headers=headers)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "file"
+    assert "multipart form" in error["message"]
 
 
 # Keys and origins ---------------------------------------------------------------------
@@ -400,6 +448,9 @@ def test_a_key_file_has_comments(tmp_path: Path) -> None:
     file.write_text("# nobody\n\n", encoding="utf-8")
     with pytest.raises(ValueError, match="keys holds no key"):
         command._keys([file, other])
+    file.write_bytes(CLIP.read_bytes())
+    with pytest.raises(ValueError, match="keys is no key file: it is not UTF-8"):
+        command._keys([other, file])
 
 
 def test_a_comment_is_no_key(tmp_path: Path, cache: ModelCache) -> None:
@@ -690,3 +741,18 @@ def test_a_download_that_takes_too_long_is_told_as_one(
             answer = client.delete("/api/models/m")
         assert answer.status_code == 503
         assert "still at work" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "http", ""])
+def test_a_port_that_is_none_is_told_in_one_line(
+    port: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Before anything is served.
+    """
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "m", f"--port={port}"])
+    assert end.value.code == WRONG_USE
+    told = capsys.readouterr().err
+    assert f"{port!r} is no port" in told
+    assert told.count("\n") == 1

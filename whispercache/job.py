@@ -149,10 +149,11 @@ class _Job:
         models: dict[object, CachedModel] = {}
         for text in options.models:
             model = cache.get_model(text, *place)
+            # A repository of unknown size is downloaded to know its key.
+            models.setdefault(model.key, model)
             plan = cache.explain(text, *place, workload=workload)
             if plan.outcome == "never":
                 raise WhisperCacheError(plan.reason)
-            models.setdefault(model.key, model)
         names = _distinct(_short(model.key.model) for model in models.values())
         return dict(zip(names, models.values(), strict=True))
 
@@ -194,7 +195,7 @@ class _Job:
 
     def _samples(self, file: str) -> NDArray[np.float32]:
         """
-        The samples of a file; its damage is said once.
+        The samples of a file; what of it is lost is said once.
         """
         from .audio import read_audio
 

@@ -149,7 +149,7 @@ def language_code(language: str | None) -> str | None:
 @dataclass(frozen=True, slots=True)
 class Knowledge:
     """
-    What a model has words for.
+    The languages that a model has tokens for.
 
     Attributes:
         n_tokens: How many tokens it has.
@@ -169,7 +169,7 @@ class Knowledge:
 
 def knowledge_of(files: ModelFiles) -> Knowledge | None:
     """
-    What the model of *files* has words for; None if nothing is known of it.
+    The knowledge of the model of *files*; None if nothing is known of it.
 
     No look at the disk for files that were looked at before; see `files.claims_of`.
 
@@ -195,7 +195,7 @@ def knowledge_of(files: ModelFiles) -> Knowledge | None:
 
 def check_language(model: str, code: str | None, known: Knowledge | None) -> None:
     """
-    See whether a model knows a language. An English-only one is asked for nothing: it
+    Refuses a language that a model does not know. An English-only one knows all: it
     takes all for English, and faster-whisper warns of that.
 
     Raises:

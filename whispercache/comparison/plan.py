@@ -28,6 +28,7 @@ __all__ = [
     "Input",
     "check_languages",
     "enter",
+    "none_left",
     "one_line",
     "read_inputs",
 ]
@@ -104,10 +105,23 @@ def enter(
             failed.append((name, error))
         else:
             entrants.append(Entrant(name, spec, key, identity, cost))
-    if failed and not entrants:
-        raise failed[0][1]
     failures = [ModelFailure(name, one_line(error)) for name, error in failed]
+    if failed and not entrants:
+        if len(failed) > 1:
+            raise WhisperCacheError(none_left(failures))
+        raise failed[0][1]
     return entrants, notes, failures
+
+
+def none_left(failures: Sequence[ModelFailure]) -> str:
+    """
+    An error's text: which models failed, and why; what they have in common once.
+    """
+    models: dict[str, list[str]] = {}
+    for failure in failures:
+        models.setdefault(failure.reason, []).append(failure.model)
+    told = "; ".join(f"{', '.join(names)}: {why}" for why, names in models.items())
+    return f"no model is left to compare: {told}"
 
 
 def one_line(error: BaseException) -> str:
@@ -146,7 +160,7 @@ def check_languages(
     load_options: Mapping[str, object],
 ) -> None:
     """
-    Checks that all models know the language of the files.
+    Refuses a language that one of the models does not know.
 
     Raises:
         ValueError: one of them does not.

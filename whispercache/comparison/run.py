@@ -19,7 +19,7 @@ from whispercache.parameters import checked
 from whispercache.signatures import bound
 from whispercache.specs import ModelSpec, parse_spec
 
-from .plan import check_languages, enter, read_inputs
+from .plan import check_languages, enter, none_left, read_inputs
 from .references import match_references, read_references
 from .store import Store
 from .turns import Run
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from .values import Comparison, ModelFailure, Progress, Reference
+    from .values import Comparison, Progress, Reference
 
     Path_: TypeAlias = str | os.PathLike[str]
     References: TypeAlias = Path_ | Mapping[str, Reference | str]
@@ -130,7 +130,7 @@ def compare(
         run.run()
     failed = (*broken, *run.failed)
     if len(run.failed) == len(entrants):
-        raise WhisperCacheError(f"no model is left to compare: {_told(failed)}")
+        raise WhisperCacheError(none_left(failed))
     from .assess import assess
 
     comparison = assess(run.findings(), known, call, resamples)
@@ -165,16 +165,6 @@ def _specs(models: Sequence[str | ModelSpec]) -> list[ModelSpec]:
     if not specs:
         raise ValueError("there are no models to compare")
     return specs
-
-
-def _told(failures: Sequence[ModelFailure]) -> str:
-    """
-    Which models failed, and why; what they have in common once.
-    """
-    models: dict[str, list[str]] = {}
-    for failure in failures:
-        models.setdefault(failure.reason, []).append(failure.model)
-    return "; ".join(f"{', '.join(names)}: {why}" for why, names in models.items())
 
 
 def _references(

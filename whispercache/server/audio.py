@@ -106,7 +106,7 @@ class Job:
 
     def check_model(self, name: str, known: Knowledge | None) -> None:
         """
-        See whether the model of that *name* can do it, as far as it is known.
+        Refuses what the model of that *name* cannot do, as far as that is known.
 
         Raises:
             ApiError: it cannot.

@@ -4,6 +4,7 @@ Command: ``whispercache serve``.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import re
@@ -20,7 +21,6 @@ from whispercache.units import limit_bytes, parse_duration, parse_limit
 from .options import ANY_ORIGIN, ServerOptions
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
 __all__ = ["HELP", "KEYS_VARIABLE", "add_options", "read_keys", "run"]
@@ -48,6 +48,7 @@ The page is at /, Prometheus metrics at /metrics, probes look at /healthz and /r
 """
 
 _COMMENT = re.compile(r"(^|\s)#.*")
+_LAST_PORT = 65_535
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -62,7 +63,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="127.0.0.1",
         help="address to listen on (default: %(default)s)",
     )
-    add("--port", type=int, default=8000, help="default: %(default)s")
+    add(
+        "--port",
+        type=_port,
+        default=8000,
+        metavar="PORT",
+        help="default: %(default)s",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--preload", action="append", default=[], metavar="NAME", help="load it now")
     add("--pin", action="append", default=[], metavar="NAME", help="load and keep it")
@@ -121,6 +128,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of a page; null, * (see below)",
     )
     parser.set_defaults(run=run)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > _LAST_PORT:
+        message = f"{text!r} is no port; give a number up to {_LAST_PORT}"
+        raise argparse.ArgumentTypeError(message)
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -212,9 +226,12 @@ def read_keys(file: Path) -> list[str]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: there are none.
+        ValueError: there are none, or it is no text.
     """
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no key file: it is not UTF-8") from error
     keys = [_COMMENT.sub("", line).strip() for line in lines]
     if not any(keys):
         raise ValueError(f"{file} holds no key, which would let everybody in")

@@ -241,8 +241,11 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
-        if isinstance(error.__cause__, OSError):  # while the upload was kept
-            return as_refusal(error.__cause__).response()
+        cause = error.__cause__
+        if isinstance(cause, ApiError):  # while the form was read
+            return cause.response()
+        if isinstance(cause, OSError):  # while the upload was kept
+            return as_refusal(cause).response()
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         headers = dict(error.headers or {})
         if "Allow" in headers:  # of the first route of that path, where there are more

@@ -13,13 +13,12 @@ from urllib.parse import unquote
 from fastapi.routing import APIRoute
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData
-from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from whispercache.units import parse_duration
 
-from .errors import nonsense
+from .errors import ApiError, nonsense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -42,6 +41,7 @@ _UNNAMED = b'; filename=""'
 _FILES = 1
 _FIELDS = 50
 _FIELD_BYTES = 64 * 1024
+_LONGEST_SHOWN = 100
 
 
 class SmallForm(APIRoute):
@@ -73,22 +73,20 @@ class _Request(Request):
 
     async def _read(self) -> FormData:
         kind, _ = parse_options_header(self.headers.get("content-type"))
-        if kind == b"multipart/form-data":
-            try:
-                async with aclosing(self.stream()) as body:
-                    form = await _Parser(
-                        self.headers,
-                        body,
-                        max_files=_FILES,
-                        max_fields=_FIELDS,
-                        max_part_size=_FIELD_BYTES,
-                    ).parse()
-            except MultiPartException as error:
-                raise HTTPException(400, detail=error.message) from None
-        else:
-            form = await super().form(
-                max_fields=_FIELDS, max_part_size=_FIELD_BYTES, max_files=_FILES
+        if kind != b"multipart/form-data":
+            return FormData()  # which lacks a file, whatever the body holds
+        async with aclosing(self.stream()) as body:
+            parser = _Parser(
+                self.headers,
+                body,
+                max_files=_FILES,
+                max_fields=_FIELDS,
+                max_part_size=_FIELD_BYTES,
             )
+            try:
+                form = await parser.parse()
+            except MultiPartException as error:
+                raise parser.refusal(error) from None
         return FormData(list(_in_one_spelling(form.multi_items())))
 
 
@@ -97,11 +95,14 @@ class _Parser(MultiPartParser):
     Takes a part that is called `FILE` for a file, also where it has no file name.
     """
 
+    _name = ""  # of the part that is read; none before the first
+
     def on_part_begin(self) -> None:
         """
-        See the parser, like the following.
+        Begins a part. Called by the parser, as the following are.
         """
         self._header, self._value = bytearray(), bytearray()
+        self._name = ""
         super().on_part_begin()
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
@@ -124,11 +125,20 @@ class _Parser(MultiPartParser):
         """
         if self._header.lower() == b"content-disposition":
             _, options = parse_options_header(bytes(self._value))
-            if options.get(b"name") == FILE.encode() and b"filename" not in options:
+            self._name = options.get(b"name", b"").decode(errors="replace")
+            if self._name == FILE and b"filename" not in options:
                 super().on_header_value(_UNNAMED, 0, len(_UNNAMED))
         self._header.clear()
         self._value.clear()
         super().on_header_end()
+
+    def refusal(self, error: MultiPartException) -> ApiError:
+        """
+        The refusal for *error*, with the field at which it came up, if any.
+        """
+        name = self._name[:_LONGEST_SHOWN]
+        message = f"{name}: {error.message}" if name else error.message
+        return ApiError(400, message, code="invalid_request", param=name or None)
 
 
 def _in_one_spelling(

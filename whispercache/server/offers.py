@@ -62,8 +62,8 @@ class Offer:
 
     def knowledge(self) -> Knowledge | None:
         """
-        What it has words for, as far as that is known without a download. Blocks for
-        some system calls, but not while it is in memory.
+        The languages that it has tokens for; None if a download would have to tell.
+        Blocks for some system calls, but not while it is in memory.
 
         Raises:
             WhisperCacheError: its files are gone, or broken.
