@@ -888,7 +888,9 @@ def as_request(
     compute_type: str,
     load_options: dict[str, object],
 ) -> Request:
-    kind = frozen_compute_type(compute_type)
+    # Each hit comes by here.
+    is_plain = type(compute_type) is str
+    kind = compute_type if is_plain else frozen_compute_type(compute_type)
     if not load_options:
         return (model, device, kind)
     return (model, device, kind, *sorted(load_options.items()))

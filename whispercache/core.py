@@ -763,6 +763,7 @@ class Core(Moves):
         Raises:
             LeaseDeadlock: *waits_for*, who will wait for them, holds leases on some.
         """
+        self._perform([])  # what was dropped on the way here is held no more
         with self.changing():
             leaving = [
                 entry

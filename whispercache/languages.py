@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from .architecture import Architecture
 from .claims import unalignable
 from .files import claims_of
+from .parameters import check_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LANGUAGES",
     "Knowledge",
+    "check_knowledge",
     "check_language",
     "knowledge_of",
     "language_code",
@@ -211,6 +213,27 @@ def check_language(model: str, code: str | None, known: Knowledge | None) -> Non
     raise ValueError(
         f"{model} does not know {LANGUAGES[code].title()} ({code!r}): {hint}"
     )
+
+
+def check_knowledge(
+    model: str, values: Mapping[str, object], known: Knowledge | None
+) -> None:
+    """
+    See whether a model knows the language and the tokens of a call, and when words
+    were said if that is asked.
+
+    Raises:
+        ValueError: it does not.
+        CorruptModel: it names heads for words that are not there.
+    """
+    if known is None:
+        return
+    language = values.get("language")
+    if isinstance(language, str) and language in LANGUAGES:
+        check_language(model, language, known)
+    check_tokens(values, known.n_tokens)
+    if values.get("word_timestamps") and known.words_error is not None:
+        raise known.words_error
 
 
 @functools.lru_cache(maxsize=64)

@@ -49,15 +49,15 @@ from .files import (
 from .footprint import estimate, reserved
 from .header import ModelHeader
 from .keys import is_directory
-from .languages import knowledge_of
+from .languages import check_knowledge, knowledge_of
 from .learned import LearnedFootprints
 from .loading import LoadedModel, Released
 from .pages import ReadAhead, read_through
-from .rebound import rebound
+from .rebound import rebound, swapped
 from .shells import Shell, Shells
 from .signatures import signature_of
 from .speech import bounded_names
-from .views import lending, view_of
+from .views import check_calls, lending, lent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from .languages import Knowledge
     from .loading import AudioInput
     from .memory import MemoryProbe
+    from .rebound import Swaps
     from .variants import Variants
 
 __all__ = ["FasterWhisperLoader", "versions"]
@@ -210,26 +211,30 @@ def _construct(files: ModelFiles, shells: Shells, **options: object) -> WhisperM
             FeatureExtractor, feature_size=files.source.architecture.mels
         ),
     )
-    lent = lending(WhisperModel, **_bounded_names())
-    whisper: WhisperModel = object.__new__(lent)
+    whisper: WhisperModel = object.__new__(lending(WhisperModel, _swaps()))
     init(whisper, files.directory, **options)
     return whisper
 
 
 @functools.cache
-def _bounded_names() -> Mapping[str, Callable[..., object]]:
+def _swaps() -> Swaps:
     """
     What calls find in place of faster-whisper's functions that take much memory.
     """
     _ctranslate2()
     from faster_whisper import vad
 
-    return bounded_names(
+    def vad_model() -> object:
+        # Looked up now: programs put others in its place.
+        return vad.get_vad_model()
+
+    bounded = bounded_names(
         vad.get_speech_timestamps,
-        vad.get_vad_model,
+        vad_model,
         vad.collect_chunks,
         vad.VadOptions,
     )
+    return tuple((getattr(vad, name), other) for name, other in bounded.items())
 
 
 @dataclass(slots=True)
@@ -497,6 +502,7 @@ class FasterWhisperLoader:
             memory.return_free_memory()
         grown = self._held(key.device).growth_since(before)
         known = knowledge_of(files)
+        check_calls(whisper, partial(check_knowledge, str(key), known=known))
         loaded = LoadedModel(
             key=key,
             files=files,
@@ -509,7 +515,7 @@ class FasterWhisperLoader:
             restored=copy_bytes > 0,
             copy_bytes=copy_bytes,
             expected_bytes=_expected_bytes(key, files, grown),
-            lend=partial(view_of, n_tokens=None if known is None else known.n_tokens),
+            lend=lent,
         )
         if key.device != "cpu":
             vram.forget_peak(key.device)
@@ -756,8 +762,7 @@ class FasterWhisperLoader:
         _ctranslate2()
         from faster_whisper import BatchedInferencePipeline
 
-        transcribe = rebound(BatchedInferencePipeline.transcribe, **_bounded_names())
-        return partial(transcribe, BatchedInferencePipeline(whisper))
+        return swapped(BatchedInferencePipeline(whisper).transcribe, _swaps())
 
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
         """

@@ -14,7 +14,6 @@ from .errors import AudioError
 from .footprint import DEFAULT_WORKLOAD, Workload, rounded_audio_s
 from .parameters import (
     check_batch_size,
-    check_tokens,
     checked,
     filters_speech,
     temperatures_of,
@@ -159,14 +158,9 @@ def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
     )
     if language is None and not names_tokens and not wants_words:
         return  # spares a look at its files
-    from .languages import check_language
+    from . import languages
 
-    known = source.knowledge()
-    check_language(str(source), language, known)
-    if known is not None:
-        check_tokens(values, known.n_tokens)
-        if wants_words and known.words_error is not None:
-            raise known.words_error
+    languages.check_knowledge(str(source), values, source.knowledge())
 
 
 def prepared_detection(

@@ -68,12 +68,11 @@ def bounded_names(
             return model  # of a version that is not known here
         return InBlocks(session)
 
-    in_blocks = rebound(get_speech_timestamps, get_vad_model=bounded_model)
-
     def timestamps(audio: Samples, options: object = None, **more: object) -> object:
         # As a mapping, ``detect_language`` passes them on as they are.
         if isinstance(options, dict):
             options = vad_options(**options)
+        in_blocks = rebound(get_speech_timestamps, get_vad_model=bounded_model)
         return in_blocks(audio, options, **more)
 
     def bounded_chunks(
