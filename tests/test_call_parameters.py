@@ -8,6 +8,7 @@ import copy
 import inspect
 import io
 import itertools
+import mmap
 import pickle
 import threading
 from dataclasses import asdict
@@ -744,6 +745,31 @@ def test_a_stream_at_its_end_is_told_so(cache: ModelCache) -> None:
     assert list(model.transcribe(stream)[0])
     with pytest.raises(AudioError, match="cannot decode audio BytesIO"):
         model.transcribe(io.BytesIO(b""))
+
+
+def test_a_mapped_file_is_a_stream_too(cache: ModelCache) -> None:
+    """
+    Before Python 3.13, its position is not told where it is set. One whose methods are
+    to be awaited is told to be no audio.
+    """
+
+    class Awaited:
+        def read(self, _size: int = -1) -> object:
+            return object()
+
+        seek = tell = read
+
+    model: Any = model_of(cache, micro())
+    with (
+        Path(clip("en-bread")).open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
+        assert list(model.transcribe(mapped)[0])
+        mapped.seek(len(mapped))
+        with pytest.raises(AudioError, match="at its end"):
+            model.transcribe(mapped)
+    with pytest.raises(AudioError, match="cannot decode audio Awaited"):
+        model.transcribe(Awaited())
 
 
 def test_calls_at_the_end_of_the_interpreter_find_no_model(cache: ModelCache) -> None:

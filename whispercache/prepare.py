@@ -132,7 +132,10 @@ def _check_position(audio: AudioInput) -> None:
         return
     try:
         position = audio.tell()
-        end = audio.seek(0, os.SEEK_END)
+        if not isinstance(position, int):  # of a stream to be awaited, say
+            return
+        audio.seek(0, os.SEEK_END)
+        end = audio.tell()  # a mapped file's seek() returns nothing
         audio.seek(position)
     except (OSError, ValueError):  # a pipe, or closed: the decoder will tell
         return
