@@ -132,8 +132,9 @@ def language_code(language: str | None) -> str | None:
     text = language.strip().lower().replace("_", "-")
     if text in _DETECT:
         return None
-    if text in _CODES:
-        return _CODES[text]
+    for spelled in (text, text.replace("-", " ")):  # "haitian-creole"
+        if spelled in _CODES:
+            return _CODES[spelled]
     locale = text.partition(".")[0].partition("@")[0]
     if match := _LOCALE.fullmatch(locale):
         parts = locale.split("-")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -580,7 +581,7 @@ class FasterWhisperLoader:
         if device != "cpu":
             vram.settle(device)
         before = self._held(device)
-        references = max(0, loaded.count_references() - loaded.references)
+        references = _references_left(loaded)
         try:
             # A copy beside it in the same memory would be of no use.
             parks = parks and not vram.is_integrated(device)
@@ -802,6 +803,16 @@ _signature = functools.cache(inspect.signature)
 
 def _keep_for_ever(whisper: WhisperModel) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(whisper.model))
+
+
+def _references_left(loaded: LoadedModel) -> int:
+    """
+    How many refer to a model that nobody leases, and should not.
+    """
+    if loaded.count_references() > loaded.references:
+        # Programs that put methods on a leased model tie it to itself.
+        gc.collect()
+    return max(0, loaded.count_references() - loaded.references)
 
 
 class _StillLoaded(Exception):
