@@ -341,6 +341,7 @@ def test_the_pipeline_has_rules_of_its_own(
         {"clip_timestamps": None},
         {"max_initial_timestamp": "unused"},
         {"temperature": [0.0, "unused"]},
+        {"hallucination_silence_threshold": "unused"},
         {"clip_timestamps": [{"start": 0, "end": 1, "id": 7}]},
         {"vad_parameters": {"max_speech_duration_s": "unused"}},
     ],

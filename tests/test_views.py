@@ -118,7 +118,12 @@ def test_methods_that_are_set_on_it_are_used(leased: Any) -> None:
     """
     seen: list[Any] = []
     encode, transcribe = leased.encode, leased.transcribe
-    leased.encode = lambda features: seen.append(features.shape) or encode(features)
+
+    def seen_encode(features: Any) -> Any:
+        seen.append(features.shape)
+        return encode(features)
+
+    leased.encode = seen_encode
     leased.transcribe = lambda audio, **_: transcribe(audio, beam_size=1)
     segments, info = leased.transcribe(SILENCE, beam_size=4)
     assert text_of(segments) == TEXT
@@ -144,8 +149,8 @@ def test_methods_that_a_program_wraps_get_what_was_given(
 
     monkeypatch.setattr(WhisperModel, "transcribe", traced)
     model = model_of(cache, micro())
-    args, options = ((SILENCE, "en"), {}) if by_position else ((SILENCE,), {})
-    options = options if by_position else {"language": "en"}
+    args: Any = (SILENCE, "en") if by_position else (SILENCE,)
+    options: Any = {} if by_position else {"language": "en"}
     with model.lease() as whisper:
         assert text_of(whisper.transcribe(*args, **options)[0]) == TEXT
     assert seen == [(len(args), sorted(options))]

@@ -184,8 +184,10 @@ def _finite(_call: _Call, name: str, value: object) -> object:
     return _number(name, value, "a finite number", math.isfinite)
 
 
-def _threshold(_call: _Call, name: str, value: object) -> object:
-    return value if value is None else _number(name, value, "a number or None")
+def _threshold(call: _Call, name: str, value: object) -> object:
+    if value is None or call.is_batched:  # which has none
+        return value
+    return _number(name, value, "a number or None")
 
 
 def _text(_call: _Call, name: str, value: object) -> object:
@@ -388,6 +390,7 @@ def _check_vad(name: str, fields: Mapping[str, Any]) -> None:
         pad_s = float(fields.get("speech_pad_ms", 400)) / 1000
         least_s = 0.0 if 2 * pad_s >= _VAD_WINDOW_S else _VAD_WINDOW_S + 2 * pad_s
         wanted = f"seconds, more than {least_s:.3f} with the padding of {pad_s} s"
+        wanted = wanted if least_s else "seconds above 0"
         key = f"{name}[{_VAD_LIMIT!r}]"
         _number(key, fields[_VAD_LIMIT], wanted, lambda s: s > least_s)
 
