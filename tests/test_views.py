@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import shutil
 import types
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -16,12 +17,13 @@ import numpy as np
 import pytest
 from faster_whisper import BatchedInferencePipeline, WhisperModel, vad
 from faster_whisper import transcribe as transcribing
-from real import SILENCE, TEXT, clip, micro, model_of, plain_model, text_of
+from real import SILENCE, TEXT, clip, micro, micro_copy, model_of, plain_model, text_of
 
-from whispercache import ModelCache, ModelStillReferenced
+from whispercache import ModelCache, ModelStillReferenced, files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 RATE = 16_000
 LONG = np.zeros(45 * RATE, np.float32)
@@ -238,3 +240,20 @@ def test_pipelines_over_it_let_it_go(cache: ModelCache) -> None:
     model.transcribe(SILENCE)
     cache.evict()  # also of what was just dropped
     assert not [each for each in events if isinstance(each, ModelStillReferenced)]
+
+
+def test_a_model_in_memory_is_known_without_its_files(
+    cache: ModelCache, tmp_path: Path
+) -> None:
+    """
+    Though they are gone, and so many others were looked at since that they are
+    forgotten.
+    """
+    directory = micro_copy(tmp_path / "model")
+    model = model_of(cache, directory)
+    assert text_of(model.transcribe(SILENCE, language="de")[0]) == TEXT
+    shutil.rmtree(directory)
+    files._looked_at.cache_clear()
+    assert text_of(model.transcribe(SILENCE, language="de")[0]) == TEXT
+    with pytest.raises(ValueError, match="does not know Cantonese"):
+        model.transcribe(SILENCE, language="yue")

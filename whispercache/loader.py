@@ -516,6 +516,7 @@ class FasterWhisperLoader:
             restored=copy_bytes > 0,
             copy_bytes=copy_bytes,
             expected_bytes=_expected_bytes(key, files, grown),
+            knowledge=known,
             lend=lent,
         )
         if key.device != "cpu":
