@@ -58,7 +58,7 @@ from .rebound import rebound, swapped
 from .shells import Shell, Shells
 from .signatures import signature_of
 from .speech import bounded_names
-from .views import check_calls, lending, lent
+from .views import lending, lent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -503,7 +503,6 @@ class FasterWhisperLoader:
             memory.return_free_memory()
         grown = self._held(key.device).growth_since(before)
         known = knowledge_of(files)
-        check_calls(whisper, partial(check_knowledge, str(key), known=known))
         loaded = LoadedModel(
             key=key,
             files=files,
@@ -517,7 +516,7 @@ class FasterWhisperLoader:
             copy_bytes=copy_bytes,
             expected_bytes=_expected_bytes(key, files, grown),
             knowledge=known,
-            lend=lent,
+            lend=partial(lent, check=partial(check_knowledge, str(key), known=known)),
         )
         if key.device != "cpu":
             vram.forget_peak(key.device)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Check: TypeAlias = Callable[[Mapping[str, object]], None]
 
-__all__ = ["check_calls", "lending", "lent"]
+__all__ = ["lending", "lent"]
 
 
 class _Lending:
@@ -48,7 +48,6 @@ class _Lending:
             mine.update(vars(self))
             mine.pop("feature_extractor", None)
         view._lender = self
-        view._check = self._check
         return view
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as of a WhisperModel
@@ -75,23 +74,19 @@ class _Lending:
         )
 
 
-def lent(whisper: WhisperModel) -> WhisperModel:
+def lent(whisper: WhisperModel, check: Check | None = None) -> WhisperModel:
     """
     A view of a model that can be lent; another one itself, as in tests.
-    """
-    return whisper._lend() if isinstance(whisper, _Lending) else whisper
-
-
-def check_calls(whisper: WhisperModel, check: Check) -> None:
-    """
-    Have calls on views of a model looked at before they are made.
 
     Args:
         whisper: The model.
         check: Raises what is wrong with the parameters of a call, given by name.
     """
-    if isinstance(whisper, _Lending):
-        whisper._check = check
+    if not isinstance(whisper, _Lending):
+        return whisper
+    view = whisper._lend()
+    view._check = check
+    return view
 
 
 @functools.cache
