@@ -888,12 +888,11 @@ def as_request(
     compute_type: str,
     load_options: dict[str, object],
 ) -> Request:
-    # Each hit comes by here.
-    is_plain = type(compute_type) is str
-    kind = compute_type if is_plain else frozen_compute_type(compute_type)
+    if type(compute_type) is not str:  # each hit comes by here
+        compute_type = cast("str", frozen_compute_type(compute_type))
     if not load_options:
-        return (model, device, kind)
-    return (model, device, kind, *sorted(load_options.items()))
+        return (model, device, compute_type)
+    return (model, device, compute_type, *sorted(load_options.items()))
 
 
 def as_requests(

@@ -206,8 +206,8 @@ class Lease:
         return f"<Lease {self.key} {state}>"
 
     def __del__(self) -> None:
-        self._view = None  # or it is seen to refer to the model when that leaves
         if self._serial in self._entry.leases:
+            self._view = None  # or it is seen to refer to the model as that leaves
             self._lessor.drop(self._entry, self._serial, self._keep_alive_s)
             if not self.owned:
                 place = f" (taken at {self.taken_at})" if self.taken_at else ""

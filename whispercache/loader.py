@@ -58,7 +58,7 @@ from .rebound import rebound, swapped
 from .shells import Shell, Shells
 from .signatures import signature_of
 from .speech import bounded_names
-from .views import lending, lent
+from .views import lending, lends
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -516,7 +516,7 @@ class FasterWhisperLoader:
             copy_bytes=copy_bytes,
             expected_bytes=_expected_bytes(key, files, grown),
             knowledge=known,
-            lend=partial(lent, check=partial(check_knowledge, str(key), known=known)),
+            lend=lends(type(whisper), partial(check_knowledge, str(key), known=known)),
         )
         if key.device != "cpu":
             vram.forget_peak(key.device)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Check: TypeAlias = Callable[[Mapping[str, object]], None]
 
-__all__ = ["lending", "lent"]
+__all__ = ["lending", "lends"]
 
 
 class _Lending:
@@ -74,19 +74,29 @@ class _Lending:
         )
 
 
-def lent(whisper: WhisperModel, check: Check | None = None) -> WhisperModel:
+def lends(
+    kind: type[WhisperModel], check: Check
+) -> Callable[[WhisperModel], WhisperModel]:
     """
-    A view of a model that can be lent; another one itself, as in tests.
+    A function that makes a view of a model that can be lent, and leaves another one as
+    it is, as in tests.
 
     Args:
-        whisper: The model.
+        kind: The class of the model.
         check: Raises what is wrong with the parameters of a call, given by name.
     """
-    if not isinstance(whisper, _Lending):
-        return whisper
-    view = whisper._lend()
-    view._check = check
-    return view
+    if not issubclass(kind, _Lending):
+        return lambda whisper: whisper
+    new = object.__new__
+
+    # Each hit comes by here; so nothing is looked up.
+    def lend(whisper: WhisperModel) -> WhisperModel:
+        view = new(kind)
+        view._lender = whisper
+        view._check = check
+        return view
+
+    return lend
 
 
 @functools.cache
