@@ -23,8 +23,9 @@ from faster_whisper.vad import VadOptions
 from real import SILENCE, at_once, clip, micro, model_of, plain_model
 
 from whispercache import AsyncModelCache, AudioError, ModelCache
-from whispercache.parameters import check_tokens, checked, own_values
+from whispercache.parameters import check_tokens, checked
 from whispercache.signatures import bound, signature_of
+from whispercache.views import own_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,8 +14,6 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from .signatures import bound, signature_of
-
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -28,7 +26,6 @@ __all__ = [
     "check_tokens",
     "checked",
     "filters_speech",
-    "own_values",
     "temperatures_of",
 ]
 
@@ -474,42 +471,3 @@ def check_tokens(options: Options, n_tokens: int) -> None:
                 if isinstance(each, int) and each >= n_tokens:
                     wanted = f"ids below {n_tokens}, the tokens of this model"
                     raise _refuse(name, wanted, each)
-
-
-def own_values(
-    function: Callable[..., object],
-    args: tuple[object, ...],
-    options: Options,
-    check: Callable[[Options], None] | None = None,
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    """
-    The parameters of a call of a method, by position and by name as they were given,
-    checked and copied.
-
-    Those by position are left as they are where the method takes any number of them.
-
-    Args:
-        function: The method of the class.
-        args: Those by position.
-        options: Those by name.
-        check: Raises what is wrong with them, by name, for one model.
-
-    Raises:
-        TypeError, ValueError: one of them is nonsense.
-    """
-    # What a decorator takes and passes on is its own affair.
-    signature = signature_of(function, follow_wrapped=False)
-    parameters = signature.parameters.values()
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
-        values = checked(options)
-        names = []
-    else:
-        values = checked(bound(signature, args, options))
-        names = [each.name for each in parameters][: len(args)]
-    if check is not None:
-        check(values)
-    for each in parameters:
-        # The one list of all calls of the process would leave with the info.
-        if isinstance(each.default, list):
-            values.setdefault(each.name, list(each.default))
-    return tuple(values.pop(name) for name in names) if names else args, values

@@ -13,8 +13,9 @@ import functools
 import types
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
-from .parameters import own_values
+from .parameters import checked
 from .rebound import swapped
+from .signatures import bound, signature_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     Check: TypeAlias = Callable[[Mapping[str, object]], None]
 
-__all__ = ["lending", "lends"]
+__all__ = ["lending", "lends", "own_values"]
 
 
 class _Lending:
@@ -97,6 +98,45 @@ def lends(
         return view
 
     return lend
+
+
+def own_values(
+    function: Callable[..., object],
+    args: tuple[object, ...],
+    options: Mapping[str, object],
+    check: Check | None = None,
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """
+    The parameters of a call of a method, by position and by name as they were given,
+    checked and copied.
+
+    Those by position are left as they are where the method takes any number of them.
+
+    Args:
+        function: The method of the class.
+        args: Those by position.
+        options: Those by name.
+        check: Raises what is wrong with them, by name, for one model.
+
+    Raises:
+        TypeError, ValueError: one of them is nonsense.
+    """
+    # What a decorator takes and passes on is its own affair.
+    signature = signature_of(function, follow_wrapped=False)
+    parameters = signature.parameters.values()
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        values = checked(options)
+        names = []
+    else:
+        values = checked(bound(signature, args, options))
+        names = [each.name for each in parameters][: len(args)]
+    if check is not None:
+        check(values)
+    for each in parameters:
+        # The one list of all calls of the process would leave with the info.
+        if isinstance(each.default, list):
+            values.setdefault(each.name, list(each.default))
+    return tuple(values.pop(name) for name in names) if names else args, values
 
 
 @functools.cache
