@@ -748,7 +748,7 @@ class ModelCache:
 
 def tell_own(own: Own, timeout_s: float | None) -> None:
     """
-    See whether whoever closes a cache would wait for himself, and for ever.
+    Refuses to let whoever closes a cache wait for himself, and for ever.
 
     Raises:
         LeaseDeadlock: he would.

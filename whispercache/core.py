@@ -89,7 +89,7 @@ the signal handler that calls it. Critical sections take microseconds.
 @dataclass(frozen=True, slots=True)
 class Own:
     """
-    What those hold who close a cache, and hence would wait for themselves.
+    Leases of those who close a cache, who hence would wait for themselves.
 
     Attributes:
         held: Models on which they hold leases, which only they could end.

@@ -152,7 +152,7 @@ def language_code(language: str | None) -> str | None:
 @dataclass(frozen=True, slots=True)
 class Knowledge:
     """
-    What a model has words for.
+    The languages and tokens that a model has.
 
     Attributes:
         n_tokens: How many tokens it has.
@@ -172,7 +172,7 @@ class Knowledge:
 
 def knowledge_of(files: ModelFiles) -> Knowledge | None:
     """
-    What the model of *files* has words for; None if nothing is known of it.
+    The languages and tokens of the model of *files*; None if nothing is known of it.
 
     No look at the disk for files that were looked at before; see `files.claims_of`.
 
@@ -198,8 +198,8 @@ def knowledge_of(files: ModelFiles) -> Knowledge | None:
 
 def check_language(model: str, code: str | None, known: Knowledge | None) -> None:
     """
-    See whether a model knows a language. An English-only one is asked for nothing: it
-    takes all for English, and faster-whisper warns of that.
+    Refuses a language that a model does not know. An English-only one is asked for
+    nothing: it takes all for English, and faster-whisper warns of that.
 
     Raises:
         ValueError: it does not.
@@ -220,8 +220,8 @@ def check_knowledge(
     model: str, values: Mapping[str, object], known: Knowledge | None
 ) -> None:
     """
-    See whether a model knows the language and the tokens of a call, and when words
-    were said if that is asked.
+    Refuses a call in a language or with tokens that a model does not know, or for words
+    where it cannot tell when they were said.
 
     Raises:
         ValueError: it does not.

@@ -31,7 +31,7 @@ class Holder(Protocol):
     @property
     def has_moved(self) -> bool:
         """
-        Whether it has had several owners, so that one who is over tells little.
+        True if it has had several owners, so that one who is over tells little.
         """
 
     def end(self, why: str, owner: Owner) -> bool:
@@ -173,7 +173,7 @@ class Lease:
 
     def entrust(self, holder: Holder) -> None:
         """
-        Let *holder* have this lease: it may just be dropped, and ends with the cache
+        Hands this lease to *holder*: it may just be dropped, and ends with the cache
         where its owner closes that, or has ended.
         """
         self.owned = True

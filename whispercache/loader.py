@@ -220,7 +220,7 @@ def _construct(files: ModelFiles, shells: Shells, **options: object) -> WhisperM
 @functools.cache
 def _swaps() -> Swaps:
     """
-    What calls find in place of faster-whisper's functions that take much memory.
+    Functions that calls find in place of those of faster-whisper that take much memory.
     """
     _ctranslate2()
     from faster_whisper import vad

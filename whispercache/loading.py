@@ -48,7 +48,7 @@ class LoadedModel:
         copy_bytes: What that copy takes, beside the weights.
         expected_bytes: What an unload should give back to the card; 0 on the CPU.
         references: How many refer to it while nobody uses it.
-        knowledge: What it has words for, if that is known.
+        knowledge: Its languages and tokens, if they are known.
         lend: What a holder of a lease gets of it, so that what is set there is his own.
     """
 

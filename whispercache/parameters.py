@@ -61,7 +61,7 @@ Source: faster_whisper/vad.py, ``get_speech_timestamps``, 512 samples.
 
 def filters_speech(options: Options, *, is_batched: bool) -> bool:
     """
-    Whether a call looks for voice activity.
+    Tells whether a call looks for voice activity.
     """
     return _Call(options, is_batched).filters()
 
@@ -86,13 +86,13 @@ class _Call:
 
     def samples(self) -> bool:
         """
-        Whether it may sample, at a temperature above 0; the pipeline does not.
+        Tells whether it may sample, at a temperature above 0; the pipeline does not.
         """
         return not self.is_batched and any(map(_is_above_0, self.temperatures()))
 
     def searches(self) -> bool:
         """
-        Whether it searches with beams.
+        Tells whether it searches with beams.
         """
         return self.is_batched or not all(map(_is_above_0, self.temperatures()))
 
@@ -104,7 +104,7 @@ class _Call:
 
     def filters(self) -> bool:
         """
-        Whether voice activity is looked for: not where clips are named.
+        Tells whether voice activity is looked for: not where clips are named.
         """
         if self.is_batched:
             is_asked = self.options.get("vad_filter", True)
@@ -458,8 +458,8 @@ def check_batch_size(value: object) -> int:
 
 def check_tokens(options: Options, n_tokens: int) -> None:
     """
-    See whether token ids are those of a model that has *n_tokens*. CTranslate2 does
-    not, and would read and write beyond its memory.
+    Refuses token ids that a model of *n_tokens* does not have. CTranslate2 does not,
+    and would read and write beyond its memory.
 
     Raises:
         ValueError: one of them is not.

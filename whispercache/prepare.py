@@ -44,7 +44,7 @@ def workload_of(
     options: Mapping[str, object], batch_size: int | None, n_samples: int = 0
 ) -> Workload:
     """
-    What a ``transcribe`` call with these options takes, on so many samples.
+    The work of a ``transcribe`` call with these options, on so many samples.
     """
 
     def count(name: str) -> int:
@@ -123,7 +123,7 @@ def prepared(
 
 def _check_position(audio: AudioInput) -> None:
     """
-    See whether a stream has something left to read.
+    Refuses a stream that has nothing left to read.
 
     Raises:
         AudioError: it is at its end, where whoever wrote or read it has left it.
@@ -146,8 +146,8 @@ def _check_position(audio: AudioInput) -> None:
 
 def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
     """
-    See whether a model knows the language and the tokens of a call, and when words
-    were said if that is asked.
+    Refuses a call in a language or with tokens that the model does not know, or for
+    words where it cannot tell when they were said.
 
     Raises:
         ValueError: it does not.

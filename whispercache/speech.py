@@ -56,8 +56,8 @@ def bounded_names(
     vad_options: Callable[..., object],
 ) -> dict[str, Callable[..., object]]:
     """
-    What these functions of faster-whisper should be for a ``transcribe`` whose memory
-    is bounded; see `rebound`.
+    Functions to be found in place of these of faster-whisper's by a ``transcribe``
+    whose memory is bounded; see `rebound.swapped`.
     """
 
     def bounded_model() -> object:

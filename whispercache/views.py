@@ -31,7 +31,7 @@ __all__ = ["lending", "lends", "own_values"]
 
 class _Lending:
     """
-    What a WhisperModel needs, so that views can be made of it.
+    The part of a WhisperModel that lets views be made of it.
 
     A view has what was set on it, and all else from where it was lent, looked up at
     each use: whoever takes the model away at the interpreter's end, or takes note of
