@@ -8,10 +8,12 @@ import copy
 import inspect
 import io
 import itertools
+import mmap
 import pickle
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +23,9 @@ from faster_whisper.vad import VadOptions
 from real import SILENCE, at_once, clip, micro, model_of, plain_model
 
 from whispercache import AsyncModelCache, AudioError, ModelCache
-from whispercache.parameters import check_tokens, checked, own_values
+from whispercache.parameters import check_tokens, checked
 from whispercache.signatures import bound, signature_of
+from whispercache.views import own_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,24 +139,6 @@ def test_what_is_set_on_a_leased_model_is_the_lease_s_own(cache: ModelCache) -> 
         assert (again.max_length, again.feature_extractor.n_samples) == (448, 480_000)
 
 
-def test_what_the_loader_puts_in_place_of_a_method_is_lent_too(
-    cache: ModelCache,
-) -> None:
-    """
-    As what keeps CTranslate2 from ending the process where alignment heads are wrong.
-    """
-    with model_of(cache, micro()).lease():
-        (entry,) = cache._core.entries.values()
-        assert entry.loaded is not None
-        shared: Any = entry.loaded.whisper
-        shared.find_alignment = "not that of the class"
-        view: Any = entry.loaded.lend(shared)
-        assert (
-            view.find_alignment == view.lend().find_alignment == shared.find_alignment
-        )
-        del shared.find_alignment
-
-
 def test_a_leased_model_is_a_whisper_model(cache: ModelCache) -> None:
     """
     For ``isinstance``, for pipelines made over it, and for who reads its signature.
@@ -229,11 +214,11 @@ def test_an_iterator_of_tokens_is_there_for_a_second_try() -> None:
 # Nonsense -----------------------------------------------------------------------------
 
 NAN, INF = float("nan"), float("inf")
-NUMBERS: list[Any] = ["x", True, NAN]
+NUMBERS: list[Any] = ["x", b"1", NAN]
 REFUSED: dict[str, list[Any]] = {
-    "chunk_length": [15.5, 0, -1, "x", 31, 10**9, True, [10], INF],
+    "chunk_length": [15.5, 0, -1, "x", 31, 31.0, 10**9, [10], INF],
     "task": ["transscribe", None, "", 1],
-    "beam_size": [0, -1, 2.5, "5", True, None],
+    "beam_size": [0, -1, 2.5, "5", False, None],
     "best_of": [0, -1, 2.5, "5", None],
     "patience": [*NUMBERS, 0, -1, None],
     "length_penalty": [*NUMBERS, INF, None],
@@ -245,14 +230,14 @@ REFUSED: dict[str, list[Any]] = {
     "no_speech_threshold": NUMBERS,
     "prompt_reset_on_temperature": [*NUMBERS, None],
     "initial_prompt": [5, b"bytes", ["a"], [-1], [1.5], {"a": 1}],
-    "prefix": [5, b"bytes", ["a"]],
+    "prefix": [5, b"bytes", ["a"], True],
     "suppress_tokens": ["", "-1", 5, [-2], ["a"], [1.5]],
     "max_initial_timestamp": [*NUMBERS, -1, INF, None],
     "max_new_tokens": [-1, 1.5, "9", 448, 10**6],
     "clip_timestamps": [None, "x", "0,", "0,-1", [NAN], [-1.0], [{"start": 0}], 5],
     "hallucination_silence_threshold": NUMBERS,
     "hotwords": [5, b"bytes", ["a"]],
-    "language_detection_threshold": [*NUMBERS, None],
+    "language_detection_threshold": NUMBERS,
     "language_detection_segments": [0, -1, 1.5, "1", None],
 }
 
@@ -294,6 +279,13 @@ def test_nonsense_is_refused_by_name(name: str, value: Any) -> None:
         {"language_detection_threshold": None, "language": "en"},
         {"max_initial_timestamp": 1e9},
         {"chunk_length": 30},
+        {"chunk_length": 30.0},
+        {"prefix": (), "hotwords": []},
+        {"hotwords": False},
+        {"beam_size": True, "no_speech_threshold": False},
+        {"language_detection_threshold": None},
+        {"vad_filter": True, "vad_parameters": {"max_speech_duration_s": 0.5}},
+        {"vad_filter": True, "vad_parameters": SimpleNamespace(**asdict(VadOptions()))},
         {"word_timestamps": 1, "log_progress": 0},
     ],
     ids=str,
@@ -314,7 +306,7 @@ BATCHED: list[dict[str, Any]] = [
     {"batch_size": -1},
     {"batch_size": 1.5},
     {"batch_size": "8"},
-    {"batch_size": True},
+    {"batch_size": False},
     {"initial_prompt": [5]},
     {"chunk_length": 31},
     {"chunk_length": "x"},
@@ -322,6 +314,7 @@ BATCHED: list[dict[str, Any]] = [
     {"clip_timestamps": [0.0, 1.0]},
     {"clip_timestamps": [{"start": 0}]},
     {"clip_timestamps": [{"start": 0, "end": NAN}]},
+    {"clip_timestamps": [{"start": 0, "end": 1, "speaker": "A"}]},
     {"beam_size": None, "temperature": 0.5},
 ]
 
@@ -348,6 +341,10 @@ def test_the_pipeline_has_rules_of_its_own(
         {"prefix": 5},
         {"clip_timestamps": None},
         {"max_initial_timestamp": "unused"},
+        {"temperature": [0.0, "unused"]},
+        {"hallucination_silence_threshold": "unused"},
+        {"clip_timestamps": [{"start": 0, "end": 1, "id": 7}]},
+        {"vad_parameters": {"max_speech_duration_s": "unused"}},
     ],
     ids=str,
 )
@@ -366,9 +363,10 @@ VAD: list[Any] = [
     {"threshold": "x"},
     {"speech_pad_ms": -1},
     {"min_silence_duration_ms": None},
-    {"max_speech_duration_s": 0},
-    {"max_speech_duration_s": 0.8},
+    {"speech_pad_ms": "x"},
     VadOptions(threshold=50),
+    VadOptions(max_speech_duration_s=0),
+    VadOptions(max_speech_duration_s=0.03, speech_pad_ms=0),
     VadOptions,
     0.5,
     ["threshold"],
@@ -581,10 +579,26 @@ def test_functions_that_take_anything_get_it() -> None:
         Take it.
         """
 
-    assert own_values(anything, (1, 2), {"beam_size": 3, "x": 4}) == (
-        (1, 2),
-        {"beam_size": 3, "x": 4},
+    given = (1, 2), {"beam_size": 3, "x": 4}
+    assert own_values(anything, *given) == given
+
+
+def test_parameters_stay_where_they_were_given() -> None:
+    """
+    By position or by name, for who is put in a method's place and goes by that.
+    """
+
+    def method(self: object, audio: str, task: str = "", *, beam_size: int = 5) -> None:
+        """
+        Take it.
+        """
+
+    assert own_values(method, ("a", "translate"), {"beam_size": 3}) == (
+        ("a", "translate"),
+        {"beam_size": 3},
     )
+    with pytest.raises(TypeError, match="did you mean 'beam_size'"):
+        own_values(method, ("a",), {"beam_sise": 3})
 
 
 # Handles ------------------------------------------------------------------------------
@@ -733,6 +747,31 @@ def test_a_stream_at_its_end_is_told_so(cache: ModelCache) -> None:
     assert list(model.transcribe(stream)[0])
     with pytest.raises(AudioError, match="cannot decode audio BytesIO"):
         model.transcribe(io.BytesIO(b""))
+
+
+def test_a_mapped_file_is_a_stream_too(cache: ModelCache) -> None:
+    """
+    Before Python 3.13, its position is not told where it is set. One whose methods are
+    to be awaited is told to be no audio.
+    """
+
+    class Awaited:
+        def read(self, _size: int = -1) -> object:
+            return object()
+
+        seek = tell = read
+
+    model: Any = model_of(cache, micro())
+    with (
+        Path(clip("en-bread")).open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
+        assert list(model.transcribe(mapped)[0])
+        mapped.seek(len(mapped))
+        with pytest.raises(AudioError, match="at its end"):
+            model.transcribe(mapped)
+    with pytest.raises(AudioError, match="cannot decode audio Awaited"):
+        model.transcribe(Awaited())
 
 
 def test_calls_at_the_end_of_the_interpreter_find_no_model(cache: ModelCache) -> None:

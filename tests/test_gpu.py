@@ -41,6 +41,8 @@ from whispercache.testing import check
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.process
+
     from whispercache import ModelCache
 
 DEVICE = "cuda:0"

@@ -62,6 +62,7 @@ def cache() -> Iterator[ModelCache]:
         (" DE ", "de"),
         ("German", "de"),
         ("haitian creole", "ht"),
+        ("Haitian_Creole", "ht"),
         ("castilian", "es"),
         ("Mandarin", "zh"),
         ("en-US", "en"),

@@ -187,7 +187,7 @@ class TestLoad:
         monkeypatch.setattr("whispercache.loader.UNLOAD_TRIES_S", 30.0)
         loaded = load_busy(loader)
         model = loaded.whisper.model
-        results = keep_busy(loaded, 500)
+        results = keep_busy(loaded, 100)
         assert model.num_active_batches
         model.unload_model()
         assert model.model_is_loaded
@@ -206,7 +206,7 @@ class TestLoad:
         model = loaded.whisper.model
         with monkeypatch.context() as patch:
             patch.setattr("whispercache.loader.UNLOAD_TRIES_S", 0.0)
-            results = keep_busy(loaded, 500)
+            results = keep_busy(loaded, 100)
             released = loader.unload(loaded, load_follows=False)
         assert not released.confirmed
         assert re.fullmatch(

@@ -748,7 +748,7 @@ class ModelCache:
 
 def tell_own(own: Own, timeout_s: float | None) -> None:
     """
-    See whether whoever closes a cache would wait for himself, and for ever.
+    Refuses to let whoever closes a cache wait for himself, and for ever.
 
     Raises:
         LeaseDeadlock: he would.
@@ -888,10 +888,11 @@ def as_request(
     compute_type: str,
     load_options: dict[str, object],
 ) -> Request:
-    kind = frozen_compute_type(compute_type)
+    if type(compute_type) is not str:  # each hit comes by here
+        compute_type = cast("str", frozen_compute_type(compute_type))
     if not load_options:
-        return (model, device, kind)
-    return (model, device, kind, *sorted(load_options.items()))
+        return (model, device, compute_type)
+    return (model, device, compute_type, *sorted(load_options.items()))
 
 
 def as_requests(

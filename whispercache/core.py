@@ -89,7 +89,7 @@ the signal handler that calls it. Critical sections take microseconds.
 @dataclass(frozen=True, slots=True)
 class Own:
     """
-    What those hold who close a cache, and hence would wait for themselves.
+    Leases of those who close a cache, who hence would wait for themselves.
 
     Attributes:
         held: Models on which they hold leases, which only they could end.
@@ -763,6 +763,7 @@ class Core(Moves):
         Raises:
             LeaseDeadlock: *waits_for*, who will wait for them, holds leases on some.
         """
+        self._perform([])  # what was dropped on the way here is held no more
         with self.changing():
             leaving = [
                 entry

@@ -80,8 +80,13 @@ class InBlocks:
         extractor: faster-whisper's.
     """
 
+    _extractor: FeatureExtractor
+
     def __init__(self, extractor: FeatureExtractor) -> None:
-        self._extractor = extractor
+        object.__setattr__(self, "_extractor", extractor)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._extractor, name, value)
 
     def __getattr__(self, name: str) -> object:
         if name == "_extractor":  # not there yet, as when this is copied

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from .architecture import Architecture
 from .claims import unalignable
 from .files import claims_of
+from .parameters import check_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LANGUAGES",
     "Knowledge",
+    "check_knowledge",
     "check_language",
     "knowledge_of",
     "language_code",
@@ -130,8 +132,9 @@ def language_code(language: str | None) -> str | None:
     text = language.strip().lower().replace("_", "-")
     if text in _DETECT:
         return None
-    if text in _CODES:
-        return _CODES[text]
+    for spelled in (text, text.replace("-", " ")):  # "haitian-creole"
+        if spelled in _CODES:
+            return _CODES[spelled]
     locale = text.partition(".")[0].partition("@")[0]
     if match := _LOCALE.fullmatch(locale):
         parts = locale.split("-")
@@ -149,7 +152,7 @@ def language_code(language: str | None) -> str | None:
 @dataclass(frozen=True, slots=True)
 class Knowledge:
     """
-    The languages that a model has tokens for.
+    The languages and tokens that a model has.
 
     Attributes:
         n_tokens: How many tokens it has.
@@ -169,7 +172,7 @@ class Knowledge:
 
 def knowledge_of(files: ModelFiles) -> Knowledge | None:
     """
-    The knowledge of the model of *files*; None if nothing is known of it.
+    The languages and tokens of the model of *files*; None if nothing is known of it.
 
     No look at the disk for files that were looked at before; see `files.claims_of`.
 
@@ -195,8 +198,8 @@ def knowledge_of(files: ModelFiles) -> Knowledge | None:
 
 def check_language(model: str, code: str | None, known: Knowledge | None) -> None:
     """
-    Refuses a language that a model does not know. An English-only one knows all: it
-    takes all for English, and faster-whisper warns of that.
+    Refuses a language that a model does not know. An English-only one is asked for
+    nothing: it takes all for English, and faster-whisper warns of that.
 
     Raises:
         ValueError: it does not.
@@ -211,6 +214,27 @@ def check_language(model: str, code: str | None, known: Knowledge | None) -> Non
     raise ValueError(
         f"{model} does not know {LANGUAGES[code].title()} ({code!r}): {hint}"
     )
+
+
+def check_knowledge(
+    model: str, values: Mapping[str, object], known: Knowledge | None
+) -> None:
+    """
+    Refuses a call in a language or with tokens that a model does not know, or for words
+    where it cannot tell when they were said.
+
+    Raises:
+        ValueError: it does not.
+        CorruptModel: it names heads for words that are not there.
+    """
+    if known is None:
+        return
+    language = values.get("language")
+    if isinstance(language, str) and language in LANGUAGES:
+        check_language(model, language, known)
+    check_tokens(values, known.n_tokens)
+    if values.get("word_timestamps") and known.words_error is not None:
+        raise known.words_error
 
 
 @functools.lru_cache(maxsize=64)

@@ -31,7 +31,7 @@ class Holder(Protocol):
     @property
     def has_moved(self) -> bool:
         """
-        Whether it has had several owners, so that one who is over tells little.
+        True if it has had several owners, so that one who is over tells little.
         """
 
     def end(self, why: str, owner: Owner) -> bool:
@@ -173,7 +173,7 @@ class Lease:
 
     def entrust(self, holder: Holder) -> None:
         """
-        Let *holder* have this lease: it may just be dropped, and ends with the cache
+        Hands this lease to *holder*: it may just be dropped, and ends with the cache
         where its owner closes that, or has ended.
         """
         self.owned = True
@@ -207,6 +207,7 @@ class Lease:
 
     def __del__(self) -> None:
         if self._serial in self._entry.leases:
+            self._view = None  # or it is seen to refer to the model as that leaves
             self._lessor.drop(self._entry, self._serial, self._keep_alive_s)
             if not self.owned:
                 place = f" (taken at {self.taken_at})" if self.taken_at else ""

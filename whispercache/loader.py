@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -49,15 +50,15 @@ from .files import (
 from .footprint import estimate, reserved
 from .header import ModelHeader
 from .keys import is_directory
-from .languages import knowledge_of
+from .languages import check_knowledge, knowledge_of
 from .learned import LearnedFootprints
 from .loading import LoadedModel, Released
 from .pages import ReadAhead, read_through
-from .rebound import rebound
+from .rebound import rebound, swapped
 from .shells import Shell, Shells
 from .signatures import signature_of
 from .speech import bounded_names
-from .views import lending, view_of
+from .views import lending, lends
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .languages import Knowledge
     from .loading import AudioInput
     from .memory import MemoryProbe
+    from .rebound import Swaps
     from .variants import Variants
 
 __all__ = ["FasterWhisperLoader", "versions"]
@@ -210,26 +212,30 @@ def _construct(files: ModelFiles, shells: Shells, **options: object) -> WhisperM
             FeatureExtractor, feature_size=files.source.architecture.mels
         ),
     )
-    lent = lending(WhisperModel, **_bounded_names())
-    whisper: WhisperModel = object.__new__(lent)
+    whisper: WhisperModel = object.__new__(lending(WhisperModel, _swaps()))
     init(whisper, files.directory, **options)
     return whisper
 
 
 @functools.cache
-def _bounded_names() -> Mapping[str, Callable[..., object]]:
+def _swaps() -> Swaps:
     """
-    What calls find in place of faster-whisper's functions that take much memory.
+    Functions that calls find in place of those of faster-whisper that take much memory.
     """
     _ctranslate2()
     from faster_whisper import vad
 
-    return bounded_names(
+    def vad_model() -> object:
+        # Looked up now: programs put others in its place.
+        return vad.get_vad_model()
+
+    bounded = bounded_names(
         vad.get_speech_timestamps,
-        vad.get_vad_model,
+        vad_model,
         vad.collect_chunks,
         vad.VadOptions,
     )
+    return tuple((getattr(vad, name), other) for name, other in bounded.items())
 
 
 @dataclass(slots=True)
@@ -509,7 +515,8 @@ class FasterWhisperLoader:
             restored=copy_bytes > 0,
             copy_bytes=copy_bytes,
             expected_bytes=_expected_bytes(key, files, grown),
-            lend=partial(view_of, n_tokens=None if known is None else known.n_tokens),
+            knowledge=known,
+            lend=lends(type(whisper), partial(check_knowledge, str(key), known=known)),
         )
         if key.device != "cpu":
             vram.forget_peak(key.device)
@@ -574,7 +581,7 @@ class FasterWhisperLoader:
         if device != "cpu":
             vram.settle(device)
         before = self._held(device)
-        references = max(0, loaded.count_references() - loaded.references)
+        references = _references_left(loaded)
         try:
             # A copy beside it in the same memory would be of no use.
             parks = parks and not vram.is_integrated(device)
@@ -756,8 +763,7 @@ class FasterWhisperLoader:
         _ctranslate2()
         from faster_whisper import BatchedInferencePipeline
 
-        transcribe = rebound(BatchedInferencePipeline.transcribe, **_bounded_names())
-        return partial(transcribe, BatchedInferencePipeline(whisper))
+        return swapped(BatchedInferencePipeline(whisper).transcribe, _swaps())
 
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
         """
@@ -797,6 +803,16 @@ _signature = functools.cache(inspect.signature)
 
 def _keep_for_ever(whisper: WhisperModel) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(whisper.model))
+
+
+def _references_left(loaded: LoadedModel) -> int:
+    """
+    How many refer to a model that nobody leases, and should not.
+    """
+    if loaded.count_references() > loaded.references:
+        # Programs that put methods on a leased model tie it to itself.
+        gc.collect()
+    return max(0, loaded.count_references() - loaded.references)
 
 
 class _StillLoaded(Exception):

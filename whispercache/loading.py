@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .files import ModelFiles
     from .footprint import Footprint, Workload
     from .keys import ModelKey, OptionValue
+    from .languages import Knowledge
 
     AudioInput: TypeAlias = str | os.PathLike[str] | BinaryIO | NDArray[np.float32]
 
@@ -47,6 +48,7 @@ class LoadedModel:
         copy_bytes: What that copy takes, beside the weights.
         expected_bytes: What an unload should give back to the card; 0 on the CPU.
         references: How many refer to it while nobody uses it.
+        knowledge: Its languages and tokens, if they are known.
         lend: What a holder of a lease gets of it, so that what is set there is his own.
     """
 
@@ -62,6 +64,7 @@ class LoadedModel:
     copy_bytes: int = 0
     expected_bytes: int = 0
     references: int = 0
+    knowledge: Knowledge | None = None
     lend: Callable[[WhisperModel], WhisperModel] = lambda whisper: whisper
 
     def count_references(self) -> int:

@@ -100,13 +100,13 @@ class Leases(Protocol):
 
     def signatures(self) -> Mapping[str, Signature]:
         """
-        What calls take; see `loading.Loader.signatures`.
+        The parameters of calls; see `loading.Loader.signatures`.
         """
 
     def knowledge(self) -> Knowledge | None:
         """
-        What the model has words for, if that is known. Blocks for a download, if it
-        takes one to find out.
+        The languages and tokens of the model, if they are known. Blocks for a download,
+        if it takes one to find out.
         """
 
 
@@ -172,7 +172,7 @@ class LeasedIterator(Iterator[T]):
     @property
     def has_moved(self) -> bool:
         """
-        Whether others than the first owner have iterated, or were to.
+        True if others than the first owner have iterated, or were to.
         """
         return self._has_moved
 

@@ -7,17 +7,15 @@ refused here, with the name of the parameter and what it may be. Pure.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import inspect
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from .signatures import bound, signature_of
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection
 
     Options: TypeAlias = Mapping[str, object]
     Check: TypeAlias = "Callable[[_Call, str, Any], object]"
@@ -28,7 +26,6 @@ __all__ = [
     "check_tokens",
     "checked",
     "filters_speech",
-    "own_values",
     "temperatures_of",
 ]
 
@@ -64,7 +61,7 @@ Source: faster_whisper/vad.py, ``get_speech_timestamps``, 512 samples.
 
 def filters_speech(options: Options, *, is_batched: bool) -> bool:
     """
-    Whether a call looks for voice activity.
+    Tells whether a call looks for voice activity.
     """
     return _Call(options, is_batched).filters()
 
@@ -89,13 +86,13 @@ class _Call:
 
     def samples(self) -> bool:
         """
-        Whether it may sample, at a temperature above 0; the pipeline does not.
+        Tells whether it may sample, at a temperature above 0; the pipeline does not.
         """
         return not self.is_batched and any(map(_is_above_0, self.temperatures()))
 
     def searches(self) -> bool:
         """
-        Whether it searches with beams.
+        Tells whether it searches with beams.
         """
         return self.is_batched or not all(map(_is_above_0, self.temperatures()))
 
@@ -107,7 +104,7 @@ class _Call:
 
     def filters(self) -> bool:
         """
-        Whether voice activity is looked for: not where clips are named.
+        Tells whether voice activity is looked for: not where clips are named.
         """
         if self.is_batched:
             is_asked = self.options.get("vad_filter", True)
@@ -136,7 +133,7 @@ def _refuse(name: str, wanted: str, value: object, *, kind: bool = False) -> Exc
 
 def _count(name: str, value: object, least: int = 1, most: int | None = None) -> int:
     """
-    A whole number within bounds; NumPy's will do.
+    A whole number within bounds; NumPy's will do, and so will True.
     """
     wanted = f"a whole number of {least} or more"
     if most is not None:
@@ -145,7 +142,7 @@ def _count(name: str, value: object, least: int = 1, most: int | None = None) ->
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool):
+    if number is None:
         raise _refuse(name, wanted, value, kind=True)
     if number < least or (most is not None and number > most):
         raise _refuse(name, wanted, value)
@@ -161,7 +158,7 @@ def _number(
     """
     A number, as it was given, if *is_fine*; NaN never is.
     """
-    is_text = isinstance(value, (str, bytes, bytearray, bool))
+    is_text = isinstance(value, (str, bytes, bytearray))
     try:
         number = math.nan if is_text else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -184,12 +181,14 @@ def _finite(_call: _Call, name: str, value: object) -> object:
     return _number(name, value, "a finite number", math.isfinite)
 
 
-def _threshold(_call: _Call, name: str, value: object) -> object:
-    return value if value is None else _number(name, value, "a number or None")
+def _threshold(call: _Call, name: str, value: object) -> object:
+    if value is None or call.is_batched:  # which has none
+        return value
+    return _number(name, value, "a number or None")
 
 
 def _text(_call: _Call, name: str, value: object) -> object:
-    if value is not None and not isinstance(value, str):
+    if value and not isinstance(value, str):  # nothing is nothing of any kind
         raise _refuse(name, "text or None", value, kind=True)
     return value
 
@@ -226,12 +225,12 @@ def _patience(call: _Call, name: str, value: object) -> object:
     return _above_0(call, name, value) if call.searches() else value
 
 
-def _temperature(_call: _Call, name: str, value: object) -> object:
+def _temperature(call: _Call, name: str, value: object) -> object:
     wanted = "a finite number of 0 or more, or a list of some"
     several = list(value) if isinstance(value, (list, tuple)) else [value]
     if not several:
         raise _refuse(name, wanted, value)
-    for each in several:
+    for each in several[: 1 if call.is_batched else None]:
         _number(name, each, wanted, lambda number: 0 <= number < math.inf)
     return several if isinstance(value, list) else value
 
@@ -278,6 +277,8 @@ def _chunk_length(call: _Call, name: str, value: object) -> object:
     if value is None:
         return value
     if not call.is_batched:
+        if isinstance(value, float) and value.is_integer():  # as settings may have it
+            value = int(value)
         return _count(name, value, 1, WINDOW_S)
     wanted = f"seconds, {WINDOW_S} at most"  # 0 is as good as None there
     return _number(name, value, wanted, lambda number: 0 <= number <= WINDOW_S)
@@ -309,18 +310,22 @@ def _clips(name: str, value: object) -> list[dict[str, object]]:
     wanted = "a list of {'start': seconds, 'end': seconds} with batch_size"
     clips = []
     for each in _items(name, wanted, value):
-        if not isinstance(each, Mapping) or set(each) != {"start", "end"}:
+        if not isinstance(each, Mapping) or not {"start", "end"} <= set(each):
             raise _refuse(name, wanted, each, kind=True)
-        start, end = (
-            _number(name, each[key], wanted, lambda number: 0 <= number < math.inf)
-            for key in ("start", "end")
-        )
-        clips.append({"start": start, "end": end})
+        # faster-whisper multiplies whatever else there is, too.
+        for number in each.values():
+            _number(name, number, wanted, lambda number: 0 <= number < math.inf)
+        clips.append(dict(each))
     return clips
 
 
 def _detection_threshold(call: _Call, name: str, value: object) -> object:
-    return _number(name, value) if value is not None or call.detects() else value
+    """
+    None, as in earlier versions of faster-whisper: what is heard first decides.
+    """
+    if value is None:
+        return 0.0 if call.detects() else value
+    return _number(name, value)
 
 
 def _detection_segments(call: _Call, name: str, value: object) -> object:
@@ -345,45 +350,46 @@ def _vad_parameters(call: _Call, name: str, value: object) -> object:
             if call.vad_names and key not in call.vad_names:
                 names = ", ".join(call.vad_names)
                 raise TypeError(f"{name} has {key!r}, which is none of {names}")
-        _check_vad(name, value)
+        # The pipeline puts its own limit in the place of this one.
+        ignored = {_VAD_LIMIT} if call.is_batched else set()
+        _check_vad(name, {key: value[key] for key in value if key not in ignored})
         return dict(value)
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+    if isinstance(value, type) or not hasattr(value, _VAD_LIMIT):
         raise _refuse(name, "a mapping, VadOptions or None", value, kind=True)
-    fields = {
-        each.name: getattr(value, each.name) for each in dataclasses.fields(value)
-    }
+    known = (*_VAD_RULES, "neg_threshold", _VAD_LIMIT)
+    fields = {key: getattr(value, key) for key in known if hasattr(value, key)}
     _check_vad(name, fields)
-    limit_s = "max_speech_duration_s"
-    if call.is_batched and limit_s in fields:
+    own: Any = copy.copy(value)
+    if call.is_batched:
         window_s: Any = call.options.get("chunk_length") or WINDOW_S
-        fields[limit_s] = min(fields[limit_s], window_s)
-    return dataclasses.replace(value, **fields)
+        setattr(own, _VAD_LIMIT, min(fields[_VAD_LIMIT], window_s))
+    return own
+
+
+_VAD_LIMIT = "max_speech_duration_s"
+_VAD_RULES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
+    "threshold": ("a number from 0 to 1", lambda number: 0 <= number <= 1),
+    **dict.fromkeys(
+        ("min_speech_duration_ms", "min_silence_duration_ms", "speech_pad_ms"),
+        ("milliseconds, 0 or more", lambda number: 0 <= number < math.inf),
+    ),
+}
 
 
 def _check_vad(name: str, fields: Mapping[str, Any]) -> None:
-    def is_probability(number: float) -> bool:
-        return 0 <= number <= 1
-
-    def is_time(number: float) -> bool:
-        return 0 <= number < math.inf
-
-    rules: dict[str, tuple[str, Callable[[float], bool]]] = {
-        "threshold": ("a number from 0 to 1", is_probability),
-        "min_speech_duration_ms": ("milliseconds, 0 or more", is_time),
-        "min_silence_duration_ms": ("milliseconds, 0 or more", is_time),
-        "speech_pad_ms": ("milliseconds, 0 or more", is_time),
-    }
-    for key, (wanted, is_fine) in rules.items():
+    for key, (wanted, is_fine) in _VAD_RULES.items():
         if key in fields:
             _number(f"{name}[{key!r}]", fields[key], wanted, is_fine)
     if fields.get("neg_threshold") is not None:
         _number(f"{name}['neg_threshold']", fields["neg_threshold"], "a number or None")
-    if "max_speech_duration_s" in fields:
+    if _VAD_LIMIT in fields:
+        # Shorter stretches than the padding around them are joined by it again.
         pad_s = float(fields.get("speech_pad_ms", 400)) / 1000
-        least_s = _VAD_WINDOW_S + 2 * pad_s
+        least_s = 0.0 if 2 * pad_s >= _VAD_WINDOW_S else _VAD_WINDOW_S + 2 * pad_s
         wanted = f"seconds, more than {least_s:.3f} with the padding of {pad_s} s"
-        key = f"{name}['max_speech_duration_s']"
-        _number(key, fields["max_speech_duration_s"], wanted, lambda s: s > least_s)
+        wanted = wanted if least_s else "seconds above 0"
+        key = f"{name}[{_VAD_LIMIT!r}]"
+        _number(key, fields[_VAD_LIMIT], wanted, lambda s: s > least_s)
 
 
 _CHECKS: Mapping[str, Check] = {
@@ -452,8 +458,8 @@ def check_batch_size(value: object) -> int:
 
 def check_tokens(options: Options, n_tokens: int) -> None:
     """
-    See whether token ids are those of a model that has *n_tokens*. CTranslate2 does
-    not, and would read and write beyond its memory.
+    Refuses token ids that a model of *n_tokens* does not have. CTranslate2 does not,
+    and would read and write beyond its memory.
 
     Raises:
         ValueError: one of them is not.
@@ -465,36 +471,3 @@ def check_tokens(options: Options, n_tokens: int) -> None:
                 if isinstance(each, int) and each >= n_tokens:
                     wanted = f"ids below {n_tokens}, the tokens of this model"
                     raise _refuse(name, wanted, each)
-
-
-def own_values(
-    function: Callable[..., object],
-    args: tuple[object, ...],
-    options: Options,
-    n_tokens: int | None = None,
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    """
-    The parameters of a call of a method, by position and by name, checked and copied.
-
-    All are by name unless the method takes any number of them by position.
-
-    Args:
-        function: The method of the class.
-        args: Those by position.
-        options: Those by name.
-        n_tokens: How many tokens the model has, if that is known.
-
-    Raises:
-        TypeError, ValueError: one of them is nonsense.
-    """
-    signature = signature_of(function)
-    kinds = {each.kind for each in signature.parameters.values()}
-    is_open = inspect.Parameter.VAR_POSITIONAL in kinds
-    values = checked(options if is_open else bound(signature, args, options))
-    if n_tokens is not None:
-        check_tokens(values, n_tokens)
-    for each in signature.parameters.values():
-        # The one list of all calls of the process would leave with the info.
-        if isinstance(each.default, list):
-            values.setdefault(each.name, list(each.default))
-    return args if is_open else (), values

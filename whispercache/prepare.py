@@ -14,7 +14,6 @@ from .errors import AudioError
 from .footprint import DEFAULT_WORKLOAD, Workload, rounded_audio_s
 from .parameters import (
     check_batch_size,
-    check_tokens,
     checked,
     filters_speech,
     temperatures_of,
@@ -45,7 +44,7 @@ def workload_of(
     options: Mapping[str, object], batch_size: int | None, n_samples: int = 0
 ) -> Workload:
     """
-    What a ``transcribe`` call with these options takes, on so many samples.
+    The work of a ``transcribe`` call with these options, on so many samples.
     """
 
     def count(name: str) -> int:
@@ -124,7 +123,7 @@ def prepared(
 
 def _check_position(audio: AudioInput) -> None:
     """
-    See whether a stream has something left to read.
+    Refuses a stream that has nothing left to read.
 
     Raises:
         AudioError: it is at its end, where whoever wrote or read it has left it.
@@ -133,7 +132,10 @@ def _check_position(audio: AudioInput) -> None:
         return
     try:
         position = audio.tell()
-        end = audio.seek(0, os.SEEK_END)
+        if not isinstance(position, int):  # of a stream to be awaited, say
+            return
+        audio.seek(0, os.SEEK_END)
+        end = audio.tell()  # a mapped file's seek() returns nothing
         audio.seek(position)
     except (OSError, ValueError):  # a pipe, or closed: the decoder will tell
         return
@@ -144,8 +146,8 @@ def _check_position(audio: AudioInput) -> None:
 
 def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
     """
-    See whether a model knows the language and the tokens of a call, and when words
-    were said if that is asked.
+    Refuses a call in a language or with tokens that the model does not know, or for
+    words where it cannot tell when they were said.
 
     Raises:
         ValueError: it does not.
@@ -159,14 +161,9 @@ def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
     )
     if language is None and not names_tokens and not wants_words:
         return  # spares a look at its files
-    from .languages import check_language
+    from . import languages
 
-    known = source.knowledge()
-    check_language(str(source), language, known)
-    if known is not None:
-        check_tokens(values, known.n_tokens)
-        if wants_words and known.words_error is not None:
-            raise known.words_error
+    languages.check_knowledge(str(source), values, source.knowledge())
 
 
 def prepared_detection(

@@ -8,12 +8,15 @@ of its own of some names is one, and leaves its module as it is for everybody el
 from __future__ import annotations
 
 import types
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+__all__ = ["Swaps", "rebound", "swapped"]
 
-__all__ = ["rebound"]
+Swaps: TypeAlias = tuple[tuple[Callable[..., object], Callable[..., object]], ...]
+"""
+Functions of another module, each with what should be found in its place.
+"""
 
 
 def rebound(function: Callable[..., object], **names: object) -> types.FunctionType:
@@ -25,7 +28,8 @@ def rebound(function: Callable[..., object], **names: object) -> types.FunctionT
     Raises:
         TypeError: *function* is not written in Python.
     """
-    if not isinstance(function, types.FunctionType):
+    # Not isinstance(): a wrapper may pass itself off as what it wraps.
+    if type(function) is not types.FunctionType:
         raise TypeError(f"{function!r} is no function written in Python")
     made = types.FunctionType(
         function.__code__,
@@ -37,3 +41,26 @@ def rebound(function: Callable[..., object], **names: object) -> types.FunctionT
     made.__kwdefaults__ = function.__kwdefaults__
     made.__doc__ = function.__doc__
     return made
+
+
+def swapped(method: Callable[..., object], swaps: Swaps) -> Callable[..., object]:
+    """
+    A bound *method* that finds others in place of some functions.
+
+    What a program has put in the place of one of them stays there, and so does a method
+    that is not plainly written in Python.
+    """
+    if type(method) is not types.MethodType:
+        return method
+    function = method.__func__
+    if type(function) is not types.FunctionType:
+        return method
+    names: dict[str, object] = {}
+    for name in function.__code__.co_names:
+        found = function.__globals__.get(name)
+        for original, other in swaps:
+            if found is original:
+                names[name] = other
+    if not names:
+        return method
+    return types.MethodType(rebound(function, **names), method.__self__)

@@ -118,7 +118,9 @@ class Resolver:
         """
         entry = self.known(request)
         if entry is not None and entry.is_present and entry.files is not None:
-            return knowledge_of(entry.files)
+            # It may leave meanwhile.
+            known = None if (loaded := entry.loaded) is None else loaded.knowledge
+            return known or knowledge_of(entry.files)
         name, _, _, *pairs = request
         try:
             files = self._peek(canonical_model(name), dict(pairs), download=download)

@@ -28,15 +28,17 @@ def bound(
     parameters = signature.parameters.values()
     kinds = {each.kind for each in parameters}
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    keyword = inspect.Parameter.KEYWORD_ONLY
     names = [each.name for each in parameters if each.kind is plain]
+    known = [*names, *(each.name for each in parameters if each.kind is keyword)]
     if inspect.Parameter.VAR_POSITIONAL in kinds:  # it takes anything, audio first
         names = names or ["audio"]
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         for name in options:
-            if name not in names:
+            if name not in known:
                 import difflib
 
-                near = difflib.get_close_matches(name, names, n=1)
+                near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else " in faster-whisper"
                 raise TypeError(f"there is no parameter {name!r}{hint}")
     if len(args) > len(names):
@@ -49,11 +51,17 @@ def bound(
 
 
 @functools.cache
-def signature_of(function: Callable[..., object]) -> inspect.Signature:
+def signature_of(
+    function: Callable[..., object], *, follow_wrapped: bool = True
+) -> inspect.Signature:
     """
     The parameters of a method, given as a function of its class, without ``self``.
+
+    Args:
+        function: The method.
+        follow_wrapped: Of a decorated one those of what was decorated.
     """
-    signature = inspect.signature(function)
+    signature = inspect.signature(function, follow_wrapped=follow_wrapped)
     first, *others = signature.parameters.values()
     if first.kind is first.VAR_POSITIONAL:
         return signature

@@ -56,8 +56,8 @@ def bounded_names(
     vad_options: Callable[..., object],
 ) -> dict[str, Callable[..., object]]:
     """
-    What these functions of faster-whisper should be for a ``transcribe`` whose memory
-    is bounded; see `rebound`.
+    Functions to be found in place of these of faster-whisper's by a ``transcribe``
+    whose memory is bounded; see `rebound.swapped`.
     """
 
     def bounded_model() -> object:
@@ -68,12 +68,11 @@ def bounded_names(
             return model  # of a version that is not known here
         return InBlocks(session)
 
-    in_blocks = rebound(get_speech_timestamps, get_vad_model=bounded_model)
-
     def timestamps(audio: Samples, options: object = None, **more: object) -> object:
         # As a mapping, ``detect_language`` passes them on as they are.
         if isinstance(options, dict):
             options = vad_options(**options)
+        in_blocks = rebound(get_speech_timestamps, get_vad_model=bounded_model)
         return in_blocks(audio, options, **more)
 
     def bounded_chunks(

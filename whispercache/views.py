@@ -11,121 +11,158 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
-from .parameters import own_values
-from .rebound import rebound
+from .parameters import checked
+from .rebound import swapped
+from .signatures import bound, signature_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from faster_whisper import WhisperModel
 
-__all__ = ["lending", "view_of"]
+    from .rebound import Swaps
+
+    Check: TypeAlias = Callable[[Mapping[str, object]], None]
+
+__all__ = ["lending", "lends", "own_values"]
 
 
 class _Lending:
     """
-    What a WhisperModel needs, so that views can be made of it.
+    The part of a WhisperModel that lets views be made of it.
 
-    Attributes:
-        n_tokens: How many tokens it has, if somebody has said so.
+    A view has what was set on it, and all else from where it was lent, looked up at
+    each use: whoever takes the model away at the interpreter's end, or takes note of
+    who still refers to it, finds all who use it there.
     """
 
-    n_tokens: int | None = None
     _lender: _Lending | None = None
+    _check: Check | None = None
 
-    def lend(self) -> _Lending:
-        """
-        A view: all that this one has, until something else is set on it.
-        """
-        view = object.__new__(type(self))
-        # A copy: what is set on this one may stand before what its class has.
-        mine = vars(view)
-        mine.update(vars(self))
-        mine.pop("model", None)
-        mine.pop("feature_extractor", None)
+    def _lend(self) -> _Lending:
+        view: _Lending = object.__new__(type(self))
+        if self._lender is not None:
+            # A copy: what is set on this one may stand before what its class has.
+            mine = vars(view)
+            mine.update(vars(self))
+            mine.pop("feature_extractor", None)
         view._lender = self
         return view
 
-    # Looked up where it was lent: whoever takes the model away at the interpreter's
-    # end, or takes note of who still refers to it, must find all who use it.
-    @property
-    def model(self) -> Any:  # noqa: ANN401 - CTranslate2 has no types
-        """
-        CTranslate2's part of it.
-        """
-        mine = vars(self)
-        if "model" not in mine and self._lender is not None:
-            return self._lender.model
-        return _present(mine, "model")
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as of a WhisperModel
+        lender = self._lender
+        if lender is None:
+            kind = type(self).__name__
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+        value = getattr(lender, name)
+        if name == "feature_extractor":  # keeps what a call asked for
+            value = vars(self)[name] = copy.copy(value)
+        return value
 
-    @model.setter
-    def model(self, value: object) -> None:
-        vars(self)["model"] = value
+    def __dir__(self) -> Iterable[str]:
+        lender = self._lender
+        return {*super().__dir__(), *([] if lender is None else dir(lender))}
 
-    @property
-    def feature_extractor(self) -> Any:  # noqa: ANN401 - nor has faster-whisper
-        """
-        What turns samples into features; copied when it is first looked at.
-        """
-        mine = vars(self)
-        if "feature_extractor" not in mine and self._lender is not None:
-            mine["feature_extractor"] = copy.copy(self._lender.feature_extractor)
-        return _present(mine, "feature_extractor")
+    def __copy__(self) -> _Lending:
+        return self._lend()
 
-    @feature_extractor.setter
-    def feature_extractor(self, value: object) -> None:
-        vars(self)["feature_extractor"] = value
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError(
+            "a WhisperModel of a lease cannot be pickled or copied deeply: its weights "
+            "are in this process. Send its name, and lease it in the other process"
+        )
 
 
-def _present(attributes: Mapping[str, object], name: str) -> object:
-    if name not in attributes:
-        raise AttributeError(f"a WhisperModel that was not built has no {name!r}")
-    return attributes[name]
-
-
-def view_of(whisper: WhisperModel, n_tokens: int | None = None) -> WhisperModel:
+def lends(
+    kind: type[WhisperModel], check: Check
+) -> Callable[[WhisperModel], WhisperModel]:
     """
-    A view of a model that can be lent; another one itself, as in tests.
+    A function that makes a view of a model that can be lent, and leaves another one as
+    it is, as in tests.
 
     Args:
-        whisper: The model.
-        n_tokens: How many tokens it has, if that is known.
+        kind: The class of the model.
+        check: Raises what is wrong with the parameters of a call, given by name.
     """
-    if not isinstance(whisper, _Lending):
-        return whisper
-    view = whisper.lend()
-    view.n_tokens = n_tokens
-    return cast("WhisperModel", view)
+    if not issubclass(kind, _Lending):
+        return lambda whisper: whisper
+    new = object.__new__
+
+    # Each hit comes by here; so nothing is looked up.
+    def lend(whisper: WhisperModel) -> WhisperModel:
+        view = new(kind)
+        view._lender = whisper
+        view._check = check
+        return view
+
+    return lend
+
+
+def own_values(
+    function: Callable[..., object],
+    args: tuple[object, ...],
+    options: Mapping[str, object],
+    check: Check | None = None,
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """
+    The parameters of a call of a method, by position and by name as they were given,
+    checked and copied.
+
+    Those by position are left as they are where the method takes any number of them.
+
+    Args:
+        function: The method of the class.
+        args: Those by position.
+        options: Those by name.
+        check: Raises what is wrong with them, by name, for one model.
+
+    Raises:
+        TypeError, ValueError: one of them is nonsense.
+    """
+    # What a decorator takes and passes on is its own affair.
+    signature = signature_of(function, follow_wrapped=False)
+    parameters = signature.parameters.values()
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        values = checked(options)
+        names = []
+    else:
+        values = checked(bound(signature, args, options))
+        names = [each.name for each in parameters][: len(args)]
+    if check is not None:
+        check(values)
+    for each in parameters:
+        # The one list of all calls of the process would leave with the info.
+        if isinstance(each.default, list):
+            values.setdefault(each.name, list(each.default))
+    return tuple(values.pop(name) for name in names) if names else args, values
 
 
 @functools.cache
-def lending(
-    base: type[WhisperModel], **names: Callable[..., object]
-) -> type[WhisperModel]:
+def lending(base: type[WhisperModel], swaps: Swaps = ()) -> type[WhisperModel]:
     """
     The class *base* of models that can be lent.
 
     Args:
         base: faster-whisper's.
-        names: What its calls should find behind these names; see `rebound`.
+        swaps: What its calls should find in place of some functions; see `swapped`.
     """
 
     def called(method: str) -> Callable[..., object]:
         @functools.wraps(getattr(base, method))
         def call(self: _Lending, *args: object, **options: object) -> object:
             # Looked up now: programs, and tests, put others in its place.
-            plain = getattr(base, method)
-            if not isinstance(plain, types.FunctionType):
-                return plain(self.lend(), *args, **options)
-            own_args, values = own_values(plain, args, options, self.n_tokens)
-            if names.keys() & plain.__globals__.keys():
-                plain = rebound(plain, **names)
-            return plain(self.lend(), *own_args, **values)
+            plain = getattr(super(made, self._lend()), method)
+            if type(plain) is not types.MethodType:
+                return plain(*args, **options)
+            args, values = own_values(plain.__func__, args, options, self._check)
+            return swapped(plain, swaps)(*args, **values)
 
         return call
 
-    methods = ("transcribe", "detect_language")
-    attributes = {"__doc__": base.__doc__, **{each: called(each) for each in methods}}
-    return cast("type[WhisperModel]", type(base.__name__, (_Lending, base), attributes))
+    names = ("__doc__", "__module__", "__qualname__")
+    attributes = {name: getattr(base, name) for name in names}
+    methods = {name: called(name) for name in ("transcribe", "detect_language")}
+    made = type(base.__name__, (_Lending, base), {**attributes, **methods})
+    return cast("type[WhisperModel]", made)
