@@ -41,9 +41,9 @@ from whispercache.testing import check
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.process
-
     from whispercache import ModelCache
+
+pytestmark = pytest.mark.process
 
 DEVICE = "cuda:0"
 TYPE = "float16"
