@@ -15,8 +15,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Models that are put together or converted stay here, not in the user's cache.
 RUN := XDG_CACHE_HOME="$(CURDIR)/examples/.cache" $(BIN)/python
-# As many tests at a time as there are processors, eight at most.
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+# One test at a time for each processor, and one more, since tests also wait.
+JOBS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test lint types layers unit quick coverage bench soak gpu clean
 

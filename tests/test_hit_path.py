@@ -291,11 +291,11 @@ cache = ModelCache(loader=FakeLoader(machine), probe=machine)
 cache.preload("tiny", "cpu")
 signal.signal(signal.SIGALRM, interrupt)
 for _ in range(300):
-    signal.setitimer(signal.ITIMER_REAL, 0.0003)
     with contextlib.suppress(KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.0003)
         for _ in range(1000):  # in a destructor it would be swallowed
             cache.lease("tiny", "cpu").release()
-    signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     assert not cache._core._lock.locked()
 print("free", flush=True)
 os._exit(0)  # the books of a model may be wrong, and the cache would not close

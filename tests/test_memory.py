@@ -606,7 +606,8 @@ class TestProcess:
         before = memory.anonymous_bytes()
         # Not from the heap, which may have room left by other tests.
         with mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
-            block.write(b"x" * len(block))
+            for start in range(0, len(block), MIB):
+                block[start : start + MIB] = b"x" * MIB
             after = memory.anonymous_bytes()
         assert before is not None
         assert after is not None
