@@ -32,7 +32,7 @@ from whispercache.keys import ModelKey
 
 pytestmark = pytest.mark.soak
 
-MANY = settings(max_examples=tries(500))
+MANY = settings(max_examples=tries(250))
 CARD, HOST = "cuda:0", "cpu"
 
 

@@ -51,7 +51,7 @@ def cache() -> Iterator[ModelCache]:
     """
     A cache that outlives the tests of this file, so that models load once.
     """
-    with ModelCache(keep_alive=-1) as cache:
+    with ModelCache(keep_alive=-1, variants=False) as cache:
         yield cache
 
 

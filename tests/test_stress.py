@@ -61,7 +61,7 @@ LIMIT_BYTES = 4 * GIB
 SIZES = {"tiny": GIB, "base": GIB, "base.en": GIB, "small": 2 * GIB, "medium": 3 * GIB}
 DEVICES = {"cpu": "16GiB", "cuda:0": "16GiB"}
 THREADS = TASKS = 16
-SECONDS = 3.0
+SECONDS = 2.0
 SCRIPTED = "as it is written"
 OUT_OF_MEMORY = "CUDA failed with error out of memory"
 
