@@ -43,6 +43,8 @@ def move_to(home: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.environ[name] = str(path)
     os.environ["PYTHONUSERBASE"] = packages
+    # Hundreds of interpreters need not all compile the same.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # Threads that share a calculation spin while they wait for each other: where other
     # tests want the processor, it takes up to thirty times as long as on one thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -68,8 +68,6 @@ def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
-    # Two dozen interpreters need not all compile the same.
-    inherited.pop("PYTHONDONTWRITEBYTECODE", None)
     inherited["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
