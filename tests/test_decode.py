@@ -5,6 +5,7 @@ Untrusted uploads are decoded in processes of their own, and harm nobody else.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import pickle
 import signal
@@ -30,9 +31,10 @@ from broken_audio import (
     silence_bomb,
 )
 from faster_whisper.audio import decode_audio
+from pebble import ProcessFuture
 from real import child, clip
 
-from whispercache.server import decoding
+from whispercache.server import decode, decoding
 from whispercache.server.decode import (
     AudioRefused,
     AudioTooLong,
@@ -340,6 +342,56 @@ def test_the_death_of_an_idle_process_fails_nobody(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
             await until(lambda: pid not in workers())
             assert await decoder.decode(CLIP, tmp_path / "samples") == CLIP_S
+
+    run(main())
+
+
+def test_an_upload_that_a_dying_pool_loses_is_decoded_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A pool that gives up in the moment of the hand-over settles nothing: pebble 5.2.
+    """
+
+    async def main() -> None:
+        async with Decoder(processes=1) as decoder:
+            pool = decoder._pool
+            assert pool is not None
+
+            def lose(*_args: object, **_kwargs: object) -> ProcessFuture[Any]:
+                pool.stop()  # type: ignore[no-untyped-call]
+                return ProcessFuture()
+
+            monkeypatch.setattr(pool, "schedule", lose)
+            assert await decoder.decode(CLIP, tmp_path / "samples") == CLIP_S
+            assert decoder._pool is not pool
+
+    run(main())
+
+
+def test_an_upload_that_no_process_begins_is_handed_over_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    As where a process ends between receiving it and saying so.
+    """
+    monkeypatch.setattr(decode, "_START_TIMEOUT_S", 0.1)
+
+    async def main() -> None:
+        async with Decoder(processes=1) as decoder:
+            pool = decoder._pool
+            assert pool is not None
+            schedule, hand_overs = pool.schedule, itertools.count()
+
+            def lose(*args: Any, **kwargs: Any) -> ProcessFuture[Any]:
+                if next(hand_overs) == 0:
+                    return ProcessFuture()
+                monkeypatch.setattr(decode, "_START_TIMEOUT_S", 60.0)
+                return schedule(*args, **kwargs)
+
+            monkeypatch.setattr(pool, "schedule", lose)
+            assert await decoder.decode(CLIP, tmp_path / "samples") == CLIP_S
+            assert next(hand_overs) == 2
 
     run(main())
 

@@ -52,6 +52,7 @@ _log = logging.getLogger("whispercache")
 
 _ATTEMPTS = 2
 _START_TIMEOUT_S = 60.0
+_LOOK_EVERY_S = 0.5
 
 
 class AudioRefused(AudioError):
@@ -124,6 +125,12 @@ class DecoderClosed(WhisperCacheError):
 
     def __init__(self, reason: str = "the server is shutting down") -> None:
         super().__init__(reason)
+
+
+class _Lost(Exception):
+    """
+    A call that no process will finish; another pool may.
+    """
 
 
 class Decoder:
@@ -269,20 +276,51 @@ class Decoder:
                     # this one finishes what it has begun.
                     if expired.exitcode != -signal.SIGTERM:
                         break
-                except RuntimeError:
-                    # pebble gives the whole pool up when a process ends that has
-                    # nothing to do. The next attempt has a new pool.
+                except _Lost:
                     _log.info("the processes for decoding have ended")
         raise DecodeCrashed
 
     async def _attempt(self, call: Callable[[], Outcome], timeout_s: float) -> Outcome:
         pool = await self._sound_pool()
-        future = pool.schedule(call, timeout=timeout_s)
-        self._under_way.add(future)
         try:
-            return await asyncio.wrap_future(future)
+            future = pool.schedule(call, timeout=timeout_s)
+        except RuntimeError:
+            raise _Lost from None
+        self._under_way.add(future)
+        outcome = asyncio.wrap_future(future)
+        try:
+            await self._end_of(future, outcome, pool)
+            return await outcome
+        except RuntimeError:
+            raise _Lost from None
         finally:
+            outcome.cancel()
             self._under_way.discard(future)
+
+    async def _end_of(
+        self,
+        future: ProcessFuture[Outcome],
+        outcome: asyncio.Future[Outcome],
+        pool: ProcessPool,
+    ) -> None:
+        """
+        Waits for *outcome*, and raises `_Lost` where *pool* will never settle it.
+
+        pebble gives the whole pool up when a process ends that has nothing to do. A
+        task that is handed over at that moment is in no list of the pool any more, and
+        a process may end between receiving a task and saying so.
+        """
+        must_start_by = asyncio.get_running_loop().time() + _START_TIMEOUT_S
+        while not outcome.done():
+            is_active = pool.active
+            await asyncio.wait((outcome,), timeout=_LOOK_EVERY_S)
+            has_begun = future.running() or future.done()
+            is_late = asyncio.get_running_loop().time() > must_start_by
+            if not outcome.done() and (not is_active or (is_late and not has_begun)):
+                # close() settles what it finds.
+                if self._is_closed:
+                    raise DecoderClosed
+                raise _Lost
 
     async def _sound_pool(self) -> ProcessPool:
         """
