@@ -70,7 +70,7 @@ soak: .venv/test
 
 # Its results are for the repository: the card and the date are in their names.
 gpu: .venv/test .venv/cublas
-	$(BIN)/pytest tests/test_gpu.py -rs
+	$(BIN)/pytest tests/gpu/test_gpu.py -rs
 	$(BIN)/python benchmarks/gpu.py --write
 
 clean:

@@ -32,7 +32,7 @@ import numpy as np
 from faster_whisper import decode_audio
 from faster_whisper.vad import get_vad_model
 from whispercache import ModelCache
-from whispercache.footprint import Workload, audio_bytes, read_header
+from whispercache.engine.sizes.footprint import Workload, audio_bytes, read_header
 from whispercache.model import workload_of
 
 directory, minutes, options, clip, is_ours = map(json.loads, sys.argv[1:])

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pieces import CARD, Model, Strategy
 
-from whispercache import admission
-from whispercache.admission import MAX_OVERTAKES, POLICIES, Decision
-from whispercache.architecture import ARCHITECTURES, layout
-from whispercache.footprint import estimate
+from whispercache.engine.sizes.architecture import ARCHITECTURES, layout
+from whispercache.engine.sizes.footprint import estimate
 from whispercache.keys import ModelKey
+from whispercache.planning import planner as admission
+from whispercache.planning.planner import MAX_OVERTAKES, POLICIES, Decision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pieces import Planner
     from traces import Request
 
-    from whispercache.admission import Pending, Resident, Room
+    from whispercache.planning.planner import Pending, Resident, Room
 
 __all__ = [
     "CONTENDERS",

@@ -52,10 +52,11 @@ from switch import (
     switcher,
 )
 
-from whispercache import files, loader, memory
-from whispercache.core import Core
-from whispercache.loader import FasterWhisperLoader, versions
-from whispercache.memory import SystemProbe
+from whispercache.core.core import Core
+from whispercache.devices import memory
+from whispercache.devices.memory import SystemProbe
+from whispercache.engine import files, loader
+from whispercache.engine.loader import FasterWhisperLoader, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

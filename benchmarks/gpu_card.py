@@ -1,6 +1,6 @@
 """
-A card through the driver's own calls, for what `whispercache.cuda` has no need of:
-copies, filling it up, the pool's threshold, and parking other processes.
+A card through the driver's own calls, for what `whispercache.devices.cuda` has no need
+of: copies, filling it up, the pool's threshold, and parking other processes.
 
 Source for names, numbers and structures: cuda.h of CUDA 12.8.
 """
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from gpu_records import Crossing, Held
 
-from whispercache.cuda import CudaError, open_driver
-from whispercache.memory import SystemProbe
+from whispercache.devices.cuda import CudaError, open_driver
+from whispercache.devices.memory import SystemProbe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -1,5 +1,5 @@
 #!/bin/sh
-# benchmarks/gpu.py and tests/test_gpu.py on a machine with a card, CUDA 13 and no
+# benchmarks/gpu.py and tests/gpu/test_gpu.py on a machine with a card, CUDA 13 and no
 # network: one line, which ends within LIMIT_S seconds (570). See docs/gpu.md.
 #
 #     sh benchmarks/gpu_offline.sh [all|benchmark|suite] [options of gpu.py]
@@ -48,7 +48,7 @@ export PYTHONUNBUFFERED=1
 # Version 12 where there is one, else 13 in its place: PyTorch's, or the toolkit's.
 cublas=$("$PYTHON" -c '
 import glob, sys
-from whispercache.cublas import cublas_problem
+from whispercache.devices.cublas import cublas_problem
 places = [f"{entry}/nvidia/*/lib" for entry in sys.path]
 places += ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib"]
 found = [name for place in places for name in glob.glob(f"{place}/libcublas.so.13")]
@@ -71,7 +71,7 @@ fi
     "$PYTHON" --version
     echo "in the place of libcublas.so.12: ${cublas:-nothing}"
     "$PYTHON" -c '
-from whispercache.cublas import cublas_problem
+from whispercache.devices.cublas import cublas_problem
 print(cublas_problem() or "libcublas.so.12 can be loaded")
 import cachetools, ctranslate2, faster_whisper, filelock, platformdirs, psutil, pynvml
 print("CTranslate2", ctranslate2.__version__, "sees", end=" ")
@@ -97,7 +97,7 @@ if [ "$what" = all ] || [ "$what" = suite ]; then
     export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # whatever else is installed there
     timeout -k 10 "$(left)" "$PYTHON" -m pytest -c /dev/null --rootdir=. \
         -p no:cacheprovider -v -rs --durations=0 -o faulthandler_timeout=120 \
-        tests/test_gpu.py > "$OUT/suite.txt" 2>&1 || worst=$?
+        tests/gpu/test_gpu.py > "$OUT/suite.txt" 2>&1 || worst=$?
     tail -n 60 "$OUT/suite.txt"
 fi
 exit "$worst"

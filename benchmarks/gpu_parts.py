@@ -16,7 +16,16 @@ from gpu_records import Cycle, Look, Machine, Size, WarmUp, Work
 
 import whispercache
 from whispercache import ModelCache
-from whispercache.architecture import TEXT_POSITIONS
+from whispercache.devices.host import anonymous_bytes, cpu_name, host_room
+from whispercache.devices.memory import SystemProbe, driver_version
+from whispercache.engine.loader import versions
+from whispercache.engine.sizes.architecture import TEXT_POSITIONS
+from whispercache.engine.sizes.footprint import (
+    Workload,
+    read_header,
+    weights_bytes,
+    workspace_bytes,
+)
 from whispercache.errors import DeviceUnavailable, WhisperCacheError, format_bytes
 from whispercache.events import (
     DeviceWarmedUp,
@@ -24,15 +33,6 @@ from whispercache.events import (
     ModelEvicted,
     ModelLoaded,
 )
-from whispercache.footprint import (
-    Workload,
-    read_header,
-    weights_bytes,
-    workspace_bytes,
-)
-from whispercache.host import anonymous_bytes, cpu_name, host_room
-from whispercache.loader import versions
-from whispercache.memory import SystemProbe, driver_version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

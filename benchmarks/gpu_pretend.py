@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["install", "prepare", "smaller", "write_models"]
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+TESTS = Path(__file__).resolve().parents[1] / "tests" / "support"
 GIB = 1024**3
 
 _OUT_OF_MEMORY = 2
@@ -115,7 +115,7 @@ def install(role: str) -> None:
     sys.path.append(str(TESTS))
     import standin
 
-    from whispercache.cuda import open_driver
+    from whispercache.devices.cuda import open_driver
 
     for held in Path(os.environ["FAKE_GPU_STATE"]).parent.glob("state.[0-9]"):
         held.unlink()

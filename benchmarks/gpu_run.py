@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from gpu_records import revive
 
-from whispercache.architecture import ARCHITECTURES
+from whispercache.engine.sizes.architecture import ARCHITECTURES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -16,12 +16,12 @@ from gpu_records import Tier
 from page import make_cold, read
 
 from whispercache.cache import DEFAULT_VARIANTS_BYTES
-from whispercache.convert import Origin, kind_for
+from whispercache.engine.loader import versions
+from whispercache.engine.sizes.footprint import read_header, weights_bytes
+from whispercache.engine.variants.convert import Origin, kind_for
+from whispercache.engine.variants.store import Variants
 from whispercache.errors import WhisperCacheError
 from whispercache.events import ModelEvicted, ModelLoaded
-from whispercache.footprint import read_header, weights_bytes
-from whispercache.loader import versions
-from whispercache.variants import Variants
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

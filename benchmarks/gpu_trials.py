@@ -20,15 +20,10 @@ from gpu_parts import Heard, noise, plain_cache, say
 from gpu_records import Pair, Said, Step, Survival
 from gpu_run import Child
 
-from whispercache.cuda import CudaError
+from whispercache.devices.cuda import CudaError
+from whispercache.engine.sizes.footprint import read_header, weights_bytes
 from whispercache.errors import WhisperCacheError
-from whispercache.events import (
-    EvictionCause,
-    ModelEvicted,
-    ModelLoaded,
-    ModelLoading,
-)
-from whispercache.footprint import read_header, weights_bytes
+from whispercache.events import EvictionCause, ModelEvicted, ModelLoaded, ModelLoading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -58,10 +58,10 @@ from switch import (
 )
 
 from whispercache import ModelCache
-from whispercache.building import Builder
 from whispercache.cache import DEFAULT_VARIANTS_BYTES
-from whispercache.loader import FasterWhisperLoader, versions
-from whispercache.variants import Variants
+from whispercache.engine.loader import FasterWhisperLoader, versions
+from whispercache.engine.variants.build import Builder
+from whispercache.engine.variants.store import Variants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

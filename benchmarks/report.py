@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import whispercache
-from whispercache.host import cpu_name
+from whispercache.devices.host import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -192,7 +192,14 @@ def serving(limit: int) -> Iterator[Server]:
         temporary.mkdir()
         with log.open("wb") as file:
             process = psutil.Popen(
-                [sys.executable, "-m", "whispercache.cli", "serve", *places, *line],
+                [
+                    sys.executable,
+                    "-m",
+                    "whispercache.cli.main",
+                    "serve",
+                    *places,
+                    *line,
+                ],
                 env={**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(temporary)},
                 stdout=file,
                 stderr=file,

@@ -6,8 +6,8 @@ The cache's rules in virtual time, beside the optimum and beside what others do.
 Sixteen or twenty-four real models, with the bytes that `whispercache.footprint` gives,
 on one card with one loader. The workloads are described in traces.py; --trace adds one
 from a CSV file with the columns t_seconds, key_id (24 keys, 0 the most popular) and
-service_seconds. The decisions are those of `whispercache.admission`, by the same code;
-virtual.py carries them out as the cache does, without threads, models or time.
+service_seconds. The decisions are those of `whispercache.planning.planner`, by the
+same code; virtual.py carries them out as the cache does, without threads or models.
 
 A load reads the disk, but in the section on the page cache: there a file stays in host
 RAM once it was read, by a load or ahead of one (page.py has the real thing).

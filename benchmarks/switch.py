@@ -53,12 +53,12 @@ from report import Table, machine, write
 from examples.weights import packaged_model
 from whispercache import ModelCache, Workload
 from whispercache.cache import DEFAULT_VARIANTS_BYTES, VARIANTS_VARIABLE
-from whispercache.convert import Origin
+from whispercache.devices.host import return_free_memory
+from whispercache.engine.loader import versions
+from whispercache.engine.sizes.header import read_header
+from whispercache.engine.variants.convert import Origin
+from whispercache.engine.variants.store import Variants
 from whispercache.errors import format_bytes
-from whispercache.header import read_header
-from whispercache.host import return_free_memory
-from whispercache.loader import versions
-from whispercache.variants import Variants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -3,12 +3,12 @@ Models of random weights in the exact sizes of real ones, for machines without n
 
     python benchmarks/synthetic.py SIZE DIRECTORY
 
-SIZE is one of `whispercache.footprint.ARCHITECTURES`, ``large-v3`` for example. The
-files have the names, the shapes and the bytes of real ones in float16 that the same
-CTranslate2 converted, so loads and memory are theirs. What such a model hears means
-nothing, but it is the same each time, 30 tokens a window: random layers make the text,
-sure enough of each token that faster-whisper does not try again at another temperature,
-until the positions from there on lead to its end.
+SIZE is one of `whispercache.engine.sizes.architecture.ARCHITECTURES`, ``large-v3`` for
+example. The files have the names, the shapes and the bytes of real ones in float16 that
+the same CTranslate2 converted, so loads and memory are theirs. What such a model hears
+means nothing, but it is the same each time, 30 tokens a window: random layers make the
+text, sure enough of each token that faster-whisper does not try again at another
+temperature, until the positions from there on lead to its end.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from byte_level import tokenizer, vocabulary
 
-from whispercache.architecture import ARCHITECTURES
-from whispercache.primer import specification
+from whispercache.engine.sizes.architecture import ARCHITECTURES
+from whispercache.engine.warmup import specification
 
 if TYPE_CHECKING:
     from ctranslate2.specs import WhisperSpec
     from numpy.typing import NDArray
 
-    from whispercache.architecture import Architecture, Variable
+    from whispercache.engine.sizes.architecture import Architecture, Variable
 
     Array = NDArray[np.float16]
 

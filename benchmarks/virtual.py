@@ -1,10 +1,10 @@
 """
 A cache in virtual time: the real planner over a clock that jumps from event to event.
 
-It does what `whispercache.core` does with `whispercache.admission`, step by step, for
-one card: a request finds its model in memory and nobody waiting, or it queues; what
-`plan` says is carried out; the card's one thread loads and unloads in order; leases end
-when their work is done. No threads, no models, no time.
+It does what `whispercache.core.core` does with `whispercache.planning.planner`, step by
+step, for one card: a request finds its model in memory and nobody waiting, or it
+queues; what `plan` says is carried out; the card's one thread loads and unloads in
+order; leases end when their work is done. No threads, no models, no time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 
 from pieces import CARD, NOTHING, Copies, Disk, Entry, Report, State, Waiter
 
-from whispercache.admission import Demand, Need, Outcome, Pending, Room, next_gap_s
+from whispercache.planning.planner import (
+    Demand,
+    Need,
+    Outcome,
+    Pending,
+    Room,
+    next_gap_s,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
     from pieces import Host, Model, Strategy
     from traces import Request
 
-    from whispercache.admission import Decision, Resident
+    from whispercache.planning.planner import Decision, Resident
 
 __all__ = ["Simulation", "StrictFifo"]
 

@@ -17,6 +17,7 @@ from driver import DRIVERS
 from fakes import FakeGpus, build_drivers
 from hypothesis import HealthCheck, settings
 from surroundings import move_to
+from tenants import Tenants
 
 from whispercache import ModelCache
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine, check, settle
@@ -145,6 +146,29 @@ def make_cache(
         check(cache)
         close_all(cache, clock)
     assert not machine.held_bytes - loader.abandoned_bytes, machine.held_bytes
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """
+    A runtime directory of the test's own, with the ledgers in it.
+    """
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return tmp_path / "whispercache"
+
+
+@pytest.fixture
+def tenants(machine: FakeMachine, clock: FakeClock, runtime: Path) -> Iterator[Tenants]:
+    """
+    Two of them, closed afterwards.
+    """
+    del runtime
+    made = Tenants(machine, clock)
+    yield made
+    for cache in made.caches:
+        check(cache)
+        close_all(cache, clock)
+    assert not any(machine.held_bytes.values())
 
 
 def close_all(cache: ModelCache, clock: FakeClock) -> None:

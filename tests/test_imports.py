@@ -21,11 +21,11 @@ LATER = {
     "tempfile",
     "tracemalloc",
     "whispercache.aio",
-    "whispercache.core",
+    "whispercache.core.core",
     "whispercache.events",
-    "whispercache.loader",
-    "whispercache.memory",
-    "whispercache.report",
+    "whispercache.engine.loader",
+    "whispercache.devices.memory",
+    "whispercache.core.snapshots",
 }
 
 
@@ -86,8 +86,8 @@ def test_the_function_footprint_is_not_hidden_by_its_module() -> None:
     They share a name, and importing the module sets it anew.
     """
     seen = printed(
-        "import whispercache.footprint\n"
-        "from whispercache.footprint import estimate\n"
+        "import whispercache.engine.sizes.footprint\n"
+        "from whispercache.engine.sizes.footprint import estimate\n"
         "import whispercache\n"
         "print(whispercache.footprint('base').weights_bytes > 0)"
     )
@@ -112,7 +112,7 @@ def test_the_command_answers_before_audio_could_be_decoded() -> None:
     PyAV is there for who listens; ``--help`` does not wait for it.
     """
     seen = printed(
-        "import sys, whispercache.cli; "
+        "import sys, whispercache.cli.main; "
         "print(sorted({'av', 'numpy', 'ctranslate2'} & set(sys.modules)))"
     )
     assert seen == "[]"

@@ -16,7 +16,8 @@ from faster_whisper.utils import _MODELS
 from real import child, micro, micro_copy
 
 from whispercache import ModelCache, UnknownModel, UnsupportedComputeType
-from whispercache.footprint import read_header
+from whispercache.engine.naming import canonical_model
+from whispercache.engine.sizes.footprint import read_header
 from whispercache.keys import (
     ALIASES,
     COMPUTE_TYPES,
@@ -24,7 +25,6 @@ from whispercache.keys import (
     TYPICAL_COMPUTE_TYPES,
     ModelKey,
     canonical_device,
-    canonical_model,
     canonical_options,
     effective_compute_type,
     is_directory,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from driver import ThreadDriver
 
-from whispercache.admission import POLICIES
-from whispercache.entries import Part
-from whispercache.footprint import DEFAULT_WORKLOAD
-from whispercache.resolve import Target
+from whispercache.core.entries import Part
+from whispercache.core.resolver import Target
+from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
+from whispercache.planning.planner import POLICIES
 from whispercache.testing import check, settle, wait_until
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from conftest import MakeCache
 
     from whispercache import Lease, ModelCache
-    from whispercache.admission import Resident
     from whispercache.events import Event
+    from whispercache.planning.planner import Resident
     from whispercache.testing import FakeClock, FakeLoader, FakeMachine
 
 AUDIO = cast("Any", "audio")

@@ -28,7 +28,7 @@ from whispercache import (
     TooManyWaiters,
 )
 from whispercache.metrics import BUCKETS_S, CacheCollector
-from whispercache.pressure import WATCH_S
+from whispercache.peers.pressure import WATCH_S
 from whispercache.testing import FakeLoader, settle, wait_until
 
 if TYPE_CHECKING:

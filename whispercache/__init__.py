@@ -17,6 +17,7 @@ while, and their memory is really returned. See `ModelCache` for limits of your 
 from typing import TYPE_CHECKING
 
 from .cache import ModelCache, default_cache, get_model
+from .engine.sizes.footprint import Footprint, Workload, footprint
 from .errors import (
     AudioError,
     CacheClosed,
@@ -35,7 +36,6 @@ from .errors import (
     UnsupportedComputeType,
     WhisperCacheError,
 )
-from .footprint import Footprint, Workload, footprint
 from .keys import ModelKey
 from .lease import Lease, Leases
 from .model import CachedModel
@@ -43,9 +43,9 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .aio import AsyncCachedModel, AsyncModelCache
-    from .audio import Audio, read_audio
     from .comparison import compare
-    from .damage import AudioDamage
+    from .engine.audio.damage import AudioDamage
+    from .engine.audio.decoder import Audio, read_audio
     from .events import (
         DeviceInfo,
         DeviceLost,
@@ -127,8 +127,8 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
     _LATER = {
         "AsyncCachedModel": "aio",
         "AsyncModelCache": "aio",
-        "Audio": "audio",
-        "AudioDamage": "damage",
+        "Audio": "engine.audio.decoder",
+        "AudioDamage": "engine.audio.damage",
         "compare": "comparison",
         "DeviceInfo": "events",
         "DeviceLost": "events",
@@ -148,7 +148,7 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
         "ReleaseUnconfirmed": "events",
         "Stats": "events",
         "WaitingInfo": "events",
-        "read_audio": "audio",
+        "read_audio": "engine.audio.decoder",
     }
 
     def __getattr__(name: str) -> object:

@@ -27,14 +27,14 @@ from .cache import (
     log_held,
     tell_own,
 )
+from .core.fallback import Attempts
+from .core.threads import caller, current_owner, token_of
+from .engine.calls.prepare import prepared, prepared_detection
+from .engine.naming import anchored
+from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .errors import EvictionTimeout
-from .fallback import Attempts
-from .footprint import DEFAULT_WORKLOAD
-from .keys import anchored
 from .lease import Leases
 from .model import Handle, LeasedIterator, call_leased
-from .prepare import prepared, prepared_detection
-from .threads import caller, current_owner, token_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
     from typing_extensions import ParamSpec, Self, Unpack
 
     from .cache import CacheOptions, ModelRequest
+    from .core.fallback import Terms
+    from .core.moves import Leaving
+    from .core.resolver import Request
+    from .engine.api import AudioInput
+    from .engine.sizes.footprint import Workload
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
-    from .fallback import Terms
-    from .footprint import Workload
     from .keys import ModelKey
     from .lease import Lease
-    from .loading import AudioInput
-    from .moves import Leaving
-    from .resolve import Request
     from .units import DurationValue, LimitValue
 
     P = ParamSpec("P")

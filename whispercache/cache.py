@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, cast
 
+from .core.fallback import Attempts, Terms, as_ladder
+from .core.threads import MonotonicClock, caller, current_owner, current_owners
+from .engine.naming import anchored
+from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .errors import EvictionTimeout, LeaseDeadlock, NotDownloaded
-from .fallback import Attempts, Terms, as_ladder
-from .footprint import DEFAULT_WORKLOAD
-from .keys import anchored, frozen_compute_type
+from .keys import frozen_compute_type
 from .lease import Leases
 from .model import CachedModel
-from .threads import MonotonicClock, caller, current_owner, current_owners
 from .units import Limit, parse_duration, parse_limit
 
 if TYPE_CHECKING:
@@ -37,20 +38,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from .admission import Policy
-    from .core import Core, Own
-    from .deadlock import Owner
-    from .entries import Part
+    from .core.core import Core, Own
+    from .core.entries import Part
+    from .core.moves import Leaving
+    from .core.resolver import Request, Target
+    from .core.threads import Clock
+    from .devices.memory import MemoryProbe
+    from .engine.api import AudioInput, Loader
+    from .engine.calls.languages import Knowledge
+    from .engine.sizes.footprint import Workload
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
-    from .footprint import Workload
     from .keys import ModelKey
-    from .languages import Knowledge
     from .lease import Lease
-    from .loading import AudioInput, Loader
-    from .memory import MemoryProbe
-    from .moves import Leaving
-    from .resolve import Request, Target
-    from .threads import Clock
+    from .planning.deadlock import Owner
+    from .planning.planner import Policy
     from .units import DurationValue, LimitValue
 
     # A name or path; or with its own device, and perhaps its own compute type.
@@ -202,11 +203,11 @@ class ModelCache:
         # Whoever imports the package and makes no cache does not wait for the rest.
         from tracemalloc import is_tracing
 
-        from .admission import POLICIES
-        from .core import Core
-        from .loader import FasterWhisperLoader
-        from .memory import SystemProbe
-        from .resolve import Resolver
+        from .core.core import Core
+        from .core.resolver import Resolver
+        from .devices.memory import SystemProbe
+        from .engine.loader import FasterWhisperLoader
+        from .planning.planner import POLICIES
 
         if isinstance(policy, str) and policy not in POLICIES:
             raise ValueError(
@@ -248,7 +249,7 @@ class ModelCache:
         """
         watches = self._pressure == "watch"
         if self._coordinate or watches or self._core.park_limit is not None:
-            from .pressure import LedgerPeers, look_after
+            from .peers.pressure import LedgerPeers, look_after
 
             peers = LedgerPeers(self._core.probe) if self._coordinate else None
             self._core.peers = peers
@@ -438,7 +439,7 @@ class ModelCache:
         raise attempts.failure()
 
     def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Part]:
-        from .entries import Part
+        from .core.entries import Part
 
         order = list(range(len(requests)))
         if len(requests) > 1:
@@ -614,33 +615,33 @@ class ModelCache:
         """
         Counters since the cache was made.
         """
-        from . import report
+        from .core import snapshots
 
-        return report.stats(self._core)
+        return snapshots.stats(self._core)
 
     def models(self) -> tuple[ModelInfo, ...]:
         """
         The models in memory, or on their way in or out.
         """
-        from . import report
+        from .core import snapshots
 
-        return report.models(self._core)
+        return snapshots.models(self._core)
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """
         The devices that were used, and what the cache holds of them.
         """
-        from . import report
+        from .core import snapshots
 
-        return report.devices(self._core)
+        return snapshots.devices(self._core)
 
     def waiting(self) -> tuple[WaitingInfo, ...]:
         """
         The requests that wait for their models, the oldest first.
         """
-        from . import report
+        from .core import snapshots
 
-        return report.waiting(self._core)
+        return snapshots.waiting(self._core)
 
     def explain(
         self,
@@ -656,13 +657,13 @@ class ModelCache:
 
         Nothing is loaded or evicted. Takes and raises what `get_model` does.
         """
-        from . import report
+        from .core import snapshots
 
         request = as_request(model_size_or_path, device, compute_type, load_options)
         workload = workload or DEFAULT_WORKLOAD
         target = self._resolver.resolve(request, download=False)
         self._resolver.locate(target, workload, download=False)
-        return report.explain(self._core, target.entry, workload)
+        return snapshots.explain(self._core, target.entry, workload)
 
     def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """
@@ -683,8 +684,8 @@ class ModelCache:
         Blocks: call it on a thread of its own where the program does the work. Only a
         program's main thread sees Ctrl-C.
         """
-        from .live import Watch
-        from .top import watch
+        from .watch.live import Watch
+        from .watch.top import watch
 
         with Watch(self) as seen:
             watch(seen.snapshot, interval_s=interval_s)
@@ -741,9 +742,9 @@ class ModelCache:
             log_held(held)
 
     def __repr__(self) -> str:
-        from . import report
+        from .core import snapshots
 
-        return report.describe(self._core, type(self).__name__)
+        return snapshots.describe(self._core, type(self).__name__)
 
 
 def tell_own(own: Own, timeout_s: float | None) -> None:
@@ -868,7 +869,7 @@ def _after_fork() -> None:
     _default_lock = threading.Lock()
     cores = list(_cores)
     if cores:
-        from . import cuda
+        from .devices import cuda
     for core in cores:
         core.forked(gpu_in_use=cuda.is_open())
     for cache in list(_caches):

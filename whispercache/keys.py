@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from .errors import LoadFailed, UnknownModel, UnsupportedComputeType
+from .errors import UnsupportedComputeType
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-    from pathlib import Path
 
 __all__ = [
     "ALIASES",
@@ -29,12 +28,9 @@ __all__ = [
     "TYPICAL_COMPUTE_TYPES",
     "ModelKey",
     "OptionValue",
-    "anchored",
     "canonical_device",
-    "canonical_model",
     "canonical_options",
     "compute_type_on",
-    "directory_at",
     "effective_compute_type",
     "frozen_compute_type",
     "is_directory",
@@ -97,8 +93,6 @@ Other names of the known models, such as ``"whisper-large-v3"``, and what they m
 
 Source: huggingface.co/openai and /distil-whisper; names of OpenAI-compatible servers.
 """
-
-_BY_OTHER_NAME = {other.lower(): name for other, name in OTHER_NAMES.items()}
 
 COMPUTE_TYPES = (
     "float32",
@@ -180,142 +174,6 @@ def is_directory(model: str) -> bool:
     Whether a canonical model name is a directory, not a name on the model hub.
     """
     return os.path.isabs(model)
-
-
-def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
-    """
-    The one name of a model: a known size, a hub repository, or a real path.
-
-    A directory of that name wins over the hub, as in faster-whisper, provided that
-    there is a model in it. A repository's folder in the hub's cache is its snapshot.
-
-    Raises:
-        UnknownModel: no such size, or the directory is missing or holds no model.
-        LoadFailed: the directory cannot be read.
-    """
-    name = os.fspath(name_or_path)
-    if not name.strip():
-        raise UnknownModel(name, "give a size such as 'base', or a directory")
-    from .hub import is_file  # needs what importing the package should not
-
-    path = os.path.expanduser(name)
-    known = ALIASES.get(name) or _BY_OTHER_NAME.get(name.lower(), name)
-    try:
-        if is_file(os.path.join(path, "model.bin")):
-            return os.path.realpath(path)
-    except LoadFailed:
-        if known not in MODELS:
-            raise
-    if known in MODELS:
-        return known
-    if os.path.isdir(path):
-        return os.path.realpath(_cached_snapshot(name, path))
-    if os.path.exists(path):
-        raise UnknownModel(name, "this is a file; give the directory of the model")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return name
-    raise UnknownModel(name, _why_unknown(name))
-
-
-def _why_unknown(name: str) -> str:
-    """
-    The reason why *name* is neither a model nor a path of anything, with a hint.
-    """
-    if name.startswith((os.sep, ".", "~")):
-        return "no such directory"
-    if os.sep in name:
-        return "no such directory; a repository of the model hub is 'owner/name'"
-    import difflib
-
-    spelled = name.strip().lower().replace("_", "-")
-    near = [spelled] if spelled in _BY_OTHER_NAME else []
-    near += difflib.get_close_matches(spelled, [*MODELS, *ALIASES], n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return (
-        f"{hint}known sizes are {', '.join([*MODELS, *ALIASES])}; or give a hub "
-        "repository ('owner/name') or a directory"
-    )
-
-
-def _cached_snapshot(name: str, path: str) -> Path:
-    """
-    The snapshot in a repository's folder of the model hub's cache.
-
-    Raises:
-        UnknownModel: *path* is no such folder, or its snapshot has no model.
-    """
-    from pathlib import Path
-
-    from .hub import is_file, snapshot_in, snapshots_in
-
-    directory = Path(path)
-    is_among = directory.name == "snapshots"
-    folder = directory.parent if is_among else directory
-    snapshots = snapshots_in(folder)
-    if not snapshots:
-        raise UnknownModel(name, _why_no_model(directory))
-    whole = [each for each in snapshots if is_file(each / "model.bin")]
-    current = snapshot_in(folder)
-    if current in whole and not is_among:
-        return current
-    if len(whole) == 1:
-        return whole[0]
-    if not whole:
-        raise UnknownModel(name, _NOT_WHOLE)
-    names = ", ".join(map(str, whole))
-    raise UnknownModel(name, f"several models are in it; give one of {names}")
-
-
-_NOT_WHOLE = (
-    "this folder of the model hub's cache has no model.bin: its download is not whole, "
-    "or the model is not converted for CTranslate2; ask for it by its name, "
-    "'owner/name'"
-)
-
-
-def _why_no_model(directory: Path) -> str:
-    """
-    The reason why a directory is no model: where it was to be one, what is missing.
-    """
-    file = directory / "model.bin"
-    if directory.absolute().parent.name == "snapshots":
-        return _NOT_WHOLE
-    if file.is_symlink():
-        return (
-            f"its model.bin is a link to {file.readlink()}, which is not there; mend "
-            "the link, or download the model again"
-        )
-    return (
-        "the directory holds no model.bin; convert the model for CTranslate2 with "
-        "ct2-transformers-converter"
-    )
-
-
-def anchored(name_or_path: str | os.PathLike[str]) -> str:
-    """
-    *name_or_path*, where it is a directory by its absolute path, so that it means the
-    same after `os.chdir`. A link stays one: it may point elsewhere later on.
-    """
-    name = os.fspath(name_or_path)
-    path = directory_at(name)
-    # A directory that only has the name of a size is none of ours; see above.
-    if _is_known(name) and not os.path.isfile(os.path.join(path, "model.bin")):
-        return name
-    if not path and name.startswith((".", "~")):  # not there yet
-        path = os.path.abspath(os.path.expanduser(name))
-    return path or name
-
-
-def directory_at(name: str) -> str:
-    """
-    The absolute path of the directory that *name* is; nothing if it is none.
-    """
-    path = os.path.expanduser(name)
-    return os.path.abspath(path) if os.path.isdir(path) else ""
-
-
-def _is_known(name: str) -> bool:
-    return name in MODELS or name in ALIASES or name.lower() in _BY_OTHER_NAME
 
 
 _DEVICES = "device must be 'auto', 'cpu', 'cuda' or 'cuda:N'"

@@ -8,17 +8,17 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, overload
 
-from .faults import is_from_ctranslate2
+from .devices.faults import is_from_ctranslate2
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from faster_whisper import WhisperModel
 
-    from .deadlock import Owner
-    from .entries import Entry
+    from .core.entries import Entry
+    from .engine.api import LoadedModel
     from .keys import ModelKey
-    from .loading import LoadedModel
+    from .planning.deadlock import Owner
 
 __all__ = ["Holder", "Lease", "Leases"]
 

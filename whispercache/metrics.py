@@ -33,8 +33,8 @@ except ImportError as _missing:
     ) from _missing
 
 from .cache import ModelCache
+from .engine.naming import short_name
 from .events import EvictionCause, ModelEvicted, ModelGranted, ModelLoaded
-from .specs import short_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -13,10 +13,10 @@ import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, cast
 
+from .core.threads import current_owner
+from .engine.calls.prepare import prepared, prepared_detection, workload_of
+from .engine.sizes.footprint import DEFAULT_WORKLOAD, Workload
 from .errors import CacheForked
-from .footprint import DEFAULT_WORKLOAD, Workload
-from .prepare import prepared, prepared_detection, workload_of
-from .threads import current_owner
 
 if TYPE_CHECKING:
     import os
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from .deadlock import Owner
+    from .engine.calls.languages import Knowledge
     from .keys import ModelKey
-    from .languages import Knowledge
     from .lease import Lease
+    from .planning.deadlock import Owner
 
     AudioInput = str | os.PathLike[str] | BinaryIO | NDArray[np.float32]
 

@@ -7,16 +7,14 @@ A summary goes to stdout, the reports into a directory, everything else to stder
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
 import time
-from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whispercache.cache import ModelCache
-from whispercache.job import INTERRUPTED, WRONG_USE, error_line
+from whispercache.console import WRONG_USE, error_line, interruptible
 
 from .references import read_references
 from .run import RESULTS, compare
@@ -77,37 +75,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """
-    Run the command and return the exit code.
-
-    On another thread: CTranslate2 hears no Ctrl-C while it computes.
+    Runs the command and returns the exit code.
 
     Raises:
         OSError, RuntimeError, ValueError, WhisperCacheError: see `compare`.
     """
     show = _Show()
-    done: Future[Comparison] = Future()
 
-    def work() -> None:
-        try:
-            done.set_result(_compare(options, show))
-        except BaseException as error:  # noqa: BLE001 - raised again on the main thread
-            done.set_exception(error)
-
-    try:
-        threading.Thread(target=work, name="compare", daemon=True).start()
-        # Some systems deliver no Ctrl-C to a thread that waits without end.
-        while not wait([done], timeout=0.2).done:
-            pass
-        comparison = done.result()
-    except KeyboardInterrupt:
+    def interrupted() -> None:
         show.close()
         sys.stderr.write(
             f"whispercache: interrupted; {options.out / RESULTS} keeps what is done, "
             "and the same command goes on from there\n"
         )
         sys.stderr.flush()
-        # A model in the middle of a window can be neither stopped nor taken down.
-        os._exit(INTERRUPTED)
+
+    try:
+        comparison = interruptible(
+            lambda: _compare(options, show), name="compare", interrupted=interrupted
+        )
     except ModuleNotFoundError as missing:
         show.close()
         sys.stderr.write(f"{error_line(missing)}\n")

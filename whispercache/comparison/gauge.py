@@ -8,7 +8,7 @@ import gc
 import threading
 from typing import TYPE_CHECKING
 
-from whispercache import memory
+from whispercache.devices import memory
 from whispercache.errors import DeviceUnavailable
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from whispercache.memory import MemoryProbe
+    from whispercache.devices.memory import MemoryProbe
 
 __all__ = ["LOOK_S", "Gauge"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whispercache.cache import as_request
+from whispercache.engine.calls.languages import check_language
 from whispercache.errors import LoadFailed, WhisperCacheError
-from whispercache.languages import check_language
 
 from .store import fingerprint, hash_of_file
 from .values import Failure, ModelFailure
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from whispercache.cache import ModelCache
-    from whispercache.footprint import Workload
+    from whispercache.engine.naming import ModelSpec
+    from whispercache.engine.sizes.footprint import Workload
     from whispercache.keys import ModelKey
-    from whispercache.specs import ModelSpec
 
 __all__ = [
     "Entrant",
@@ -177,7 +177,7 @@ def check_languages(
 def _identity(
     cache: ModelCache, key: ModelKey, load_options: Mapping[str, object]
 ) -> str:
-    from whispercache.loader import versions
+    from whispercache.engine.loader import versions
 
     loader, probe = cache._core.loader, cache._core.probe
     files = loader.locate(key.model, load_options, download=True)  # type: ignore[arg-type]

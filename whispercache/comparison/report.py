@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from whispercache.engine.naming import short_name
 from whispercache.errors import format_bytes
-from whispercache.specs import short_name
 from whispercache.version import __version__
 
 from .plots import SPAN_WIDTH, plots_of, spans_of

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from whispercache.cache import ModelCache
+from whispercache.engine.calls.languages import language_code
+from whispercache.engine.calls.parameters import checked
+from whispercache.engine.calls.signatures import bound
+from whispercache.engine.naming import ModelSpec, parse_spec
 from whispercache.errors import WhisperCacheError
-from whispercache.languages import language_code
 from whispercache.model import workload_of
-from whispercache.parameters import checked
-from whispercache.signatures import bound
-from whispercache.specs import ModelSpec, parse_spec
 
 from .plan import check_languages, enter, none_left, read_inputs
 from .references import match_references, read_references

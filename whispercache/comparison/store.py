@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from whispercache.formats import Cue
+from whispercache.transcripts import Cue
 
 from .values import Result
 

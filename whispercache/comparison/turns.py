@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from whispercache.errors import AudioError, CacheClosed
-from whispercache.formats import Cue
 from whispercache.model import workload_of
+from whispercache.transcripts import Cue
 
 from .gauge import Gauge
 from .plan import one_line
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from faster_whisper import WhisperModel
     from numpy.typing import NDArray
 
-    from whispercache.audio import Audio
     from whispercache.cache import ModelCache
+    from whispercache.engine.audio.decoder import Audio
     from whispercache.lease import Lease
 
     from .plan import Entrant, Input
@@ -204,7 +204,7 @@ class Run:
             self.cache.evict(*place)
 
     def _hold(self, entrant: Entrant, missing: Sequence[Input], gauge: Gauge) -> None:
-        from whispercache.audio import read_audio
+        from whispercache.engine.audio.decoder import read_audio
 
         spec, key = entrant.spec, entrant.key
         with self._blaming():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from whispercache.formats import Cue
+    from whispercache.transcripts import Cue
 
 __all__ = [
     "Agreement",

@@ -16,8 +16,8 @@ from fastapi import APIRouter, Depends, File, Form, Request, Response, UploadFil
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from whispercache.engine.calls.languages import check_language, language_code
 from whispercache.errors import AudioError, LoadFailed
-from whispercache.languages import check_language, language_code
 from whispercache.model import workload_of
 
 from .calls import transcribe
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from faster_whisper.transcribe import Segment, TranscriptionInfo
 
     from whispercache.aio import AsyncSegments
-    from whispercache.languages import Knowledge
+    from whispercache.engine.calls.languages import Knowledge
 
     from .offers import Offer
 

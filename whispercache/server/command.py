@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whispercache.cache import ModelCache
+from whispercache.engine.naming import parse_spec
 from whispercache.errors import WhisperCacheError
-from whispercache.specs import parse_spec
 from whispercache.units import limit_bytes, parse_duration, parse_limit
 
 from .options import ANY_ORIGIN, ServerOptions

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import av.logging
 
-from whispercache.audio import (
+from whispercache.engine.audio.decoder import (
     SAMPLE_BYTES,
     SAMPLES_PER_S,
     UNDECODABLE,
@@ -38,7 +38,7 @@ from whispercache.audio import (
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from whispercache.damage import AudioDamage
+    from whispercache.engine.audio.damage import AudioDamage
 
 __all__ = ["SAMPLES_PER_S", "SAMPLE_BYTES", "Outcome", "decode", "prepare", "ready"]
 

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from whispercache.devices.faults import Fault, classify
 from whispercache.errors import (
     AudioError,
     CacheClosed,
@@ -28,7 +29,6 @@ from whispercache.errors import (
     TooManyWaiters,
     WhisperCacheError,
 )
-from whispercache.faults import Fault, classify
 
 from .decode import AudioTooLong, DecodeCrashed, DecoderClosed, DecodeTimeout
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from whispercache.errors import CacheClosed, LeaseTimeout, TooManyWaiters
-from whispercache.live import LiveRequest
+from whispercache.watch.live import LiveRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -8,18 +8,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from whispercache.cache import as_request
+from whispercache.engine.files import claims_of
+from whispercache.engine.naming import anchored, short_name
+from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
 from whispercache.errors import WhisperCacheError
-from whispercache.files import claims_of
-from whispercache.footprint import DEFAULT_WORKLOAD
-from whispercache.keys import ALIASES, MODELS, OTHER_NAMES, anchored
-from whispercache.specs import short_name
+from whispercache.keys import ALIASES, MODELS, OTHER_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from whispercache import ModelCache, ModelKey
-    from whispercache.languages import Knowledge
-    from whispercache.specs import ModelSpec
+    from whispercache.engine.calls.languages import Knowledge
+    from whispercache.engine.naming import ModelSpec
 
 __all__ = ["ALIGNMENT_HEADS", "OPENAI_NAME", "Offer", "Offers"]
 

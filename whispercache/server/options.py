@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from whispercache.specs import ModelSpec
+    from whispercache.engine.naming import ModelSpec
 
 __all__ = ["ANY_ORIGIN", "NO_ORIGIN", "ServerOptions"]
 

@@ -28,8 +28,8 @@ from whispercache.errors import (
     LoadFailed,
     WhisperCacheError,
 )
-from whispercache.live import Snapshot, Watch
 from whispercache.metrics import CacheCollector
+from whispercache.watch.live import Snapshot, Watch
 
 from .decode import Decoder
 from .errors import RETRY_S, ApiError
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from whispercache.cache import ModelCache
-    from whispercache.footprint import Workload
-    from whispercache.languages import Knowledge
+    from whispercache.engine.calls.languages import Knowledge
+    from whispercache.engine.sizes.footprint import Workload
     from whispercache.lease import Lease
 
     from .options import ServerOptions

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
-from whispercache.formats import FORMATS, Cue, Transcript
-from whispercache.languages import LANGUAGES
+from whispercache.engine.calls.languages import LANGUAGES
+from whispercache.transcripts import FORMATS, Cue, Transcript
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

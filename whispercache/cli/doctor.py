@@ -1,0 +1,315 @@
+"""
+Doctor: what is needed to run models here, what of it works, and how to mend the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import psutil
+
+from whispercache.devices.cublas import cublas_version
+from whispercache.devices.cuda import _DRIVER_LIBRARY
+from whispercache.devices.memory import cublas_problem, driver_version, nvml_problem
+from whispercache.devices.release import compile_reason, cublas_reason
+from whispercache.engine import telemetry
+from whispercache.engine.loader import versions
+from whispercache.errors import DeviceUnavailable, WhisperCacheError, format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console
+
+    from whispercache.devices.memory import MemoryProbe
+    from whispercache.engine.api import Loader
+
+    Mark = Literal["works", "note", "wrong"]
+
+__all__ = ["Finding", "examine", "show"]
+
+_GIB = 1024**3
+
+SMALL_DISK_BYTES = 4 * _GIB
+"""
+Free bytes of the hub cache's disk below which a large model may not fit.
+
+Source: large-v3 is 3.1 GB on the hub, and is there in full before its old version goes.
+"""
+
+CUDA_12_DRIVER = "525.60.13"
+"""
+The first driver for Linux that runs CUDA 12.
+
+Source: NVIDIA, CUDA compatibility, minor version compatibility.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """
+    One thing that was looked at.
+
+    Attributes:
+        mark: Whether it works, is merely worth knowing, or is wrong.
+        subject: What was looked at.
+        text: What was found.
+        mend: How to mend it, or nothing.
+    """
+
+    mark: Mark
+    subject: str
+    text: str
+    mend: str = ""
+
+
+def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
+    """
+    Look at everything, one thing after the other.
+
+    Blocks: for the imports of the libraries that run the models, about a second.
+    """
+    libraries = list(_libraries())
+    yield from libraries
+    has_libraries = all(finding.mark == "works" for finding in libraries)
+    if has_libraries:
+        yield _onnxruntime()
+        yield _arithmetic("cpu", loader)
+    yield _host(probe)
+    yield from _hub_cache()
+    cards = probe.cuda_devices()
+    if not cards:
+        yield from _no_card(probe)
+        return
+    yield from _driver()
+    for card in cards:
+        yield _card(card, probe)
+    if has_libraries:
+        yield from _cuda(cards, loader)
+
+
+def show(findings: list[Finding], console: Console) -> None:
+    """
+    Print findings, and what they come to.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    plain = not console.encoding.startswith("utf")
+    marks = {
+        "works": Text("+" if plain else "✓", "green"),
+        "note": Text("-" if plain else "·", "dim"),
+        "wrong": Text("!" if plain else "✗", "bold red"),
+    }
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for finding in findings:
+        text = Text(finding.text)
+        if finding.mend:
+            text.append(f"\n{finding.mend}", "yellow")
+        table.add_row(marks[finding.mark], Text(finding.subject, "bold"), text)
+    console.print(table)
+    wrong = [finding.subject for finding in findings if finding.mark == "wrong"]
+    if wrong:
+        console.print(Text(f"\nTo mend: {', '.join(wrong)}.", "bold red"))
+        return
+    subjects = [finding.subject for finding in findings]
+    where = "GPU and CPU" if "cuda:0" in subjects else "the CPU"
+    console.print(Text(f"\nAll that is needed works: models run on {where}.", "bold"))
+
+
+def _libraries() -> Iterator[Finding]:
+    yield Finding("works", "Python", f"{platform.python_version()}, {sys.executable}")
+    try:
+        found = versions()
+    except ImportError as error:
+        yield Finding(
+            "wrong",
+            error.name or "faster-whisper",
+            f"cannot be imported: {error}",
+            "pip install --force-reinstall faster-whisper ctranslate2",
+        )
+        return
+    for name, number in found.items():
+        yield Finding("works", name, number)
+
+
+def _onnxruntime() -> Finding:
+    """
+    The library that finds speech (``vad_filter``, ``batch_size``), and whether it tells
+    its makers of its use.
+
+    Not imported: that is what would begin to tell.
+    """
+    # It comes from one of several packages, for example onnxruntime-gpu.
+    name = next(iter(packages_distributions().get("onnxruntime", ())), None)
+    if name is None:
+        return Finding(
+            "wrong",
+            "onnxruntime",
+            "not installed: vad_filter= and batch_size= find no speech without it",
+            "pip install onnxruntime",
+        )
+    is_off, by = telemetry.setting()
+    value = f"{telemetry.VARIABLE}={os.environ[telemetry.VARIABLE]}"
+    if is_off:
+        text = f"{version(name)}; its telemetry is off, by {by} ({value})"
+        return Finding("works", "onnxruntime", text)
+    return Finding(
+        "note",
+        "onnxruntime",
+        f"{version(name)}; its telemetry is on, by {by} ({value}): from 1.29 on it "
+        "sends usage data, and writes an id and a database into the cache directory",
+        f"unset {telemetry.VARIABLE}, or set it to 1, to keep it off",
+    )
+
+
+def _arithmetic(device: str, loader: Loader) -> Finding:
+    types = loader.supported_compute_types(device)
+    return Finding("works", f"types, {device}", ", ".join(sorted(types)))
+
+
+def _host(probe: MemoryProbe) -> Finding:
+    reading = probe.read("cpu")
+    machine_bytes = psutil.virtual_memory().total
+    limit = "no control group limits it"
+    if reading.total_bytes < machine_bytes:
+        limit = (
+            f"a control group's limit; the machine has {format_bytes(machine_bytes)}"
+        )
+    room = f"{format_bytes(reading.free_bytes)} of {format_bytes(reading.total_bytes)}"
+    return Finding("works", "host memory", f"{room} free; {limit}")
+
+
+def _hub_cache() -> Iterator[Finding]:
+    """
+    Where downloads go, and the room there.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
+    # What is not there yet is made at the first download.
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(there).free
+    text = f"{folder}, {format_bytes(free_bytes)} of its disk free"
+    elsewhere = "set HF_HOME to a folder on another disk"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        yield Finding("wrong", "hub cache", f"{text}; not writable", elsewhere)
+    elif free_bytes < SMALL_DISK_BYTES:
+        mend = f"large models take 3 GiB: make room, or {elsewhere}"
+        yield Finding("note", "hub cache", text, mend)
+    else:
+        yield Finding("works", "hub cache", text)
+
+
+def _no_card(probe: MemoryProbe) -> Iterator[Finding]:
+    """
+    Why no GPU can be used. Not to have one, or to hide it, is nothing wrong.
+    """
+    try:
+        ctypes.CDLL(_DRIVER_LIBRARY)
+    except OSError:
+        yield Finding(
+            "note",
+            "NVIDIA driver",
+            f"none ({_DRIVER_LIBRARY} not found); nothing is missing without a GPU",
+            "with one: install its driver, start a container with --gpus all",
+        )
+        return
+    try:
+        probe.read("cuda:0")
+    except DeviceUnavailable as error:
+        is_hidden = "CUDA_VISIBLE_DEVICES" in os.environ
+        yield from _driver()
+        what, _, mend = error.reason.partition("; ")
+        yield Finding("note" if is_hidden else "wrong", "GPU", what, mend)
+
+
+def _driver() -> Iterator[Finding]:
+    """
+    The driver and NVML. Without the latter a cache works, but sees less.
+    """
+    yield Finding("works", "NVIDIA driver", driver_version() or "version not known")
+    problem = nvml_problem()
+    if problem:
+        what, _, mend = problem.partition(": pip")
+        yield Finding(
+            "note",
+            "NVML",
+            f"{what}; memory that other programs took is not seen",
+            f"pip{mend}" if mend else "restart after a driver update, or reinstall it",
+        )
+    else:
+        yield Finding("works", "NVML", "tells what is free on each card")
+
+
+def _card(card: str, probe: MemoryProbe) -> Finding:
+    try:
+        reading = probe.read(card)
+        name = probe.device_name(card)
+    except DeviceUnavailable as error:
+        what, _, mend = error.reason.partition("; ")
+        return Finding("wrong", card, what, mend)
+    room = f"{format_bytes(reading.free_bytes)} of {format_bytes(reading.total_bytes)}"
+    return Finding("works", card, f"{name}, {room} free, says {reading.source}")
+
+
+def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
+    """
+    Whether CTranslate2 can use the cards that the driver has.
+    """
+    seen = [device for device in loader.devices() if device != "cpu"]
+    if set(cards) - set(seen):
+        seen_of = f"CTranslate2 sees {len(seen)} of {len(cards)} GPUs"
+        yield Finding("wrong", "CUDA", seen_of, _mend_cuda(driver_version()))
+    else:
+        yield Finding("works", "CUDA", f"CTranslate2 sees {', '.join(seen)}")
+    for device in seen:
+        try:
+            yield _arithmetic(device, loader)
+        except WhisperCacheError as error:
+            yield Finding("wrong", f"types, {device}", str(error))
+        if reason := compile_reason(device):
+            yield Finding("note", f"kernels, {device}", f"at the first load {reason}")
+    yield from _cublas(seen)
+
+
+def _cublas(devices: Sequence[str]) -> Iterator[Finding]:
+    """
+    Tells whether cuBLAS is there, and knows the cards.
+    """
+    if problem := cublas_problem():
+        what, _, mend = problem.partition(": ")
+        yield Finding("wrong", "cuBLAS", what, mend)
+        return
+    reasons = [reason for device in devices if (reason := cublas_reason(device))]
+    for reason in dict.fromkeys(reasons):
+        yield Finding(
+            "wrong",
+            "cuBLAS",
+            f"{reason}: int8 fails (CUBLAS_STATUS_NOT_SUPPORTED)",
+            "pip install -U nvidia-cublas-cu12; until then, compute_type='float16'",
+        )
+    if not reasons:
+        version = ".".join(map(str, cublas_version() or (12,)))
+        yield Finding("works", "cuBLAS", f"version {version} is found")
+
+
+def _mend_cuda(driver: str | None) -> str:
+    """
+    What to do about a CTranslate2 that sees no GPU, with *driver* of that version.
+    """
+    major = (driver or "").partition(".")[0]
+    if major.isdecimal() and int(major) >= int(CUDA_12_DRIVER.partition(".")[0]):
+        return (
+            "check with nvidia-smi; install CTranslate2 with CUDA, which its packages "
+            "for x86-64 have"
+        )
+    return f"update the driver to {CUDA_12_DRIVER} or later, which CUDA 12 needs"

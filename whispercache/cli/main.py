@@ -1,0 +1,339 @@
+"""
+The command ``whispercache``: transcribe files, list the models, examine the machine.
+
+What it says goes to stderr, in one line where it is an error; stdout carries results.
+Heavy imports wait for a command that needs them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from whispercache import __version__
+from whispercache.comparison import command as compare
+from whispercache.console import INTERRUPTED, WRONG_USE, error_line
+from whispercache.devices.memory import SystemProbe
+from whispercache.engine.calls.languages import language_code
+from whispercache.engine.loader import FasterWhisperLoader
+from whispercache.errors import WhisperCacheError
+from whispercache.keys import canonical_device
+from whispercache.server import command as serve
+from whispercache.transcripts import FORMATS
+from whispercache.units import parse_duration
+
+from . import variants
+from .transcribe import transcribe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rich.console import Console
+
+__all__ = ["main", "script"]
+
+KEY_VARIABLE = "WHISPERCACHE_API_KEY"
+"""
+Environment variable with a server's key; a command line is seen by others.
+"""
+
+EXIT_S = 15.0
+"""
+Most seconds from the end of the command to that of its process.
+"""
+
+BROKEN_PIPE = 141
+"""
+Exit code where the reader left: 128 and the number of the signal.
+"""
+
+# argparse has no room for the longest name beside its help.
+_COMMANDS_HELP = """\
+commands:
+  transcribe  transcribe files with one or more models
+  serve       OpenAI's audio API over the models you name
+  top         what a server is doing, live
+  compare     how well, and how fast, models hear your audio
+  models      what each known model takes, and where it fits now
+  variants    copies of models that load faster: list, build and remove them
+  doctor      what is needed here, what works, and how to mend the rest
+
+'whispercache COMMAND --help' tells more.
+"""
+
+_FORMATS_HELP = """\
+formats:
+  txt   the text, a line for each segment
+  srt   SubRip subtitles
+  vtt   WebVTT subtitles
+  json  JSON Lines: for each file and model one object on one line, with file, model,
+        language, duration, text, and segments of start, end and text; times in seconds
+
+Models take turns, each with all files, so that each is loaded once. With several files
+or models, a heading goes before each text on stdout, except in json; --output-dir
+writes FILE.MODEL.FORMAT instead, for example talk.base.srt. A file that cannot be
+decoded is reported and passed over, and the exit code is 2.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Run the command. *arguments* are those of the process unless given.
+
+    Returns:
+        The exit code: 0, or 2 if something could not be done; 1 from ``doctor``.
+    """
+    _prepare()
+    try:
+        options = _parser().parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = options.run
+        code = run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    # RuntimeError is CTranslate2's, ValueError faster-whisper's and ours for nonsense.
+    except (WhisperCacheError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        sys.stderr.write(f"{error_line(error)}\n")
+        return WRONG_USE
+    return code
+
+
+def script() -> NoReturn:
+    """
+    Run the command as a process of its own, and end that.
+
+    The end of the interpreter waits for threads; a download may never end.
+    """
+    code = main()
+    last = threading.Timer(EXIT_S, os._exit, (code,))
+    last.daemon = True
+    last.start()
+    sys.exit(code)
+
+
+def _prepare() -> None:
+    """
+    Let any text be written: UTF-8 to files and pipes, to a terminal what it can show.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        encoding = None if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
+# Options ------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """
+    A parser whose errors are one line.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(
+            WRONG_USE, f"whispercache: error: {message}; see '{self.prog} --help'\n"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="whispercache",
+        description="The faster-whisper models you name, in the memory there is.",
+        usage="whispercache [-h] [--version] COMMAND ...",
+        epilog=_COMMANDS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"whispercache {__version__}"
+    )
+    commands = parser.add_subparsers(
+        metavar="COMMAND", prog="whispercache", required=True, help=argparse.SUPPRESS
+    )
+    _add_transcribe(
+        commands.add_parser(
+            "transcribe",
+            description="Transcribe audio and video files with one or more models.",
+            epilog=_FORMATS_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_top(
+        commands.add_parser(
+            "top", description="What a server is doing, live in this terminal."
+        )
+    )
+    compare.add_options(
+        commands.add_parser(
+            "compare",
+            description="How well, and how fast, models hear your audio.",
+        )
+    )
+    models = commands.add_parser(
+        "models",
+        description="What each known model takes, and where there is room for it.",
+    )
+    models.add_argument("--json", action="store_true", help="print bytes as JSON")
+    _add_place(models, "all that are here", "what is worth a look")
+    models.set_defaults(run=_models, compute_type=None)
+    variants.add_options(
+        commands.add_parser(
+            "variants",
+            description="List, build and remove copies of models that load faster.",
+        )
+    )
+    serve.add_options(
+        commands.add_parser(
+            "serve",
+            description="OpenAI's audio API over the models you name, and no others.",
+            epilog=serve.HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    doctor = commands.add_parser(
+        "doctor",
+        description="Examine this machine. The exit code is 1 if something is wrong.",
+    )
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_place(parser: argparse.ArgumentParser, auto: str, default: str) -> None:
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help=f"auto, cpu, cuda or cuda:N (default: auto, {auto})",
+    )
+    parser.add_argument(
+        "--compute-type",
+        default="default",
+        metavar="TYPE",
+        help=f"for example int8, float16, float32 (default: {default})",
+    )
+
+
+def _add_transcribe(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="anything that FFmpeg reads")
+    add(
+        "--model",
+        dest="models",
+        action="append",
+        required=True,
+        metavar="MODEL",
+        help="a size such as base, a hub repository or a directory; may be repeated",
+    )
+    _add_place(parser, "a GPU with room, else the CPU", "as the model was saved")
+    add(
+        "--language",
+        type=_language,
+        metavar="LANGUAGE",
+        help="for example de, german or de-AT (default: detected)",
+    )
+    add("--task", choices=("transcribe", "translate"), default="transcribe")
+    add("--batch-size", type=_count, metavar="N", help="windows of 30 s at once")
+    add("--beam-size", type=_count, default=5, metavar="N", help="default: 5")
+    add("--vad", action="store_true", help="leave out what is not speech")
+    add("--format", choices=tuple(FORMATS), default="txt", help="see below")
+    add("--output-dir", type=Path, metavar="DIR", help="write files there, not stdout")
+    add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
+    add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
+    add("--no-variants", action="store_true", help="read models as they were saved")
+    parser.set_defaults(run=transcribe)
+
+
+def _language(text: str) -> str | None:
+    try:
+        return language_code(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="(%(default)s)")
+    parser.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"with its key; or ${KEY_VARIABLE}",
+    )
+    parser.add_argument("--once", action="store_true", help="show it once, and end")
+    parser.add_argument(
+        "--interval",
+        default="1s",
+        metavar="TIME",
+        help="between two looks (default: %(default)s)",
+    )
+    parser.set_defaults(run=_top)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+# Commands -----------------------------------------------------------------------------
+
+
+def _models(options: argparse.Namespace) -> int:
+    from .models import as_json, show, survey
+
+    probe = SystemProbe()
+    asked = None if options.compute_type == "default" else options.compute_type
+    device = canonical_device(options.device)
+    found = survey(device, asked, FasterWhisperLoader(probe), probe)
+    if options.json:
+        sys.stdout.write(f"{as_json(found)}\n")
+    else:
+        _print(lambda console: show(found, console))
+    return 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    from whispercache.watch.top import remote, view, watch
+
+    key = os.environ.get(KEY_VARIABLE)
+    if options.key_file is not None:
+        key = serve.read_keys(options.key_file)[0]
+    source = remote(options.url, key)
+    interval_s = parse_duration(options.interval, "--interval")
+    if not 0 < interval_s < math.inf:
+        raise ValueError("--interval must be a time above 0, such as 500ms")
+    if options.once:
+        seen = source()
+        _print(lambda console: console.print(view(seen)))
+    else:
+        watch(source, interval_s=interval_s)
+    return 0
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from .doctor import examine, show
+
+    probe = SystemProbe()
+    findings = list(examine(FasterWhisperLoader(probe), probe))
+    _print(lambda console: show(findings, console))
+    return int(any(finding.mark == "wrong" for finding in findings))
+
+
+def _print(show: Callable[[Console], None]) -> None:
+    """
+    Write what *show* prints. rich itself would end the process at a broken pipe.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, emoji=False)
+    with console.capture() as captured:
+        show(console)
+    lines = (line.rstrip() for line in captured.get().splitlines())
+    sys.stdout.writelines(f"{line}\n" for line in lines)

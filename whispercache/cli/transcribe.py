@@ -1,0 +1,251 @@
+"""
+A transcription job: some files through some models, model by model.
+
+What was heard goes to stdout or into files, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whispercache.cache import ModelCache
+from whispercache.console import WRONG_USE, error_line, interruptible
+from whispercache.devices.memory import SystemProbe
+from whispercache.engine.calls.prepare import check_knowledge, workload_of
+from whispercache.engine.loader import FasterWhisperLoader
+from whispercache.engine.naming import short_name
+from whispercache.errors import AudioError, WhisperCacheError
+from whispercache.events import ModelLoaded, ModelLoading
+from whispercache.keys import MODELS, is_directory
+from whispercache.transcripts import FORMATS, Cue, Transcript
+
+from .progress import Bar
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from whispercache.events import Event
+    from whispercache.model import CachedModel
+
+__all__ = ["transcribe"]
+
+
+def transcribe(options: argparse.Namespace) -> int:
+    """
+    Runs a job and returns the exit code.
+    """
+    bar = Bar()
+    job = _Job(options, bar)
+
+    def interrupted() -> None:
+        bar.close()
+        job.discard()
+
+    try:
+        return interruptible(job.run, name="transcribe", interrupted=interrupted)
+    finally:
+        bar.close()
+
+
+@dataclass(slots=True)
+class _Job:
+    """
+    Some files through some models.
+
+    Attributes:
+        options: What was asked for.
+        bar: Shows how far it is.
+        partial: The file that is being written.
+        bad: Files that could not be decoded.
+        damaged: Files of which something was lost, and that was said.
+    """
+
+    options: argparse.Namespace
+    bar: Bar
+    partial: Path | None = None
+    bad: set[str] = field(default_factory=set)
+    damaged: set[str] = field(default_factory=set)
+
+    def run(self) -> int:
+        """
+        Do it all, and return the exit code.
+        """
+        options = self.options
+        probe = SystemProbe()
+        loader = FasterWhisperLoader(probe)
+        files = list(dict.fromkeys(options.files))
+        with ModelCache(
+            vram=options.vram,
+            ram=options.ram,
+            variants=not options.no_variants,
+            probe=probe,
+        ) as cache:
+            models = self._models(cache)
+            if options.output_dir is not None:
+                options.output_dir.mkdir(parents=True, exist_ok=True)
+            # Before the first line of progress, which a download's own would spoil.
+            for model in models.values():
+                loader.locate(model.key.model, {}, download=True)
+                check_knowledge(model._source, self._call())
+            cache.subscribe(self._watch)
+            stems = _distinct(Path(file).stem for file in files)
+            for name, model in models.items():
+                for file, stem in zip(files, stems, strict=True):
+                    if file not in self.bad:
+                        self._one(file, stem, name, model)
+                cache.evict(model.key.model)
+        return WRONG_USE if self.bad else 0
+
+    def _models(self, cache: ModelCache) -> dict[str, CachedModel]:
+        """
+        The models by the names that they go by here, each of them once.
+
+        Raises:
+            WhisperCacheError: one of them cannot be had; nothing was loaded.
+        """
+        options = self.options
+        place = (options.device, options.compute_type)
+        workload = workload_of({"beam_size": options.beam_size}, options.batch_size)
+        models: dict[object, CachedModel] = {}
+        for text in options.models:
+            model = cache.get_model(text, *place)
+            # A repository of unknown size is downloaded to know its key.
+            models.setdefault(model.key, model)
+            plan = cache.explain(text, *place, workload=workload)
+            if plan.outcome == "never":
+                raise WhisperCacheError(plan.reason)
+        names = _distinct(_short(model.key.model) for model in models.values())
+        return dict(zip(names, models.values(), strict=True))
+
+    def _watch(self, event: Event) -> None:
+        if isinstance(event, (ModelLoading, ModelLoaded)):
+            is_loading = isinstance(event, ModelLoading)
+            self.bar.stage("loading" if is_loading else "listening")
+
+    def _one(self, file: str, stem: str, name: str, model: CachedModel) -> None:
+        """
+        One file through one model.
+        """
+        options = self.options
+        self.bar.begin(f"{Path(file).name} · {name}")
+        try:
+            segments, info = model.transcribe(
+                self._samples(file), batch_size=options.batch_size, **self._call()
+            )
+        except (AudioError, OSError) as error:
+            self.bad.add(file)
+            self.bar.say(error_line(error))
+            return
+        with closing(segments):
+            cues = (Cue(each.start, each.end, each.text) for each in segments)
+            transcript = Transcript(
+                file,
+                str(model.key),
+                info.language,
+                info.duration,
+                self.bar.follow(cues, info.duration),
+            )
+            pieces = FORMATS[options.format](transcript)
+            if options.output_dir is None:
+                self._print(pieces, f"{file} · {name}")
+            else:
+                target = options.output_dir / f"{stem}.{name}.{options.format}"
+                self._save(pieces, target)
+                self.bar.say(f"{file} · {name}: {target}")
+
+    def _samples(self, file: str) -> NDArray[np.float32]:
+        """
+        The samples of a file; what of it is lost is said once.
+        """
+        from whispercache.engine.audio.decoder import read_audio
+
+        audio = read_audio(file)
+        if audio.damage is not None and file not in self.damaged:
+            self.damaged.add(file)
+            self.bar.say(f"whispercache: warning: {file} is damaged: {audio.damage}")
+        return audio.samples
+
+    def _call(self) -> dict[str, Any]:
+        """
+        Options of ``transcribe``; faster-whisper's defaults where nothing was asked.
+        """
+        options = self.options
+        call: dict[str, Any] = {
+            "language": options.language,
+            "task": options.task,
+            "beam_size": options.beam_size,
+        }
+        if options.vad:
+            call["vad_filter"] = True
+        if options.batch_size is not None and options.format != "txt":
+            # Batches come without, as one segment for each stretch of speech.
+            call["without_timestamps"] = False
+        return call
+
+    def _print(self, pieces: Iterator[str], heading: str) -> None:
+        """
+        Write to stdout, piece by piece as they come.
+        """
+        several = len(self.options.files) > 1 or len(self.options.models) > 1
+        if several and self.options.format != "json":
+            pieces = chain([f"==> {heading} <==\n"], pieces, ["\n"])
+        for piece in pieces:
+            with self.bar.aside():
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+
+    def _save(self, pieces: Iterator[str], target: Path) -> None:
+        """
+        Write a file that appears only when it is whole.
+        """
+        self.partial = target.with_name(f"{target.name}.partial")
+        try:
+            with self.partial.open(
+                "w", encoding="utf-8", errors="backslashreplace", newline="\n"
+            ) as file:
+                file.writelines(pieces)
+            self.partial.replace(target)
+        except BaseException:
+            self.discard()
+            raise
+        self.partial = None
+
+    def discard(self) -> None:
+        """
+        Remove the file that was begun.
+        """
+        if self.partial is not None:
+            with suppress(OSError):
+                self.partial.unlink()
+
+
+def _short(model: str) -> str:
+    """
+    A name for headings and files: of a directory its own, of a repository both parts.
+    """
+    if is_directory(model):
+        return short_name(model)
+    return model if model in MODELS else model.replace("/", "--")
+
+
+def _distinct(names: Iterator[str]) -> list[str]:
+    """
+    *names*, told apart by numbers where they are equal, capitals aside.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        other, number = name, 1
+        while other.casefold() in found:
+            number += 1
+            other = f"{name}-{number}"
+        found[other.casefold()] = other
+    return list(found.values())

@@ -1,0 +1,406 @@
+"""
+The command ``whispercache variants``: lists, builds and removes a user's variants.
+
+What was found or done goes to stdout, a line each; what begins, and errors, to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from whispercache.cache import DEFAULT_VARIANTS_BYTES
+from whispercache.console import WRONG_USE, error_line
+from whispercache.devices.memory import SystemProbe
+from whispercache.engine.loader import FasterWhisperLoader
+from whispercache.engine.naming import canonical_model, parse_spec, short_name
+from whispercache.engine.sizes.header import ModelHeader
+from whispercache.engine.sizes.weights import DTYPES
+from whispercache.engine.variants.convert import KINDS, Origin, kind_for
+from whispercache.engine.variants.store import VariantRefused
+from whispercache.errors import UnknownModel, WhisperCacheError, format_bytes
+from whispercache.units import parse_limit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from whispercache.engine.naming import ModelSpec
+    from whispercache.engine.variants.store import Variant, Variants
+
+__all__ = ["add_options", "as_json", "as_lines"]
+
+_HELP = """\
+A model whose file has another type than it is used in is converted at each load. A
+variant is a copy that was converted once, and gives the same results. Models that are
+loaded get theirs by themselves, in the background; 'build' does it ahead.
+
+states:
+  ready   used when its model is loaded in this type
+  stale   its model has changed or gone, or CTranslate2 is another version by now
+  broken  somebody has written to its files; it is never loaded
+"""
+
+_BUILD_HELP = """\
+models:
+  base              by its name, to int8; downloaded first if it is not on this disk
+  base:float32      to another type: int8, float32, float16
+  /models/mine:int8 a directory
+
+int8 is for all types of int8: int8_float32, which it is on a CPU, int8_float16 and
+int8_bfloat16. The exit code is 2 if one cannot be built; the others are all the same.
+A cache that builds more keeps to a limit of its own, ModelCache(variants="20GiB").
+"""
+
+_REMOVE_HELP = """\
+which:
+  base        all of a model
+  base:int8   one type of it
+  3f2a9c1b    those of this id; its first four letters will do
+
+They are built again when they are missed. The exit code is 2 if one of those that are
+named is not there.
+"""
+
+_ID_LETTERS = 8
+_LEAST_ID_LETTERS = 4
+
+_UNITS_S = (("day", 86_400), ("h", 3600), ("min", 60))
+
+
+# Options ------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """
+    Describe the command's parameters, and those of the commands below it.
+    """
+    parser.epilog = _HELP
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = f"{parser.prog} [-h] [--json] [COMMAND ...]"
+    parser.add_argument("--json", action="store_true", help="list them as JSON")
+    parser.set_defaults(run=_list)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", prog=parser.prog
+    )
+    shown = commands.add_parser("list", help="show them, as without a command")
+    # Its own default would undo a --json before it.
+    shown.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="as JSON"
+    )
+    _add_build(commands.add_parser("build", help="convert models now"))
+    _add_remove(commands.add_parser("remove", help="delete some, or all"))
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Convert models now, so that their first load is fast, too."
+    parser.epilog = _BUILD_HELP
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL[:TYPE]", help="see below")
+    add(
+        "--limit",
+        default="auto",
+        metavar="SIZE",
+        help="of all variants; those not used for an hour make room "
+        f"(default: {DEFAULT_VARIANTS_BYTES // 1024**3}GiB)",
+    )
+    parser.set_defaults(run=_build)
+
+
+def _add_remove(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Delete variants. Models stay where they are."
+    parser.epilog = _REMOVE_HELP
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("which", nargs="*", metavar="MODEL[:TYPE]|ID", help="see below")
+    add("--stale", action="store_true", help="those that are stale or broken")
+    add("--all", action="store_true", help="all of them")
+    parser.set_defaults(run=_remove)
+
+
+# List ---------------------------------------------------------------------------------
+
+
+def _list(options: argparse.Namespace) -> int:
+    """
+    Show what is there.
+    """
+    variants = _variants()
+    found = sorted(variants.list(), key=_name)
+    if options.json:
+        sys.stdout.write(f"{as_json(found)}\n")
+        return 0
+    lines = as_lines(found, variants.limit_bytes, variants.directory, time.time())
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    return 0
+
+
+def as_json(found: Iterable[Variant]) -> str:
+    """
+    Variants as a JSON list of objects; ``used_s`` is in seconds since 1970.
+    """
+    objects = [{**asdict(each), "directory": str(each.directory)} for each in found]
+    return json.dumps(objects, indent=2)
+
+
+def as_lines(
+    found: Sequence[Variant], limit_bytes: int, directory: Path, now_s: float
+) -> list[str]:
+    """
+    Variants as a table, and a line on all of them.
+
+    Args:
+        found: What is in *directory*.
+        limit_bytes: Most bytes that all of them may take.
+        directory: Where they are.
+        now_s: The time, in seconds since 1970.
+    """
+    if not found:
+        return [
+            f"There are no variants yet in {directory}.",
+            "Models that must be converted when they are loaded get theirs by",
+            "themselves. To build one now: whispercache variants build base:int8",
+        ]
+    rows = [("model", "type", "size", "last used", "state", "id", "source")]
+    rows += (
+        (
+            short_name(each.model),
+            each.kind,
+            format_bytes(each.n_bytes),
+            _ago(now_s - each.used_s) if each.used_s else "?",
+            each.state,
+            each.directory.name[:_ID_LETTERS],
+            each.source,
+        )
+        for each in found
+    )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    n_bytes = sum(each.n_bytes for each in found)
+    total = f"{_count(found)}, {format_bytes(n_bytes)} of {format_bytes(limit_bytes)}"
+    return [
+        *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
+        "",
+        f"{total}, in {directory}",
+    ]
+
+
+def _ago(passed_s: float) -> str:
+    """
+    A time that has passed, in the largest unit that it fills.
+    """
+    for unit, size_s in _UNITS_S:
+        number = int(passed_s // size_s)
+        if number >= 1:
+            return f"{number} {unit}{'s' * (unit == 'day' and number > 1)} ago"
+    return "just now"
+
+
+def _count(found: Sequence[Variant]) -> str:
+    return f"{len(found)} variant{'s' * (len(found) != 1)}"
+
+
+# Build --------------------------------------------------------------------------------
+
+
+def _build(options: argparse.Namespace) -> int:
+    """
+    Convert all that were named, and say of each what became of it.
+    """
+    wanted = [_wanted(text) for text in dict.fromkeys(options.models)]
+    loader = _loader(_limit_bytes(options.limit))
+    failures = 0
+    for model, compute_type in wanted:
+        try:
+            line = _built(loader, model, compute_type)
+        except (WhisperCacheError, OSError) as error:
+            failures += 1
+            _complain(error)
+        else:
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+    return WRONG_USE if failures else 0
+
+
+def _wanted(text: str) -> tuple[str, str]:
+    """
+    The model and the effective compute type that *text* names.
+
+    Raises:
+        ValueError: it names a type that is another one from device to device.
+    """
+    spec = parse_spec(text)
+    named = spec.compute_type
+    if named == "default" and not text.strip().endswith(":default"):
+        named = "int8"
+    if named in ("auto", "default"):
+        raise ValueError(
+            f"{text!r}: which type that is depends on the device; name one of "
+            f"{', '.join(KINDS)}"
+        )
+    return spec.model, "int8_float32" if named == "int8" else named
+
+
+def _limit_bytes(text: str) -> int:
+    limit = parse_limit(text, "--limit")
+    if limit.fraction is not None:
+        raise ValueError(f"--limit must be bytes, such as 20GiB, not {text!r}")
+    return limit.n_bytes or DEFAULT_VARIANTS_BYTES
+
+
+def _built(loader: FasterWhisperLoader, name: str, compute_type: str) -> str:
+    """
+    Build one variant unless it is there; what became of it, in a line.
+
+    Blocks: for a download, if need be; then as `Variants.build`.
+
+    Raises:
+        UnknownModel, CorruptModel, LoadFailed: there is no such model, or it is broken.
+        VariantRefused: it cannot have this variant, or there is no room.
+        OSError: it cannot be written.
+    """
+    model = canonical_model(name)
+    files = loader.locate(model, {}, download=True)
+    assert files is not None and isinstance(files.source, ModelHeader)
+    source = Origin(model, files.source, files.stamp)
+    weight = DTYPES[compute_type][0]
+    title = f"{short_name(model)}:{weight}"
+    variants = _variants(loader)
+    try:
+        kind = _kind(source, compute_type)
+        if kind is None:
+            return f"{title}: not needed, its file is {weight} already"
+        there = variants.find(source, kind)
+        if there is not None:
+            return f"{title}: there already, {format_bytes(_bytes_in(there))}"
+        size = format_bytes(source.header.file_bytes)
+        sys.stderr.write(f"{title}: converting {size} of {source.directory}\n")
+        sys.stderr.flush()
+        started_s = time.monotonic()
+        built = variants.build(source, kind)
+    except VariantRefused as refused:  # which does not say of what
+        raise VariantRefused(f"{title}: {refused}") from refused
+    took_s = time.monotonic() - started_s
+    return f"{title}: {format_bytes(_bytes_in(built))} in {took_s:.1f} s"
+
+
+def _kind(source: Origin, compute_type: str) -> str | None:
+    """
+    The kind of variant that serves *compute_type*; None if the file itself does.
+
+    Raises:
+        VariantRefused: no variant can.
+    """
+    kind = kind_for(source.header, compute_type)
+    wanted, saved = (
+        DTYPES[each][0] for each in (compute_type, source.header.saved_compute_type)
+    )
+    if kind is not None or wanted == saved:
+        return kind
+    if wanted not in KINDS:
+        raise VariantRefused(f"variants are {', '.join(KINDS)}, not {wanted}")
+    raise VariantRefused(f"its file is {saved}, which cannot become {wanted}")
+
+
+def _bytes_in(directory: Path) -> int:
+    return sum(each.stat().st_size for each in directory.iterdir())
+
+
+# Remove -------------------------------------------------------------------------------
+
+
+def _remove(options: argparse.Namespace) -> int:
+    """
+    Delete what was named, and say so of each.
+    """
+    if not (options.which or options.stale or options.all):
+        raise ValueError("name what to remove, or give --stale or --all")
+    specs = {text: parse_spec(text) for text in options.which}
+    variants = _variants()
+    found = variants.list()
+    leaving = [
+        each
+        for each in found
+        if options.all or (options.stale and each.state != "ready")
+    ]
+    failures = 0
+    for text, spec in specs.items():
+        named = [each for each in found if _is_named(each, spec)]
+        leaving += (each for each in named if each not in leaving)
+        if not named:
+            failures += 1
+            _complain(WhisperCacheError(f"there is no variant {text!r}"))
+    if not leaving and not failures:
+        sys.stdout.write("nothing to remove\n")
+    failures += _remove_all(variants, leaving)
+    return WRONG_USE if failures else 0
+
+
+def _remove_all(variants: Variants, leaving: Sequence[Variant]) -> int:
+    """
+    Delete these; how many could not be.
+    """
+    gone = []
+    for each in leaving:
+        try:
+            variants.remove(each)
+        except OSError as error:
+            _complain(error)
+        else:
+            gone.append(each)
+            size = format_bytes(each.n_bytes)
+            sys.stdout.write(f"removed {_name(each)}, {size}\n")
+    if len(gone) > 1:
+        total = format_bytes(sum(each.n_bytes for each in gone))
+        sys.stdout.write(f"{_count(gone)} removed, {total}\n")
+    return len(leaving) - len(gone)
+
+
+def _is_named(variant: Variant, spec: ModelSpec) -> bool:
+    """
+    Whether *spec* names this one: by id or model, and by type if it has one.
+    """
+    kind = DTYPES.get(spec.compute_type, (spec.compute_type,))[0]
+    if kind not in ("default", "auto", variant.kind):
+        return False
+    name = spec.model
+    if len(name) >= _LEAST_ID_LETTERS and variant.directory.name.startswith(name):
+        return True
+    try:
+        model = canonical_model(name)
+    except UnknownModel:  # its directory may have gone since
+        model = str(Path(name).expanduser().resolve())
+    return model == variant.model or name == short_name(variant.model)
+
+
+def _name(variant: Variant) -> str:
+    """
+    What to call a variant: as one would name it, or its id where it does not tell.
+    """
+    if variant.state == "broken":
+        return variant.directory.name
+    return f"{short_name(variant.model)}:{variant.kind}"
+
+
+# Common -------------------------------------------------------------------------------
+
+
+def _loader(limit_bytes: int = DEFAULT_VARIANTS_BYTES) -> FasterWhisperLoader:
+    return FasterWhisperLoader(SystemProbe(), variants_bytes=limit_bytes)
+
+
+def _variants(loader: FasterWhisperLoader | None = None) -> Variants:
+    """
+    The variants that loads will look for.
+    """
+    variants = (loader or _loader()).variants
+    assert variants is not None
+    return variants
+
+
+def _complain(error: Exception) -> None:
+    sys.stderr.write(f"{error_line(error)}\n")

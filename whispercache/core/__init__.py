@@ -1,0 +1,3 @@
+"""
+The core of a cache: who holds which model, and the one lock.
+"""

@@ -1,0 +1,188 @@
+"""
+Fallback: what a request may get instead of a model that cannot be had.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from whispercache.errors import (
+    CorruptModel,
+    DeviceUnavailable,
+    LoadFailed,
+    ModelTooLarge,
+    NotDownloaded,
+    UnsupportedComputeType,
+    WhisperCacheError,
+)
+from whispercache.keys import COMPUTE_TYPES, canonical_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from whispercache.lease import Lease
+
+    from .core import Core
+    from .resolver import Request
+
+__all__ = ["Attempts", "Rung", "Terms", "as_ladder"]
+
+_log = logging.getLogger("whispercache")
+
+WORTH_A_FALLBACK = (
+    DeviceUnavailable,
+    LoadFailed,
+    ModelTooLarge,
+    UnsupportedComputeType,
+)
+NOT_WORTH_IT = (CorruptModel, NotDownloaded)
+"""
+Files that are broken or missing are so on every device and in every type. Whoever has
+to wait is not helped either: a busy model is not one that cannot be had.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """
+    One step of a ladder: another device, another compute type, or both.
+    """
+
+    device: str | None
+    compute_type: str | None
+
+    def of(self, request: Request) -> Request:
+        """
+        The request with what this step changes.
+        """
+        model, device, compute_type, *options = request
+        if self.device is not None:
+            # What follows the device in the request is for that one.
+            options = [each for each in options if each[0] != "device_index"]
+        return (
+            model,
+            self.device or device,
+            self.compute_type or compute_type,
+            *options,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """
+    On what terms a caller wants a model.
+
+    Attributes:
+        timeout_s: Most seconds to wait.
+        keep_alive_s: How long it stays once the lease ends; None for the cache's.
+        ladder: What else will do.
+    """
+
+    timeout_s: float | None = None
+    keep_alive_s: float | None = None
+    ladder: tuple[Rung, ...] = ()
+
+
+_TYPES = (*COMPUTE_TYPES, "int8")
+
+
+def as_ladder(fallback: Sequence[str]) -> tuple[Rung, ...]:
+    """
+    The steps that *fallback* names.
+
+    Raises:
+        TypeError, ValueError: it names no such thing.
+    """
+    if isinstance(fallback, str):
+        raise TypeError(f"fallback must be a list, for example [{fallback!r}]")
+    return tuple(map(_rung, fallback))
+
+
+def _rung(text: str) -> Rung:
+    first, _, second = text.partition("/")
+    if not second and first in _TYPES:
+        return Rung(None, first)
+    if second and second not in (*_TYPES, "default"):
+        raise ValueError(f"fallback {text!r}: {second!r} is no compute type")
+    try:
+        return Rung(canonical_device(first), second or None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"fallback {text!r} is neither a compute type ({', '.join(_TYPES)}) "
+            "nor a device ('cpu', 'cuda:1'), nor both ('cuda:1/int8')"
+        ) from error
+
+
+class Attempts:
+    """
+    A request and its fallbacks, one after the other, until one succeeds.
+
+    Iterating gives each request with the terms that are left for it.
+    """
+
+    def __init__(self, core: Core, request: Request, terms: Terms) -> None:
+        self._core = core
+        self._terms = terms
+        self._started_s = core.clock.now()
+        self._wanted = request
+        self._requests = [request]
+        for rung in terms.ladder:
+            self._requests.append(rung.of(request))
+            if rung.device is not None and rung.compute_type is None:
+                # Another device may not compute in the type that was asked for.
+                plain = replace(rung, compute_type="default").of(request)
+                self._requests.append(plain)
+        self._failure: WhisperCacheError | None = None
+
+    def __iter__(self) -> Iterator[tuple[Request, Terms]]:
+        for place, request in enumerate(self._requests):
+            if request in self._requests[:place]:
+                continue
+            timeout_s = self._terms.timeout_s
+            if timeout_s is not None and place:
+                waited_s = self._core.clock.now() - self._started_s
+                timeout_s = max(0.0, timeout_s - waited_s)
+            yield request, replace(self._terms, timeout_s=timeout_s)
+
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """
+        Let pass the errors after which a fallback is worth a try; the first is kept.
+        """
+        try:
+            yield
+        except WORTH_A_FALLBACK as error:
+            if isinstance(error, NOT_WORTH_IT) or not self._terms.ladder:
+                raise
+            # Its frames hold this object and the lease: a cycle that would keep it.
+            self._failure = self._failure or error.with_traceback(None)
+
+    def failure(self) -> WhisperCacheError:
+        """
+        Why the request itself failed, once all fallbacks have too.
+        """
+        failure, self._failure = self._failure, None
+        assert failure is not None
+        return failure
+
+    def succeed(self, lease: Lease) -> Lease:
+        """
+        Tell what was got, if it is not what was wanted.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            from whispercache.events import FellBack
+
+            from .books import one_line
+
+            model, device, compute_type, *_ = self._wanted
+            wanted = f"{model}/{device}/{compute_type}"
+            reason = one_line(failure)
+            _log.warning("%s in place of %s: %s", lease.key, wanted, reason)
+            with self._core.changing():
+                self._core.counts["fallbacks"] += 1
+                self._core.outbox.append(FellBack(lease.key, wanted, reason))
+        return lease

@@ -1,0 +1,167 @@
+"""
+Report: snapshots of a core, for people and for metrics. Nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from whispercache.errors import format_bytes
+from whispercache.events import DeviceInfo, Explanation, ModelInfo, Stats, WaitingInfo
+from whispercache.planning.planner import Outcome
+
+from .entries import Part, State, Waiter, demands
+
+if TYPE_CHECKING:
+    from whispercache.engine.sizes.footprint import Workload
+    from whispercache.planning.planner import Decision
+
+    from .core import Core
+    from .entries import Entry
+
+__all__ = ["describe", "devices", "explain", "models", "stats", "waiting"]
+
+
+def stats(core: Core) -> Stats:
+    """
+    Counters since the cache was made.
+    """
+    with core.changing():
+        counts = dict(core.counts)
+        return Stats(
+            **counts,
+            load_s=core.seconds["load_s"],
+            wait_s=core.seconds["wait_s"],
+            requests=counts.get("hits", 0) + counts.get("misses", 0),
+            waiting=len(core.queue),
+            leases=core.leases,
+        )
+
+
+def models(core: Core) -> tuple[ModelInfo, ...]:
+    """
+    The models in memory, or on their way in or out, by device and name.
+    """
+    with core.changing():
+        now_s = core.clock.now()
+        held = [entry for entry in core.entries.values() if entry.is_present]
+        infos = [_model_info(entry, now_s) for entry in held]
+    return tuple(sorted(infos, key=lambda info: (info.device, str(info.key))))
+
+
+def _model_info(entry: Entry, now_s: float) -> ModelInfo:
+    is_idle = entry.is_idle
+    leaves = is_idle and not entry.pinned and entry.expires_at_s < math.inf
+    idle_since_s = entry.last_used_s if is_idle else None
+    return ModelInfo(
+        key=entry.key,
+        state=entry.state.value,
+        device=entry.device.name,
+        weights_bytes=entry.weights_bytes,
+        workspace_bytes=entry.workspace_bytes,
+        leases=len(entry.leases),
+        pinned=entry.pinned,
+        idle_s=None if idle_since_s is None else now_s - idle_since_s,
+        expires_in_s=max(0.0, entry.expires_at_s - now_s) if leaves else None,
+        loads=entry.loads,
+        load_s=entry.load_s,
+        measured_bytes=None if entry.loaded is None else entry.loaded.measured_bytes,
+        copy_bytes=entry.copy_bytes,
+    )
+
+
+def devices(core: Core) -> tuple[DeviceInfo, ...]:
+    """
+    The devices that were used, and what the cache holds of them.
+    """
+    with core.changing():
+        return tuple(
+            DeviceInfo(
+                device=device.name,
+                limit_bytes=device.limit_bytes,
+                capacity_bytes=device.capacity_bytes,
+                charged_bytes=device.charged_bytes,
+                shell_bytes=device.shell_bytes,
+                copies_bytes=device.copies_bytes,
+                unreturned_bytes=device.unreturned_bytes,
+                floor_bytes=device.floor_bytes,
+                peak_bytes=device.peak_bytes,
+                models=len(device.entries),
+            )
+            for device in core.devices.values()
+        )
+
+
+def waiting(core: Core) -> tuple[WaitingInfo, ...]:
+    """
+    The requests that wait, the oldest first.
+    """
+    with core.changing():
+        now_s = core.clock.now()
+        return tuple(
+            WaitingInfo(
+                tuple(entry.key for entry in waiter.entries), now_s - waiter.since_s
+            )
+            for waiter in core.queue
+        )
+
+
+def describe(core: Core, name: str) -> str:
+    """
+    The state of a cache in one line, for a debugger.
+    """
+    held = ", ".join(
+        f"{info.key} {info.state}"
+        + (f" ×{info.leases}" if info.leases else "")
+        + (" pinned" if info.pinned else "")
+        for info in models(core)
+    )
+    room = ", ".join(
+        f"{info.device} {format_bytes(info.charged_bytes)} of "
+        f"{format_bytes(info.capacity_bytes)}"
+        for info in devices(core)
+    )
+    state = "closed" if core.is_closed else room or "unused"
+    return f"<{name} {state} | {held or 'no models'} | {len(core.queue)} waiting>"
+
+
+def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
+    """
+    What a request for a located model would do, were it made now.
+    """
+    with core.changing():
+        waiter = Waiter((Part(entry, workload),), None, core.clock.now(), None)
+        decision = core.plan_locked([*core.queue, waiter])[-1]
+        demand, *_ = demands(waiter.parts)
+        device = entry.device
+        outcome, reason = _outcome(core, entry, decision)
+        return Explanation(
+            key=entry.key,
+            outcome=outcome,
+            needed_bytes=demand.n_bytes,
+            free_bytes=max(0, device.capacity_bytes - device.charged_bytes),
+            capacity_bytes=device.capacity_bytes,
+            evicts=tuple(victim.key for victim in decision.victims),
+            reason=reason,
+        )
+
+
+def _outcome(core: Core, entry: Entry, decision: Decision) -> tuple[str, str]:
+    if (refusal := core.refusal_locked(entry)) is not None:
+        return "never", str(refusal)
+    if decision.lacking is not None:
+        return "never", str(core.too_large(str(entry.key), *decision.lacking))
+    if decision.outcome is Outcome.GRANT:
+        return "hit", f"{entry.key} is in memory"
+    if decision.outcome is Outcome.LOAD:
+        return "load", f"{entry.key} would be loaded; there is room"
+    if decision.victims:
+        names = ", ".join(str(victim.key) for victim in decision.victims)
+        return "evict", f"{names} would leave, then {entry.key} could be had"
+    waits_for = {
+        State.LOADING: "is being loaded",
+        State.UNLOADING: "is leaving, and would be loaded again",
+    }
+    reason = waits_for.get(entry.state, "would wait until leases end")
+    return "wait", f"{entry.key} {reason}"

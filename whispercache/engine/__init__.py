@@ -1,0 +1,3 @@
+"""
+Models through faster-whisper and CTranslate2: the only folder that knows either.
+"""

@@ -1,0 +1,3 @@
+"""
+Audio: decoded, searched for speech, and turned into features.
+"""

@@ -1,0 +1,397 @@
+"""
+Audio: what a file or a stream holds, as samples, for the library and the server alike.
+
+Decoding goes packet by packet, as in FFmpeg's own programs: a broken packet is left
+out, and all that follows is heard. What was lost is told.
+
+This module imports PyAV and the standard library alone, since each new process of the
+server waits for its imports.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import io
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+import av
+import av.error
+
+from whispercache.errors import AudioError
+
+from .damage import AudioDamage, Losses
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import numpy as np
+    from av.audio.frame import AudioFrame
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
+    from av.packet import Packet
+    from numpy.typing import NDArray
+
+__all__ = [
+    "SAMPLES_PER_S",
+    "SAMPLE_BYTES",
+    "UNDECODABLE",
+    "Audio",
+    "NoAudio",
+    "Recording",
+    "collect",
+    "name_of",
+    "open_audio",
+    "read_audio",
+]
+
+SAMPLES_PER_S = 16_000
+SAMPLE_BYTES = 2
+
+UNDECODABLE = (
+    av.error.FFmpegError,
+    ArithmeticError,
+    AssertionError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""
+All that PyAV was seen to raise on broken files, and their kin. A mistake in the caller
+(a wrong name, say) is none of these and is no file's fault.
+"""
+
+GROUP_SAMPLES = 50_000
+GROUP_S = 30
+"""
+Samples, and seconds at a low rate, that are resampled at once.
+
+Source: one frame at a time takes up to 1.9 times as long as faster-whisper, whose
+groups have 500,000 samples; with these it is 0.5 to 1.0 times (benchmarks/decode.py).
+"""
+
+WORTH_TELLING_S = 0.1
+"""
+Seconds that must be lost before it is told. No syllable is shorter, and the seam of two
+joined files is: one or two packets, of 26 ms each in an mp3.
+"""
+
+_OF_CONTENT = (ValueError, av.error.PatchWelcomeError)
+"""
+Errors of FFmpeg's where a container cannot be read on: it is broken there, or a part of
+another kind was joined to it. All others are the machine's or the network's.
+"""
+
+_COUNTED = frozenset({"flac", "mov"})
+"""
+Containers whose header says how long each stream is, and not by way of an estimate.
+"""
+
+_PYAV = int(av.__version__.partition(".")[0])
+_OPEN: dict[str, object] = {"metadata_errors": "ignore"} if _PYAV < 19 else {}  # noqa: PLR2004
+"""
+Names of artists that are no text are no error; from PyAV 19 on they never are.
+"""
+
+
+class NoAudio(Exception):
+    """
+    There is nothing to decode; the text says why.
+    """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Audio:
+    """
+    A recording that was decoded.
+
+    Attributes:
+        samples: float32 (samples,), mono, 16 kHz, in ±1.
+        damage: What of it could not be heard; None if nothing worth telling.
+    """
+
+    samples: NDArray[np.float32]
+    damage: AudioDamage | None
+
+
+def read_audio(source: str | os.PathLike[str] | BinaryIO) -> Audio:
+    """
+    Decodes a file or a stream, as ``transcribe`` does with what it is given.
+
+    Args:
+        source: A path, or whatever else FFmpeg opens by name, or a binary stream, read
+            from where it is. It need not be seekable.
+
+    Returns:
+        The samples, bit by bit those of ``faster_whisper.decode_audio`` where nothing
+        is broken, and what was lost.
+
+    Raises:
+        AudioError: it cannot be decoded, or there is no audio in it.
+        FileNotFoundError, IsADirectoryError, PermissionError: the path cannot be read.
+
+    Blocks: while it is read and decoded.
+    """
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if refusal := _refusal(source):
+        raise AudioError(name_of(source), refusal)
+    opened = source
+    if isinstance(source, str) and Path(source).is_file():
+        # What is before a colon would be a protocol: "12:30 talk.mp3".
+        opened = str(Path(source).absolute())
+    try:
+        with open_audio(opened) as container:
+            recording = Recording(container)
+            samples = _joined(list(recording.pieces()))
+    except NoAudio as error:
+        raise AudioError(name_of(source), str(error)) from error
+    except UNDECODABLE as error:
+        if _is_of_path(error, source):
+            raise
+        raise AudioError(name_of(source), _reason(error)) from error
+    finally:
+        collect()
+    if not samples.size:
+        raise AudioError(name_of(source), "no audio in it")
+    return Audio(samples, recording.damage())
+
+
+def collect() -> None:
+    """
+    Frees resamplers that only the collector finds: those of PyAV before 15.
+
+    Source: 1500 resamplers with the collector off, of 15.1 to 18.1: no growth.
+    """
+    if _PYAV < 15:  # noqa: PLR2004
+        gc.collect()
+
+
+def name_of(source: object) -> str:
+    """
+    The name of a recording in a message: its path, or its type where it has none.
+    """
+    name = getattr(source, "name", source)  # an open file has its path
+    if isinstance(name, (str, os.PathLike)):
+        return repr(os.fspath(name))
+    return type(source).__name__
+
+
+def open_audio(source: str | BinaryIO, **options: object) -> InputContainer:
+    """
+    Opens a container to read, by ``av.open`` with these *options*.
+    """
+    container = av.open(source, mode="r", **_OPEN, **options)  # type: ignore[call-overload]
+    return cast("InputContainer", container)
+
+
+def _refusal(source: object) -> str:
+    """
+    Why nothing can be read from what was given, and what to give; empty if it can.
+    """
+    if isinstance(source, str):
+        return ""
+    if not hasattr(source, "read"):
+        return "it is neither a path nor a stream; bytes become one by io.BytesIO"
+    if isinstance(source, io.TextIOBase):
+        return "it is open as text; open it with mode 'rb'"
+    if inspect.iscoroutinefunction(source.read):
+        return "its read() has to be awaited; give io.BytesIO(await audio.read())"
+    return ""
+
+
+def _is_of_path(error: BaseException, source: object) -> bool:
+    """
+    Tells errors about the path itself from those that name a file inside of it, or
+    were FFmpeg's words for broken content.
+    """
+    kinds = (FileNotFoundError, IsADirectoryError, PermissionError)
+    if not isinstance(source, str) or not isinstance(error, kinds):
+        return False
+    return not (Path(source).is_file() and os.access(source, os.R_OK))
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, EOFError):
+        return "it ends before its audio begins"
+    if isinstance(error, av.error.DecoderNotFoundError):
+        return "its codec is not known"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _joined(pieces: list[memoryview]) -> NDArray[np.float32]:
+    """
+    Samples as floats. *pieces* is emptied on the way, so that long audio is there once.
+    """
+    import numpy as np
+
+    n_samples = sum(piece.nbytes for piece in pieces) // SAMPLE_BYTES
+    samples = np.empty(n_samples, np.float32)
+    at = 0
+    pieces.reverse()
+    while pieces:
+        piece = np.frombuffer(pieces.pop(), np.int16)
+        end = at + len(piece)
+        np.divide(piece, np.float32(32768), out=samples[at:end])
+        at = end
+    return samples
+
+
+class Recording:
+    """
+    The first audio stream of a container, decoded once.
+
+    Args:
+        container: Opened for reading.
+        options: For FFmpeg's decoder.
+        highest_rate_hz: A rate beyond it is refused.
+
+    Raises:
+        NoAudio: it has no such stream, or no decoder for it.
+    """
+
+    def __init__(
+        self,
+        container: InputContainer,
+        options: dict[str, str] | None = None,
+        highest_rate_hz: float = math.inf,
+    ) -> None:
+        if not container.streams.audio:
+            raise NoAudio("there is no audio in it")
+        self._container = container
+        self._stream = container.streams.audio[0]
+        if self._stream.codec_context is None:
+            raise NoAudio("its codec is not known")
+        if options:
+            self._stream.codec_context.options = options
+        self._highest_rate_hz = highest_rate_hz
+        self._losses = Losses()
+
+    def pieces(self) -> Iterator[memoryview]:
+        """
+        Samples in mono, 16 kHz, 16 bit, of this machine's byte order, some at a time.
+
+        Raises:
+            NoAudio: its rate is none, or too high.
+            UNDECODABLE: something else is wrong than single packets.
+        """
+        for frame in _resampled(_grouped(self._frames()), self._losses):
+            n_bytes = frame.samples * SAMPLE_BYTES
+            yield memoryview(frame.planes[0])[:n_bytes]
+
+    def damage(self) -> AudioDamage | None:
+        """
+        The losses, once all pieces are there; None if none are worth telling.
+        """
+        damage = self._losses.total(_promised_s(self._container, self._stream))
+        is_told = damage.lost_s >= WORTH_TELLING_S or damage.breaks_off
+        return damage if is_told else None
+
+    def _frames(self) -> Iterator[AudioFrame]:
+        """
+        The frames that the stream decodes to, without their times.
+        """
+        losses = self._losses
+        for packet in self._packets():
+            try:
+                frames = cast("Sequence[AudioFrame]", packet.decode())
+            except (av.error.LookupError, MemoryError):
+                # No packet is to blame for what FFmpeg or the machine lacks.
+                raise
+            except av.error.FFmpegError:
+                losses.lose(packet)
+                continue
+            losses.n_bytes += packet.size
+            for frame in frames:
+                if not 0 < frame.sample_rate <= self._highest_rate_hz:
+                    raise NoAudio(f"its sample rate is {frame.sample_rate} Hz")
+                losses.hear(frame, packet)
+                # Timestamps that jump are not to become silence, or an error.
+                frame.pts = None
+                yield frame
+
+    def _packets(self) -> Iterator[Packet[AudioStream]]:
+        """
+        The stream's packets, to where the container breaks off.
+        """
+        try:
+            yield from self._container.demux(self._stream)
+        except av.error.FFmpegError as error:
+            if not (self._losses.heard_s and isinstance(error, _OF_CONTENT)):
+                raise
+            self._losses.breaks_off = True
+
+
+def _promised_s(container: InputContainer, stream: AudioStream) -> float:
+    """
+    Seconds that a stream lasts by its header; 0 where that cannot be relied on.
+
+    Fragments of an mp4 count from the beginning of what they were cut out of, as when
+    somebody joins a live stream: what was before is not missed. The header of a flac
+    does so, too, but there a beginning that is gone is told by nothing else.
+    """
+    names = container.format.name.split(",")
+    if _COUNTED.isdisjoint(names) or not stream.duration or not stream.time_base:
+        return 0.0
+    before = max(0, stream.start_time or 0) if "mov" in names else 0
+    return float((stream.duration - before) * stream.time_base)
+
+
+def _grouped(frames: Iterable[AudioFrame]) -> Iterator[AudioFrame]:
+    """
+    The same in larger frames, each of one form: format, channels and rate.
+    """
+    fifo: av.AudioFifo | None = None
+    form: tuple[object, ...] = ()
+    for frame in frames:
+        of_frame = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if fifo is None or form != of_frame:
+            if fifo is not None:
+                yield from _rest(fifo)
+            # One that was made for other channels would read beyond the frame's.
+            fifo, form = av.AudioFifo(), of_frame
+            most = min(GROUP_SAMPLES, GROUP_S * frame.sample_rate)
+        fifo.write(frame)
+        if fifo.samples >= most:
+            yield from _rest(fifo)
+    if fifo is not None:
+        yield from _rest(fifo)
+
+
+def _rest(fifo: av.AudioFifo) -> Iterator[AudioFrame]:
+    frame = fifo.read()
+    if frame is not None:
+        yield frame
+
+
+def _resampled(frames: Iterable[AudioFrame], losses: Losses) -> Iterator[AudioFrame]:
+    """
+    The same in mono, 16 kHz, 16 bit, however often *frames* change their form.
+
+    A broken packet may decode to a form that there is no way from: it is left out.
+    """
+    resampler: av.AudioResampler | None = None
+    form: tuple[object, ...] = ()
+    for frame in frames:
+        of_frame = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if resampler is None or form != of_frame:
+            if resampler is not None:
+                yield from resampler.resample(None)
+            resampler, form = av.AudioResampler("s16", "mono", SAMPLES_PER_S), of_frame
+        try:
+            resampled = resampler.resample(frame)
+        except MemoryError:
+            raise
+        except (av.error.FFmpegError, ValueError):
+            losses.unhear(frame)
+            resampler = None
+            continue
+        yield from resampled
+    if resampler is not None:
+        yield from resampler.resample(None)

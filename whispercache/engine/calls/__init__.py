@@ -1,0 +1,3 @@
+"""
+Calls on a model: parameters, languages and audio, checked before a lease is taken.
+"""

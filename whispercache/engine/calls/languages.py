@@ -1,0 +1,249 @@
+"""
+Languages: what people call them, and which of them a model knows.
+
+Whisper goes by codes (``"de"``). Here names, locale tags and older codes are taken as
+well, and what a model knows is told from its files, before it is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from whispercache.engine.claims import unalignable
+from whispercache.engine.files import claims_of
+from whispercache.engine.sizes.architecture import Architecture
+
+from .parameters import check_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from whispercache.engine.files import ModelFiles
+    from whispercache.errors import CorruptModel
+
+__all__ = [
+    "LANGUAGES",
+    "Knowledge",
+    "check_knowledge",
+    "check_language",
+    "knowledge_of",
+    "language_code",
+]
+
+_NAMES = """\
+af afrikaans; am amharic; ar arabic; as assamese; az azerbaijani; ba bashkir;
+be belarusian; bg bulgarian; bn bengali; bo tibetan; br breton; bs bosnian;
+ca catalan; cs czech; cy welsh; da danish; de german; el greek; en english;
+es spanish; et estonian; eu basque; fa persian; fi finnish; fo faroese;
+fr french; gl galician; gu gujarati; ha hausa; haw hawaiian; he hebrew;
+hi hindi; hr croatian; ht haitian creole; hu hungarian; hy armenian;
+id indonesian; is icelandic; it italian; ja japanese; jw javanese;
+ka georgian; kk kazakh; km khmer; kn kannada; ko korean; la latin;
+lb luxembourgish; ln lingala; lo lao; lt lithuanian; lv latvian; mg malagasy;
+mi maori; mk macedonian; ml malayalam; mn mongolian; mr marathi; ms malay;
+mt maltese; my myanmar; ne nepali; nl dutch; nn nynorsk; no norwegian;
+oc occitan; pa punjabi; pl polish; ps pashto; pt portuguese; ro romanian;
+ru russian; sa sanskrit; sd sindhi; si sinhala; sk slovak; sl slovenian;
+sn shona; so somali; sq albanian; sr serbian; su sundanese; sv swedish;
+sw swahili; ta tamil; te telugu; tg tajik; th thai; tk turkmen; tl tagalog;
+tr turkish; tt tatar; uk ukrainian; ur urdu; uz uzbek; vi vietnamese;
+yi yiddish; yo yoruba; zh chinese; yue cantonese"""
+
+LANGUAGES: Mapping[str, str] = MappingProxyType(
+    dict(entry.strip().split(" ", 1) for entry in _NAMES.replace("\n", " ").split(";"))
+)
+"""
+Names in English by code.
+
+Source: openai/whisper, tokenizer.py, ``LANGUAGES``; a test compares the codes with
+faster-whisper's.
+"""
+
+_OTHER_NAMES = {
+    "burmese": "my",
+    "castilian": "es",
+    "flemish": "nl",
+    "haitian": "ht",
+    "letzeburgesch": "lb",
+    "mandarin": "zh",
+    "moldavian": "ro",
+    "moldovan": "ro",
+    "panjabi": "pa",
+    "pushto": "ps",
+    "sinhalese": "si",
+    "valencian": "ca",
+}
+"""
+Source: openai/whisper, tokenizer.py, ``TO_LANGUAGE_CODE``.
+"""
+
+_OTHER_CODES = {
+    "cmn": "zh",
+    "fil": "tl",
+    "in": "id",
+    "iw": "he",
+    "ji": "yi",
+    "jv": "jw",
+    "mo": "ro",
+    "nb": "no",
+    "zh-yue": "yue",
+}
+"""
+Codes that operating systems and speech services have for languages of Whisper's.
+
+Source: IANA language subtag registry: deprecated codes, macrolanguages (``nb`` is
+Norwegian, ``cmn`` Chinese, ``fil`` Tagalog) and the extended ``zh-yue``.
+"""
+
+_CODES: Mapping[str, str] = {
+    **{name: code for code, name in LANGUAGES.items()},
+    **{code: code for code in LANGUAGES},
+    **_OTHER_NAMES,
+    **_OTHER_CODES,
+}
+_DETECT = ("", "auto")
+_LOCALE = re.compile(r"([a-z]{2,3})(?:-[a-z0-9]{1,8})+")
+_LONGEST_SHOWN = 20
+
+_ENGLISH_TOKENS, _CANTONESE_TOKENS = 51864, 51866
+"""
+Sizes of the vocabularies of Whisper's English-only models, and of those since large-v3.
+"""
+
+
+def language_code(language: str | None) -> str | None:
+    """
+    Whisper's code of a language: of its code, name, or locale; None to detect it.
+
+    ``"de"``, ``"German"``, ``"de-AT"`` and ``"de_DE.UTF-8"`` are ``"de"``; None, empty
+    text and ``"auto"`` ask for detection.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: there is no such language.
+    """
+    if language is None:
+        return None
+    if not isinstance(language, str):
+        raise TypeError(f"language must be a code such as 'en', not {language!r}")
+    text = language.strip().lower().replace("_", "-")
+    if text in _DETECT:
+        return None
+    for spelled in (text, text.replace("-", " ")):  # "haitian-creole"
+        if spelled in _CODES:
+            return _CODES[spelled]
+    locale = text.partition(".")[0].partition("@")[0]
+    if match := _LOCALE.fullmatch(locale):
+        parts = locale.split("-")
+        for tag in ("-".join(parts[:2]), match[1]):
+            if tag in _CODES:
+                return _CODES[tag]
+    elif locale in _CODES and locale in {*LANGUAGES, *_OTHER_CODES}:
+        return _CODES[locale]
+    raise ValueError(
+        f"language {language[:_LONGEST_SHOWN]!r} is none that Whisper knows; give a "
+        "code such as 'en', a name such as 'german', or None to have it detected"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """
+    The languages and tokens that a model has.
+
+    Attributes:
+        n_tokens: How many tokens it has.
+        is_multilingual: It knows other languages than English.
+        languages: Codes of those that it knows, in Whisper's order.
+        words_error: Why it cannot tell when words were said; None if it can, or
+            CTranslate2 says so by itself.
+        can_detect: It tells which language is spoken.
+    """
+
+    n_tokens: int
+    is_multilingual: bool
+    languages: tuple[str, ...]
+    words_error: CorruptModel | None = None
+    can_detect: bool = True
+
+
+def knowledge_of(files: ModelFiles) -> Knowledge | None:
+    """
+    The languages and tokens of the model of *files*; None if nothing is known of it.
+
+    No look at the disk for files that were looked at before; see `files.claims_of`.
+
+    Raises:
+        CorruptModel, LoadFailed: the files have changed for the worse since.
+    """
+    files = files.original or files
+    source = files.source
+    if source is None:
+        return None
+    if isinstance(source, Architecture):
+        return _by_size(source.vocabulary)
+    claims = claims_of(files)
+    special, is_multilingual = claims.vocabulary.special, True
+    codes = tuple(code for code in LANGUAGES if f"<|{code}|>" in special)
+    if not claims.vocabulary.is_multilingual:
+        codes, is_multilingual = ("en",), False
+    problem = claims.alignment_problem
+    error = unalignable(files.directory, problem) if problem else None
+    n_tokens = source.architecture.vocabulary
+    return Knowledge(n_tokens, is_multilingual, codes, error, claims.can_detect)
+
+
+def check_language(model: str, code: str | None, known: Knowledge | None) -> None:
+    """
+    Refuses a language that a model does not know. An English-only one is asked for
+    nothing: it takes all for English, and faster-whisper warns of that.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if code is None or known is None or not known.is_multilingual:
+        return
+    if code in known.languages:
+        return
+    hint = "leave the language out to have it detected"
+    if code == "yue":
+        hint = "Cantonese came with large-v3; take a model since then, or language='zh'"
+    raise ValueError(
+        f"{model} does not know {LANGUAGES[code].title()} ({code!r}): {hint}"
+    )
+
+
+def check_knowledge(
+    model: str, values: Mapping[str, object], known: Knowledge | None
+) -> None:
+    """
+    Refuses a call in a language or with tokens that a model does not know, or for words
+    where it cannot tell when they were said.
+
+    Raises:
+        ValueError: it does not.
+        CorruptModel: it names heads for words that are not there.
+    """
+    if known is None:
+        return
+    language = values.get("language")
+    if isinstance(language, str) and language in LANGUAGES:
+        check_language(model, language, known)
+    check_tokens(values, known.n_tokens)
+    if values.get("word_timestamps") and known.words_error is not None:
+        raise known.words_error
+
+
+@functools.lru_cache(maxsize=64)
+def _by_size(n_tokens: int) -> Knowledge:
+    """
+    The vocabulary of one of OpenAI's models, of which this is the size.
+    """
+    if n_tokens <= _ENGLISH_TOKENS:
+        return Knowledge(n_tokens, is_multilingual=False, languages=("en",))
+    codes = (c for c in LANGUAGES if c != "yue" or n_tokens >= _CANTONESE_TOKENS)
+    return Knowledge(n_tokens, is_multilingual=True, languages=tuple(codes))

@@ -1,0 +1,195 @@
+"""
+Prepare: a call on a model, checked and with its audio decoded, before a lease is taken.
+
+Whatever can be refused is refused here, so that nobody's model leaves for it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from whispercache.engine.sizes.footprint import (
+    DEFAULT_WORKLOAD,
+    Workload,
+    rounded_audio_s,
+)
+from whispercache.errors import AudioError
+
+from .parameters import check_batch_size, checked, filters_speech, temperatures_of
+from .signatures import bound
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from whispercache.engine.api import AudioInput
+    from whispercache.model import Leases
+
+__all__ = [
+    "Prepared",
+    "check_knowledge",
+    "prepared",
+    "prepared_detection",
+    "workload_of",
+]
+
+_RATE_HZ = 16_000
+
+
+def workload_of(
+    options: Mapping[str, object], batch_size: int | None, n_samples: int = 0
+) -> Workload:
+    """
+    The work of a ``transcribe`` call with these options, on so many samples.
+    """
+
+    def count(name: str) -> int:
+        value = options.get(name)
+        return value if isinstance(value, int) and value > 0 else 5
+
+    is_batched = batch_size is not None
+    workload = Workload(
+        beam_size=count("beam_size"),
+        best_of=count("best_of"),
+        batch_size=batch_size or 1,
+        fallback=any(temperature != 0 for temperature in temperatures_of(options)),
+        audio_s=rounded_audio_s(n_samples / _RATE_HZ),
+        vad=filters_speech(options, is_batched=is_batched),
+    )
+    return DEFAULT_WORKLOAD if workload == DEFAULT_WORKLOAD else workload
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """
+    A call that makes sense, ready for a lease.
+
+    Attributes:
+        samples: What is to be heard; None for features.
+        options: Parameters by name, the call's own.
+        batch_size: Windows at once of the batched pipeline; None without that.
+        workload: What it takes.
+    """
+
+    samples: NDArray[np.float32] | None
+    options: dict[str, object]
+    batch_size: int | None
+    workload: Workload
+
+
+def prepared(
+    source: Leases,
+    audio: AudioInput,
+    args: tuple[object, ...],
+    options: Mapping[str, object],
+    batch_size: int | None,
+) -> Prepared:
+    """
+    A call of ``transcribe``, checked and with its audio decoded.
+
+    Blocks: for decoding; for a download, where only that tells whether the model knows
+    the language.
+
+    Raises:
+        TypeError, ValueError: a parameter is nonsense, or the model does not know the
+            language.
+        AudioError: the audio cannot be decoded.
+    """
+    signatures = source.signatures()
+    is_batched = batch_size is not None
+    if batch_size is not None:
+        batch_size = check_batch_size(batch_size)
+    signature = signatures["batched" if is_batched else "transcribe"]
+    given = bound(signature, (audio, *args), options)
+    given.pop("audio", None)
+    vad = signatures.get("vad")
+    names = () if vad is None else tuple(vad.parameters)
+    values = checked(given, is_batched=is_batched, vad_names=names)
+    if "language" in values:
+        # Who names none does not wait for what tells of them.
+        from .languages import language_code
+
+        values["language"] = language_code(cast("str | None", values["language"]))
+    check_knowledge(source, values)
+    _check_position(audio)
+    samples = source.decode_audio(audio)
+    workload = workload_of(values, batch_size, getattr(samples, "size", 0))
+    return Prepared(samples, values, batch_size, workload)
+
+
+def _check_position(audio: AudioInput) -> None:
+    """
+    Refuses a stream that has nothing left to read.
+
+    Raises:
+        AudioError: it is at its end, where whoever wrote or read it has left it.
+    """
+    if not hasattr(audio, "seek") or not hasattr(audio, "tell"):
+        return
+    try:
+        position = audio.tell()
+        if not isinstance(position, int):  # of a stream to be awaited, say
+            return
+        audio.seek(0, os.SEEK_END)
+        end = audio.tell()  # a mapped file's seek() returns nothing
+        audio.seek(position)
+    except (OSError, ValueError):  # a pipe, or closed: the decoder will tell
+        return
+    if 0 < end <= position:
+        reason = "the stream is at its end; seek(0) to hear it from its beginning"
+        raise AudioError(type(audio).__name__, reason)
+
+
+def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
+    """
+    Refuses a call in a language or with tokens that the model does not know, or for
+    words where it cannot tell when they were said.
+
+    Raises:
+        ValueError: it does not.
+        CorruptModel: it names heads for words that are not there.
+    """
+    wants_words = bool(values.get("word_timestamps"))
+    language = cast("str | None", values.get("language"))
+    names_tokens = any(
+        isinstance(values.get(name), list)
+        for name in ("initial_prompt", "suppress_tokens")
+    )
+    if language is None and not names_tokens and not wants_words:
+        return  # spares a look at its files
+    from . import languages
+
+    languages.check_knowledge(str(source), values, source.knowledge())
+
+
+def prepared_detection(
+    source: Leases,
+    audio: AudioInput | None,
+    args: tuple[object, ...],
+    options: Mapping[str, object],
+) -> Prepared:
+    """
+    A call of ``detect_language``, checked and with its audio decoded; see `prepared`.
+    """
+    signatures = source.signatures()
+    given = bound(signatures["detect_language"], (audio, *args), options)
+    given.pop("audio", None)
+    vad = signatures.get("vad")
+    values = checked(given, vad_names=() if vad is None else tuple(vad.parameters))
+    if audio is None:
+        if "features" in signatures["detect_language"].parameters and (
+            values.get("features") is None
+        ):
+            raise TypeError("give audio, or features, to detect the language of")
+        return Prepared(None, values, None, DEFAULT_WORKLOAD)
+    _check_position(audio)
+    samples = source.decode_audio(audio)
+    workload = DEFAULT_WORKLOAD
+    if values.get("vad_filter"):
+        audio_s = rounded_audio_s(getattr(samples, "size", 0) / _RATE_HZ)
+        workload = Workload(audio_s=audio_s, vad=True)
+    return Prepared(samples, values, None, workload)

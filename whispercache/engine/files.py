@@ -1,0 +1,273 @@
+"""
+Files of models: where they are, on this disk or after a download from the model hub.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from whispercache.errors import LoadFailed, UnknownModel, WhisperCacheError
+from whispercache.keys import MODELS
+
+from .claims import check_claims
+from .hub import (
+    HUB_FILES,
+    is_interrupted,
+    is_usable,
+    missing_files,
+    repository_folder,
+    snapshot_in,
+)
+from .sizes.header import SMALL_FILES, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import TypeAlias
+
+    from whispercache.keys import OptionValue
+
+    from .claims import Claims
+    from .sizes.header import ModelHeader
+    from .sizes.weights import Source
+
+    _Look: TypeAlias = tuple[ModelHeader, Claims]
+
+__all__ = [
+    "ModelFiles",
+    "claims_of",
+    "downloaded",
+    "files_in",
+    "is_whole",
+    "local_files",
+    "stamp_of",
+]
+
+_log = logging.getLogger("whispercache")
+
+_ASKING_S = 10.0
+"""
+Most seconds for a question to the hub. Source: that of huggingface-hub for its own.
+"""
+
+_STAMPED = ("model.bin", *SMALL_FILES)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """
+    Where a model's files are, and what its header says.
+
+    Attributes:
+        directory: The directory with model.bin.
+        saved_compute_type: The type of the weights in the file.
+        stamp: Size, time and inode of each file when the header was read.
+        source: The header, or the architecture of a known size whose files are not
+            here; None where a loader needs neither.
+        original: The files that were asked for, where these are a variant of them.
+    """
+
+    directory: str
+    saved_compute_type: str
+    stamp: tuple[int, ...] = ()
+    source: Source | None = None
+    original: ModelFiles | None = None
+
+
+def stamp_of(directory: str) -> tuple[int, ...]:
+    """
+    Size, time and inode of each file; another one when somebody has changed them.
+
+    Raises:
+        LoadFailed: model.bin is gone, or one of them cannot be read.
+    """
+    stamp: list[int] = []
+    for name in _STAMPED:
+        try:
+            status = os.stat(os.path.join(directory, name))
+        except FileNotFoundError as error:
+            if name == "model.bin":
+                raise LoadFailed(directory, "its model.bin is gone") from error
+            stamp.append(0)
+        except OSError as error:
+            reason = f"{name} cannot be read ({error.strerror}); check its permissions"
+            raise LoadFailed(directory, reason) from error
+        else:
+            stamp += status.st_size, status.st_mtime_ns, status.st_ino
+    return tuple(stamp)
+
+
+@functools.lru_cache(maxsize=64)
+def _looked_at(directory: str, _stamp: tuple[int, ...]) -> _Look:
+    """
+    The header and the claims of a model's files, read again when they have changed.
+    """
+    header = read_header(directory)
+    return header, check_claims(directory, header)
+
+
+def files_in(directory: str) -> ModelFiles:
+    """
+    The model in *directory*.
+
+    Blocks: for some system calls; if it is new, for milliseconds of small reads, and
+    for `check_claims`.
+
+    Raises:
+        CorruptModel, UnknownModel, LoadFailed: there is no whole model, or its files
+            are of different ones.
+    """
+    stamp = stamp_of(directory)
+    header, _ = _looked_at(directory, stamp)
+    return ModelFiles(directory, header.saved_compute_type, stamp, header)
+
+
+def claims_of(files: ModelFiles) -> Claims:
+    """
+    The claims of the files of a model that `files_in` has found. No look at the disk,
+    unless they have been forgotten.
+
+    Raises:
+        CorruptModel, LoadFailed: the files have changed for the worse since.
+    """
+    return _looked_at(files.directory, files.stamp)[1]
+
+
+def local_files(model: str, options: Mapping[str, OptionValue]) -> ModelFiles | None:
+    """
+    The files of a repository in the hub's local cache; None if they are not, or not
+    all, there.
+
+    Raises:
+        CorruptModel, LoadFailed: they are broken, or cannot be read.
+    """
+    here = _local(model, options)
+    return files_in(str(here)) if here is not None and is_usable(here) else None
+
+
+def is_whole(model: str, options: Mapping[str, OptionValue]) -> bool:
+    """
+    Tells whether a download could bring nothing.
+    """
+    here = _local(model, options)
+    return here is not None and not missing_files(here)
+
+
+def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
+    """
+    The files of a repository, after a download if need be.
+
+    Files that are here, and may be incomplete, are taken where the hub cannot say more.
+
+    Raises:
+        UnknownModel: the hub has no such model.
+        CorruptModel: its files are broken.
+        LoadFailed: they are not here, and cannot be downloaded.
+    """
+    # Somebody else may have fetched it while this caller waited.
+    here = _local(model, options)
+    may_load = here is not None and is_usable(here)
+    if options.get("local_files_only") and not may_load:
+        reason = f"{_state(model, options)} and local_files_only is set"
+        raise LoadFailed(
+            model, f"{reason}; allow the download, or give the directory of a model"
+        )
+    if not (may_load and (options.get("local_files_only") or is_whole(model, options))):
+        _log.info("downloading %s", model)
+        try:
+            here = _fetch(model, options)
+        except WhisperCacheError:
+            if not may_load:
+                raise
+    return files_in(str(here))
+
+
+def _local(model: str, options: Mapping[str, OptionValue]) -> Path | None:
+    """
+    The snapshot of a repository in the hub's local cache, whole or not.
+    """
+    folder = repository_folder(MODELS.get(model, model), _root(options))
+    return snapshot_in(folder, _text(options.get("revision")))
+
+
+def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
+    """
+    Download what is missing of a repository; its snapshot, with all that a load needs.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    token = options.get("use_auth_token")
+    token = token if isinstance(token, bool) else _text(token)
+    repository = MODELS.get(model, model)
+    revision = _text(options.get("revision"))
+    try:
+        directory = snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=_root(options),
+            token=token,
+            allow_patterns=list(HUB_FILES),
+        )
+        if is_usable(Path(directory)):
+            return Path(directory)
+        # Some versions answer without the hub where they cannot reach it.
+        asked = HfApi(token=token).model_info(
+            repository, revision=revision, timeout=_ASKING_S
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        reason = "the model hub has no such repository or revision, or it is private"
+        raise UnknownModel(model, reason) from error
+    except Exception as error:  # also those of its HTTP library, whichever that is
+        raise _unreachable(model, options, error) from error
+    listed = [each.rfilename for each in asked.siblings or ()]
+    missing = missing_files(Path(directory))
+    lacking = [name for name in missing if not fnmatch.filter(listed, name)]
+    if "model.bin" in lacking:
+        raise UnknownModel(
+            model,
+            "the repository has no model.bin for CTranslate2; ask for one that was "
+            "converted, or convert it with ct2-transformers-converter",
+        )
+    if lacking:
+        raise UnknownModel(model, f"the repository has no {', '.join(lacking)}")
+    raise LoadFailed(model, f"{_state(model, options)}; try again")
+
+
+def _root(options: Mapping[str, OptionValue]) -> str | None:
+    root = _text(options.get("download_root"))
+    return None if root is None else os.path.expanduser(root)
+
+
+def _text(value: OptionValue) -> str | None:
+    return None if value is None else str(value)
+
+
+def _state(model: str, options: Mapping[str, OptionValue]) -> str:
+    """
+    The state of a repository on this disk, where it is not whole, in words.
+    """
+    here = _local(model, options)
+    if here is not None:
+        missing = ", ".join(missing_files(here))
+        return f"its download is not whole: {missing} is missing"
+    folder = repository_folder(MODELS.get(model, model), _root(options))
+    if is_interrupted(folder):
+        return "its download was interrupted"
+    return "it is not on this disk"
+
+
+def _unreachable(
+    model: str, options: Mapping[str, OptionValue], error: Exception
+) -> WhisperCacheError:
+    first = str(error).strip().partition("\n")[0]
+    return LoadFailed(
+        model,
+        f"{_state(model, options)}, and the download failed ({first}); check the "
+        "network, or give the directory of a model",
+    )

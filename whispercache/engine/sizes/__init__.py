@@ -1,0 +1,3 @@
+"""
+Bytes that models take on each device, predicted and measured.
+"""

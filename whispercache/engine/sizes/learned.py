@@ -1,0 +1,180 @@
+"""
+What models were measured to take, remembered between processes.
+
+A prediction misses what a machine adds: another CTranslate2, packed weights, a shared
+tokenizer. What the loader measures after each load corrects the next prediction.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+
+from whispercache.devices.host import user_cache
+
+__all__ = ["LearnedFootprints"]
+
+_log = logging.getLogger("whispercache")
+
+_KEPT = 5
+_ENOUGH = 3
+# Outside of this another thread allocated or freed meanwhile.
+_PLAUSIBLE = (0.8, 1.5)
+_LOCK_TIMEOUT_S = 2.0
+
+
+class LearnedFootprints:
+    """
+    Measured bytes per model, compute type and device, as ratios to predictions.
+
+    Thread-safe, and safe between processes: the file is replaced whole, under a lock
+    file. A broken file counts as empty. Where nothing can be written, measurements are
+    remembered until the process ends.
+
+    Args:
+        path: The JSON file; ``footprints.json`` in the user's cache directory if None.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._ratios: dict[str, list[float]] | None = None  # guarded by _lock
+        self._is_writable = True  # guarded by _lock
+
+    def forked(self) -> None:
+        """
+        Forget who held the lock, in a child that was forked.
+        """
+        self._lock = threading.Lock()
+
+    def record(
+        self,
+        model: str,
+        compute_type: str,
+        device_name: str,
+        predicted_bytes: int,
+        measured_bytes: int,
+    ) -> None:
+        """
+        Remember one measurement; an implausible one is refused as noise.
+
+        Args:
+            model: Canonical name or path.
+            compute_type: The effective one.
+            device_name: What the device is, for example ``"NVIDIA L4"``; not its index.
+            predicted_bytes: The prediction before any correction.
+            measured_bytes: By how much the memory in use grew.
+
+        Blocks: writes a small file, waiting up to 2 s for another process to do so.
+        """
+        key = _key(model, compute_type, device_name)
+        if predicted_bytes <= 0:
+            return
+        ratio = measured_bytes / predicted_bytes
+        if not _PLAUSIBLE[0] <= ratio <= _PLAUSIBLE[1]:
+            _log.debug("measurement of %s refused as noise: %.2f", key, ratio)
+            return
+        with self._lock:
+            self._record_locked(key, ratio)
+
+    def correct(
+        self, model: str, compute_type: str, device_name: str, predicted_bytes: int
+    ) -> int:
+        """
+        *predicted_bytes*, times the median ratio once three measurements are known.
+        """
+        with self._lock:
+            ratios = self._loaded_locked().get(
+                _key(model, compute_type, device_name), []
+            )
+            if len(ratios) < _ENOUGH:
+                return predicted_bytes
+            import statistics
+
+            return round(predicted_bytes * statistics.median(ratios))
+
+    def _record_locked(self, key: str, ratio: float) -> None:
+        if not self._is_writable:
+            _append(self._loaded_locked(), key, ratio)
+            return
+        from filelock import FileLock, Timeout
+
+        try:
+            path = self._file()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
+                # Read again under the lock: another process may have written.
+                ratios = _read(path)
+                _append(ratios, key, ratio)
+                _replace(path, ratios)
+            self._ratios = ratios
+        except (OSError, Timeout, NotImplementedError) as error:
+            self._is_writable = False
+            _log.warning(
+                "measured footprints are kept in memory only: %s; set "
+                "XDG_CACHE_HOME to a directory that can be written",
+                error,
+            )
+            _append(self._loaded_locked(), key, ratio)
+
+    def _loaded_locked(self) -> dict[str, list[float]]:
+        if self._ratios is None:
+            try:
+                self._ratios = _read(self._file())
+            except OSError:
+                self._ratios = {}
+        return self._ratios
+
+    def _file(self) -> Path:
+        if self._path is None:
+            self._path = user_cache() / "footprints.json"
+        return self._path
+
+
+def _key(model: str, compute_type: str, device_name: str) -> str:
+    return json.dumps([model, compute_type, device_name])
+
+
+def _append(ratios: dict[str, list[float]], key: str, ratio: float) -> None:
+    ratios[key] = [*ratios.get(key, []), ratio][-_KEPT:]
+
+
+def _read(path: Path) -> dict[str, list[float]]:
+    """
+    The ratios in the file; none if it is missing or broken.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        _log.warning("%s is broken and starts anew: %s", path, error)
+        return {}
+    if not isinstance(found, dict):
+        _log.warning("%s is broken and starts anew: not an object", path)
+        return {}
+    return {
+        key: [float(ratio) for ratio in ratios[-_KEPT:]]
+        for key, ratios in found.items()
+        if isinstance(ratios, list) and all(map(_is_plausible, ratios))
+    }
+
+
+def _is_plausible(ratio: object) -> bool:
+    return isinstance(ratio, int | float) and _PLAUSIBLE[0] <= ratio <= _PLAUSIBLE[1]
+
+
+def _replace(path: Path, ratios: dict[str, list[float]]) -> None:
+    import tempfile
+
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(ratios, file, indent=1, sort_keys=True)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,236 @@
+"""
+A model.bin in another weight type, with the very numbers that a load would compute.
+
+CTranslate2 converts a file to the compute type at each load. Here that is done once,
+variable by variable and block by block, in a few megabytes of memory. Only what every
+load converts alike is converted: for int8 the linear layers and embeddings, each row
+with a scale of its own. All else stays as it was saved, convolutions for one, and
+CTranslate2 goes on to convert it; so one int8 file serves int8_float32, int8_float16
+and int8_bfloat16, and the loaded weights are the same to the last bit.
+
+``ctranslate2.specs`` can write such files, too, but `optimize` quantizes convolutions,
+which a load does not: the encoder's output differs (by 17.8 at most, CTranslate2
+4.8.5). And it holds the whole model in memory.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+
+from whispercache.engine.sizes.architecture import ITEM_BYTES, Variable
+from whispercache.engine.sizes.weights import DTYPES
+from whispercache.errors import CorruptModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from whispercache.engine.sizes.header import ModelHeader
+
+__all__ = ["KINDS", "Origin", "converted_bytes", "kind_for", "write_converted"]
+
+KINDS = ("int8", "float32", "float16")
+"""
+Weight types that can be written. numpy has no bfloat16, and int16 is scaled otherwise.
+"""
+
+# The version decides how a quantized model rounds; all Whisper files have this one.
+# Source: CTranslate2 src/models/model.cc, round_before_cast_in_quantization.
+_VERSION = 6
+
+_FLOATS = ("float32", "float16", "bfloat16")
+_BLOCK_ELEMENTS = 1 << 20
+_INT8_MAX = 127.0
+
+
+class Origin(NamedTuple):
+    """
+    A model that variants are made of.
+
+    Attributes:
+        model: What it is called.
+        header: The header of its model.bin.
+        stamp: Changes when one of its files does. Without one the files are looked at
+            each time.
+    """
+
+    model: str
+    header: ModelHeader
+    stamp: tuple[int, ...] = ()
+
+    @property
+    def directory(self) -> Path:
+        """
+        Where its files are.
+        """
+        return self.header.path.parent
+
+
+class _Writes(Protocol):
+    def write(self, data: bytes, /) -> object: ...
+
+
+def kind_for(header: ModelHeader, compute_type: str) -> str | None:
+    """
+    The weight type that a file should have to be loaded in *compute_type* as it is.
+
+    None if the file has that type already, or cannot be converted with the same result:
+    from int8 back to floats, or to a type that is none of `KINDS`.
+    """
+    saved = {each.name: each.dtype for each in header.variables}
+    weight = saved["decoder/embeddings/weight"]
+    wanted = DTYPES[compute_type][0]
+    if header.version != _VERSION or weight not in _FLOATS:
+        return None
+    return wanted if wanted in KINDS and wanted != weight else None
+
+
+def converted_bytes(header: ModelHeader, kind: str) -> int:
+    """
+    Size of the file that `write_converted` makes, but for a few bytes a variable.
+    """
+    total = header.file_bytes
+    for variable in header.variables:
+        dtype = _dtype(variable, kind)
+        total += variable.elements * ITEM_BYTES[dtype] - variable.nbytes
+        if _is_quantized(variable, kind):
+            total += 4 * variable.shape[0]
+    return total
+
+
+def write_converted(header: ModelHeader, kind: str, target: _Writes) -> None:
+    """
+    Write the model behind *header* with its weights in *kind*.
+
+    Blocks: reads and writes the whole model; base takes about half a second.
+
+    Raises:
+        CorruptModel: the file is shorter than its header says.
+        OSError: it cannot be read, or *target* not be written.
+    """
+    quantized = sum(_is_quantized(each, kind) for each in header.variables)
+    target.write(struct.pack("<I", _VERSION) + _string("WhisperSpec"))
+    count = len(header.variables) + quantized
+    target.write(struct.pack("<II", header.revision, count))
+    with header.path.open("rb") as source:
+        for variable in header.variables:
+            _write_variable(header, variable, kind, source, target)
+    target.write(struct.pack("<I", len(header.aliases)))
+    for alias, name in header.aliases:
+        target.write(_string(alias) + _string(name))
+
+
+def _is_quantized(variable: Variable, kind: str) -> bool:
+    # No backend that matters here has a quantized convolution.
+    is_linear = variable.name.endswith("weight") and "conv" not in variable.name
+    return kind == "int8" and is_linear and variable.dtype in _FLOATS
+
+
+def _dtype(variable: Variable, kind: str) -> str:
+    """
+    What a variable is written in; single numbers stay as they are.
+    """
+    if _is_quantized(variable, kind):
+        return "int8"
+    is_float = bool(variable.shape) and variable.dtype in _FLOATS
+    return kind if is_float and kind != "int8" else variable.dtype
+
+
+def _write_variable(
+    header: ModelHeader,
+    variable: Variable,
+    kind: str,
+    source: BinaryIO,
+    target: _Writes,
+) -> None:
+    import numpy as np
+
+    dtype = _dtype(variable, kind)
+    target.write(_entry(variable.name, variable.shape, dtype))
+    source.seek(variable.offset)
+    if dtype == variable.dtype:
+        for raw in _blocks(header, variable, source):
+            target.write(raw)
+        return
+    scales: list[NDArray[np.float32]] = []
+    for raw in _blocks(header, variable, source):
+        values = _as_float32(raw, variable.dtype)
+        if dtype == "int8":
+            rows, scale = _quantize(values.reshape(-1, _row_elements(variable)))
+            scales.append(scale)
+            target.write(rows.tobytes())
+        else:
+            with np.errstate(over="ignore"):  # too large for float16: infinite
+                target.write(values.astype(dtype, copy=False).tobytes())
+    if scales:
+        name = f"{variable.name}_scale"
+        target.write(_entry(name, (variable.shape[0],), "float32"))
+        target.write(np.concatenate(scales).tobytes())
+
+
+def _quantize(
+    rows: NDArray[np.float32],
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """
+    Whole numbers and their scale, row by row, as CTranslate2 quantizes on the CPU.
+
+    Source: CTranslate2 src/cpu/kernels.cc, quantize_s8 @ 0d8bcd3.
+    """
+    import numpy as np
+
+    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    largest[largest == 0] = _INT8_MAX
+    scale = np.float32(_INT8_MAX) / largest
+    return np.rint(rows * scale[:, np.newaxis]).astype(np.int8), scale
+
+
+def _as_float32(raw: bytes, dtype: str) -> NDArray[np.float32]:
+    import numpy as np
+
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).astype("<f4")
+
+
+def _row_elements(variable: Variable) -> int:
+    return variable.elements // variable.shape[0] if variable.shape else 1
+
+
+def _blocks(
+    header: ModelHeader, variable: Variable, source: BinaryIO
+) -> Iterator[bytes]:
+    """
+    The payload in whole rows.
+    """
+    row_bytes = _row_elements(variable) * ITEM_BYTES[variable.dtype]
+    rows = max(1, _BLOCK_ELEMENTS // max(1, _row_elements(variable)))
+    left = variable.nbytes
+    while left:
+        raw = source.read(min(left, rows * row_bytes))
+        if len(raw) % row_bytes or not raw:
+            reason = f"model.bin ends within {variable.name!r}"
+            raise CorruptModel(str(header.path.parent), reason)
+        left -= len(raw)
+        yield raw
+
+
+def _entry(name: str, shape: tuple[int, ...], dtype: str) -> bytes:
+    """
+    What stands before a payload.
+    """
+    elements = 1
+    for size in shape:
+        elements *= size
+    kind = tuple(ITEM_BYTES).index(dtype)
+    layout = f"<B{len(shape)}IBI"
+    n_bytes = elements * ITEM_BYTES[dtype]
+    return _string(name) + struct.pack(layout, len(shape), *shape, kind, n_bytes)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode() + b"\0"
+    return struct.pack("<H", len(raw)) + raw

@@ -1,0 +1,3 @@
+"""
+Peers: other processes on the same devices, and what they tell each other.
+"""

@@ -1,0 +1,3 @@
+"""
+Live views of what a cache is doing.
+"""

@@ -1,0 +1,527 @@
+"""
+Top: what a cache is doing, live in a terminal; of this process or of a server.
+"""
+
+from __future__ import annotations
+
+import time
+import unicodedata
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, cast, get_args, get_origin, get_type_hints
+
+from whispercache.errors import WhisperCacheError, format_bytes
+
+from .live import Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from _typeshed import DataclassInstance
+    from rich.console import (
+        Console,
+        ConsoleOptions,
+        OverflowMethod,
+        RenderableType,
+        RenderResult,
+    )
+    from rich.text import Text
+
+    from whispercache.events import DeviceInfo
+
+    from .live import LiveModel
+
+__all__ = ["remote", "view", "watch"]
+
+TIMEOUT_S = 5.0
+"""
+Most seconds for a server to answer.
+"""
+_LARGEST_ANSWER_BYTES = 16 * 1024**2
+_UNAUTHORIZED = 401
+_STEERS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_HUGE = 2**60
+
+_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+_KIND_STYLES = {"loaded": "green", "failed": "bold red", "warning": "bold yellow"}
+
+# Where columns are few, the table goes without those that the bars show, too.
+_NARROW = 72
+_LEAST_NAME = 8
+_FEW = 5
+_SOME = 10
+_TWO_DAYS = 48
+
+
+def view(
+    snapshot: Snapshot, *, trouble: str = "", height: int | None = None
+) -> RenderableType:
+    """
+    A snapshot for rich to print, as wide as the console. Pure.
+
+    Args:
+        snapshot: What to show.
+        trouble: Why there is no newer one, in one line, or nothing.
+        height: At most so many lines: old events are left out first. None for all.
+    """
+    return _View(snapshot, trouble, height)
+
+
+def watch(
+    source: Callable[[], Snapshot],
+    *,
+    interval_s: float = 1.0,
+    console: Console | None = None,
+) -> None:
+    """
+    Show what *source* tells until Ctrl-C; blocks. Without a terminal, show it once.
+
+    In a terminal, errors of *source* are shown until it answers again.
+
+    Args:
+        source: Takes a snapshot: `Watch.snapshot`, or what `remote` returns.
+        interval_s: Seconds between two snapshots.
+        console: Where to; by default stdout.
+
+    Raises:
+        OSError: there is no terminal, and *source* raised it; see `remote`.
+        ValueError: likewise.
+        WhisperCacheError: likewise.
+    """
+    from rich.console import Console
+
+    console = console or Console()
+    if not console.is_terminal:
+        console.print(view(source()))
+        return
+    try:
+        _follow(source, interval_s, console)
+    except KeyboardInterrupt:
+        return
+
+
+def remote(url: str, key: str | None = None) -> Callable[[], Snapshot]:
+    """
+    Snapshots of the server at *url*, for `watch`.
+
+    Args:
+        url: Where it is, as in ``"http://127.0.0.1:8000"``.
+        key: One of its keys, if it asks for one.
+
+    Returns:
+        A call that takes one. It blocks for up to `TIMEOUT_S`, and raises, each in one
+        line, ConnectionError where nothing answers, PermissionError where the key does
+        not fit, and ValueError where something else than whispercache answers.
+
+    Raises:
+        ValueError: *url* is none of ``http://`` or ``https://``, or *key* is none.
+    """
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is no address such as http://127.0.0.1:8000")
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ValueError("the key must be of ASCII letters, digits and marks")
+    address = f"{url.rstrip('/')}/api/ps"
+    return lambda: _read(_ask(address, key), address)
+
+
+def _ask(address: str, key: str | None) -> bytes:
+    """
+    The body of the answer.
+    """
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+    class Stay(HTTPRedirectHandler):
+        """
+        Follows nobody elsewhere, since the key would come along.
+        """
+
+        def redirect_request(self, *_request: object) -> None:
+            return None
+
+    request = Request(address)  # noqa: S310 - remote() checked the scheme
+    if key is not None:
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    try:
+        with build_opener(Stay).open(request, timeout=TIMEOUT_S) as answer:
+            body: bytes = answer.read(_LARGEST_ANSWER_BYTES)
+            return body
+    except HTTPError as error:
+        error.close()
+        if error.code == _UNAUTHORIZED:
+            hint = "it asks for a key" if key is None else "the key does not fit"
+            raise PermissionError(f"{address}: {hint}") from None
+        message = f"{address}: no whispercache server: it answers {error.code}"
+        raise ValueError(f"{message} {_printable(error.reason)}") from None
+    except HTTPException as error:
+        raise ValueError(f"{address}: no HTTP server: {error!r}") from None
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        text = getattr(reason, "strerror", None) or str(reason) or type(error).__name__
+        raise ConnectionError(f"{address}: no answer: {_printable(text)}") from None
+
+
+def _read(body: bytes, address: str) -> Snapshot:
+    """
+    The snapshot in an answer, in which every field has its type.
+    """
+    import json
+
+    try:
+        document = json.loads(body)
+        snapshot = Snapshot.from_json(document)
+        _check(snapshot)
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(
+            f"{address}: no whispercache server, or one of another version"
+        ) from None
+    return snapshot
+
+
+def _check(value: object) -> None:
+    """
+    See that a value, and all that is in it, is of the types that it declares.
+    """
+    hints = get_type_hints(type(value))
+    for name in (field.name for field in fields(cast("DataclassInstance", value))):
+        given, hint = getattr(value, name), hints[name]
+        if get_origin(hint) is tuple:
+            (kind, _) = get_args(hint)
+            for each in given:
+                _check(each) if is_dataclass(kind) else _check_one(each, (kind,))
+        elif is_dataclass(hint):
+            _check(given)
+        else:
+            _check_one(given, get_args(hint) or (hint,))
+
+
+def _check_one(given: object, kinds: tuple[type, ...]) -> None:
+    """
+    JSON writes a whole float as an int; no amount of ours is as large as `_HUGE`.
+    """
+    allowed = (*kinds, int) if float in kinds else kinds
+    if not isinstance(given, allowed):
+        raise TypeError(f"{given!r} is no {kinds}")
+    if isinstance(given, int | float) and not -_HUGE < given < _HUGE:
+        raise ValueError(f"{given!r} is no amount")
+
+
+class _View:
+    """
+    A snapshot as rich prints it; see `view`.
+    """
+
+    def __init__(self, snapshot: Snapshot, trouble: str, height: int | None) -> None:
+        self._snapshot = snapshot
+        self._trouble = trouble
+        self._height = height
+        # Stable from one snapshot to the next; a cache lists them by their last use.
+        self._models = sorted(
+            snapshot.models, key=lambda model: (_rank(model.device), model.name)
+        )
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> RenderResult:
+        from rich.console import Group
+
+        marks = _Marks(options.encoding)
+        fixed = Group(
+            *self._head(marks, options.max_width),
+            *self._devices(marks, options.max_width),
+            *self._table(marks, options.max_width),
+            *self._queue(marks),
+        )
+        n_lines = len(console.render_lines(fixed, options, pad=False))
+        room = _SOME if self._height is None else self._height - n_lines - 2
+        yield fixed
+        yield from self._events(marks, room)
+
+    def _head(self, marks: _Marks, width: int) -> Iterator[Text]:
+        stats = self._snapshot.stats
+        at = _time_of_day(self._snapshot.at_s)
+        figures = marks.dot.join(
+            (
+                f"requests {stats.requests}",
+                f"hits {stats.hit_ratio:.0%}",
+                f"loads {stats.loads}",
+                f"evictions {stats.evictions}",
+                f"in use {stats.leases}",
+            )
+        )
+        title = (("whispercache", "bold"), f"  {at}")
+        if width >= _NARROW:
+            yield marks.line(*title, f"  {figures}")
+        else:
+            yield marks.line(*title)
+            yield marks.line(figures)
+        if self._trouble:
+            yield marks.line((self._trouble, "bold red"))
+            yield marks.line((f"What you see is of {at}. Asking again.", "red"))
+
+    def _devices(self, marks: _Marks, width: int) -> Iterator[Text]:
+        for device in sorted(self._snapshot.devices, key=lambda one: _rank(one.device)):
+            free_bytes = max(0, device.capacity_bytes - device.charged_bytes)
+            limit = device.limit_bytes
+            figures = (
+                f"{format_bytes(free_bytes)} free",
+                "no limit set" if limit is None else f"limit {format_bytes(limit)}",
+                f"peak {format_bytes(device.peak_bytes)}",
+            )
+            used, all_ = device.charged_bytes, device.capacity_bytes
+            yield marks.line()
+            yield marks.line(
+                (f"{device.device}  ", "bold"),
+                f"{format_bytes(used)} of {format_bytes(all_)}",
+                (marks.dot + marks.dot.join(figures), "dim"),
+            )
+            yield self._bar(device, marks, width)
+        if not self._snapshot.devices:
+            yield marks.line()
+            yield marks.line("Nothing is in memory yet.")
+
+    def _bar(self, device: DeviceInfo, marks: _Marks, width: int) -> Text:
+        """
+        A device's memory, each model in it by its number in the table.
+        """
+        scale_bytes = max(device.capacity_bytes, device.charged_bytes, 1)
+        bar, end_bytes = marks.line(), 0
+        for number, model in enumerate(self._models, 1):
+            if model.device != device.device:
+                continue
+            end_bytes += model.bytes
+            n_cells = round(width * min(1.0, end_bytes / scale_bytes)) - len(bar)
+            label = str(number)[: max(0, n_cells)]
+            bar.append(label, f"bold reverse {_colour(number)}")
+            bar.append(marks.fill(model) * (n_cells - len(label)), _colour(number))
+        bar.append(marks.free * (width - len(bar)), "dim")
+        return bar
+
+    def _table(self, marks: _Marks, width: int) -> Iterator[Text]:
+        """
+        A line for each model; its name has what room the other columns leave.
+        """
+        from rich.cells import cell_len
+
+        if not self._models:
+            return
+        columns = ("#", "model", "device", "memory", "leases", "state", "leaves")
+        shown = [columns[i] for i in _columns(width)]
+        rows = [
+            [cells[i] for i in _columns(width)]
+            for cells in (
+                _cells(number, model, marks)
+                for number, model in enumerate(self._models, 1)
+            )
+        ]
+        widths = [
+            max(cell_len(row[place]) for row in (shown, *rows))
+            for place in range(len(shown))
+        ]
+        others = sum(widths) - widths[1] + 2 * (len(widths) - 1)
+        widths[1] = max(_LEAST_NAME, min(widths[1], width - others))
+        yield marks.line()
+        yield marks.row([(text, "dim") for text in shown], widths)
+        for number, (model, row) in enumerate(zip(self._models, rows, strict=True), 1):
+            styles = [""] * len(row)
+            styles[:2] = f"bold {_colour(number)}", "bold"
+            styles[-2] = "bold" if model.leases else ""
+            yield marks.row(list(zip(row, styles, strict=True)), widths)
+        yield marks.line((marks.legend, "dim"))
+
+    def _queue(self, marks: _Marks) -> Iterator[Text]:
+        waiting = self._snapshot.waiting
+        if not waiting:
+            return
+        yield marks.line()
+        yield marks.line(("Queue", "bold"), f"  {len(waiting)}")
+        for place, request in enumerate(waiting[:_FEW], 1):
+            models = " + ".join(request.models)
+            yield marks.line(f"{place:3}  {_clock(request.waited_s):>7}  {models}")
+        if len(waiting) > _FEW:
+            yield marks.line((f"     and {len(waiting) - _FEW} more", "dim"))
+
+    def _events(self, marks: _Marks, room: int) -> Iterator[Text]:
+        if room <= 0 or not self._snapshot.events:
+            return
+        yield marks.line()
+        yield marks.line(("Last events", "bold"))
+        for event in self._snapshot.events[: -room - 1 : -1]:
+            yield marks.line(
+                (f"{_time_of_day(event.at_s)}  ", "dim"),
+                (f"{event.kind:8.8}", _KIND_STYLES.get(event.kind, "dim")),
+                (f"  {event.model}", "bold"),
+                f" {event.text}",
+            )
+
+
+class _Marks:
+    """
+    What a terminal of some encoding can show.
+    """
+
+    def __init__(self, encoding: str) -> None:
+        self._encoding = encoding
+        is_utf = encoding.startswith("utf")
+        self._busy, self._idle, self._moving = ("█", "▒", "░") if is_utf else "#=~"
+        self.free = "·" if is_utf else "."
+        self.dot = " · " if is_utf else ", "
+        self._cut = "…" if is_utf else "~"
+        # rich has but one mark for text that was cut off.
+        self._overflow: OverflowMethod = "ellipsis" if is_utf else "crop"
+        self.legend = (
+            f"{self._busy} in use  {self._idle} idle  "
+            f"{self._moving} on its way in or out"
+        )
+
+    def fill(self, model: LiveModel) -> str:
+        """
+        What a model's part of a bar is made of.
+        """
+        if model.state != "resident":
+            return self._moving
+        return self._busy if model.leases else self._idle
+
+    def text(self, text: str) -> str:
+        """
+        *text* as far as the terminal can show it.
+        """
+        return _printable(text).encode(self._encoding, "replace").decode(self._encoding)
+
+    def line(self, *parts: str | tuple[str, str]) -> Text:
+        """
+        One line of text, cut off at the end of the terminal. Nothing in it is markup.
+        """
+        from rich.text import Text
+
+        made = Text(no_wrap=True, overflow=self._overflow)
+        for part in parts:
+            text, style = (part, "") if isinstance(part, str) else part
+            made.append(self.text(text), style)
+        return made
+
+    def row(self, cells: list[tuple[str, str]], widths: list[int]) -> Text:
+        """
+        One line of a table, of cells with their styles.
+        """
+        from rich.cells import cell_len, set_cell_size
+
+        made = self.line()
+        for (text, style), width in zip(cells, widths, strict=True):
+            if cell_len(text) > width:
+                made.append(set_cell_size(text, width - 1) + self._cut, style)
+            else:
+                made.append(set_cell_size(text, width), style)
+            made.append("  ")
+        made.rstrip()
+        return made
+
+
+def _columns(width: int) -> tuple[int, ...]:
+    """
+    Which columns of the table have room.
+    """
+    return (0, 1, 2, 3, 4, 5, 6) if width >= _NARROW else (0, 1, 3, 5, 6)
+
+
+def _cells(number: int, model: LiveModel, marks: _Marks) -> list[str]:
+    """
+    All that the table tells of a model.
+    """
+    return [
+        str(number),
+        marks.text(model.name),
+        marks.text(model.device),
+        format_bytes(model.bytes),
+        str(model.leases),
+        _state(model),
+        _leaves(model),
+    ]
+
+
+def _rank(device: str) -> tuple[bool, int, str]:
+    """
+    Cards come first, by number; the host, which every load passes through, last.
+    """
+    return device == "cpu", len(device), device
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[(number - 1) % len(_COLOURS)]
+
+
+def _state(model: LiveModel) -> str:
+    if model.state != "resident":
+        return "loading" if model.state == "loading" else "leaving"
+    if model.leases:
+        return "in use"
+    return "idle" if model.idle_s is None else f"idle {_clock(model.idle_s)}"
+
+
+def _leaves(model: LiveModel) -> str:
+    if model.state != "resident":
+        return ""
+    if model.pinned:
+        return "pinned"
+    if model.expires_in_s is not None:
+        return f"in {_clock(model.expires_in_s)}"
+    return "after use" if model.leases else "never"
+
+
+def _follow(
+    source: Callable[[], Snapshot], interval_s: float, console: Console
+) -> None:
+    """
+    Show what *source* tells, for ever.
+    """
+    from rich.live import Live
+    from rich.text import Text
+
+    last: Snapshot | None = None
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            trouble = ""
+            try:
+                last = source()
+            except (OSError, ValueError, WhisperCacheError) as error:
+                trouble = _printable(str(error)) or type(error).__name__
+            if last is None:
+                shown: RenderableType = Text(trouble, style="bold red")
+            else:
+                shown = view(last, trouble=trouble, height=console.height)
+            live.update(shown, refresh=True)
+            time.sleep(interval_s)
+
+
+def _printable(text: str) -> str:
+    """
+    *text* without what would steer a terminal, end its line, or turn it around.
+    """
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(letter) in _STEERS
+        else letter
+        for letter in text
+    )
+
+
+def _time_of_day(at_s: float) -> str:
+    try:
+        return time.strftime("%H:%M:%S", time.localtime(at_s))
+    except (OverflowError, ValueError, OSError):  # another server's idea of time
+        return "--:--:--"
+
+
+def _clock(seconds: float) -> str:
+    """
+    *seconds* as a clock shows them: ``"0:42"``, ``"1:00:00"``; days in words.
+    """
+    hours, rest = divmod(max(0, int(seconds)), 3600)
+    if hours >= _TWO_DAYS:
+        return f"{hours // 24} days"
+    if hours:
+        return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+    return f"{rest // 60}:{rest % 60:02}"
