@@ -343,8 +343,8 @@ def test_a_leaked_lease_tells_where_it_was_taken(make_cache: MakeCache) -> None:
     finally:
         tracemalloc.stop()
     assert [Path(lease.taken_at.rpartition(":")[0]).name for lease in leases] == [
-        "test_many.py",
-        "test_many.py",
+        "test_lease_many.py",
+        "test_lease_many.py",
     ]
     leases.release()
 

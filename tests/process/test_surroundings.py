@@ -61,7 +61,9 @@ def test_a_run_leaves_nothing_in_the_user_s_home(tmp_path: Path) -> None:
             *(sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")),
             *("-p", "conftest", "-p", "no:cacheprovider", str(inside)),
         ],
-        env=child_environment(settings | {"HF_HUB_CACHE": home / "hub"}),
+        env=child_environment(
+            settings | {"HF_HUB_CACHE": home / "hub", "PYTHONPATH": ROOT / "tests"}
+        ),
         cwd=tmp_path,
         capture_output=True,
         text=True,

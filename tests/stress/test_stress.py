@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -457,7 +458,10 @@ def test_forks_at_random_moments_harm_nobody() -> None:
     """
     Each child is told and ends; the parent goes on.
     """
-    code = "from test_stress import fork_at_random_moments as run; run(); print('well')"
+    code = (
+        f"import sys; sys.path.append({str(Path(__file__).parent)!r}); "
+        "from test_stress import fork_at_random_moments as run; run(); print('well')"
+    )
     result = child(code, covered=False)
     assert result.stdout.endswith("well\n"), result.stderr[-2000:]
 
