@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .core.moves import Leaving
     from .core.resolver import Request
     from .engine.api import AudioInput
+    from .engine.calls.languages import Knowledge
     from .engine.sizes.footprint import Workload
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
     from .keys import ModelKey
@@ -235,6 +236,62 @@ class AsyncModelCache:
             core.abandon(waiter)
             raise
 
+    async def download(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        **load_options: object,
+    ) -> None:
+        """
+        Downloads a model's files, if they are not on this disk. See
+        `ModelCache.download`.
+        """
+        await _in_thread(
+            functools.partial(
+                self._cache.download,
+                model_size_or_path,
+                device,
+                compute_type,
+                **load_options,
+            )
+        )
+
+    async def knowledge(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        **load_options: object,
+    ) -> Knowledge | None:
+        """
+        Returns the languages and tokens of a model. See `ModelCache.knowledge`.
+        """
+        return await _in_thread(
+            functools.partial(
+                self._cache.knowledge,
+                model_size_or_path,
+                device,
+                compute_type,
+                **load_options,
+            )
+        )
+
+    def known_key(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        **load_options: object,
+    ) -> ModelKey | None:
+        """
+        Returns the key that the last request with these parameters got. See
+        `ModelCache.known_key`.
+        """
+        return self._cache.known_key(
+            model_size_or_path, device, compute_type, **load_options
+        )
+
     async def preload(
         self,
         model_size_or_path: str | os.PathLike[str],
@@ -274,7 +331,7 @@ class AsyncModelCache:
         terms = self._cache._terms(timeout_s, None, None)
         lease = await self._lease(request, DEFAULT_WORKLOAD, terms)
         with lease:
-            self._cache._core.pin(lease._entry)
+            lease.pin()
 
     def unpin(
         self,
@@ -380,6 +437,13 @@ class AsyncModelCache:
         Call *listener* with each event, on any thread. See `ModelCache.subscribe`.
         """
         return self._cache.subscribe(listener)
+
+    @property
+    def is_closed(self) -> bool:
+        """
+        True once the cache was closed. See `ModelCache.is_closed`.
+        """
+        return self._cache.is_closed
 
     async def close(self, timeout_s: float | None = 10.0) -> None:
         """

@@ -463,6 +463,72 @@ class ModelCache:
             core.abandon(waiter)
             raise
 
+    def download(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        **load_options: object,
+    ) -> None:
+        """
+        Downloads a model's files, if they are not on this disk, and checks them.
+
+        Nothing is loaded. Callers that want the same model share one download.
+
+        Args:
+            model_size_or_path: As for `get_model`, like the following.
+            device: See there.
+            compute_type: See there.
+            load_options: See there.
+
+        Blocks: until the files are there.
+
+        Raises:
+            LoadFailed: the files cannot be downloaded; `CorruptModel` if they are
+                broken.
+            Also what `get_model` raises.
+        """
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        self._locate([request], DEFAULT_WORKLOAD)
+
+    def knowledge(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        **load_options: object,
+    ) -> Knowledge | None:
+        """
+        Returns the languages and tokens of a model, as its files tell them.
+
+        None where only a download would tell. The parameters are those of `get_model`.
+
+        Blocks: for some system calls; not for a model in memory.
+
+        Raises:
+            UnknownModel: there is no such size, and no model in that directory.
+            LoadFailed: the files are gone; `CorruptModel` if they are broken.
+        """
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        return self._resolver.knowledge(request, download=False)
+
+    def known_key(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        **load_options: object,
+    ) -> ModelKey | None:
+        """
+        Returns the key that the last request with these parameters got.
+
+        None before the first one. Never touches the disk; `get_model` has the
+        parameters.
+        """
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        entry = self._resolver.known(request)
+        return None if entry is None else entry.key
+
     def preload(
         self,
         model_size_or_path: str | os.PathLike[str],
@@ -525,7 +591,7 @@ class ModelCache:
         terms = self._terms(timeout_s, None, None)
         lease = self._lease(request, DEFAULT_WORKLOAD, terms)
         with lease:
-            self._core.pin(lease._entry)
+            lease.pin()
 
     def unpin(
         self,
@@ -690,7 +756,28 @@ class ModelCache:
         with Watch(self) as seen:
             watch(seen.snapshot, interval_s=interval_s)
 
+    @property
+    def loader(self) -> Loader:
+        """
+        The loader of the models, as given to the constructor or the usual one.
+        """
+        return self._core.loader
+
+    @property
+    def probe(self) -> MemoryProbe:
+        """
+        The reader of the devices' memory, as given to the constructor or the usual one.
+        """
+        return self._core.probe
+
     # Closing --------------------------------------------------------------------------
+
+    @property
+    def is_closed(self) -> bool:
+        """
+        True once `close` was called: new requests are refused.
+        """
+        return self._core.is_closed
 
     def close(self, timeout_s: float | None = 10.0) -> None:
         """
@@ -820,7 +907,7 @@ def default_cache() -> ModelCache:
     """
     global _default
     with _default_lock:
-        if _default is None or _default._core.is_closed:
+        if _default is None or _default.is_closed:
             _default = ModelCache()
         return _default
 

@@ -62,6 +62,11 @@ class _Lessor(Protocol):
         Note what holds a lease, without keeping it alive.
         """
 
+    def pin(self, entry: Entry) -> None:
+        """
+        Keeps a model in memory, idle or not.
+        """
+
     def blame(self, entry: Entry, error: BaseException) -> None:
         """
         See whether an error means that the device is of no more use.
@@ -151,6 +156,17 @@ class Lease:
         """
         self._view = None
         self._lessor.release(self._entry, self._serial, self._keep_alive_s)
+
+    def pin(self) -> None:
+        """
+        Keeps the model in memory beyond this lease, until `ModelCache.unpin`.
+
+        Raises:
+            RuntimeError: the lease was released.
+        """
+        if self.is_released:
+            raise RuntimeError(f"the lease on {self.key} was released")
+        self._lessor.pin(self._entry)
 
     def hand_over(self, owner: Owner = None) -> None:
         """

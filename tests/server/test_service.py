@@ -610,6 +610,19 @@ def test_options_that_make_no_sense_are_refused(
         ServerOptions(**{"models": (parse_spec("base"),), **options})
 
 
+def test_models_are_named_as_on_the_command_line() -> None:
+    """
+    Texts will do; a single text would be a list of letters.
+    """
+    options = ServerOptions(models=("base:int8", "mine=tiny"))
+    assert options.offered == (parse_spec("base:int8"), parse_spec("mine=tiny"))
+    assert [spec.name for spec in options.offered] == ["base:int8", "mine"]
+    with pytest.raises(TypeError, match="a tuple of models"):
+        ServerOptions(models="base")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no compute type"):
+        ServerOptions(models=("base:int7",))
+
+
 def test_known_sizes_answer_to_all_their_names() -> None:
     """
     As far as they are served under their own.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whispercache.cache import ModelCache
-from whispercache.engine.naming import parse_spec
 from whispercache.errors import WhisperCacheError
 from whispercache.units import limit_bytes, parse_duration, parse_limit
 
@@ -187,7 +186,7 @@ def _served(options: argparse.Namespace) -> ServerOptions:
         hosts += LOOPBACK
     max_upload_bytes = limit_bytes(parse_limit(options.max_upload, "--max-upload"), 0)
     return ServerOptions(
-        models=tuple(map(parse_spec, options.models)),
+        models=tuple(options.models),
         device=options.device,
         preload=tuple(options.preload),
         pin=tuple(options.pin),
@@ -242,7 +241,7 @@ def _warn(options: argparse.Namespace, served: ServerOptions) -> None:
     """
     Say on stderr where the page is, and what is open to everybody.
     """
-    names = ", ".join(spec.name for spec in served.models)
+    names = ", ".join(spec.name for spec in served.offered)
     host = f"[{options.host}]" if ":" in options.host else options.host
     sys.stderr.write(f"whispercache: {names} on http://{host}:{options.port}\n")
     if ANY_ORIGIN in served.origins and not served.keys:

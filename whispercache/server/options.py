@@ -1,17 +1,19 @@
 """
-Options: what a server offers, to whom, and how much of it. Pure.
+Options: what a server offers, to whom, and how much of it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from whispercache.engine.naming import ModelSpec, parse_spec
+
 if TYPE_CHECKING:
-    from whispercache.engine.naming import ModelSpec
+    from collections.abc import Sequence
 
 __all__ = ["ANY_ORIGIN", "NO_ORIGIN", "ServerOptions"]
 
@@ -36,7 +38,8 @@ class ServerOptions:
     How a server behaves; see `create_app`.
 
     Attributes:
-        models: What it offers. Nothing else is ever downloaded, opened or named.
+        models: The models that it offers, as texts (``"base"``, ``"base:int8"``,
+            ``"mine=/models/mine"``). Nothing else is ever downloaded, opened or named.
         device: Where they run: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         preload: Names of models to load at the start; ready once all are.
         pin: Names of those to keep, idle or not; they are loaded at the start, too.
@@ -61,9 +64,13 @@ class ServerOptions:
         parallel: Requests that work with one model at a time. A model computes one
             after the other; with two, the next one's features are ready in time.
         decoders: Processes that decode audio.
+        offered: The same models as *models*, each with its name.
+
+    Raises:
+        TypeError, ValueError: an option is nonsense.
     """
 
-    models: tuple[ModelSpec, ...]
+    models: tuple[str | ModelSpec, ...]
     device: str = "auto"
     preload: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
@@ -79,9 +86,12 @@ class ServerOptions:
     max_waiting: int = 64
     parallel: int = 2
     decoders: int = 2
+    offered: tuple[ModelSpec, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        names = [spec.name for spec in self.models]
+        offered = _parsed(self.models)
+        object.__setattr__(self, "offered", offered)  # the class is frozen
+        names = [spec.name for spec in offered]
         if not names:
             raise ValueError("name at least one model to serve")
         if len(set(names)) < len(names):
@@ -96,12 +106,21 @@ class ServerOptions:
             _check_origin(origin)
         if any(not key.strip() for key in self.keys):
             raise ValueError("an empty key would let everybody in")
-        for field in _ABOVE_0:
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be above 0")
-        for field in ("timeout_s", "max_waiting"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"{field} must be 0 or more")
+        for name in _ABOVE_0:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0")
+        for name in ("timeout_s", "max_waiting"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more")
+
+
+def _parsed(models: Sequence[str | ModelSpec]) -> tuple[ModelSpec, ...]:
+    # A text is a sequence too, of letters.
+    if isinstance(models, str):
+        raise TypeError(f"models must be a tuple of models, not {models!r}")
+    return tuple(
+        parse_spec(model) if isinstance(model, str) else model for model in models
+    )
 
 
 def _check_origin(origin: str) -> None:

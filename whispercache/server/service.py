@@ -68,7 +68,7 @@ class Service:
     def __init__(self, options: ServerOptions, cache: ModelCache) -> None:
         self.options = options
         self.cache: AsyncModelCache = AsyncModelCache(cache)
-        self.offers: Offers = Offers(options.models, options.device, cache)
+        self.offers: Offers = Offers(options.offered, options.device, cache)
         for offer in self.offers:
             cache.get_model(*offer.place)
         self.gate: Gate = self._new_gate()
