@@ -206,19 +206,20 @@ def test_a_snapshot_is_what_the_cache_does_now(
         clock.tick(20)
         after = watch.snapshot()
     base, medium = seen.models
-    assert (base.name, base.state, base.leases) == ("b", "loading", 0)
-    assert (medium.name, medium.state, medium.leases) == ("medium", "resident", 1)
+    assert (base.key.model, base.state, base.leases) == ("b", "loading", 0)
+    assert (medium.key.model, medium.state, medium.leases) == ("medium", "resident", 1)
     assert medium.bytes == medium.weights_bytes + medium.workspace_bytes == 3 * GIB
-    assert [(each.models, each.waited_s) for each in seen.waiting] == [(("b",), 3.0)]
+    (request,) = seen.waiting
+    assert ([key.model for key in request.keys], request.waited_s) == (["b"], 3.0)
     assert seen.stats == cache_stats_then(seen)
-    assert [(m.name, m.idle_s, m.expires_in_s) for m in after.models] == [
+    assert [(m.key.model, m.idle_s, m.expires_in_s) for m in after.models] == [
         ("b", 20.0, 40.0),
         ("medium", 20.0, 40.0),
     ]
     assert "failed" in [event.kind for event in after.events]
     for snapshot in (seen, after):
         text = json.dumps(snapshot.as_json())
-        assert Snapshot.from_json(json.loads(text)) == snapshot
+        assert Snapshot.from_json(json.loads(text)).as_json() == snapshot.as_json()
 
 
 def test_a_cache_shows_itself(

@@ -25,9 +25,10 @@ import pytest
 from real import child, child_environment
 from rich.console import Console
 
-from whispercache.events import DeviceInfo, Stats
+from whispercache.events import DeviceInfo, ModelInfo, Stats, WaitingInfo
+from whispercache.keys import ModelKey
 from whispercache.watch import top
-from whispercache.watch.live import LiveEvent, LiveModel, LiveRequest, Snapshot, Watch
+from whispercache.watch.live import LiveEvent, Snapshot, Watch
 from whispercache.watch.top import remote, view, watch
 
 if TYPE_CHECKING:
@@ -39,14 +40,13 @@ GIB = 1024**3
 LONG = "Systran/faster-distil-whisper-large-v3:int8_float16"
 
 
-def a_model(name: str, device: str = "cuda:0", **changes: Any) -> LiveModel:
+def a_model(name: str, device: str = "cuda:0", **changes: Any) -> ModelInfo:
     """
     An idle model of 1 GiB.
     """
-    model = LiveModel(
-        name=name,
+    model = ModelInfo(
+        key=ModelKey(name, device, "float16"),
         device=device,
-        compute_type="float16",
         state="resident",
         weights_bytes=GIB,
         workspace_bytes=0,
@@ -58,6 +58,13 @@ def a_model(name: str, device: str = "cuda:0", **changes: Any) -> LiveModel:
         load_s=1.2,
     )
     return replace(model, **changes)
+
+
+def waiting_for(*names: str, waited_s: float = 1.0) -> WaitingInfo:
+    """
+    A request for the models of these *names*.
+    """
+    return WaitingInfo(tuple(ModelKey(name, "", "") for name in names), waited_s)
 
 
 BUSY = Snapshot(
@@ -74,7 +81,7 @@ BUSY = Snapshot(
         a_model(LONG, "cuda:1", weights_bytes=2 * GIB, state="loading"),
         a_model("tiny", "cuda:1", expires_in_s=None),
     ),
-    waiting=tuple(LiveRequest(("large-v3", "base"), 11.0 * n) for n in range(7)),
+    waiting=tuple(waiting_for("large-v3", "base", waited_s=11.0 * n) for n in range(7)),
     events=tuple(
         LiveEvent(n, 1.79e9 + n, "loaded", "base", f"loaded, number {n}")
         for n in range(50)
@@ -92,7 +99,7 @@ def printed(snapshot: Snapshot, width: int = 100, **options: Any) -> list[str]:
     Console(file=file, width=width, legacy_windows=False).print(
         view(snapshot, **options)
     )
-    return file.getvalue().splitlines()
+    return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
 def line_of(lines: list[str], text: str) -> str:
@@ -199,7 +206,7 @@ def test_nothing_in_a_name_steers_the_terminal() -> None:
         at_s=1e300,
         devices=(DeviceInfo(evil, None, GIB, GIB, GIB, 1),),
         models=(a_model(evil, evil), a_model("b", evil, state=evil)),
-        waiting=(LiveRequest((evil,), 1.0),),
+        waiting=(waiting_for(evil),),
         events=(LiveEvent(1, -1e300, evil, evil, evil),),
         stats=Stats(),
     )

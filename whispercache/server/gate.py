@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import anyio
 
 from whispercache.errors import CacheClosed, LeaseTimeout, TooManyWaiters
-from whispercache.watch.live import LiveRequest
+from whispercache.events import WaitingInfo
+from whispercache.keys import ModelKey
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -46,13 +47,13 @@ class Gate:
         self._since_s: dict[anyio.CancelScope, tuple[str, float]] = {}
         self._is_closed = False
 
-    def waiting(self) -> tuple[LiveRequest, ...]:
+    def waiting(self) -> tuple[WaitingInfo, ...]:
         """
         Who waits, the oldest first.
         """
         now_s = time.monotonic()
         return tuple(
-            LiveRequest((name,), now_s - since_s)
+            WaitingInfo((ModelKey(name, "", ""),), now_s - since_s)
             for name, since_s in self._since_s.values()
         )
 

@@ -11,8 +11,17 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from whispercache.engine.naming import short_name
 from whispercache.errors import format_bytes
@@ -24,31 +33,33 @@ from whispercache.events import (
     FellBack,
     ModelEvicted,
     ModelGranted,
+    ModelInfo,
     ModelLoaded,
     ModelLoadFailed,
     ModelLoading,
     ModelStillReferenced,
     ReleaseUnconfirmed,
     Stats,
+    WaitingInfo,
 )
+from whispercache.keys import ModelKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from _typeshed import DataclassInstance
     from typing_extensions import Self
 
-    from whispercache.events import Event, ModelInfo, WaitingInfo
-    from whispercache.keys import ModelKey
+    from whispercache.events import Event
 
-__all__ = ["LiveEvent", "LiveModel", "LiveRequest", "Snapshot", "Watch", "Watchable"]
-
-T = TypeVar("T")
+__all__ = ["LiveEvent", "Snapshot", "Watch", "Watchable"]
 
 EVENTS = 50
 """
-How many events are remembered.
+Number of events that are remembered.
 """
+
+# No amount of ours is as large.
+_HUGE = 2**60
 
 
 class Watchable(Protocol):
@@ -83,61 +94,6 @@ class Watchable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class LiveModel:
-    """
-    One model in memory, or on its way in or out; see `ModelInfo`.
-
-    Attributes:
-        name: What it goes by.
-        device: Where it is.
-        compute_type: The effective type.
-        state: ``"loading"``, ``"resident"`` or ``"unloading"``.
-        weights_bytes: Counted for the model itself.
-        workspace_bytes: Counted for its calls.
-        leases: How many hold it.
-        pinned: Whether it stays when idle.
-        idle_s: Seconds since its last lease ended; None while one is held.
-        expires_in_s: Seconds until it leaves for idleness; None if it does not.
-        loads: How often it was loaded.
-        load_s: Seconds of its last load.
-    """
-
-    name: str
-    device: str
-    compute_type: str
-    state: str
-    weights_bytes: int
-    workspace_bytes: int
-    leases: int
-    pinned: bool
-    idle_s: float | None
-    expires_in_s: float | None
-    loads: int
-    load_s: float
-
-    @property
-    def bytes(self) -> int:
-        """
-        All that is counted for it.
-        """
-        return self.weights_bytes + self.workspace_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class LiveRequest:
-    """
-    One request that waits.
-
-    Attributes:
-        models: The models that it wants, by name.
-        waited_s: Seconds since it was made.
-    """
-
-    models: tuple[str, ...]
-    waited_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class LiveEvent:
     """
     Something that happened.
@@ -161,12 +117,15 @@ class LiveEvent:
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """
-    What a cache is doing at one moment.
+    The state of a cache at one moment.
+
+    A model's key has its display name in place of ``model``: a path of the machine is
+    nothing for readers elsewhere.
 
     Attributes:
-        at_s: When it was taken: seconds since 1970 (UTC).
+        at_s: Time of the snapshot: seconds since 1970 (UTC).
         devices: The devices that were used.
-        models: The models in memory, or on their way in or out.
+        models: The models in memory, or being loaded or unloaded.
         waiting: The requests that wait, the oldest first.
         events: The last events, the oldest first.
         stats: Counters since the cache was made.
@@ -174,53 +133,94 @@ class Snapshot:
 
     at_s: float
     devices: tuple[DeviceInfo, ...]
-    models: tuple[LiveModel, ...]
-    waiting: tuple[LiveRequest, ...]
+    models: tuple[ModelInfo, ...]
+    waiting: tuple[WaitingInfo, ...]
     events: tuple[LiveEvent, ...]
     stats: Stats
 
     def as_json(self) -> dict[str, object]:
         """
-        The same as objects, lists, numbers and strings.
+        Returns the same as objects, lists, numbers and strings.
         """
-        document: dict[str, object] = asdict(self)
-        document["models"] = [
-            {**asdict(model), "bytes": model.bytes} for model in self.models
-        ]
-        return document
+        return {
+            "at_s": self.at_s,
+            "devices": [asdict(each) for each in self.devices],
+            "models": [_model_as_json(each) for each in self.models],
+            "waiting": [
+                {"models": [key.model for key in each.keys], "waited_s": each.waited_s}
+                for each in self.waiting
+            ],
+            "events": [asdict(each) for each in self.events],
+            "stats": asdict(self.stats),
+        }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, object]) -> Snapshot:
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
         """
-        The snapshot that `as_json` wrote, perhaps in a newer version.
+        Returns the snapshot that `as_json` wrote, perhaps in a newer version.
 
         Raises:
-            ValueError: it is none.
+            ValueError: *document* is no snapshot.
         """
         try:
-            waiting = _all(LiveRequest, document["waiting"])
-            return cls(
-                at_s=cast("float", document["at_s"]),
-                devices=_all(DeviceInfo, document["devices"]),
-                models=_all(LiveModel, document["models"]),
-                waiting=tuple(
-                    LiveRequest(tuple(each.models), each.waited_s) for each in waiting
-                ),
-                events=_all(LiveEvent, document["events"]),
-                stats=_one(Stats, document["stats"]),
-            )
+            models = [
+                {**each, "key": {**each, "model": each["name"]}}
+                for each in document["models"]
+            ]
+            waiting = [
+                {**each, "keys": [_unplaced(name) for name in each["models"]]}
+                for each in document["waiting"]
+            ]
+            made = _made(cls, {**document, "models": models, "waiting": waiting})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no snapshot of a cache: {error!r}") from None
+        return cast("Self", made)
 
 
-def _all(kind: type[T], documents: object) -> tuple[T, ...]:
-    return tuple(_one(kind, each) for each in cast("list[object]", documents))
+_MODEL_FIELDS = (
+    *("device", "state", "weights_bytes", "workspace_bytes", "bytes", "leases"),
+    *("pinned", "idle_s", "expires_in_s", "loads", "load_s"),
+)
 
 
-def _one(kind: type[T], document: object) -> T:
-    given = cast("dict[str, object]", document)
-    names = {each.name for each in fields(cast("type[DataclassInstance]", kind))}
-    return kind(**{name: value for name, value in given.items() if name in names})
+def _model_as_json(info: ModelInfo) -> dict[str, object]:
+    return {
+        "name": info.key.model,
+        "compute_type": info.key.compute_type,
+        **{name: getattr(info, name) for name in _MODEL_FIELDS},
+    }
+
+
+def _unplaced(name: str) -> dict[str, str]:
+    """
+    Returns the key of a model that has no device yet.
+    """
+    return {"model": name, "device": "", "compute_type": ""}
+
+
+def _made(hint: Any, given: Any) -> object:  # noqa: ANN401 - as JSON gives it
+    """
+    Returns *given* as a value of the type *hint*, with every part of it checked.
+
+    Raises:
+        ValueError, TypeError, AttributeError: it is of another type.
+    """
+    if is_dataclass(hint):
+        # The names that are imported for type checkers alone.
+        hints = get_type_hints(hint, localns={"ModelKey": ModelKey})
+        # A newer server has fields that are not known here.
+        known = [name for name in hints if name in given]
+        make = cast("Callable[..., object]", hint)
+        return make(**{name: _made(hints[name], given[name]) for name in known})
+    if get_origin(hint) is tuple:
+        return tuple(_made(get_args(hint)[0], each) for each in given)
+    kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+    # JSON writes a whole float as an int.
+    if not isinstance(given, (*kinds, int) if float in kinds else kinds):
+        raise TypeError(f"{given!r} is no {kinds}")
+    if isinstance(given, (int, float)) and not -_HUGE < given < _HUGE:
+        raise ValueError(f"{given!r} is no amount")
+    return given
 
 
 class Watch:
@@ -262,35 +262,25 @@ class Watch:
 
     def snapshot(self) -> Snapshot:
         """
-        What the cache is doing now.
+        Returns what the cache is doing now.
         """
         return Snapshot(
             at_s=self._clock(),
             devices=self._cache.devices(),
-            models=tuple(self._model(info) for info in self._cache.models()),
+            models=tuple(
+                replace(info, key=self._named(info.key))
+                for info in self._cache.models()
+            ),
             waiting=tuple(
-                LiveRequest(tuple(map(self._name_of, info.keys)), info.waited_s)
+                replace(info, keys=tuple(map(self._named, info.keys)))
                 for info in self._cache.waiting()
             ),
             events=tuple(self._events.copy()),
             stats=self._cache.stats(),
         )
 
-    def _model(self, info: ModelInfo) -> LiveModel:
-        return LiveModel(
-            name=self._name_of(info.key),
-            device=info.device,
-            compute_type=info.key.compute_type,
-            state=info.state,
-            weights_bytes=info.weights_bytes,
-            workspace_bytes=info.workspace_bytes,
-            leases=info.leases,
-            pinned=info.pinned,
-            idle_s=info.idle_s,
-            expires_in_s=info.expires_in_s,
-            loads=info.loads,
-            load_s=info.load_s,
-        )
+    def _named(self, key: ModelKey) -> ModelKey:
+        return replace(key, model=self._name_of(key), options=())
 
     def close(self) -> None:
         """

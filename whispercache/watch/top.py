@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING
 
 from whispercache.errors import WhisperCacheError, format_bytes
 
@@ -16,7 +15,6 @@ from .live import Snapshot
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from _typeshed import DataclassInstance
     from rich.console import (
         Console,
         ConsoleOptions,
@@ -26,9 +24,7 @@ if TYPE_CHECKING:
     )
     from rich.text import Text
 
-    from whispercache.events import DeviceInfo
-
-    from .live import LiveModel
+    from whispercache.events import DeviceInfo, ModelInfo
 
 __all__ = ["remote", "view", "watch"]
 
@@ -39,7 +35,6 @@ Most seconds for a server to answer.
 _LARGEST_ANSWER_BYTES = 16 * 1024**2
 _UNAUTHORIZED = 401
 _STEERS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-_HUGE = 2**60
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 _KIND_STYLES = {"loaded": "green", "failed": "bold red", "warning": "bold yellow"}
@@ -166,47 +161,16 @@ def _ask(address: str, key: str | None) -> bytes:
 
 def _read(body: bytes, address: str) -> Snapshot:
     """
-    The snapshot in an answer, in which every field has its type.
+    Returns the snapshot in an answer.
     """
     import json
 
     try:
-        document = json.loads(body)
-        snapshot = Snapshot.from_json(document)
-        _check(snapshot)
-    except (ValueError, TypeError, RecursionError):
+        return Snapshot.from_json(json.loads(body))
+    except (ValueError, RecursionError):
         raise ValueError(
             f"{address}: no whispercache server, or one of another version"
         ) from None
-    return snapshot
-
-
-def _check(value: object) -> None:
-    """
-    See that a value, and all that is in it, is of the types that it declares.
-    """
-    hints = get_type_hints(type(value))
-    for name in (field.name for field in fields(cast("DataclassInstance", value))):
-        given, hint = getattr(value, name), hints[name]
-        if get_origin(hint) is tuple:
-            (kind, _) = get_args(hint)
-            for each in given:
-                _check(each) if is_dataclass(kind) else _check_one(each, (kind,))
-        elif is_dataclass(hint):
-            _check(given)
-        else:
-            _check_one(given, get_args(hint) or (hint,))
-
-
-def _check_one(given: object, kinds: tuple[type, ...]) -> None:
-    """
-    JSON writes a whole float as an int; no amount of ours is as large as `_HUGE`.
-    """
-    allowed = (*kinds, int) if float in kinds else kinds
-    if not isinstance(given, allowed):
-        raise TypeError(f"{given!r} is no {kinds}")
-    if isinstance(given, int | float) and not -_HUGE < given < _HUGE:
-        raise ValueError(f"{given!r} is no amount")
 
 
 class _View:
@@ -220,7 +184,7 @@ class _View:
         self._height = height
         # Stable from one snapshot to the next; a cache lists them by their last use.
         self._models = sorted(
-            snapshot.models, key=lambda model: (_rank(model.device), model.name)
+            snapshot.models, key=lambda info: (_rank(info.device), info.key.model)
         )
 
     def __rich_console__(
@@ -300,36 +264,40 @@ class _View:
         bar.append(marks.free * (width - len(bar)), "dim")
         return bar
 
-    def _table(self, marks: _Marks, width: int) -> Iterator[Text]:
+    def _table(self, marks: _Marks, width: int) -> Iterator[RenderableType]:
         """
-        A line for each model; its name has what room the other columns leave.
+        Yields a row for each model, by the numbers in the bars.
         """
-        from rich.cells import cell_len
+        from rich.table import Table
 
         if not self._models:
             return
-        columns = ("#", "model", "device", "memory", "leases", "state", "leaves")
-        shown = [columns[i] for i in _columns(width)]
-        rows = [
-            [cells[i] for i in _columns(width)]
-            for cells in (
-                _cells(number, model, marks)
-                for number, model in enumerate(self._models, 1)
+        table = Table(
+            box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"
+        )
+        # The name alone has no fixed width, so that it gives way to the others.
+        table.add_column("#", no_wrap=True)
+        table.add_column("model", min_width=_LEAST_NAME)
+        # The bars show the device, too, and the state whether there are leases.
+        others = ["device", "memory", "leases", "state", "leaves"]
+        shown = others if width >= _NARROW else ["memory", "state", "leaves"]
+        for heading in shown:
+            table.add_column(heading, no_wrap=True, overflow=marks.overflow)
+        for number, model in enumerate(self._models, 1):
+            cells = {
+                "device": marks.line(model.device),
+                "memory": marks.line(format_bytes(model.bytes)),
+                "leases": marks.line(str(model.leases)),
+                "state": marks.line((_state(model), "bold" if model.leases else "")),
+                "leaves": marks.line(_leaves(model)),
+            }
+            table.add_row(
+                marks.line((str(number), f"bold {_colour(number)}")),
+                marks.line((model.key.model, "bold")),
+                *(cells[heading] for heading in shown),
             )
-        ]
-        widths = [
-            max(cell_len(row[place]) for row in (shown, *rows))
-            for place in range(len(shown))
-        ]
-        others = sum(widths) - widths[1] + 2 * (len(widths) - 1)
-        widths[1] = max(_LEAST_NAME, min(widths[1], width - others))
         yield marks.line()
-        yield marks.row([(text, "dim") for text in shown], widths)
-        for number, (model, row) in enumerate(zip(self._models, rows, strict=True), 1):
-            styles = [""] * len(row)
-            styles[:2] = f"bold {_colour(number)}", "bold"
-            styles[-2] = "bold" if model.leases else ""
-            yield marks.row(list(zip(row, styles, strict=True)), widths)
+        yield table
         yield marks.line((marks.legend, "dim"))
 
     def _queue(self, marks: _Marks) -> Iterator[Text]:
@@ -339,7 +307,7 @@ class _View:
         yield marks.line()
         yield marks.line(("Queue", "bold"), f"  {len(waiting)}")
         for place, request in enumerate(waiting[:_FEW], 1):
-            models = " + ".join(request.models)
+            models = " + ".join(key.model for key in request.keys)
             yield marks.line(f"{place:3}  {_clock(request.waited_s):>7}  {models}")
         if len(waiting) > _FEW:
             yield marks.line((f"     and {len(waiting) - _FEW} more", "dim"))
@@ -369,15 +337,14 @@ class _Marks:
         self._busy, self._idle, self._moving = ("█", "▒", "░") if is_utf else "#=~"
         self.free = "·" if is_utf else "."
         self.dot = " · " if is_utf else ", "
-        self._cut = "…" if is_utf else "~"
-        # rich has but one mark for text that was cut off.
-        self._overflow: OverflowMethod = "ellipsis" if is_utf else "crop"
+        # rich marks text that was cut off with a sign that ASCII lacks.
+        self.overflow: OverflowMethod = "ellipsis" if is_utf else "crop"
         self.legend = (
             f"{self._busy} in use  {self._idle} idle  "
             f"{self._moving} on its way in or out"
         )
 
-    def fill(self, model: LiveModel) -> str:
+    def fill(self, model: ModelInfo) -> str:
         """
         What a model's part of a bar is made of.
         """
@@ -397,49 +364,11 @@ class _Marks:
         """
         from rich.text import Text
 
-        made = Text(no_wrap=True, overflow=self._overflow)
+        made = Text(no_wrap=True, overflow=self.overflow)
         for part in parts:
             text, style = (part, "") if isinstance(part, str) else part
             made.append(self.text(text), style)
         return made
-
-    def row(self, cells: list[tuple[str, str]], widths: list[int]) -> Text:
-        """
-        One line of a table, of cells with their styles.
-        """
-        from rich.cells import cell_len, set_cell_size
-
-        made = self.line()
-        for (text, style), width in zip(cells, widths, strict=True):
-            if cell_len(text) > width:
-                made.append(set_cell_size(text, width - 1) + self._cut, style)
-            else:
-                made.append(set_cell_size(text, width), style)
-            made.append("  ")
-        made.rstrip()
-        return made
-
-
-def _columns(width: int) -> tuple[int, ...]:
-    """
-    Which columns of the table have room.
-    """
-    return (0, 1, 2, 3, 4, 5, 6) if width >= _NARROW else (0, 1, 3, 5, 6)
-
-
-def _cells(number: int, model: LiveModel, marks: _Marks) -> list[str]:
-    """
-    All that the table tells of a model.
-    """
-    return [
-        str(number),
-        marks.text(model.name),
-        marks.text(model.device),
-        format_bytes(model.bytes),
-        str(model.leases),
-        _state(model),
-        _leaves(model),
-    ]
 
 
 def _rank(device: str) -> tuple[bool, int, str]:
@@ -453,7 +382,7 @@ def _colour(number: int) -> str:
     return _COLOURS[(number - 1) % len(_COLOURS)]
 
 
-def _state(model: LiveModel) -> str:
+def _state(model: ModelInfo) -> str:
     if model.state != "resident":
         return "loading" if model.state == "loading" else "leaving"
     if model.leases:
@@ -461,7 +390,7 @@ def _state(model: LiveModel) -> str:
     return "idle" if model.idle_s is None else f"idle {_clock(model.idle_s)}"
 
 
-def _leaves(model: LiveModel) -> str:
+def _leaves(model: ModelInfo) -> str:
     if model.state != "resident":
         return ""
     if model.pinned:
