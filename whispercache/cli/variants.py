@@ -60,14 +60,10 @@ _REMOVE_HELP = """\
 which:
   base        all of a model
   base:int8   one type of it
-  3f2a9c1b    those of this id; its first four letters will do
 
 They are built again when they are missed. The exit code is 2 if one of those that are
 named is not there.
 """
-
-_ID_LETTERS = 8
-_LEAST_ID_LETTERS = 4
 
 _UNITS_S = (("day", 86_400), ("h", 3600), ("min", 60))
 
@@ -77,7 +73,7 @@ _UNITS_S = (("day", 86_400), ("h", 3600), ("min", 60))
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """
-    Describe the command's parameters, and those of the commands below it.
+    Adds the command's parameters, and those of the commands below it, to *parser*.
     """
     parser.epilog = _HELP
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -117,8 +113,7 @@ def _add_remove(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _REMOVE_HELP
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("which", nargs="*", metavar="MODEL[:TYPE]|ID", help="see below")
-    add("--stale", action="store_true", help="those that are stale or broken")
+    add("which", nargs="*", metavar="MODEL[:TYPE]", help="see below")
     add("--all", action="store_true", help="all of them")
     parser.set_defaults(run=_remove)
 
@@ -127,9 +122,6 @@ def _add_remove(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    """
-    Show what is there.
-    """
     variants = _variants()
     found = sorted(variants.list(), key=_name)
     if options.json:
@@ -142,7 +134,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def as_json(found: Iterable[Variant]) -> str:
     """
-    Variants as a JSON list of objects; ``used_s`` is in seconds since 1970.
+    Returns variants as a JSON list of objects; ``used_s`` is in seconds since 1970.
     """
     objects = [{**asdict(each), "directory": str(each.directory)} for each in found]
     return json.dumps(objects, indent=2)
@@ -152,12 +144,12 @@ def as_lines(
     found: Sequence[Variant], limit_bytes: int, directory: Path, now_s: float
 ) -> list[str]:
     """
-    Variants as a table, and a line on all of them.
+    Returns variants as a table, and a line on all of them.
 
     Args:
-        found: What is in *directory*.
+        found: The variants.
         limit_bytes: Most bytes that all of them may take.
-        directory: Where they are.
+        directory: Their common directory.
         now_s: The time, in seconds since 1970.
     """
     if not found:
@@ -166,7 +158,7 @@ def as_lines(
             "Models that must be converted when they are loaded get theirs by",
             "themselves. To build one now: whispercache variants build base:int8",
         ]
-    rows = [("model", "type", "size", "last used", "state", "id", "source")]
+    rows = [("model", "type", "size", "last used", "state", "source")]
     rows += (
         (
             short_name(each.model),
@@ -174,15 +166,14 @@ def as_lines(
             format_bytes(each.n_bytes),
             _ago(now_s - each.used_s) if each.used_s else "?",
             each.state,
-            each.directory.name[:_ID_LETTERS],
             each.source,
         )
         for each in found
     )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    n_bytes = sum(each.n_bytes for each in found)
-    total = f"{_count(found)}, {format_bytes(n_bytes)} of {format_bytes(limit_bytes)}"
+    total = f"{_total(found)} of {format_bytes(limit_bytes)}"
     return [
+        # Not by rich, which would fold or cut long paths.
         *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
         "",
         f"{total}, in {directory}",
@@ -191,7 +182,7 @@ def as_lines(
 
 def _ago(passed_s: float) -> str:
     """
-    A time that has passed, in the largest unit that it fills.
+    Returns a time that has passed in words, in the largest unit that it fills.
     """
     for unit, size_s in _UNITS_S:
         number = int(passed_s // size_s)
@@ -200,17 +191,16 @@ def _ago(passed_s: float) -> str:
     return "just now"
 
 
-def _count(found: Sequence[Variant]) -> str:
-    return f"{len(found)} variant{'s' * (len(found) != 1)}"
+def _total(found: Sequence[Variant], verb: str = "") -> str:
+    n_bytes = sum(each.n_bytes for each in found)
+    count = f"{len(found)} variant{'s' * (len(found) != 1)}"
+    return f"{count}{verb}, {format_bytes(n_bytes)}"
 
 
 # Build --------------------------------------------------------------------------------
 
 
 def _build(options: argparse.Namespace) -> int:
-    """
-    Convert all that were named, and say of each what became of it.
-    """
     wanted = [_wanted(text) for text in dict.fromkeys(options.models)]
     loader = _loader(_limit_bytes(options.limit))
     failures = 0
@@ -228,13 +218,14 @@ def _build(options: argparse.Namespace) -> int:
 
 def _wanted(text: str) -> tuple[str, str]:
     """
-    The model and the effective compute type that *text* names.
+    Returns the model and the effective compute type that *text* names.
 
     Raises:
         ValueError: it names a type that is another one from device to device.
     """
     spec = parse_spec(text)
     named = spec.compute_type
+    # "default" that was spelt out is refused below: it depends on the device.
     if named == "default" and not text.strip().endswith(":default"):
         named = "int8"
     if named in ("auto", "default"):
@@ -254,7 +245,7 @@ def _limit_bytes(text: str) -> int:
 
 def _built(loader: FasterWhisperLoader, name: str, compute_type: str) -> str:
     """
-    Build one variant unless it is there; what became of it, in a line.
+    Builds one variant unless it is there, and returns the outcome in a line.
 
     Blocks: for a download, if need be; then as `Variants.build`.
 
@@ -290,10 +281,10 @@ def _built(loader: FasterWhisperLoader, name: str, compute_type: str) -> str:
 
 def _kind(source: Origin, compute_type: str) -> str | None:
     """
-    The kind of variant that serves *compute_type*; None if the file itself does.
+    Returns the kind of variant for *compute_type*; None if the file itself will do.
 
     Raises:
-        VariantRefused: no variant can.
+        VariantRefused: no variant can be of that type.
     """
     kind = kind_for(source.header, compute_type)
     wanted, saved = (
@@ -314,73 +305,63 @@ def _bytes_in(directory: Path) -> int:
 
 
 def _remove(options: argparse.Namespace) -> int:
-    """
-    Delete what was named, and say so of each.
-    """
-    if not (options.which or options.stale or options.all):
-        raise ValueError("name what to remove, or give --stale or --all")
+    if not (options.which or options.all):
+        raise ValueError("name what to remove, or give --all")
+    # A misspelt name is found before anything is removed.
     specs = {text: parse_spec(text) for text in options.which}
     variants = _variants()
     found = variants.list()
-    leaving = [
-        each
-        for each in found
-        if options.all or (options.stale and each.state != "ready")
-    ]
+    chosen = list(found) if options.all else []
     failures = 0
     for text, spec in specs.items():
         named = [each for each in found if _is_named(each, spec)]
-        leaving += (each for each in named if each not in leaving)
+        chosen += (each for each in named if each not in chosen)
         if not named:
             failures += 1
             _complain(WhisperCacheError(f"there is no variant {text!r}"))
-    if not leaving and not failures:
+    if not chosen and not failures:
         sys.stdout.write("nothing to remove\n")
-    failures += _remove_all(variants, leaving)
+    failures += _remove_all(variants, chosen)
     return WRONG_USE if failures else 0
 
 
-def _remove_all(variants: Variants, leaving: Sequence[Variant]) -> int:
+def _remove_all(variants: Variants, chosen: Sequence[Variant]) -> int:
     """
-    Delete these; how many could not be.
+    Removes variants, and returns the number of those that could not be removed.
     """
     gone = []
-    for each in leaving:
+    for each in chosen:
         try:
             variants.remove(each)
         except OSError as error:
             _complain(error)
         else:
             gone.append(each)
-            size = format_bytes(each.n_bytes)
-            sys.stdout.write(f"removed {_name(each)}, {size}\n")
+            sys.stdout.write(f"removed {_name(each)}, {format_bytes(each.n_bytes)}\n")
     if len(gone) > 1:
-        total = format_bytes(sum(each.n_bytes for each in gone))
-        sys.stdout.write(f"{_count(gone)} removed, {total}\n")
-    return len(leaving) - len(gone)
+        sys.stdout.write(f"{_total(gone, ' removed')}\n")
+    return len(chosen) - len(gone)
 
 
 def _is_named(variant: Variant, spec: ModelSpec) -> bool:
     """
-    Whether *spec* names this one: by id or model, and by type if it has one.
+    Tells whether *spec* has the variant's model, and no other type.
     """
     kind = DTYPES.get(spec.compute_type, (spec.compute_type,))[0]
     if kind not in ("default", "auto", variant.kind):
         return False
-    name = spec.model
-    if len(name) >= _LEAST_ID_LETTERS and variant.directory.name.startswith(name):
-        return True
     try:
-        model = canonical_model(name)
+        model = canonical_model(spec.model)
     except UnknownModel:  # its directory may have gone since
-        model = str(Path(name).expanduser().resolve())
-    return model == variant.model or name == short_name(variant.model)
+        model = str(Path(spec.model).expanduser().resolve())
+    return model == variant.model or spec.model == short_name(variant.model)
 
 
 def _name(variant: Variant) -> str:
     """
-    What to call a variant: as one would name it, or its id where it does not tell.
+    Returns the name by which a user would ask for a variant.
     """
+    # The manifest of a broken one may tell nothing of its model.
     if variant.state == "broken":
         return variant.directory.name
     return f"{short_name(variant.model)}:{variant.kind}"
@@ -395,7 +376,7 @@ def _loader(limit_bytes: int = DEFAULT_VARIANTS_BYTES) -> FasterWhisperLoader:
 
 def _variants(loader: FasterWhisperLoader | None = None) -> Variants:
     """
-    The variants that loads will look for.
+    Returns the variants that loads look for.
     """
     variants = (loader or _loader()).variants
     assert variants is not None
