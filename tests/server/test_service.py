@@ -919,8 +919,7 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
         )
     assert done.returncode != 0
     assert "address already in use" in done.stderr
-    # But for that of a decoding process that was just starting when the server ended.
-    assert done.stderr.count("Traceback") == done.stderr.count(", in spawn_main")
+    assert "Traceback" not in done.stderr
     assert time.monotonic() - started_s < 30
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import signal
 from contextlib import contextmanager
 from functools import partial
@@ -339,9 +338,7 @@ class Decoder:
                 self._uploads_per_process,
                 decoding.prepare,
                 self._limits,
-                # A fork would share the models, their threads and the event loop's
-                # signals with code that reads what strangers have sent.
-                multiprocessing.get_context("spawn"),
+                decoding.Context(),
             )
             await asyncio.to_thread(getattr, self._pool, "active")
             return self._pool

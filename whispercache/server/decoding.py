@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -40,7 +41,16 @@ if TYPE_CHECKING:
 
     from whispercache.engine.audio.damage import AudioDamage
 
-__all__ = ["SAMPLES_PER_S", "SAMPLE_BYTES", "Outcome", "decode", "prepare", "ready"]
+__all__ = [
+    "SAMPLES_PER_S",
+    "SAMPLE_BYTES",
+    "Context",
+    "Outcome",
+    "Process",
+    "decode",
+    "prepare",
+    "ready",
+]
 
 _CONTAINERS = (
     "aac,aiff,amr,asf,au,caf,flac,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav"  # demuxers
@@ -91,6 +101,30 @@ class _Refused(Exception):
     """
     The upload cannot be decoded; the text says why.
     """
+
+
+class Process(SpawnProcess):
+    """
+    A decoding process, which is killed where others are asked to end.
+
+    It holds nothing that it would have to put away. One that is still starting, and
+    finds that what it was to get is gone, would end with a traceback.
+    """
+
+    def terminate(self) -> None:
+        """
+        Ends the process at once.
+        """
+        self.kill()
+
+
+class Context(SpawnContext):
+    """
+    Starts new processes. A fork would share the models, their threads and the event
+    loop's signals with code that reads what strangers have sent.
+    """
+
+    Process = Process
 
 
 def prepare(memory_bytes: int, output_bytes: int) -> None:
