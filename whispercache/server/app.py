@@ -74,6 +74,11 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
     app.include_router(manage.router, dependencies=key)
     app.include_router(manage.health)
     manage.add_page(app)
+    _add_middleware(app, options)
+    return app
+
+
+def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
     # The last one added sees a request first.
     app.add_middleware(
         UploadLimit,
@@ -94,4 +99,3 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
             allow_headers=["*"],
             expose_headers=["Retry-After"],
         )
-    return app

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whispercache.cache import ModelCache
+from whispercache.console import add_limits, explain
 from whispercache.errors import WhisperCacheError
 from whispercache.units import limit_bytes, parse_duration, parse_limit
 
 from .options import ANY_ORIGIN, ServerOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["HELP", "KEYS_VARIABLE", "add_options", "read_keys", "run"]
 
@@ -53,9 +54,18 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """
-    Describe the command's parameters.
+    Adds the command's parameters to *parser*.
     """
-    add = parser.add_argument
+    explain(parser, HELP)
+    parser.set_defaults(run=run)
+    _add_service(parser.add_argument)
+    add_limits(parser)
+    _add_cache(parser.add_argument)
+    _add_bounds(parser.add_argument_group("limits of a request").add_argument)
+    _add_web(parser.add_argument_group("pages of other sites").add_argument)
+
+
+def _add_service(add: Callable[..., object]) -> None:
     add("models", nargs="+", metavar="MODEL", help="[NAME=]MODEL[:TYPE], see below")
     add(
         "--host",
@@ -81,8 +91,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"who may use it: a key a line; or ${KEYS_VARIABLE}, with commas; may be "
         "repeated",
     )
-    add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
-    add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
+
+
+def _add_cache(add: Callable[..., object]) -> None:
     add("--max-models", type=int, metavar="N", help="on each device")
     add("--keep-alive", metavar="TIME", default="5m", help="of idle models: 5m, 0, -1")
     add("--fallback", action="append", default=[], metavar="RUNG", help="as in the API")
@@ -90,8 +101,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--coordinate", action="store_true", help="with other processes of this user")
     add("--park", metavar="LIMIT", help="keep copies of models that leave a GPU: 16GiB")
     add("--no-variants", action="store_true", help="read models as they were saved")
-    limits = parser.add_argument_group("limits of a request")
-    add = limits.add_argument
+
+
+def _add_bounds(add: Callable[..., object]) -> None:
     add("--max-upload", metavar="SIZE", default="100MiB", help="default: %(default)s")
     add("--max-duration", metavar="TIME", default="1h", help="of audio (%(default)s)")
     add("--max-audio", metavar="TIME", help="of all at work (as --max-duration)")
@@ -110,8 +122,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="30s",
         help="to finish at the end (%(default)s)",
     )
-    web = parser.add_argument_group("pages of other sites")
-    add = web.add_argument
+
+
+def _add_web(add: Callable[..., object]) -> None:
     add(
         "--allow-host",
         action="append",
@@ -126,7 +139,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="of a page; null, * (see below)",
     )
-    parser.set_defaults(run=run)
 
 
 def _port(text: str) -> int:
@@ -138,7 +150,7 @@ def _port(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """
-    Serve until SIGTERM or Ctrl-C, finish what has begun, and return the exit code.
+    Serves until SIGTERM or Ctrl-C, finishes what has begun, and returns the exit code.
     """
     served = _served(options)
     try:
@@ -150,17 +162,7 @@ def run(options: argparse.Namespace) -> int:
         raise WhisperCacheError(
             f"{missing.name} is missing; pip install 'whispercache[server]'"
         ) from missing
-    with ModelCache(
-        vram=options.vram,
-        ram=options.ram,
-        max_models=options.max_models,
-        keep_alive=options.keep_alive,
-        fallback=options.fallback,
-        pressure="watch" if options.watch else "load",
-        coordinate=options.coordinate,
-        park=options.park or False,
-        variants=not options.no_variants,
-    ) as cache:
+    with _cache(options) as cache:
         app = create_app(served, cache)
         config = uvicorn.Config(
             app,
@@ -178,6 +180,20 @@ def run(options: argparse.Namespace) -> int:
         # The second one ends it at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0 if server.started else 1
+
+
+def _cache(options: argparse.Namespace) -> ModelCache:
+    return ModelCache(
+        vram=options.vram,
+        ram=options.ram,
+        max_models=options.max_models,
+        keep_alive=options.keep_alive,
+        fallback=options.fallback,
+        pressure="watch" if options.watch else "load",
+        coordinate=options.coordinate,
+        park=options.park or False,
+        variants=not options.no_variants,
+    )
 
 
 def _served(options: argparse.Namespace) -> ServerOptions:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -206,57 +207,65 @@ def refused_for_now(
 
 def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     """
-    Let all errors of *app*, with the routes of *routers*, leave in this shape.
+    Gives all errors of *app*, with the routes of *routers*, this shape.
     """
     routes = [route for router in routers for route in router.routes]
-
-    @app.exception_handler(ApiError)
-    async def refused(_request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
-
+    app.add_exception_handler(ApiError, _refused)
     # RuntimeError is CTranslate2's. What is not listed here is answered, too, but then
     # Starlette raises it again, and uvicorn ends the connection.
-    @app.exception_handler(WhisperCacheError)
-    @app.exception_handler(RuntimeError)
-    @app.exception_handler(MemoryError)
-    @app.exception_handler(OSError)
-    @app.exception_handler(Exception)
-    async def failed(_request: Request, error: Exception) -> JSONResponse:
-        return as_refusal(error).response()
+    for kind in (WhisperCacheError, RuntimeError, MemoryError, OSError, Exception):
+        app.add_exception_handler(kind, _failed)
+    app.add_exception_handler(ClientDisconnect, _left)
+    app.add_exception_handler(RequestValidationError, _misshapen)
+    app.add_exception_handler(HTTPException, partial(_other, routes))
 
-    @app.exception_handler(ClientDisconnect)
-    async def left(_request: Request, _error: ClientDisconnect) -> Response:
-        return Response(status_code=_CLIENT_LEFT)  # which nobody reads
 
-    @app.exception_handler(RequestValidationError)
-    async def misshapen(
-        _request: Request, error: RequestValidationError
-    ) -> JSONResponse:
-        first = error.errors()[0]
-        param = _field_of(first["loc"])
-        message = f"{param}: {first['msg']}"
-        if param == "file":
-            message = "file: send the audio as a file of a multipart form"
-        return nonsense(param, message).response()
+async def _refused(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error.response()
 
-    @app.exception_handler(HTTPException)
-    async def other(request: Request, error: HTTPException) -> JSONResponse:
-        cause = error.__cause__
-        if isinstance(cause, ApiError):  # while the form was read
-            return cause.response()
-        if isinstance(cause, OSError):  # while the upload was kept
-            return as_refusal(cause).response()
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        headers = dict(error.headers or {})
-        if "Allow" in headers:  # of the first route of that path, where there are more
-            headers["Allow"] = _methods(routes, request)
-        refusal = ApiError(
-            error.status_code,
-            str(error.detail),
-            code=code or "invalid_request",
-            headers=headers,
-        )
-        return refusal.response()
+
+async def _failed(_request: Request, error: Exception) -> JSONResponse:
+    return as_refusal(error).response()
+
+
+async def _left(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=_CLIENT_LEFT)  # which nobody reads
+
+
+async def _misshapen(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = _field_of(first["loc"])
+    message = f"{param}: {first['msg']}"
+    if param == "file":
+        message = "file: send the audio as a file of a multipart form"
+    return nonsense(param, message).response()
+
+
+async def _other(
+    routes: Sequence[BaseRoute], request: Request, error: Exception
+) -> JSONResponse:
+    """
+    Returns the answer to what Starlette and FastAPI refuse by themselves.
+    """
+    assert isinstance(error, HTTPException)
+    cause = error.__cause__
+    if isinstance(cause, ApiError):  # while the form was read
+        return cause.response()
+    if isinstance(cause, OSError):  # while the upload was kept
+        return as_refusal(cause).response()
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    headers = dict(error.headers or {})
+    if "Allow" in headers:  # of the first route of that path, where there are more
+        headers["Allow"] = _methods(routes, request)
+    refusal = ApiError(
+        error.status_code,
+        str(error.detail),
+        code=code or "invalid_request",
+        headers=headers,
+    )
+    return refusal.response()
 
 
 def _field_of(place: Sequence[str | int]) -> str:
