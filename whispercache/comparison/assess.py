@@ -84,8 +84,7 @@ def _files(
         told = (reference.language if reference else None) or asked
         found[file] = FileInfo(
             file=file,
-            # "en-GB" is English as far as rules of spelling go.
-            language=str(told or surest.language).lower().partition("-")[0],
+            language=str(told or surest.language),
             duration_s=surest.duration_s,
             reference=reference.text if reference else None,
         )

@@ -5,8 +5,11 @@ References: what is really said in the files, from a table.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from whispercache.engine.calls.languages import language_code
 
 from .values import Reference
 
@@ -70,7 +73,17 @@ def _row(
     row = dict(zip(columns, cells, strict=True))
     if not row["file"]:
         raise ValueError(f"{where}: no file is named")
-    return row["file"], Reference(row["text"], row.get("language") or None)
+    return row["file"], _coded(where, Reference(row["text"], row.get("language")))
+
+
+def _coded(where: str, reference: Reference) -> Reference:
+    """
+    Returns *reference* with its language as a code: names and locales will do, too.
+    """
+    try:
+        return replace(reference, language=language_code(reference.language))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def match_references(
@@ -93,6 +106,7 @@ def match_references(
     loose: dict[str, Reference] = {}
     for name, given in references.items():
         reference = Reference(given) if isinstance(given, str) else given
+        reference = _coded(f"the reference for {name!r}", reference)
         path = os.path.normpath(name)
         owners = by_path.get(path) or by_path.get(Path(path).name, [])
         same = [file for file in owners if os.path.normpath(file) == path]

@@ -39,7 +39,8 @@ class Reference:
 
     Attributes:
         text: The words; empty for a file in which nobody speaks.
-        language: Code of the language, or None to go by what the models detect.
+        language: Code, name or locale of the language; None to go by what the models
+            detect.
     """
 
     text: str
