@@ -1,9 +1,12 @@
 """
-What all commands share: exit codes, the one line of an error, and Ctrl-C.
+The parts that all commands share: options, exit codes, errors, progress and Ctrl-C.
+
+rich is imported when something is shown, not with this module.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import threading
 from concurrent.futures import Future, wait
@@ -12,7 +15,18 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["INTERRUPTED", "WRONG_USE", "error_line", "interruptible"]
+    from rich.progress import Progress, ProgressColumn
+
+__all__ = [
+    "INTERRUPTED",
+    "WRONG_USE",
+    "add_limits",
+    "bars",
+    "clock",
+    "error_line",
+    "explain",
+    "interruptible",
+]
 
 _T = TypeVar("_T")
 
@@ -23,14 +37,62 @@ Exit codes; for Ctrl-C what shells use, 128 and the number of the signal.
 """
 
 
+def explain(parser: argparse.ArgumentParser, text: str) -> None:
+    """
+    Puts *text* below the options in the help of *parser*, with its lines as they are.
+    """
+    parser.epilog = text
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """
+    Adds the options for the memory of a cache.
+    """
+    add = parser.add_argument
+    add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
+    add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
+
+
 def error_line(error: BaseException) -> str:
     """
-    An error as the one line that the user sees.
+    Returns an error as the one line that the user sees.
     """
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     return f"whispercache: error: {' '.join(text.split())}"
+
+
+def clock(seconds: float) -> str:
+    """
+    Returns a time as a clock shows it: ``"0:42"``, ``"1:00:00"``.
+    """
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def bars(*columns: ProgressColumn) -> Progress:
+    """
+    Returns lines of progress on stderr: a description, a bar, a share, and *columns*.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.table import Column
+
+    name = Column(no_wrap=True, overflow="ellipsis", ratio=3)
+    return Progress(
+        TextColumn("{task.description}", table_column=name, markup=False),
+        BarColumn(bar_width=None, table_column=Column(ratio=2)),
+        TaskProgressColumn(),
+        *columns,
+        console=Console(stderr=True, highlight=False),
+        expand=True,
+        transient=True,
+        # stdout carries results alone.
+        redirect_stdout=False,
+    )
 
 
 def interruptible(

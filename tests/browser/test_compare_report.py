@@ -199,6 +199,8 @@ class TestData:
         assert "0.48×" in lines[5]
         assert sum("word errors" in line for line in lines[6:]) == 10
         assert lines[-1] == "5 loads; 75 saved by taking models in turns."
+        one = list(as_lines(replace(made_up(), loads=1, loads_saved=0)))
+        assert one[-1] == "1 load; 0 saved by taking models in turns."
         unknown = list(as_lines(made_up(is_known=False)))
         assert re.match(
             r"tiny\.en and base agree on \d\d\.\d % of their words", unknown[7]

@@ -6,7 +6,6 @@ Micro models answer their own text to any audio, so their errors are known in ad
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -35,13 +34,13 @@ from real import (
 )
 
 from whispercache import ModelCache, UnknownModel
+from whispercache.cli.main import main
 from whispercache.comparison import (
     Comparison,
     Edit,
     Progress,
     Reference,
     Tally,
-    command,
     compare,
     run,
 )
@@ -143,6 +142,28 @@ class TestReferences:
             "es.wav": Reference("Hola.", "es"),
             "en.wav": Reference("Hi."),
         }
+
+    @pytest.mark.parametrize("language", ["German", "de-AT", "de_DE.UTF-8", "DE"])
+    def test_a_language_goes_by_name_and_locale_too(
+        self, tmp_path: Path, language: str
+    ) -> None:
+        """
+        As everywhere else; a reference that a program makes is no exception.
+        """
+        table = tmp_path / "refs.tsv"
+        table.write_text(f"file\ttext\tlanguage\na.wav\tHallo.\t{language}\n")
+        assert read_references(table) == {"a.wav": Reference("Hallo.", "de")}
+        given = {"a.wav": Reference("Hallo.", language)}
+        assert match_references(["a.wav"], given)["a.wav"].language == "de"
+
+    def test_a_language_that_there_is_not_is_refused(self, tmp_path: Path) -> None:
+        """
+        With its line.
+        """
+        table = tmp_path / "refs.tsv"
+        table.write_text("file\ttext\tlanguage\na.wav\tHallo.\tGermann\n")
+        with pytest.raises(ValueError, match="line 2: language 'Germann' is none"):
+            read_references(table)
 
     def test_without_names_it_is_file_and_text(self, tmp_path: Path) -> None:
         """
@@ -781,10 +802,8 @@ class TestCommand:
         That says what to install; the exit code is 2.
         """
         monkeypatch.setattr(run, "find_spec", lambda _name: None)
-        parser = argparse.ArgumentParser()
-        command.add_options(parser)
         asked = [*files, "--models", "base", "--out", str(tmp_path / "out")]
-        assert command.run(parser.parse_args(asked)) == 2
+        assert main(["compare", *asked]) == 2
         assert capsys.readouterr() == (
             "",
             f"whispercache: error: comparing needs jinja2; {run.EXTRA}\n",

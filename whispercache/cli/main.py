@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from whispercache import __version__
 from whispercache.comparison import command as compare
-from whispercache.console import INTERRUPTED, WRONG_USE, error_line
+from whispercache.console import INTERRUPTED, WRONG_USE, add_limits, error_line, explain
 from whispercache.devices.memory import SystemProbe
 from whispercache.engine.calls.languages import language_code
 from whispercache.engine.loader import FasterWhisperLoader
@@ -149,61 +149,50 @@ def _parser() -> argparse.ArgumentParser:
         prog="whispercache",
         description="The faster-whisper models you name, in the memory there is.",
         usage="whispercache [-h] [--version] COMMAND ...",
-        epilog=_COMMANDS_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    explain(parser, _COMMANDS_HELP)
     parser.add_argument(
         "--version", action="version", version=f"whispercache {__version__}"
     )
     commands = parser.add_subparsers(
         metavar="COMMAND", prog="whispercache", required=True, help=argparse.SUPPRESS
     )
-    _add_transcribe(
-        commands.add_parser(
-            "transcribe",
-            description="Transcribe audio and video files with one or more models.",
-            epilog=_FORMATS_HELP,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
-    _add_top(
-        commands.add_parser(
-            "top", description="What a server is doing, live in this terminal."
-        )
-    )
-    compare.add_options(
-        commands.add_parser(
-            "compare",
-            description="How well, and how fast, models hear your audio.",
-        )
-    )
-    models = commands.add_parser(
-        "models",
-        description="What each known model takes, and where there is room for it.",
-    )
-    models.add_argument("--json", action="store_true", help="print bytes as JSON")
-    _add_place(models, "all that are here", "what is worth a look")
-    models.set_defaults(run=_models, compute_type=None)
-    variants.add_options(
-        commands.add_parser(
-            "variants",
-            description="List, build and remove copies of models that load faster.",
-        )
-    )
-    serve.add_options(
-        commands.add_parser(
-            "serve",
-            description="OpenAI's audio API over the models you name, and no others.",
-            epilog=serve.HELP,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
-    doctor = commands.add_parser(
-        "doctor",
-        description="Examine this machine. The exit code is 1 if something is wrong.",
-    )
-    doctor.set_defaults(run=_doctor)
+    for name, (description, add_options) in _commands().items():
+        add_options(commands.add_parser(name, description=description))
     return parser
+
+
+def _commands() -> dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]]:
+    """
+    Returns for each command its description, and the function that adds its options.
+    """
+    return {
+        "transcribe": (
+            "Transcribe audio and video files with one or more models.",
+            _add_transcribe,
+        ),
+        "serve": (
+            "OpenAI's audio API over the models you name, and no others.",
+            serve.add_options,
+        ),
+        "top": ("What a server is doing, live in this terminal.", _add_top),
+        "compare": (
+            "How well, and how fast, models hear your audio.",
+            compare.add_options,
+        ),
+        "models": (
+            "What each known model takes, and where there is room for it.",
+            _add_models,
+        ),
+        "variants": (
+            "List, build and remove copies of models that load faster.",
+            variants.add_options,
+        ),
+        "doctor": (
+            "Examine this machine. The exit code is 1 if something is wrong.",
+            lambda parser: parser.set_defaults(run=_doctor),
+        ),
+    }
 
 
 def _add_place(parser: argparse.ArgumentParser, auto: str, default: str) -> None:
@@ -221,7 +210,14 @@ def _add_place(parser: argparse.ArgumentParser, auto: str, default: str) -> None
     )
 
 
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print bytes as JSON")
+    _add_place(parser, "all that are here", "what is worth a look")
+    parser.set_defaults(run=_models)
+
+
 def _add_transcribe(parser: argparse.ArgumentParser) -> None:
+    explain(parser, _FORMATS_HELP)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="anything that FFmpeg reads")
     add(
@@ -245,8 +241,7 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--vad", action="store_true", help="leave out what is not speech")
     add("--format", choices=tuple(FORMATS), default="txt", help="see below")
     add("--output-dir", type=Path, metavar="DIR", help="write files there, not stdout")
-    add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
-    add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
+    add_limits(parser)
     add("--no-variants", action="store_true", help="read models as they were saved")
     parser.set_defaults(run=transcribe)
 

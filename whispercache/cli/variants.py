@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whispercache.cache import DEFAULT_VARIANTS_BYTES
-from whispercache.console import WRONG_USE, error_line
+from whispercache.console import WRONG_USE, error_line, explain
 from whispercache.devices.memory import SystemProbe
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.naming import canonical_model, parse_spec, short_name
@@ -75,8 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """
     Adds the command's parameters, and those of the commands below it, to *parser*.
     """
-    parser.epilog = _HELP
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    explain(parser, _HELP)
     parser.usage = f"{parser.prog} [-h] [--json] [COMMAND ...]"
     parser.add_argument("--json", action="store_true", help="list them as JSON")
     parser.set_defaults(run=_list)
@@ -94,8 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.description = "Convert models now, so that their first load is fast, too."
-    parser.epilog = _BUILD_HELP
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    explain(parser, _BUILD_HELP)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL[:TYPE]", help="see below")
     add(
@@ -110,8 +108,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 def _add_remove(parser: argparse.ArgumentParser) -> None:
     parser.description = "Delete variants. Models stay where they are."
-    parser.epilog = _REMOVE_HELP
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    explain(parser, _REMOVE_HELP)
     add = parser.add_argument
     add("which", nargs="*", metavar="MODEL[:TYPE]", help="see below")
     add("--all", action="store_true", help="all of them")

@@ -6,7 +6,6 @@ A summary goes to stdout, the reports into a directory, everything else to stder
 
 from __future__ import annotations
 
-import argparse
 import sys
 import threading
 import time
@@ -14,12 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whispercache.cache import ModelCache
-from whispercache.console import WRONG_USE, error_line, interruptible
+from whispercache.console import (
+    WRONG_USE,
+    add_limits,
+    bars,
+    clock,
+    explain,
+    interruptible,
+)
+from whispercache.errors import WhisperCacheError
 
 from .references import read_references
 from .run import RESULTS, compare
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from rich.progress import Progress as Bars
@@ -43,8 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """
     Make *parser* that of the command.
     """
-    parser.epilog = HELP
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    explain(parser, HELP)
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("audio", nargs="+", metavar="AUDIO", help="anything that FFmpeg reads")
@@ -68,8 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--language", metavar="CODE", help="de, german or de-AT (default: detected)")
     add("--beam-size", type=int, default=5, metavar="N", help="default: 5")
-    add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
-    add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
+    add_limits(parser)
     add("--again", action="store_true", help="forget what an earlier run has kept")
 
 
@@ -95,9 +101,7 @@ def run(options: argparse.Namespace) -> int:
             lambda: _compare(options, show), name="compare", interrupted=interrupted
         )
     except ModuleNotFoundError as missing:
-        show.close()
-        sys.stderr.write(f"{error_line(missing)}\n")
-        return WRONG_USE
+        raise WhisperCacheError(str(missing)) from missing
     finally:
         show.close()
     return _finish(comparison, options.out)
@@ -162,7 +166,9 @@ class _Show:
         self._is_closed = False
         self._started_s = time.monotonic()
         if sys.stderr.isatty():
-            self._bars = _bars()
+            from rich.progress import TextColumn
+
+            self._bars = bars(TextColumn("{task.fields[what]}", markup=False))
             self._bars.add_task("all files and models", total=1.0, what="")
             self._bars.add_task("", total=1.0, what="", visible=False)
             self._bars.start()
@@ -209,10 +215,7 @@ class _Show:
         if fraction <= 0:
             return "-:-- left"
         elapsed_s = time.monotonic() - self._started_s
-        minutes, seconds = divmod(round(elapsed_s * (1 - fraction) / fraction), 60)
-        hours, minutes = divmod(minutes, 60)
-        text = f"{hours}:{minutes:02}" if hours else f"{minutes}"
-        return f"{text}:{seconds:02} left"
+        return f"{clock(elapsed_s * (1 - fraction) / fraction)} left"
 
     def close(self) -> None:
         """
@@ -222,22 +225,3 @@ class _Show:
             if self._bars is not None and not self._is_closed:
                 self._bars.stop()
             self._is_closed = True
-
-
-def _bars() -> Bars:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-    from rich.table import Column
-
-    name = Column(no_wrap=True, overflow="ellipsis", ratio=3)
-    return Progress(
-        TextColumn("{task.description}", table_column=name, markup=False),
-        BarColumn(bar_width=None, table_column=Column(ratio=2)),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[what]}", markup=False),
-        console=Console(stderr=True, highlight=False),
-        expand=True,
-        transient=True,
-        # What goes to stdout is the summary, and nobody else's.
-        redirect_stdout=False,
-    )

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from whispercache.console import clock
 from whispercache.engine.naming import short_name
 from whispercache.errors import format_bytes
 from whispercache.version import __version__
@@ -173,10 +174,8 @@ def as_lines(comparison: Comparison) -> Iterator[str]:
             "words."
             for each in comparison.agreements
         )
-    yield (
-        f"{comparison.loads} loads; {comparison.loads_saved} saved by taking models in "
-        "turns."
-    )
+    loads = f"{comparison.loads} load{'s' * (comparison.loads != 1)}"
+    yield f"{loads}; {comparison.loads_saved} saved by taking models in turns."
 
 
 # The page -----------------------------------------------------------------------------
@@ -229,7 +228,7 @@ def as_html(comparison: Comparison) -> str:
         "seconds": _seconds,
         "bytes": _bytes,
         "speed": _speed,
-        "clock": _clock,
+        "clock": clock,
         "short": short_name,
     }
     scatter, whiskers = plots_of(comparison)
@@ -332,9 +331,3 @@ def _speed(factor: float | None) -> str:
         return _NONE
     times = 1 / factor
     return f"{times:.0f}×" if times >= 10 else f"{times:.{1 + (times < 1)}f}×"  # noqa: PLR2004
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -26,9 +26,8 @@ from .turns import Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
-    from .values import Comparison, Progress, Reference
+    from .values import Comparison, ModelFailure, Progress, Reference
 
     Path_: TypeAlias = str | os.PathLike[str]
     References: TypeAlias = Path_ | Mapping[str, Reference | str]
@@ -100,26 +99,15 @@ def compare(
     Blocks: until all is done. An interrupted run has kept what was done in *out*; while
     a model computes, it hears no Ctrl-C.
     """
-    _check_extra()
-    if resamples < _LEAST_RESAMPLES:
-        raise ValueError(f"resamples must be at least {_LEAST_RESAMPLES}")
+    _check(resamples)
     code = language_code(language)
-    asked: dict[str, object] = {
-        "language": code,
-        "beam_size": beam_size,
-        "temperature": temperature,
-        **options,
-    }
+    asked = {"language": code, "beam_size": beam_size, "temperature": temperature}
     files, specs = _files(audio), _specs(models)
     known = match_references(files, _references(references))
     folder = None if out is None else Path(out)
     given = dict(load_options or {})
-    own: AbstractContextManager[ModelCache] = (
-        ModelCache() if cache is None else nullcontext(cache)
-    )
-    with own as used:
-        signature = used._core.loader.signatures()["transcribe"]
-        call = checked(bound(signature, (), asked))
+    with ModelCache() if cache is None else nullcontext(cache) as used:
+        call = _call(used, {**asked, **options})
         workload = workload_of(call, None)
         entrants, notes, broken = enter(used, specs, device, workload, given)
         check_languages(used, entrants, code, given)
@@ -128,15 +116,7 @@ def compare(
         store = Store(None if folder is None else folder / RESULTS, resume=resume)
         run = Run(used, call, given, entrants, inputs, failures, store, progress)
         run.run()
-    failed = (*broken, *run.failed)
-    if len(run.failed) == len(entrants):
-        raise WhisperCacheError(none_left(failed))
-    from .assess import assess
-
-    comparison = assess(run.findings(), known, call, resamples)
-    comparison = replace(
-        comparison, notes=(*notes, *comparison.notes), model_failures=failed
-    )
+    comparison = _outcome(run, known, resamples, notes, broken)
     if folder is not None:
         from .report import write_reports
 
@@ -144,10 +124,45 @@ def compare(
     return comparison
 
 
-def _check_extra() -> None:
+def _outcome(
+    run: Run,
+    references: Mapping[str, Reference],
+    resamples: int,
+    notes: Sequence[str],
+    broken: Sequence[ModelFailure],
+) -> Comparison:
+    """
+    Returns what a run found, scored.
+
+    Raises:
+        WhisperCacheError: no model is left.
+    """
+    failed = (*broken, *run.failed)
+    if len(run.failed) == len(run.entrants):
+        raise WhisperCacheError(none_left(failed))
+    from .assess import assess
+
+    comparison = assess(run.findings(), references, run.call, resamples)
+    return replace(comparison, notes=(*notes, *comparison.notes), model_failures=failed)
+
+
+def _check(resamples: int) -> None:
+    """
+    Refuses to begin what cannot be finished.
+    """
     for name in _NEEDED:
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"comparing needs {name}; {EXTRA}", name=name)
+    if resamples < _LEAST_RESAMPLES:
+        raise ValueError(f"resamples must be at least {_LEAST_RESAMPLES}")
+
+
+def _call(cache: ModelCache, asked: dict[str, object]) -> dict[str, object]:
+    """
+    Returns all options of ``transcribe``, with its defaults for those not asked for.
+    """
+    signature = cache._core.loader.signatures()["transcribe"]
+    return checked(bound(signature, (), asked))
 
 
 def _files(audio: Path_ | Sequence[Path_]) -> list[str]:

@@ -8,6 +8,7 @@ import time
 import unicodedata
 from typing import TYPE_CHECKING
 
+from whispercache.console import clock
 from whispercache.errors import WhisperCacheError, format_bytes
 
 from .live import Snapshot
@@ -44,7 +45,6 @@ _NARROW = 72
 _LEAST_NAME = 8
 _FEW = 5
 _SOME = 10
-_TWO_DAYS = 48
 
 
 def view(
@@ -446,11 +446,7 @@ def _time_of_day(at_s: float) -> str:
 
 def _clock(seconds: float) -> str:
     """
-    *seconds* as a clock shows them: ``"0:42"``, ``"1:00:00"``; days in words.
+    Returns *seconds* as a clock shows them; from two days on, as days.
     """
-    hours, rest = divmod(max(0, int(seconds)), 3600)
-    if hours >= _TWO_DAYS:
-        return f"{hours // 24} days"
-    if hours:
-        return f"{hours}:{rest // 60:02}:{rest % 60:02}"
-    return f"{rest // 60}:{rest % 60:02}"
+    days = int(seconds) // 86_400
+    return f"{days} days" if days > 1 else clock(int(seconds))
