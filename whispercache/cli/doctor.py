@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 
 from whispercache.devices.cublas import cublas_version
-from whispercache.devices.cuda import _DRIVER_LIBRARY
+from whispercache.devices.cuda import DRIVER_LIBRARY
 from whispercache.devices.memory import cublas_problem, driver_version, nvml_problem
 from whispercache.devices.release import compile_reason, cublas_reason
 from whispercache.engine import telemetry
@@ -214,12 +214,12 @@ def _no_card(probe: MemoryProbe) -> Iterator[Finding]:
     Why no GPU can be used. Not to have one, or to hide it, is nothing wrong.
     """
     try:
-        ctypes.CDLL(_DRIVER_LIBRARY)
+        ctypes.CDLL(DRIVER_LIBRARY)
     except OSError:
         yield Finding(
             "note",
             "NVIDIA driver",
-            f"none ({_DRIVER_LIBRARY} not found); nothing is missing without a GPU",
+            f"none ({DRIVER_LIBRARY} not found); nothing is missing without a GPU",
             "with one: install its driver, start a container with --gpus all",
         )
         return

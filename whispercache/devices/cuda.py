@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaError", "Driver", "Pool", "is_open", "open_driver"]
 
-_DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 # From cuda.h.
 _NO_DEVICE = 100
@@ -314,10 +314,10 @@ def _open_driver() -> Driver | str:
     The driver, or why there is none. Two threads may both get here; cuInit allows it.
     """
     try:
-        return Driver(ctypes.CDLL(_DRIVER_LIBRARY))
+        return Driver(ctypes.CDLL(DRIVER_LIBRARY))
     except OSError as error:
         return (
-            f"no NVIDIA driver: {_DRIVER_LIBRARY} cannot be loaded ({error}); install "
+            f"no NVIDIA driver: {DRIVER_LIBRARY} cannot be loaded ({error}); install "
             "the driver, in a container start it with --gpus all, or use device='cpu'"
         )
     except CudaError as error:
