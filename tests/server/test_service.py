@@ -359,8 +359,9 @@ def test_a_call_holds_its_lease_however_often_it_is_cancelled(
     monkeypatch.setattr("faster_whisper.WhisperModel.transcribe", slow)
 
     async def main() -> None:
+        pool = ThreadPoolExecutor(1)
         lease = await AsyncModelCache(cache).lease(micro("micro a"), "cpu")
-        call = asyncio.create_task(calls.transcribe(lease, SILENCE, {}))
+        call = asyncio.create_task(calls.transcribe(pool, lease, SILENCE, {}))
         del lease
         await asyncio.to_thread(running.wait, 10)
         for _ in range(2):

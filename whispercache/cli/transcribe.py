@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from whispercache.cache import ModelCache
 from whispercache.console import WRONG_USE, error_line, interruptible
-from whispercache.devices.memory import SystemProbe
-from whispercache.engine.calls.prepare import check_knowledge, workload_of
-from whispercache.engine.loader import FasterWhisperLoader
+from whispercache.engine.calls.languages import check_language
+from whispercache.engine.calls.prepare import workload_of
 from whispercache.engine.naming import short_name
 from whispercache.errors import AudioError, WhisperCacheError
 from whispercache.events import ModelLoaded, ModelLoading
@@ -80,22 +79,21 @@ class _Job:
         Do it all, and return the exit code.
         """
         options = self.options
-        probe = SystemProbe()
-        loader = FasterWhisperLoader(probe)
         files = list(dict.fromkeys(options.files))
         with ModelCache(
             vram=options.vram,
             ram=options.ram,
             variants=not options.no_variants,
-            probe=probe,
         ) as cache:
             models = self._models(cache)
             if options.output_dir is not None:
                 options.output_dir.mkdir(parents=True, exist_ok=True)
             # Before the first line of progress, which a download's own would spoil.
             for model in models.values():
-                loader.locate(model.key.model, {}, download=True)
-                check_knowledge(model._source, self._call())
+                place = (model.key.model, model.key.device, model.key.compute_type)
+                cache.download(*place)
+                known = cache.knowledge(*place)
+                check_language(str(model.key), options.language, known)
             cache.subscribe(self._watch)
             stems = _distinct(Path(file).stem for file in files)
             for name, model in models.items():

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from whispercache.cache import as_request
 from whispercache.engine.calls.languages import check_language
 from whispercache.errors import LoadFailed, WhisperCacheError
 
@@ -167,10 +166,7 @@ def check_languages(
     """
     for entrant in entrants:
         key = entrant.key
-        request = as_request(
-            key.model, key.device, key.compute_type, dict(load_options)
-        )
-        known = cache._resolver.knowledge(request, download=False)
+        known = cache.knowledge(key.model, key.device, key.compute_type, **load_options)
         check_language(entrant.name, language, known)
 
 
@@ -179,10 +175,9 @@ def _identity(
 ) -> str:
     from whispercache.engine.loader import versions
 
-    loader, probe = cache._core.loader, cache._core.probe
-    files = loader.locate(key.model, load_options, download=True)  # type: ignore[arg-type]
+    files = cache.loader.locate(key.model, load_options, download=True)  # type: ignore[arg-type]
     stamp = None if files is None else files.stamp
-    return fingerprint(str(key), stamp, probe.device_name(key.device), versions())
+    return fingerprint(str(key), stamp, cache.probe.device_name(key.device), versions())
 
 
 def read_inputs(files: Iterable[str]) -> tuple[list[Input], list[Failure]]:

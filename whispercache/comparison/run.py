@@ -161,7 +161,7 @@ def _call(cache: ModelCache, asked: dict[str, object]) -> dict[str, object]:
     """
     Returns all options of ``transcribe``, with its defaults for those not asked for.
     """
-    signature = cache._core.loader.signatures()["transcribe"]
+    signature = cache.loader.signatures()["transcribe"]
     return checked(bound(signature, (), asked))
 
 

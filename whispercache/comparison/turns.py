@@ -193,7 +193,7 @@ class Run:
         self._tell("loading", entrant)
         self.cache.evict(*place)
         try:
-            with Gauge(self.cache._core.probe, key.device) as gauge:
+            with Gauge(self.cache.probe, key.device) as gauge:
                 self._hold(entrant, missing, gauge)
         except _ModelFailed as failed:
             # Their frames hold what is to leave.

@@ -327,7 +327,7 @@ async def _begin(
         heard = await run_in_threadpool(samples, decoded)
         # From now on the call has it, whatever becomes of the request.
         held.pop_all()
-    segments, info = await transcribe(lease, heard, options)
+    segments, info = await transcribe(service.callers, lease, heard, options)
     await lifetime.enter_async_context(segments)
     return segments, info
 

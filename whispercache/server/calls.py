@@ -1,5 +1,5 @@
 """
-Calls: a model's work for a request. It cannot be stopped once it runs.
+The call of a model for a request, which cannot be stopped once it runs.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, cast
 
 import anyio
 
-from whispercache.aio import AsyncSegments, _close_result, _pool
+from whispercache.aio import AsyncSegments
 from whispercache.model import call_leased
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
     import numpy as np
     from faster_whisper.transcribe import Segment, TranscriptionInfo
     from numpy.typing import NDArray
@@ -24,17 +26,26 @@ __all__ = ["transcribe"]
 
 
 async def transcribe(
-    lease: Lease, audio: NDArray[np.float32], options: dict[str, object]
+    pool: Executor,
+    lease: Lease,
+    audio: NDArray[np.float32],
+    options: dict[str, object],
 ) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
     """
-    Begin to transcribe with a leased model; the segments take the lease with them.
+    Begins to transcribe with a leased model; the segments take the lease with them.
 
-    Cancelled, it goes on to the end of the call, so that whoever cancelled keeps his
-    place at the `Gate` as long as the model is busy for him.
+    A cancelled call goes on to its end, so that its request keeps its place at the
+    `Gate` as long as the model is busy with it.
+
+    Args:
+        pool: Has the threads for calls.
+        lease: Released with the segments, or when the call fails.
+        audio: float32 (samples,), mono, 16 kHz.
+        options: Parameters of ``transcribe``.
     """
     lease.owned = True
     call = lease.whisper.transcribe
-    future = _pool().submit(call_leased, lease, call, audio, **options)
+    future = pool.submit(call_leased, lease, call, audio, **options)
     ended = asyncio.wrap_future(future)
     try:
         segments, info = cast(
@@ -45,8 +56,16 @@ async def transcribe(
         if future.cancel():  # before a thread was free for it
             lease.release()
         else:
-            future.add_done_callback(_close_result)
+            future.add_done_callback(_close_segments)
             with anyio.CancelScope(shield=True):
                 await asyncio.wait((ended,))
         raise
     return AsyncSegments(segments), info
+
+
+def _close_segments(future: Future[object]) -> None:
+    if future.exception() is None:
+        segments, _ = cast(
+            "tuple[LeasedIterator[Segment], TranscriptionInfo]", future.result()
+        )
+        segments.close()

@@ -147,7 +147,7 @@ async def pin(request: Request, service: Served, name: str) -> Done:
 async def _pin(service: Service, offer: Offer) -> None:
     lease = await service.lease(offer, service.options.timeout_s)
     with lease:
-        service.cache.cache._core.pin(lease._entry)
+        lease.pin()
 
 
 @router.delete("/api/models/{name:path}/pin", responses=_ASKED)

@@ -7,10 +7,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from whispercache.cache import as_request
 from whispercache.engine.files import claims_of
 from whispercache.engine.naming import anchored, short_name
-from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
 from whispercache.errors import WhisperCacheError
 from whispercache.keys import ALIASES, MODELS, OTHER_NAMES
 
@@ -57,8 +55,7 @@ class Offer:
         """
         The model's key, as far as it is known without a download.
         """
-        entry = self._cache._resolver.known(as_request(*self.place, {}))
-        return None if entry is None else entry.key
+        return self._cache.known_key(*self.place)
 
     def knowledge(self) -> Knowledge | None:
         """
@@ -68,8 +65,7 @@ class Offer:
         Raises:
             WhisperCacheError: its files are gone, or broken.
         """
-        request = as_request(*self.place, {})
-        return self._cache._resolver.knowledge(request, download=False)
+        return self._cache.knowledge(*self.place)
 
     def may_tell_words(self) -> bool:
         """
@@ -79,9 +75,10 @@ class Offer:
         key = self.key()
         if key is None:
             return True
-        loader = self._cache._core.loader
         try:
-            files = loader.locate(key.model, dict(key.options), download=False)
+            files = self._cache.loader.locate(
+                key.model, dict(key.options), download=False
+            )
             return files is None or claims_of(files).tells_words
         except WhisperCacheError:  # which the load will raise as well
             return True
@@ -93,7 +90,7 @@ class Offer:
         Raises:
             LoadFailed: they cannot be had.
         """
-        self._cache._locate([as_request(*self.place, {})], DEFAULT_WORKLOAD)
+        self._cache.download(*self.place)
 
 
 class Offers:

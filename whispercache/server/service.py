@@ -92,7 +92,12 @@ class Service:
         self._started: asyncio.Future[None] | None = None
         self._upkeep: asyncio.Task[None] | None = None
         # Not the loop's own pool, for which the end of the loop waits. Threads are made
-        # when they are needed, one for each model at most.
+        # when they are needed: for calls one for each turn at the gate, for downloads
+        # one for each model.
+        self.callers: ThreadPoolExecutor = ThreadPoolExecutor(
+            options.parallel * len(options.models),
+            thread_name_prefix="whispercache-call",
+        )
         self._fetchers = ThreadPoolExecutor(
             len(options.models), thread_name_prefix="whispercache-fetch"
         )
@@ -193,7 +198,7 @@ class Service:
         """
         Whether it takes work, and has loaded what it should at the start.
         """
-        if self.gate.is_closed or self.cache.cache._core.is_closed:
+        if self.gate.is_closed or self.cache.is_closed:
             return "closing"
         return "loading" if self.pending else "ready"
 
