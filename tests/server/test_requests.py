@@ -681,9 +681,9 @@ def test_the_outer_application_may_start_it_in_order(cache: ModelCache) -> None:
     service = app.state.service
     with TestClient(outer) as client:
         assert service._loop is not None
-        assert service._upkeep is None
+        assert service._background is None
         assert client.get("/speech/api/ps").status_code == 200
-        assert service._upkeep is None
+        assert service._background is None
     assert service._loop is None
 
 

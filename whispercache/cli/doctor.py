@@ -1,5 +1,5 @@
 """
-Doctor: what is needed to run models here, what of it works, and how to mend the rest.
+The command ``whispercache doctor``: what running models needs, and how to mend it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Source: NVIDIA, CUDA compatibility, minor version compatibility.
 @dataclass(frozen=True, slots=True)
 class Finding:
     """
-    One thing that was looked at.
+    One thing that was examined.
 
     Attributes:
         mark: Whether it works, is merely worth knowing, or is wrong.
@@ -73,7 +73,7 @@ class Finding:
 
 def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
     """
-    Look at everything, one thing after the other.
+    Examines everything, one thing after the other.
 
     Blocks: for the imports of the libraries that run the models, about a second.
     """
@@ -98,7 +98,7 @@ def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
 
 def show(findings: list[Finding], console: Console) -> None:
     """
-    Print findings, and what they come to.
+    Prints findings, and what they come to.
     """
     from rich.table import Table
     from rich.text import Text
@@ -143,8 +143,8 @@ def _libraries() -> Iterator[Finding]:
 
 def _onnxruntime() -> Finding:
     """
-    The library that finds speech (``vad_filter``, ``batch_size``), and whether it tells
-    its makers of its use.
+    Returns the state of the library that finds speech (``vad_filter``, ``batch_size``),
+    and of its telemetry.
 
     Not imported: that is what would begin to tell.
     """
@@ -190,7 +190,7 @@ def _host(probe: MemoryProbe) -> Finding:
 
 def _hub_cache() -> Iterator[Finding]:
     """
-    Where downloads go, and the room there.
+    Yields the directory for downloads, and the room there.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -211,7 +211,7 @@ def _hub_cache() -> Iterator[Finding]:
 
 def _no_card(probe: MemoryProbe) -> Iterator[Finding]:
     """
-    Why no GPU can be used. Not to have one, or to hide it, is nothing wrong.
+    Yields the reason why no GPU can be used. To have none, or to hide it, is no error.
     """
     try:
         ctypes.CDLL(DRIVER_LIBRARY)
@@ -263,7 +263,7 @@ def _card(card: str, probe: MemoryProbe) -> Finding:
 
 def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
     """
-    Whether CTranslate2 can use the cards that the driver has.
+    Yields the cards that CTranslate2 can use, of those that the driver has.
     """
     seen = [device for device in loader.devices() if device != "cpu"]
     if set(cards) - set(seen):
@@ -283,7 +283,7 @@ def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
 
 def _cublas(devices: Sequence[str]) -> Iterator[Finding]:
     """
-    Tells whether cuBLAS is there, and knows the cards.
+    Yields the state of cuBLAS, and whether it knows the cards.
     """
     if problem := cublas_problem():
         what, _, mend = problem.partition(": ")
@@ -304,7 +304,7 @@ def _cublas(devices: Sequence[str]) -> Iterator[Finding]:
 
 def _mend_cuda(driver: str | None) -> str:
     """
-    What to do about a CTranslate2 that sees no GPU, with *driver* of that version.
+    Returns the cure for a CTranslate2 that sees no GPU, with *driver* of that version.
     """
     major = (driver or "").partition(".")[0]
     if major.isdecimal() and int(major) >= int(CUDA_12_DRIVER.partition(".")[0]):

@@ -1,5 +1,5 @@
 """
-The command ``whispercache``: transcribe files, list the models, examine the machine.
+The command ``whispercache``: its options, its errors and its exit codes.
 
 What it says goes to stderr, in one line where it is an error; stdout carries results.
 Heavy imports wait for a command that needs them, so that ``--help`` answers at once.
@@ -50,7 +50,7 @@ Most seconds from the end of the command to that of its process.
 
 BROKEN_PIPE = 141
 """
-Exit code where the reader left: 128 and the number of the signal.
+Exit code after the end of the reader: 128 and the number of the signal.
 """
 
 # argparse has no room for the longest name beside its help.
@@ -84,7 +84,7 @@ decoded is reported and passed over, and the exit code is 2.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Run the command. *arguments* are those of the process unless given.
+    Runs the command. *arguments* are those of the process unless given.
 
     Returns:
         The exit code: 0, or 2 if something could not be done; 1 from ``doctor``.
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def script() -> NoReturn:
     """
-    Run the command as a process of its own, and end that.
+    Runs the command as a process of its own, and ends that.
 
     The end of the interpreter waits for threads; a download may never end.
     """
@@ -123,7 +123,8 @@ def script() -> NoReturn:
 
 def _prepare() -> None:
     """
-    Let any text be written: UTF-8 to files and pipes, to a terminal what it can show.
+    Prepares stdout for any text: UTF-8 to files and pipes, and what a terminal can
+    show.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         encoding = None if sys.stdout.isatty() else "utf-8"
@@ -323,7 +324,7 @@ def _doctor(_options: argparse.Namespace) -> int:
 
 def _print(show: Callable[[Console], None]) -> None:
     """
-    Write what *show* prints. rich itself would end the process at a broken pipe.
+    Writes what *show* prints. rich itself would end the process at a broken pipe.
     """
     from rich.console import Console
 

@@ -1,5 +1,5 @@
 """
-Sizes: a table of the known models, what each takes and where it fits.
+The command ``whispercache models``: a table of the known models and their bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CUDA_COLUMNS = ("float32", "float16", "int8_float16")
 @dataclass(frozen=True, slots=True)
 class Place:
     """
-    A device, and the memory of it that models could have now.
+    A device, and its memory for models.
 
     Attributes:
         device: ``"cpu"`` or ``"cuda:N"``.
@@ -56,7 +56,7 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Size:
     """
-    What one known model takes on one device in one compute type.
+    The bytes of one known model on one device in one compute type.
 
     Attributes:
         model: Canonical name.
@@ -81,7 +81,7 @@ def survey(
     device: str, compute_type: str | None, loader: Loader, probe: MemoryProbe
 ) -> list[tuple[Place, list[Size]]]:
     """
-    The known models on each device: GPUs first, the CPU last.
+    Returns the known models on each device: GPUs first, the CPU last.
 
     Args:
         device: A canonical device; ``"auto"`` for all that are here, ``"cuda"`` for all
@@ -125,7 +125,7 @@ def survey(
 
 def as_json(found: list[tuple[Place, list[Size]]]) -> str:
     """
-    A survey as one JSON object: ``devices`` and ``models``.
+    Returns a survey as one JSON object: ``devices`` and ``models``.
     """
     document = {
         "devices": [asdict(place) for place, _ in found],
@@ -136,7 +136,7 @@ def as_json(found: list[tuple[Place, list[Size]]]) -> str:
 
 def show(found: list[tuple[Place, list[Size]]], console: Console) -> None:
     """
-    Print a survey as a table a device.
+    Prints a survey, a table for each device.
     """
     from rich.text import Text
 
@@ -193,7 +193,7 @@ def _size(model: str, compute_type: str, place: Place, host: Place) -> Size:
 
 def _table(sizes: list[Size], console: Console) -> Table:
     """
-    A row for each model, a column for each compute type.
+    Returns a row for each model, with a column for each compute type.
     """
     from rich import box
     from rich.table import Table
@@ -221,7 +221,7 @@ def _family(model: str) -> str:
 
 def _cell(size: Size, console: Console) -> Text:
     """
-    Weights and peak in GiB, and whether there is room.
+    Returns weights and peak in GiB, and a mark for the room.
     """
     from rich.text import Text
 
@@ -235,6 +235,6 @@ def _cell(size: Size, console: Console) -> Text:
 
 def _marks(console: Console) -> tuple[str, str]:
     """
-    The marks for yes and no that the terminal can show.
+    Returns the marks for yes and no that the terminal can show.
     """
     return ("✓", "✗") if console.encoding.startswith("utf") else ("y", "-")

@@ -1,5 +1,7 @@
 """
-A transcription job: some files through some models, model by model.
+The command ``whispercache transcribe``: some files through some models, in turns.
+
+Transcripts go to stdout or into files, everything else to stderr.
 
 What was heard goes to stdout or into files, everything else to stderr.
 """
@@ -40,25 +42,25 @@ __all__ = ["transcribe"]
 
 def transcribe(options: argparse.Namespace) -> int:
     """
-    Runs a job and returns the exit code.
+    Transcribes, and returns the exit code.
     """
     bar = Bar()
-    job = _Job(options, bar)
+    work = _Transcription(options, bar)
 
     def interrupted() -> None:
         bar.close()
-        job.discard()
+        work.discard()
 
     try:
-        return interruptible(job.run, name="transcribe", interrupted=interrupted)
+        return interruptible(work.run, name="transcribe", interrupted=interrupted)
     finally:
         bar.close()
 
 
 @dataclass(slots=True)
-class _Job:
+class _Transcription:
     """
-    Some files through some models.
+    A run of the command: some files through some models.
 
     Attributes:
         options: What was asked for.
@@ -76,7 +78,7 @@ class _Job:
 
     def run(self) -> int:
         """
-        Do it all, and return the exit code.
+        Transcribes all files with all models, and returns the exit code.
         """
         options = self.options
         files = list(dict.fromkeys(options.files))
@@ -105,7 +107,7 @@ class _Job:
 
     def _models(self, cache: ModelCache) -> dict[str, CachedModel]:
         """
-        The models by the names that they go by here, each of them once.
+        Returns the models by the names for headings and files, each of them once.
 
         Raises:
             WhisperCacheError: one of them cannot be had; nothing was loaded.
@@ -131,7 +133,7 @@ class _Job:
 
     def _one(self, file: str, stem: str, name: str, model: CachedModel) -> None:
         """
-        One file through one model.
+        Transcribes one file with one model.
         """
         options = self.options
         self.bar.begin(f"{Path(file).name} · {name}")
@@ -162,7 +164,7 @@ class _Job:
 
     def _samples(self, file: str) -> NDArray[np.float32]:
         """
-        The samples of a file; what of it is lost is said once.
+        Returns the samples of a file, and warns once of damage to it.
         """
         from whispercache.engine.audio.decoder import read_audio
 
@@ -174,7 +176,8 @@ class _Job:
 
     def _call(self) -> dict[str, Any]:
         """
-        Options of ``transcribe``; faster-whisper's defaults where nothing was asked.
+        Returns the options of ``transcribe``; faster-whisper's defaults where nothing
+        was asked.
         """
         options = self.options
         call: dict[str, Any] = {
@@ -191,7 +194,7 @@ class _Job:
 
     def _print(self, pieces: Iterator[str], heading: str) -> None:
         """
-        Write to stdout, piece by piece as they come.
+        Writes to stdout, piece by piece as they come.
         """
         several = len(self.options.files) > 1 or len(self.options.models) > 1
         if several and self.options.format != "json":
@@ -203,7 +206,7 @@ class _Job:
 
     def _save(self, pieces: Iterator[str], target: Path) -> None:
         """
-        Write a file that appears only when it is whole.
+        Writes a file that appears only when it is whole.
         """
         self.partial = target.with_name(f"{target.name}.partial")
         try:
@@ -219,7 +222,7 @@ class _Job:
 
     def discard(self) -> None:
         """
-        Remove the file that was begun.
+        Removes the file that was begun.
         """
         if self.partial is not None:
             with suppress(OSError):
@@ -228,7 +231,8 @@ class _Job:
 
 def _short(model: str) -> str:
     """
-    A name for headings and files: of a directory its own, of a repository both parts.
+    Returns a name for headings and files: the last part of a directory, both parts of a
+    repository.
     """
     if is_directory(model):
         return short_name(model)
@@ -237,7 +241,7 @@ def _short(model: str) -> str:
 
 def _distinct(names: Iterator[str]) -> list[str]:
     """
-    *names*, told apart by numbers where they are equal, capitals aside.
+    Returns *names*, with numbers after those that are equal, capitals aside.
     """
     found: dict[str, str] = {}
     for name in names:

@@ -1,5 +1,5 @@
 """
-Assess: from what was heard to rates, differences and sentences. No model is involved.
+The step from transcripts to rates, differences and sentences. No model is involved.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def assess(
     resamples: int,
 ) -> Comparison:
     """
-    Score what a run found.
+    Returns the findings of a run, scored.
     """
     files = _files(findings.results, references, options.get("language"))
     results = tuple(_scored(each, files[each.file]) for each in findings.results)
@@ -167,7 +167,7 @@ def _agreement(
 
 def _notes(files: Iterable[FileInfo], results: Sequence[Result]) -> Iterable[str]:
     """
-    What the figures alone do not say.
+    Yields notes on what the figures alone do not say.
     """
     known = [file for file in files if file.reference is not None]
     missing = [file.file for file in files if file.reference is None]

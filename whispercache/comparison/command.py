@@ -1,5 +1,5 @@
 """
-The command ``whispercache compare``: its options, its progress, and what it prints.
+The command ``whispercache compare``: its options, its progress and its output.
 
 A summary goes to stdout, the reports into a directory, everything else to stderr.
 """
@@ -49,7 +49,7 @@ if a file could not be decoded, or a model failed; the others are compared all t
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """
-    Make *parser* that of the command.
+    Adds the command's parameters to *parser*.
     """
     explain(parser, HELP)
     parser.set_defaults(run=run)
@@ -125,7 +125,7 @@ def _compare(options: argparse.Namespace, show: _Show) -> Comparison:
 
 def _references(tables: Sequence[Path]) -> dict[str, Reference] | None:
     """
-    The references of all tables; None without a table.
+    Returns the references of all tables; None without a table.
 
     Raises:
         ValueError: two tables say different things of a file.
@@ -140,7 +140,7 @@ def _references(tables: Sequence[Path]) -> dict[str, Reference] | None:
 
 def _finish(comparison: Comparison, out: Path) -> int:
     """
-    Print the outcome.
+    Prints the outcome, and returns the exit code.
     """
     for failure in comparison.failures:
         sys.stderr.write(f"whispercache: error: {failure.file}: {failure.reason}\n")
@@ -210,7 +210,7 @@ class _Show:
 
     def _left_s(self, fraction: float) -> str:
         """
-        The time to go, as the work so far lets expect.
+        Returns the time to go, estimated from the work so far.
         """
         if fraction <= 0:
             return "-:-- left"
@@ -219,7 +219,7 @@ class _Show:
 
     def close(self) -> None:
         """
-        Remove the bars, and give the terminal its cursor back.
+        Removes the bars, and gives the terminal its cursor back.
         """
         with self._lock:
             if self._bars is not None and not self._is_closed:

@@ -1,5 +1,5 @@
 """
-Gauge: how far memory grew while a model was loaded and at work.
+A gauge of the growth of memory while a model is loaded and at work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ of 30 s lives for tens of milliseconds even in the smallest model.
 
 class Gauge:
     """
-    Looks at the memory of a device again and again, from a thread of its own.
+    A gauge that reads the memory of a device every `LOOK_S`, on a thread of its own.
 
     A context manager; counts from what was in use when it was entered. On the host that
     is this process's own memory, on a card that of all programs.
@@ -72,7 +72,8 @@ class Gauge:
 
     def take_peak(self) -> int | None:
         """
-        Largest growth since the last call, in bytes; None where nothing is measured.
+        Returns the largest growth since the last call, in bytes; None where nothing is
+        measured.
         """
         self._look()
         with self._lock:

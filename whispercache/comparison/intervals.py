@@ -1,5 +1,5 @@
 """
-Intervals: how far a difference may be chance, by the bootstrap over files.
+Confidence intervals of differences, by the bootstrap over files.
 
 Files are drawn with replacement, as often as there are files, and the rate is computed
 again: errors in all drawn files as a share of the words in them. What is drawn is the
@@ -53,7 +53,7 @@ class Count:
 
 def bootstrap(counts: Sequence[Count], resamples: int) -> Interval | None:
     """
-    Interval of the first model's error rate less the second's.
+    Returns the interval of the first model's error rate less the second's.
 
     Files in which nothing was said have a part in it; a draw of them alone has no rate
     and is left out. The same seed each time, so equal files have equal intervals.
@@ -99,7 +99,7 @@ def bootstrap(counts: Sequence[Count], resamples: int) -> Interval | None:
 
 def _tail(n_files: int) -> float:
     """
-    Share of the draws to cut off at each end.
+    Returns the share of the draws to cut off at each end.
     """
     from scipy import stats
 
@@ -111,7 +111,7 @@ def tell_apart(
     first: str, second: str, counts: Sequence[Count], resamples: int
 ) -> Difference:
     """
-    Whether one of two models is better on these files.
+    Returns the difference of two models, and names the better one if there is one.
     """
     words = sum(count.words for count in counts)
     n_files = sum(count.words > 0 for count in counts)
@@ -143,7 +143,7 @@ def tell_apart(
 
 def _points(share: float) -> str:
     """
-    A difference of rates: ``"3.1 points"``, in hundredths of what was said.
+    Returns a difference of rates: ``"3.1 points"``, in hundredths of what was said.
     """
     text = f"{abs(share) * 100:.1f} points"
     return "under 0.1 points" if text == "0.0 points" else text
@@ -151,7 +151,8 @@ def _points(share: float) -> str:
 
 def _span(interval: Interval, wer: float) -> str:
     """
-    An interval as seen by the better one: ``"1.2 to 5.0"``, or past zero in words.
+    Returns an interval from the better model's view: ``"1.2 to 5.0"``, or past zero in
+    words.
     """
     low, high = interval.low, interval.high
     if wer <= 0:

@@ -1,5 +1,5 @@
 """
-Plan: which models take part, and on which files, before the first of them is loaded.
+The models and files that take part, settled before the first model is loaded.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Entrant:
 @dataclass(frozen=True, slots=True)
 class Input:
     """
-    A file, what is in it, and how much.
+    A file, with the hash of its content and its size.
     """
 
     file: str
@@ -72,8 +72,8 @@ def enter(
     load_options: Mapping[str, object],
 ) -> tuple[list[Entrant], list[str], list[ModelFailure]]:
     """
-    The models, each of them once, what a reader should know of that, and those whose
-    files are broken or cannot be had.
+    Returns the models, each of them once; notes on that for readers; and the models
+    whose files are broken or cannot be downloaded.
 
     Blocks: for downloads, which begin when it is clear that there is room for all.
 
@@ -114,7 +114,7 @@ def enter(
 
 def none_left(failures: Sequence[ModelFailure]) -> str:
     """
-    An error's text: which models failed, and why; what they have in common once.
+    Returns an error's text: the models that failed, by reason.
     """
     models: dict[str, list[str]] = {}
     for failure in failures:
@@ -125,7 +125,7 @@ def none_left(failures: Sequence[ModelFailure]) -> str:
 
 def one_line(error: BaseException) -> str:
     """
-    An error as one line.
+    Returns an error as one line.
     """
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -138,7 +138,7 @@ def _plan(
     load_options: Mapping[str, object],
 ) -> tuple[ModelKey, int]:
     """
-    The key of a model, and the bytes that it takes.
+    Returns the key of a model, and the bytes that it takes.
     """
     place = (spec.model, device, spec.compute_type)
     key = cache.get_model(*place, **load_options).key  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def _identity(
 
 def read_inputs(files: Iterable[str]) -> tuple[list[Input], list[Failure]]:
     """
-    The files, and those that cannot be read.
+    Returns the files, and those that cannot be read.
     """
     inputs, failures = [], []
     for file in files:
@@ -196,7 +196,7 @@ def read_inputs(files: Iterable[str]) -> tuple[list[Input], list[Failure]]:
 
 def _distinct(names: Sequence[str]) -> list[str]:
     """
-    *names*, told apart by numbers where they are equal.
+    Returns *names*, with numbers after those that are equal.
     """
     found: list[str] = []
     for name in names:

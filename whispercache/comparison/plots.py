@@ -1,5 +1,5 @@
 """
-Plots: where everything goes in the report's pictures. The template draws them.
+The coordinates of the report's pictures, which the template draws.
 
 Drawn by hand and not by a plotting library: they then follow the reader's light or dark
 theme, their text is text, and there is one dependency less.
@@ -69,7 +69,7 @@ class Box:
 
     def meets(self, other: Box) -> bool:
         """
-        Whether the two have a point in common.
+        True if the two have a point in common.
         """
         return (
             self.left < other.right
@@ -82,7 +82,7 @@ class Box:
 @dataclass(frozen=True, slots=True)
 class Mark:
     """
-    What a bubble or a row shows.
+    The text and colour of a bubble or a row.
 
     Attributes:
         name: The model, shortened to what there is room for.
@@ -112,7 +112,7 @@ class Bubble:
 @dataclass(frozen=True, slots=True)
 class Scatter:
     """
-    Errors against speed.
+    A plot of errors against speed.
     """
 
     frame: Box
@@ -140,7 +140,7 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Whiskers:
     """
-    Error rates, one below the other.
+    A plot of error rates with their intervals, one below the other.
     """
 
     frame: Box
@@ -152,7 +152,7 @@ class Whiskers:
 
 def plots_of(comparison: Comparison) -> tuple[Scatter | None, Whiskers | None]:
     """
-    The report's pictures; None where no errors are known.
+    Returns the report's pictures; None where no errors are known.
     """
     models = [
         (number, model)
@@ -178,7 +178,7 @@ SPAN_WIDTH = 120
 
 def spans_of(differences: Sequence[Difference]) -> tuple[Span | None, ...]:
     """
-    The differences on one scale; None for those without an interval.
+    Returns the differences on one scale; None for those without an interval.
     """
     ends = [
         abs(end)
@@ -274,7 +274,7 @@ def _axis(
     largest: float, start: float, end: float, unit: str
 ) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
     """
-    A scale from 0 to a little above *largest*, and its grid.
+    Returns a scale from 0 to a little above *largest*, and its grid.
     """
     step = _step(max(largest, 1.0) * 1.08)
     top = step * math.ceil(max(largest, 1.0) * 1.08 / step)
@@ -288,7 +288,7 @@ def _axis(
 
 def _step(span: float) -> float:
     """
-    A round distance between lines, for about `_TICKS` of them.
+    Returns a round distance between lines, for about `_TICKS` of them.
     """
     power = 10.0 ** math.floor(math.log10(span / _TICKS))
     return next(
@@ -320,7 +320,8 @@ def _labels(
     points: Sequence[tuple[float, float, float]], names: Sequence[str], frame: Box
 ) -> list[tuple[float, float]]:
     """
-    Where the names go, as starts of their base lines: clear of bubbles and each other.
+    Returns places for the names, as starts of their base lines, clear of bubbles and
+    each other.
     """
     taken = [Box(x - r, y - r, x + r, y + r) for x, y, r in points]
     found = []

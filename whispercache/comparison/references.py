@@ -1,5 +1,5 @@
 """
-References: what is really said in the files, from a table.
+References: the words that are really said in the files, from a table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WITHOUT_HEADER = ("file", "text")
 
 def read_references(path: str | os.PathLike[str]) -> dict[str, Reference]:
     r"""
-    The references in a table: a line for each file, columns divided by tabs.
+    Returns the references in a table: a line for each file, columns divided by tabs.
 
     Either the first line names the columns, ``file`` and ``text`` and perhaps
     ``language``, in any order; or there is no such line, and each has file and text.
@@ -90,7 +90,7 @@ def match_references(
     files: Iterable[str], references: Mapping[str, Reference | str]
 ) -> dict[str, Reference]:
     """
-    The reference of each file that has one.
+    Returns the reference of each file that has one.
 
     A reference belongs to the file of the same path or, if there is none, to the one of
     the same name, in whatever folder.

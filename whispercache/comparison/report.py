@@ -1,5 +1,5 @@
 """
-Report: a comparison as JSON, as a table, and as a page that explains itself.
+Reports of a comparison: JSON, a table, and a page that explains itself.
 
 Transcripts and file names come from elsewhere. In the page all of them are escaped, and
 it allows no script at all; in the table none of them starts a formula.
@@ -43,7 +43,7 @@ _FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - wide ones count too
 
 def write_reports(comparison: Comparison, folder: Path) -> None:
     """
-    Write all reports; each appears only when it is whole.
+    Writes all reports; each appears only when it is whole.
 
     Raises:
         OSError: they cannot be written.
@@ -63,7 +63,8 @@ def write_reports(comparison: Comparison, folder: Path) -> None:
 
 def as_json(comparison: Comparison) -> str:
     """
-    All that was found, with rates that the values compute. Times are in seconds.
+    Returns the whole comparison, with the rates that its values compute. Times are in
+    seconds.
     """
     document = {
         "whispercache": __version__,
@@ -86,7 +87,7 @@ def _with_rates(value: ModelSummary | Result) -> dict[str, object]:
 
 def as_csv(comparison: Comparison) -> str:
     """
-    A row for each model and file.
+    Returns a row for each model and file.
 
     Text that a spreadsheet would take for a formula gets an apostrophe before it.
     """
@@ -145,7 +146,7 @@ def _defused(cell: Cell) -> Cell:
 
 def as_lines(comparison: Comparison) -> Iterator[str]:
     """
-    The outcome in a few lines of plain text, for a terminal.
+    Yields the outcome in a few lines of plain text, for a terminal.
     """
     columns = ("model", "word errors", "characters", "speed", "load", "peak memory")
     rows = [
@@ -184,7 +185,8 @@ def as_lines(comparison: Comparison) -> Iterator[str]:
 @dataclass(frozen=True, slots=True)
 class Heard:
     """
-    What a model made of a file, against what was said or what the first model heard.
+    A model's transcript of a file, with its differences from the reference, or else
+    from the first model's transcript.
     """
 
     result: Result
@@ -212,7 +214,8 @@ class Section:
 
 def as_html(comparison: Comparison) -> str:
     """
-    The page: one file that needs nothing else, for light and dark, without script.
+    Returns the page: one file that needs nothing else, for light and dark, without
+    script.
     """
     import jinja2
 
@@ -275,7 +278,7 @@ def _edits(result: Result, first: Result, file: FileInfo) -> tuple[Edit, ...]:
 
 def _labels(files: Sequence[str]) -> list[str]:
     """
-    Names without folders, where they are enough to tell the files apart.
+    Returns names without folders, where these tell the files apart.
     """
     names = [Path(file).name for file in files]
     return [
@@ -286,7 +289,7 @@ def _labels(files: Sequence[str]) -> list[str]:
 
 def _headline(comparison: Comparison) -> str:
     """
-    The outcome in a sentence or two.
+    Returns the outcome in a sentence or two.
     """
     models = comparison.models
     timed = [model for model in models if model.real_time_factor]

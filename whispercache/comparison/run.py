@@ -1,5 +1,5 @@
 """
-Run: the library call, from names of files and models to a `Comparison`.
+The library call, from names of files and models to a `Comparison`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def compare(
     **options: object,
 ) -> Comparison:
     """
-    Compare models on the same files: errors, speed, memory, and what is chance.
+    Compares models on the same files, and tells errors, speed, memory, and luck.
 
     Temperature 0 alone is the default. faster-whisper's own ladder rolls dice where a
     model is unsure, and then part of a difference would be luck; what it mends, loops

@@ -1,5 +1,5 @@
 """
-Score: how a transcript differs from what was said.
+The score of a transcript: its differences from the words that were said.
 
 Texts are normalised before: case, punctuation and the spelling of numbers are no errors
 of hearing. The rules are those of Whisper's authors.
@@ -34,7 +34,7 @@ _SIGNS = ".%$¢€£"
 @dataclass(frozen=True, slots=True)
 class Score:
     """
-    How one text differs from another; see `Result`.
+    The differences of one text from another; see `Result`.
     """
 
     words: Tally
@@ -45,7 +45,8 @@ class Score:
 @functools.lru_cache(maxsize=4096)
 def normalise(text: str, language: str) -> str:
     """
-    *text* as it is scored: words in lower case, one space between them.
+    Returns *text* in the form that is scored: words in lower case, one space between
+    them.
 
     In English, numbers, contractions and spellings are made alike too. What is in
     brackets is taken out: it tells what happens, not what is said.
@@ -72,7 +73,7 @@ def _normaliser(language: str) -> Callable[[str], str]:
 
 def score(said: str, heard: str, language: str) -> Score:
     """
-    Compare a transcript with what was said.
+    Returns the differences of a transcript from what was said.
 
     Where nothing was said each word heard is an insertion, and where nothing was heard
     each word said is a deletion.
@@ -98,7 +99,7 @@ def score(said: str, heard: str, language: str) -> Score:
 
 def _one_sided(said: str, heard: str) -> Score:
     """
-    A score with an empty side, on which versions of jiwer do not agree.
+    Returns a score with an empty side, on which versions of jiwer do not agree.
     """
     edits = [Edit("delete", said, "")] if said else []
     edits += [Edit("insert", "", heard)] if heard else []

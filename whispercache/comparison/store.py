@@ -1,5 +1,5 @@
 """
-Store: the results so far, in a file that outlives an interrupted run.
+The results so far, in a file that outlives an interrupted run.
 
 One JSON object a line, appended in one write each. Its last line may be torn by a crash
 or a full disk; whatever is no whole record counts as not there.
@@ -30,7 +30,7 @@ _CHUNK_BYTES = 1 << 20
 @dataclass(frozen=True, slots=True)
 class LoadRecord:
     """
-    How one load went; the figures of `ModelSummary`.
+    The figures of one load; those of `ModelSummary`.
 
     Attributes:
         load_s: Seconds of the load.
@@ -47,7 +47,7 @@ class LoadRecord:
 
 def hash_of_file(path: str) -> str:
     """
-    What is in a file, as SHA-256.
+    Returns the SHA-256 of a file's content.
 
     Raises:
         OSError: it cannot be read.
@@ -61,7 +61,8 @@ def hash_of_file(path: str) -> str:
 
 def fingerprint(*parts: object) -> str:
     """
-    Equal for equal parts, in this run and the next; parts are what JSON can say.
+    Returns a text that is equal for equal parts, in this run and the next. The parts
+    are values of JSON.
     """
     text = json.dumps(parts, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -69,7 +70,7 @@ def fingerprint(*parts: object) -> str:
 
 class Store:
     """
-    Results and loads by fingerprint: of what a result depends on, and of a model.
+    Results by the fingerprint of all that they depend on, and loads by that of a model.
 
     Args:
         path: The file, or None to remember for this run only.
@@ -93,19 +94,19 @@ class Store:
 
     def result(self, key: str) -> Result | None:
         """
-        What was found for *key*, if it was.
+        Returns the result for *key*, if there is one.
         """
         return self._results.get(key)
 
     def load(self, model: str) -> LoadRecord | None:
         """
-        How the last load of *model* went, if there was one.
+        Returns the figures of the last load of *model*, if there was one.
         """
         return self._loads.get(model)
 
     def add_result(self, key: str, result: Result) -> None:
         """
-        Keep a result; it is on the disk when this returns.
+        Keeps a result; it is on the disk when this returns.
         """
         self._results[key] = result
         fields = {name: getattr(result, name) for name in _RESULT_FIELDS}
@@ -114,7 +115,7 @@ class Store:
 
     def add_load(self, model: str, load: LoadRecord) -> None:
         """
-        Keep a load, likewise.
+        Keeps the figures of a load, likewise.
         """
         self._loads[model] = load
         self._append({"load": model, **asdict(load)})
@@ -122,7 +123,7 @@ class Store:
     def _append(self, record: Mapping[str, object]) -> None:
         if self._path is None:
             return
-        # ASCII, so that file names which are no text come back as they were.
+        # ASCII, so that file names which are no text are read as they were written.
         line = json.dumps(record).encode() + b"\n"
         with self._path.open("a+b", buffering=0) as file:
             if size := file.seek(0, os.SEEK_END):

@@ -1,8 +1,8 @@
 """
-Turns: each model on each file, model by model.
+The turns of a comparison: each model on each file, model by model.
 
-A model is leased once for all of its files and leaves when they are done, so that the
-models do not disturb each other's figures. What is found is kept at once.
+A model is leased once for all of its files and unloaded when they are done, so that the
+models do not disturb each other's figures. Each result is kept at once.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _WARM_TOKENS = 8
 
 class _ModelFailed(Exception):
     """
-    A model goes no further; its text is why.
+    A failure that ends a model's turn; its text is the reason.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class _Heard:
     """
-    One call, as it was timed.
+    One call with its times.
     """
 
     cues: tuple[Cue, ...]
@@ -63,7 +63,7 @@ class _Heard:
 @dataclass(frozen=True, slots=True)
 class Findings:
     """
-    What a run found, before it is scored.
+    The findings of a run, before they are scored.
 
     Attributes:
         entrants: The models.
@@ -114,11 +114,11 @@ class Run:
     done: int = 0
     spent: float = 0.0
     work: float = 0.0
-    _told: BaseException | None = None  # what whoever watches raised
+    _told: BaseException | None = None  # the listener's own error
 
     def run(self) -> None:
         """
-        Find what is missing; the rest is there.
+        Finds the results that are missing.
         """
         self.done = len(self.entrants) * len(self.inputs)
         for entrant in self.entrants:
@@ -134,8 +134,8 @@ class Run:
 
     def _leave_out(self, entrant: Entrant, failed: _ModelFailed) -> None:
         """
-        Go on without a model. What it has heard is kept for another run, but with other
-        files than the rest it is compared with nothing.
+        Goes on without a model. Its results are kept for another run, but it is
+        compared with nothing, since it has other files than the rest.
         """
         self.failed.append(ModelFailure(entrant.name, str(failed)))
         missing = self._missing(entrant)
@@ -144,7 +144,7 @@ class Run:
 
     def findings(self) -> Findings:
         """
-        What there is now, from this run and earlier ones.
+        Returns all findings, of this run and of earlier ones.
         """
         bad = {failure.file for failure in self.failures}
         out = {failure.model for failure in self.failed}
@@ -183,7 +183,7 @@ class Run:
 
     def _session(self, entrant: Entrant, missing: Sequence[Input]) -> None:
         """
-        Load a model, let it hear the files, and let it go.
+        Loads a model, transcribes the files with it, and unloads it.
 
         Raises:
             _ModelFailed: it could not, or not all of them.
@@ -196,7 +196,7 @@ class Run:
             with Gauge(self.cache.probe, key.device) as gauge:
                 self._hold(entrant, missing, gauge)
         except _ModelFailed as failed:
-            # Their frames hold what is to leave.
+            # Their frames refer to the model that is to be unloaded.
             for error in (failed, failed.__context__):
                 traceback.clear_frames(error.__traceback__ if error else None)
             raise
@@ -237,8 +237,8 @@ class Run:
     @contextmanager
     def _blaming(self, file: str = "") -> Iterator[None]:
         """
-        Take any error for the model's own, but for what whoever watches raises, for a
-        parameter that no model has, and for the end of the cache.
+        Turns any error into the model's own, but for one of the progress listener, a
+        parameter that no model has, and the end of the cache.
         """
         try:
             yield
@@ -269,7 +269,7 @@ class Run:
         self, entrant: Entrant, whisper: WhisperModel, gauge: Gauge
     ) -> LoadRecord:
         """
-        Make the first call, which allocates buffers and opens libraries.
+        Makes the first call, which allocates buffers and opens libraries.
 
         A few words at most: some models tell long stories about silence.
         """
@@ -297,7 +297,7 @@ class Run:
         samples: NDArray[np.float32],
     ) -> _Heard:
         """
-        One file, timed.
+        Transcribes one file, with the times.
         """
         self._tell("listening", entrant, each)
         latency_s, told_s = None, 0.0
@@ -312,7 +312,7 @@ class Run:
             share = segment.end * _RATE_HZ / len(samples)
             self._tell("listening", entrant, each, share)
             told_s += time.perf_counter() - heard_s
-        # Whoever watches takes time too, which is not the model's.
+        # The listener takes time too, which is not the model's.
         work_s = time.perf_counter() - started_s - told_s
         is_told = self.call["language"] is not None
         certainty = None if is_told else float(info.language_probability)
@@ -348,7 +348,7 @@ class Run:
         result: Result | None = None,
     ) -> None:
         """
-        Say how far it is; *share* of the file is done.
+        Reports the progress; *share* of the file is done.
         """
         if self.progress is None:
             return

@@ -1,5 +1,5 @@
 """
-Values: what a comparison found. All of it is frozen and plain.
+The findings of a comparison, as plain frozen values.
 
 Rates are fractions of what was really said: 0.05 are 5 errors in 100 words. A rate is
 None where nothing was said, since errors cannot be a share of nothing.
@@ -35,10 +35,10 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class Reference:
     """
-    What is said in a file, by somebody who knows.
+    The words that are said in a file, by a human's account.
 
     Attributes:
-        text: The words; empty for a file in which nobody speaks.
+        text: The words; empty for a file without speech.
         language: Code, name or locale of the language; None to go by what the models
             detect.
     """
@@ -67,22 +67,22 @@ class Tally:
     @property
     def errors(self) -> int:
         """
-        Substitutions, deletions and insertions.
+        The sum of substitutions, deletions and insertions.
         """
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def said(self) -> int:
         """
-        How many there are in the reference.
+        The number of words, or characters, in the reference.
         """
         return self.hits + self.substitutions + self.deletions
 
     @property
     def rate(self) -> float | None:
         """
-        Errors as a share of what was said, above 1 if much was made up; None if nothing
-        was said.
+        The errors as a share of what was said, above 1 if much was made up; None if
+        nothing was said.
         """
         return self.errors / self.said if self.said else None
 
@@ -134,7 +134,7 @@ class FileInfo:
 @dataclass(frozen=True, slots=True)
 class Result:
     """
-    What one model made of one file.
+    One model's transcript of one file.
 
     Attributes:
         model: Name of the model in this comparison.
@@ -179,21 +179,21 @@ class Result:
     @property
     def wer(self) -> float | None:
         """
-        Word error rate; None without a reference, and where nothing was said.
+        The word error rate; None without a reference, and where nothing was said.
         """
         return self.words.rate if self.words else None
 
     @property
     def cer(self) -> float | None:
         """
-        Character error rate, likewise.
+        The character error rate, likewise.
         """
         return self.characters.rate if self.characters else None
 
     @property
     def real_time_factor(self) -> float | None:
         """
-        Seconds of work for each second of audio: below 1 it keeps up with speech.
+        The seconds of work for each second of audio: below 1 it keeps up with speech.
         """
         return self.work_s / self.duration_s if self.duration_s else None
 
@@ -201,7 +201,7 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Interval:
     """
-    Where a value lies with 95 % confidence, as far as these files can tell.
+    The bounds of a value with 95 % confidence, as far as these files can tell.
     """
 
     low: float
@@ -257,7 +257,7 @@ class ModelSummary:
     @property
     def wer(self) -> float | None:
         """
-        Errors in all files as a share of the words in all files.
+        The errors in all files as a share of the words in all files.
         """
         return self.words.rate if self.words else None
 
@@ -271,7 +271,7 @@ class ModelSummary:
     @property
     def real_time_factor(self) -> float | None:
         """
-        Seconds of work for each second of audio.
+        The seconds of work for each second of audio.
         """
         return self.work_s / self.duration_s if self.duration_s else None
 
@@ -279,7 +279,7 @@ class ModelSummary:
 @dataclass(frozen=True, slots=True)
 class Difference:
     """
-    Two models on the same files: is one really better?
+    The difference of two models on the same files, and whether it is more than luck.
 
     Attributes:
         first: Name of one.
@@ -304,7 +304,7 @@ class Difference:
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """
-    How alike two models hear, whatever was really said.
+    The likeness of two models' transcripts, whatever was really said.
 
     Attributes:
         first: Name of one.
@@ -348,7 +348,7 @@ class ModelFailure:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """
-    Some models on some files.
+    The findings on some models and some files.
 
     Attributes:
         models: The models, in the order in which they were named; without those that
@@ -382,7 +382,7 @@ class Comparison:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """
-    How far a comparison is.
+    The progress of a comparison.
 
     Attributes:
         stage: ``"loading"``, ``"warming up"``, ``"listening"`` or ``"done"``.

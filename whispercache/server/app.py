@@ -1,5 +1,5 @@
 """
-App: the server as one ASGI application.
+The server as one ASGI application.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = ["create_app"]
 
 def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastAPI:
     """
-    The server, for uvicorn or any other ASGI server, in one process: the models are in
-    its memory.
+    Returns the server for uvicorn, or any other ASGI server, in one process: the models
+    are in its memory.
 
     It may be mounted in another application. That does not tell it when it starts and
     ends: it then starts with its first request, and ends with the event loop. To have
@@ -40,7 +40,7 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
 
     Args:
         options: What it offers, and to whom.
-        cache: Where the models are; it is left open. If None, a cache with default
+        cache: The cache of the models; it stays open. If None, a cache with default
             limits, which is closed when the server ends.
 
     Raises:
@@ -84,7 +84,7 @@ def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
         UploadLimit,
         max_bytes=options.max_upload_bytes,
         timeout_s=options.upload_timeout_s,
-        # Those who wait, those who work, and as many again who arrive.
+        # As many as wait and work, and those at work once more for their successors.
         max_at_once=options.max_waiting + 2 * options.parallel * len(options.models),
     )
     app.add_middleware(

@@ -1,5 +1,5 @@
 """
-Audio: OpenAI's transcriptions and translations, as existing clients ask for them.
+OpenAI's transcriptions and translations, as existing clients ask for them.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ Task = Literal["transcribe", "translate"]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Asked:
     """
-    What a client wants heard, and how.
+    A request for a transcript: the task, the format, and the parameters.
     """
 
     task: Task
@@ -81,13 +81,13 @@ class Job:
     @property
     def wants_words(self) -> bool:
         """
-        Whether it is to tell when each word was said.
+        True if each word is to have its times.
         """
         return "word" in self.granularities
 
     def check(self) -> None:
         """
-        See whether it makes sense.
+        Refuses parameters that make no sense together.
 
         Raises:
             ApiError: it does not.
@@ -130,7 +130,7 @@ class Job:
 
     def options(self) -> dict[str, Any]:
         """
-        The same as parameters of ``transcribe``.
+        Returns the same as parameters of ``transcribe``.
         """
         options: dict[str, Any] = {
             "task": self.task,
@@ -146,7 +146,8 @@ class Job:
 
 async def _lifetime() -> AsyncIterator[AsyncExitStack]:
     """
-    What a request takes, until its answer has been sent or its client has left.
+    Yields the stack for all that a request holds, until its answer was sent or its
+    client has left.
     """
     async with AsyncExitStack() as stack:
         yield stack
@@ -210,9 +211,9 @@ async def transcriptions(
     keep_alive: KeepAlive = None,
 ) -> Response | Plain | Verbose:
     """
-    Write down what is said.
+    Writes down speech in its own language.
     """
-    job = Job(
+    asked = Asked(
         task="transcribe",
         kind=response_format,
         language=_code(language),
@@ -222,13 +223,13 @@ async def transcriptions(
         keep_alive=keep_alive or None,
         stream=stream,
     )
-    work = _answer(service, lifetime, file, model, job)
+    work = _answer(service, lifetime, file, model, asked)
     return await while_present(request, work)
 
 
 def _code(language: str | None) -> str | None:
     """
-    The code of a language that was asked for.
+    Returns the code of a language that was asked for.
 
     Raises:
         ApiError: there is no such language.
@@ -258,9 +259,9 @@ async def translations(
     keep_alive: KeepAlive = None,
 ) -> Response | Plain | Verbose:
     """
-    Write down in English what is said in another language.
+    Writes down in English what is said in another language.
     """
-    job = Job(
+    asked = Asked(
         task="translate",
         kind=response_format,
         language=None,
@@ -270,31 +271,35 @@ async def translations(
         keep_alive=keep_alive or None,
         stream=False,
     )
-    work = _answer(service, lifetime, file, model, job)
+    work = _answer(service, lifetime, file, model, asked)
     return await while_present(request, work)
 
 
 async def _answer(
-    service: Service, lifetime: AsyncExitStack, file: UploadFile, name: str, job: Job
+    service: Service,
+    lifetime: AsyncExitStack,
+    file: UploadFile,
+    name: str,
+    asked: Asked,
 ) -> Response | Plain | Verbose:
-    job.check()
+    asked.check()
     offer = service.offer(name)
-    segments, info = await _begin(service, lifetime, file, offer, job)
-    if job.stream:
+    segments, info = await _begin(service, lifetime, file, offer, asked)
+    if asked.stream:
         events = _events(segments, info)
         return StreamingResponse(events, media_type="text/event-stream")
     try:
         heard = [segment async for segment in segments]
     except (LoadFailed, RuntimeError) as error:
-        if job.wants_words and ALIGNMENT_HEADS in str(error):
+        if asked.wants_words and ALIGNMENT_HEADS in str(error):
             raise nonsense(GRANULARITIES, NO_WORDS) from error
         raise
-    if job.kind == "json":
+    if asked.kind == "json":
         return as_plain(heard, info)
-    if job.kind == "verbose_json":
-        return as_verbose(heard, info, job.task, job.granularities)
-    text = "".join(as_lines(heard, info, job.kind))
-    return Response(text, media_type=MEDIA_TYPES[job.kind])
+    if asked.kind == "verbose_json":
+        return as_verbose(heard, info, asked.task, asked.granularities)
+    text = "".join(as_lines(heard, info, asked.kind))
+    return Response(text, media_type=MEDIA_TYPES[asked.kind])
 
 
 async def _begin(
@@ -302,14 +307,14 @@ async def _begin(
     lifetime: AsyncExitStack,
     file: UploadFile,
     offer: Offer,
-    job: Job,
+    asked: Asked,
 ) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
     """
-    Decode, wait for the model, and begin to listen; *lifetime* ends all of it.
+    Decodes, waits for the model, and begins to transcribe; *lifetime* ends all of it.
     """
     known = await run_in_threadpool(offer.knowledge)
-    job.check_model(offer.name, known)
-    if job.wants_words and not await run_in_threadpool(offer.may_tell_words):
+    asked.check_model(offer.name, known)
+    if asked.wants_words and not await run_in_threadpool(offer.may_tell_words):
         raise nonsense(GRANULARITIES, NO_WORDS)
     service.gate.check(offer.name)
     folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="whispercache-"))
@@ -318,10 +323,10 @@ async def _begin(
     left_s = await lifetime.enter_async_context(
         service.gate.turn(offer.name, service.options.timeout_s, audio_s)
     )
-    options = job.options()
+    options = asked.options()
     workload = workload_of(options, None, round(audio_s * _RATE_HZ))
-    check = partial(job.check_model, offer.name) if known is None else None
-    lease = await service.lease(offer, left_s, job.keep_alive, workload, check)
+    check = partial(asked.check_model, offer.name) if known is None else None
+    lease = await service.lease(offer, left_s, asked.keep_alive, workload, check)
     with ExitStack() as held:
         held.callback(lease.release)
         heard = await run_in_threadpool(samples, decoded)
@@ -336,7 +341,7 @@ async def _decode(
     service: Service, file: UploadFile, upload: Path, decoded: Path
 ) -> float:
     """
-    Decode an upload, and keep no more of it than its samples; its seconds.
+    Decodes an upload, keeps no more of it than its samples, and returns its seconds.
     """
     await run_in_threadpool(_save, file, upload)
     try:

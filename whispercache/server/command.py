@@ -1,5 +1,5 @@
 """
-Command: ``whispercache serve``.
+The command ``whispercache serve``.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ def _add_service(add: Callable[..., object]) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help=f"who may use it: a key a line; or ${KEYS_VARIABLE}, with commas; may be "
-        "repeated",
+        help=f"its keys, one a line; or ${KEYS_VARIABLE}, with commas; may be repeated",
     )
 
 
@@ -236,8 +235,8 @@ def _keys(files: Sequence[Path]) -> tuple[str, ...]:
 
 def read_keys(file: Path) -> list[str]:
     """
-    The keys in a file, one a line. What follows a ``#`` at the beginning of a line, or
-    after a space, is a comment.
+    Returns the keys in a file, one a line. Text after a ``#`` at the beginning of a
+    line, or after a space, is a comment.
 
     Raises:
         OSError: it cannot be read.
@@ -255,7 +254,7 @@ def read_keys(file: Path) -> list[str]:
 
 def _warn(options: argparse.Namespace, served: ServerOptions) -> None:
     """
-    Say on stderr where the page is, and what is open to everybody.
+    Says on stderr where the page is, and warns of a server that is open to all.
     """
     names = ", ".join(spec.name for spec in served.offered)
     host = f"[{options.host}]" if ":" in options.host else options.host

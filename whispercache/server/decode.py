@@ -1,5 +1,5 @@
 """
-Uploads are decoded in processes of their own, since nobody knows what is in them.
+Decodes uploads in processes of their own, since they may hold anything.
 
 A file that crashes, stalls or bloats FFmpeg ends one process and one request. What is
 decoded waits for its model in a file, so that waiting requests hold no memory.
@@ -104,7 +104,7 @@ class DecodeTimeout(WhisperCacheError, TimeoutError):
 
 class DecodeCrashed(WhisperCacheError):
     """
-    The process that decoded the upload ended, by a crash or for want of memory.
+    A process that ended while it decoded, by a crash or for want of memory.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class DecodeCrashed(WhisperCacheError):
 
 class DecoderClosed(WhisperCacheError):
     """
-    The decoder was closed before the upload was decoded.
+    A decoder that was closed before the upload was decoded.
     """
 
     def __init__(self, reason: str = "the server is shutting down") -> None:
@@ -134,9 +134,9 @@ class _Lost(Exception):
 
 class Decoder:
     """
-    Processes that decode uploads, one upload each at a time.
+    A pool of processes that decode uploads, one upload each at a time.
 
-    Used in one event loop. It leaves no process, thread or file behind.
+    Used in one event loop. No process, thread or file remains of it.
 
     Args:
         processes: How many uploads are decoded at once; further ones wait.
@@ -189,7 +189,7 @@ class Decoder:
 
     async def start(self) -> None:
         """
-        Start the processes, so that the first upload does not wait for their imports.
+        Starts the processes, so that the first upload does not wait for their imports.
 
         Blocks:
             until the first is up; the others follow at once.
@@ -212,7 +212,7 @@ class Decoder:
 
     async def close(self) -> None:
         """
-        End all processes. Uploads that are being decoded, or wait, fail.
+        Ends all processes. Uploads that are being decoded, or wait, fail.
         """
         self._is_closed = True
         async with self._renewal:
@@ -226,9 +226,9 @@ class Decoder:
 
     async def decode(self, path: Path, target: Path) -> float:
         """
-        Decode the upload *path* into the new file *target*; `samples` reads it.
+        Decodes the upload *path* into the new file *target*; `samples` reads it.
 
-        Whoever cancels it ends the work. Without success there is no *target*.
+        A cancelled call ends the work. Without success there is no *target*.
 
         Returns:
             Seconds of audio.
@@ -260,7 +260,7 @@ class Decoder:
 
     async def _run(self, call: Callable[[], Outcome], timeout_s: float) -> Outcome:
         """
-        What became of *call* in one of the processes.
+        Returns the outcome of *call* in one of the processes.
         """
         async with self._free:
             for _ in range(_ATTEMPTS):
@@ -323,7 +323,7 @@ class Decoder:
 
     async def _sound_pool(self) -> ProcessPool:
         """
-        The pool; a new one if there is none yet, or if the last one broke.
+        Returns the pool; a new one if there is none yet, or if the last one broke.
         """
         async with self._renewal:
             if self._is_closed:
@@ -332,7 +332,7 @@ class Decoder:
                 return self._pool
             if self._pool is not None:
                 await asyncio.to_thread(_end, self._pool)
-            # Known before it starts: whoever is cancelled here leaves it to close().
+            # Noted before it starts: close() ends it where this call is cancelled.
             self._pool = ProcessPool(
                 self.processes,
                 self._uploads_per_process,
@@ -346,7 +346,8 @@ class Decoder:
 
 def samples(target: Path) -> NDArray[np.float32]:
     """
-    What `Decoder.decode` wrote to *target*: float32 (samples,), mono, 16 kHz, in ±1.
+    Returns the samples that `Decoder.decode` wrote to *target*: float32 (samples,),
+    mono, 16 kHz, in ±1.
     """
     import numpy as np
 
@@ -358,7 +359,7 @@ def samples(target: Path) -> NDArray[np.float32]:
 @contextmanager
 def _gone_unless_successful(target: Path) -> Iterator[None]:
     """
-    A new file *target*, removed again if the block fails.
+    Makes the file *target*, and removes it again if the block fails.
     """
     target.touch()
     try:

@@ -1,11 +1,11 @@
 """
-What runs in a decoding process: an upload becomes samples, within limits.
+The work of a decoding process: an upload becomes samples, within limits.
 
 Of what FFmpeg can read, little is let in: the containers and codecs in which people
 send speech. Playlists, manifests, scripts, pictures and subtitles are refused by name
 before they are read, and nothing but the upload itself can be opened.
 
-This module and the one that decodes for everybody import PyAV and the standard library
+This module and the engine's decoder import PyAV and the standard library
 alone, since a new process waits for their imports.
 """
 
@@ -82,7 +82,7 @@ _OPEN_FILES = 64
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """
-    What became of an upload.
+    The result of decoding an upload.
 
     Attributes:
         n_samples: How many were written.
@@ -99,7 +99,7 @@ class Outcome:
 
 class _Refused(Exception):
     """
-    The upload cannot be decoded; the text says why.
+    An upload that cannot be decoded; the text says why.
     """
 
 
@@ -129,7 +129,7 @@ class Context(SpawnContext):
 
 def prepare(memory_bytes: int, output_bytes: int) -> None:
     """
-    Limit this process, once, before its first upload.
+    Limits this process, once, before its first upload.
 
     Args:
         memory_bytes: How much it may take beyond what it has now. Kept on Linux alone.
@@ -146,20 +146,20 @@ def prepare(memory_bytes: int, output_bytes: int) -> None:
 
 def ready() -> Outcome:
     """
-    Nothing decoded: a process that answers is up and limited.
+    Decodes nothing: a process that answers is up and limited.
     """
     return Outcome(0)
 
 
 def decode(path: str, target: str, max_samples: int) -> Outcome:
     """
-    Decode the first audio stream of *path* into *target*: mono, 16 kHz, 16 bit.
+    Decodes the first audio stream of *path* into *target*: mono, 16 kHz, 16 bit.
 
     Args:
         path: The upload. Its name says nothing; its content does.
         target: An existing file, overwritten with the samples as this machine orders
-            their bytes. It is not created here: what a request that has left had
-            removed does not come back.
+            their bytes. It is not created here, since a request that has ended
+            may have removed it.
         max_samples: Decoding ends as soon as there are more.
 
     Raises:
@@ -194,7 +194,7 @@ def _pieces(
     source: io.FileIO, damages: list[AudioDamage]
 ) -> Generator[memoryview, None, None]:
     """
-    All samples of *source*, some at a time; what was lost, if it was, to *damages*.
+    Yields all samples of *source*, some at a time, and adds what was lost to *damages*.
     """
     try:
         with open_audio(
@@ -219,14 +219,14 @@ def _pieces(
 
 def _open_nothing(*_asked: object) -> BinaryIO:
     """
-    Refuse to open what is named inside of an upload.
+    Refuses to open a file that is named inside of an upload.
     """
     raise PermissionError
 
 
 def _end_with_parent() -> None:
     """
-    End this process at once when its parent has ended, even in the midst of decoding.
+    Ends this process at once when its parent has ended, even in the midst of decoding.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -1,5 +1,5 @@
 """
-Drain: how the server ends. What has begun is finished, as far as there is time.
+The orderly end of the server: work that has begun is finished within a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Server", "Unfinished"]
 
 class Server(uvicorn.Server):
     """
-    uvicorn, which first sends those away who wait for their turn.
+    uvicorn that, before it ends, refuses the requests that wait for their turn.
 
     Args:
         config: As for uvicorn.
@@ -36,7 +36,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """
-        Refuse new work, and wait for what has begun.
+        Refuses new work, and waits for the work that has begun.
         """
         self._service.gate.close()
         await super().shutdown(sockets)
@@ -44,8 +44,8 @@ class Server(uvicorn.Server):
 
 class Unfinished:
     """
-    ASGI middleware for requests that the server cancels, as it has no more time for
-    them: 503 if nothing was answered yet. Without it, that is a 500 and a traceback.
+    ASGI middleware that answers requests which the server cancels for lack of time:
+    with 503 if nothing was answered yet. Without it, that is a 500 and a traceback.
 
     Args:
         app: The app behind.
@@ -56,7 +56,7 @@ class Unfinished:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """
-        Pass a request on.
+        Passes a request on.
         """
         is_answered = False
 

@@ -1,5 +1,5 @@
 """
-Errors as clients see them: an HTTP status, and JSON in the shape of OpenAI's API.
+The errors that clients see: an HTTP status, and JSON in the shape of OpenAI's API.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ What nginx calls it, for logs.
 
 class ErrorDetail(BaseModel):
     """
-    What went wrong.
+    A description of the error.
     """
 
     message: str
@@ -113,7 +113,7 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """
-        The answer itself.
+        Returns the answer itself.
         """
         body = ErrorBody(error=self.detail).model_dump()
         return JSONResponse(body, self.status, self.headers)
@@ -121,7 +121,7 @@ class ApiError(Exception):
 
 def _type_of(status: int) -> str:
     """
-    What OpenAI calls errors of that *status*.
+    Returns OpenAI's name for errors of that *status*.
     """
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return "server_error"
@@ -130,7 +130,7 @@ def _type_of(status: int) -> str:
 
 def as_refusal(error: Exception) -> ApiError:
     """
-    What a client is told of an error: never a path of this machine.
+    Returns the answer to a client for an error: never a path of this machine.
     """
     if isinstance(error, WhisperCacheError):
         return _from_cache(error)
@@ -182,7 +182,7 @@ def _unavailable(error: WhisperCacheError) -> ApiError:
 
 def shutting_down() -> ApiError:
     """
-    What is told to clients that come too late.
+    Returns the refusal for clients that come too late.
     """
     message = "the server is shutting down"
     return refused_for_now(503, message, "shutting_down")
@@ -190,7 +190,7 @@ def shutting_down() -> ApiError:
 
 def nonsense(param: str, message: str) -> ApiError:
     """
-    A refusal of a parameter that makes no sense.
+    Returns a refusal of a parameter that makes no sense.
     """
     return ApiError(400, message, code="invalid_value", param=param)
 
@@ -199,7 +199,7 @@ def refused_for_now(
     status: int, message: str, code: str, retry_s: float = RETRY_S
 ) -> ApiError:
     """
-    A refusal that says after how many seconds to try again.
+    Returns a refusal that says after how many seconds to try again.
     """
     headers = {"Retry-After": str(max(1, math.ceil(retry_s)))}
     return ApiError(status, message, code=code, headers=headers)
@@ -230,7 +230,7 @@ async def _failed(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _left(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=_CLIENT_LEFT)  # which nobody reads
+    return Response(status_code=_CLIENT_LEFT)  # for the log alone
 
 
 async def _misshapen(_request: Request, error: Exception) -> JSONResponse:
@@ -270,8 +270,8 @@ async def _other(
 
 def _field_of(place: Sequence[str | int]) -> str:
     """
-    The field to which a place in a request belongs: of one in a list that of the list,
-    without brackets.
+    Returns the field to which a place in a request belongs; of an item of a list, that
+    of the list, without brackets.
     """
     within = place[1:] or place  # after "body", "query" or "path"
     named = next((part for part in within if isinstance(part, str)), place[0])
@@ -280,7 +280,7 @@ def _field_of(place: Sequence[str | int]) -> str:
 
 def _methods(routes: Sequence[BaseRoute], request: Request) -> str:
     """
-    The methods that the path of *request* knows.
+    Returns the methods that the path of *request* has.
     """
     methods: set[str] = set()
     for route in routes:
@@ -291,7 +291,7 @@ def _methods(routes: Sequence[BaseRoute], request: Request) -> str:
 
 def responses(*statuses: int) -> dict[int | str, dict[str, object]]:
     """
-    The errors of a route, for its schema.
+    Returns the errors of a route, for its schema.
     """
     told = {
         400: "The request makes no sense, or the audio cannot be decoded.",

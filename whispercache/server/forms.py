@@ -1,6 +1,6 @@
 """
-Forms: an upload and a handful of short fields. What is no file is kept in memory while
-a request waits, so there must not be much of it.
+Forms of one upload and a few short fields. The fields stay in memory while a request
+waits, so there must not be much of them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SmallForm(APIRoute):
         self,
     ) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """
-        The route's handler, given requests with limits.
+        Returns the route's handler, which gets requests with limits.
         """
         handle = super().get_route_handler()
 
@@ -66,7 +66,7 @@ class SmallForm(APIRoute):
 class _Request(Request):
     def form(self, **_limits: object) -> AwaitableOrContextManager[FormData]:
         """
-        The form, as far as it is within the limits.
+        Returns the form, as far as it is within the limits.
         """
         # FastAPI awaits it, and closes it by itself.
         return cast("AwaitableOrContextManager[FormData]", self._read())
@@ -99,7 +99,7 @@ class _Parser(MultiPartParser):
 
     def on_part_begin(self) -> None:
         """
-        Begins a part. Called by the parser, as the following are.
+        Begins a part. The parser calls this and the following.
         """
         self._header, self._value = bytearray(), bytearray()
         self._name = ""
@@ -107,21 +107,21 @@ class _Parser(MultiPartParser):
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
         """
-        A piece of a header's name.
+        Adds a piece of a header's name.
         """
         self._header += data[start:end]
         super().on_header_field(data, start, end)
 
     def on_header_value(self, data: bytes, start: int, end: int) -> None:
         """
-        A piece of its value.
+        Adds a piece of its value.
         """
         self._value += data[start:end]
         super().on_header_value(data, start, end)
 
     def on_header_end(self) -> None:
         """
-        Give the file the name that it lacks, an empty one.
+        Gives the file the name that it lacks, an empty one.
         """
         if self._header.lower() == b"content-disposition":
             _, options = parse_options_header(bytes(self._value))
@@ -134,7 +134,7 @@ class _Parser(MultiPartParser):
 
     def refusal(self, error: MultiPartException) -> ApiError:
         """
-        The refusal for *error*, with the field at which it came up, if any.
+        Returns the refusal for *error*, with the field in which it came up, if any.
         """
         name = self._name[:_LONGEST_SHOWN]
         message = f"{name}: {error.message}" if name else error.message
@@ -145,7 +145,7 @@ def _in_one_spelling(
     items: Iterable[tuple[str, UploadFile | str]],
 ) -> Iterator[tuple[str, UploadFile | str]]:
     """
-    The fields of a form, with all spellings of the one list among them as one.
+    Yields the fields of a form, with all spellings of its one list replaced by one.
     """
     chosen: dict[str, None] = {}
     is_given = False
@@ -156,13 +156,13 @@ def _in_one_spelling(
         else:
             yield name, value
     if is_given and not chosen:
-        chosen[""] = None  # to be refused: whoever sends it wants something
+        chosen[""] = None  # to be refused: an empty list is no wish
     yield from ((f"{GRANULARITIES}[]", one) for one in chosen)
 
 
 def _listed(text: str) -> Iterator[str]:
     """
-    The values of a list, however it was written: alone, with commas between, as JSON or
+    Yields the values of a list in any notation: alone, with commas between, as JSON or
     as Python prints it. Of an empty one there are none.
     """
     for part in text.strip().strip("[](){}").split(","):
@@ -172,7 +172,7 @@ def _listed(text: str) -> Iterator[str]:
 
 def check_keep_alive(text: str) -> None:
     """
-    See whether *text* is a time in Ollama's words.
+    Refuses a time that is none in Ollama's words.
 
     Raises:
         ApiError: it is none.

@@ -1,9 +1,10 @@
 """
-Gate: whose turn it is with a model.
+The queue of requests for a turn with a model.
 
 A model computes one call after the other, and a call cannot be stopped. Requests hence
-wait here, where they can still be told to go, and where waiting takes no memory and no
-thread; the cache sees those who are next.
+wait here, where they can still be refused, and where waiting takes no memory and no
+thread. The cache sees only those whose turn it is: it shares a model between any number
+of leases, and has no bound for the calls on one.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ __all__ = ["Gate"]
 
 class Gate:
     """
-    Lets so many requests at a time to each model, in the order in which they came, and
-    so much audio to all of them.
+    A queue that admits a number of requests at a time to each model, in the order of
+    their arrival, and a number of seconds of audio to all of them.
 
     For the tasks of one event loop.
 
     Args:
         parallel: Requests at a time, for each model.
         max_waiting: So many wait, for all models together.
-        max_audio_s: Seconds of audio that all who have their turn may bring, as it is
-            in memory then. One alone may bring more.
+        max_audio_s: Seconds of audio of all requests at work, which is in memory. One
+            alone may bring more.
     """
 
     def __init__(self, parallel: int, max_waiting: int, max_audio_s: float) -> None:
@@ -49,7 +50,7 @@ class Gate:
 
     def waiting(self) -> tuple[WaitingInfo, ...]:
         """
-        Who waits, the oldest first.
+        Returns the requests that wait, the oldest first.
         """
         now_s = time.monotonic()
         return tuple(
@@ -60,13 +61,13 @@ class Gate:
     @property
     def is_closed(self) -> bool:
         """
-        Whether it was closed.
+        True once it was closed.
         """
         return self._is_closed
 
     def close(self) -> None:
         """
-        Send those away who wait, and all who come.
+        Refuses the requests that wait, and all that come.
         """
         self._is_closed = True
         for scope in self._since_s:
@@ -74,7 +75,7 @@ class Gate:
 
     def check(self, name: str) -> None:
         """
-        See whether one more may ask for the model of that *name*.
+        Refuses a request for the model of that *name* if too many wait already.
 
         Raises:
             TooManyWaiters: it is taken, and ``max_waiting`` others wait.
@@ -93,8 +94,9 @@ class Gate:
         self, name: str, timeout_s: float, audio_s: float = 0.0
     ) -> AsyncIterator[float]:
         """
-        Have one's turn with the model of that *name*, with *audio_s* seconds of audio,
-        in an ``async with`` block; its value are the seconds left of *timeout_s*.
+        Waits for a turn with the model of that *name* and *audio_s* seconds of audio,
+        and holds it for the ``async with`` block; its value is the seconds left of
+        *timeout_s*.
 
         Raises:
             TooManyWaiters: ``max_waiting`` others wait.
@@ -149,7 +151,7 @@ class _Audio:
 
     def acquire_nowait(self, audio_s: float) -> bool:
         """
-        Take *audio_s* seconds, if nobody waits and there are as many; or nothing.
+        Takes *audio_s* seconds, if they are free and no request waits for others.
         """
         if self._first.locked() or not self._fits(audio_s):
             return False
@@ -158,7 +160,7 @@ class _Audio:
 
     async def acquire(self, audio_s: float) -> None:
         """
-        Take *audio_s* seconds, as soon as there are as many.
+        Takes *audio_s* seconds, as soon as there are as many.
         """
         async with self._first:
             while not self._fits(audio_s):
@@ -168,7 +170,7 @@ class _Audio:
 
     def release(self, audio_s: float) -> None:
         """
-        Give them back.
+        Gives *audio_s* seconds back.
         """
         self._used_s -= audio_s
         self._users -= 1

@@ -1,5 +1,5 @@
 """
-Guard: who may use the server. The first to see a request, before its body is read.
+The guard, which decides on a request before its body is read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HEADERS = {
 
 class Guard:
     """
-    ASGI middleware that lets pass who may.
+    ASGI middleware that passes permitted requests alone.
 
     Three things are asked of a request: a host name that is ours, so that no page can
     rebind its own name to this machine; that no page of another site sent it; and a
@@ -71,7 +71,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """
-        Answer a request, or pass it on.
+        Answers a request, or passes it on.
         """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -107,7 +107,7 @@ class Guard:
 
     def _is_foreign(self, headers: Headers) -> bool:
         """
-        Whether a page of another site sent it. Other programs send neither header.
+        True for a request of another site's page. Other programs send neither header.
         """
         origin = headers.get("origin")
         if ANY_ORIGIN in self._origins:
@@ -133,7 +133,7 @@ class Guard:
 
 def _route_path(scope: Scope) -> str:
     """
-    The path below where the server is mounted.
+    Returns the path below the one where the server is mounted.
     """
     path: str = scope["path"]
     root: str = scope.get("root_path", "").rstrip("/")
@@ -144,7 +144,7 @@ def _route_path(scope: Scope) -> str:
 
 def _parts(url: str) -> SplitResult:
     """
-    The parts of *url*; of one that makes no sense there are none.
+    Returns the parts of *url*; of one that makes no sense there are none.
     """
     try:
         return urlsplit(url)

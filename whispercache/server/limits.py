@@ -1,5 +1,5 @@
 """
-Uploads that are too large, or too slow, are refused before anything reads them whole.
+Limits of uploads: too large or slow ones are refused before they are read whole.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class UploadLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """
-        Pass one request on, within its limits.
+        Passes one request on, within its limits.
         """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -77,7 +77,7 @@ class UploadLimit:
         try:
             await self._app(scope, upload.receive, upload.send)
         except Exception:
-            # How it takes that the client has left is its own affair.
+            # Apps end in various ways when their client has gone.
             if not upload.is_refused:
                 raise
         finally:
@@ -88,7 +88,7 @@ class UploadLimit:
 
 class _Upload:
     """
-    One request: what arrives and what is answered passes through here.
+    One request; its messages, and those of its answer, pass through here.
     """
 
     def __init__(self, limit: UploadLimit, receive: Receive, send: Send) -> None:
@@ -118,7 +118,7 @@ class _Upload:
 
     async def receive(self) -> Message:
         """
-        What the app receives.
+        Returns the next message for the app.
         """
         if self._refusal is not None:
             return {"type": "http.disconnect"}
@@ -140,7 +140,7 @@ class _Upload:
 
     async def send(self, message: Message) -> None:
         """
-        What the app answers; dropped once the upload is refused.
+        Sends the app's answer; drops it once the upload is refused.
         """
         if self._refusal is not None and not self._is_answered:
             return
@@ -149,7 +149,7 @@ class _Upload:
 
     async def answer(self, linger_s: float) -> None:
         """
-        Tell the client of the refusal, unless the app has begun to answer before it.
+        Sends the refusal, unless the app has begun to answer before it.
         """
         if self._is_answered or self._refusal is None:
             return
@@ -180,7 +180,8 @@ def _has_body(headers: Mapping[bytes, bytes]) -> bool:
 
 def _claimed_bytes(headers: Mapping[bytes, bytes]) -> int:
     """
-    The length that a request states; 0 if it states none. A false one is found out.
+    Returns the length that a request states; 0 if it states none. A false one is found
+    out.
     """
     claim = headers.get(b"content-length", b"")
     # No number of more digits is needed, and Python reads none without end.

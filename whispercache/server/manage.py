@@ -1,5 +1,5 @@
 """
-Manage: models as resources, what is in memory, health, metrics, and the page.
+Routes for models as resources, the state of memory, health, metrics, and the page.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Models(BaseModel):
 
 class Done(BaseModel):
     """
-    What was done to a model.
+    The outcome of a change of a model.
     """
 
     model: str
@@ -69,7 +69,7 @@ class Done(BaseModel):
 
 class Health(BaseModel):
     """
-    Whether the server is alive, or ready.
+    The health of the server.
 
     Attributes:
         status: In one word; ``"closing"`` once no more work is taken.
@@ -83,7 +83,7 @@ class Health(BaseModel):
 @router.get("/v1/models", responses=responses(401))
 async def list_models(service: Served) -> Models:
     """
-    The models that are served, in memory or not.
+    Returns the models that are served, in memory or not.
     """
     return Models(data=[Model(id=offer.name) for offer in service.offers])
 
@@ -91,7 +91,7 @@ async def list_models(service: Served) -> Models:
 @router.get("/v1/models/{model:path}", responses=responses(401, 404))
 async def show_model(service: Served, model: str) -> Model:
     """
-    One model that is served.
+    Returns one model that is served.
     """
     service.offer(model)
     return Model(id=model)
@@ -100,8 +100,8 @@ async def show_model(service: Served, model: str) -> Model:
 @router.get("/api/ps", responses=responses(401))
 async def show_processes(service: Served) -> dict[str, object]:
     """
-    What is in memory, where, with how many bytes and leases, idle for how long; who
-    waits; and what happened last.
+    Returns the models in memory with their devices, bytes and leases, the requests that
+    wait, and the last events.
     """
     return {
         "version": __version__,
@@ -121,7 +121,7 @@ async def load(
     request: Request, service: Served, name: str, keep_alive: KeepAlive = None
 ) -> Done:
     """
-    Load a model, and wait until it is in memory.
+    Loads a model, and waits until it is in memory.
     """
     offer = service.offer(name)
     await while_present(request, _load(service, offer, keep_alive))
@@ -137,7 +137,7 @@ async def _load(service: Service, offer: Offer, keep_alive: str | None) -> None:
 @router.post("/api/models/{name:path}/pin", responses=_ASKED)
 async def pin(request: Request, service: Served, name: str) -> Done:
     """
-    Load a model, and keep it, idle or not.
+    Loads a model, and keeps it in memory, idle or not.
     """
     offer = service.offer(name)
     await while_present(request, _pin(service, offer))
@@ -153,7 +153,7 @@ async def _pin(service: Service, offer: Offer) -> None:
 @router.delete("/api/models/{name:path}/pin", responses=_ASKED)
 async def unpin(service: Served, name: str) -> Done:
     """
-    Let a model leave again when it is idle.
+    Ends a pin: the model may be evicted again when it is idle.
     """
     key = service.offer(name).key()
     if key is None or not service.cache.unpin(key.model, key.device, key.compute_type):
@@ -164,8 +164,8 @@ async def unpin(service: Served, name: str) -> Done:
 @router.delete("/api/models/{name:path}", responses=_ASKED)
 async def evict(request: Request, service: Served, name: str) -> Done:
     """
-    Unload a model, pinned or not, and wait until its memory is back. One that works
-    leaves when it is idle.
+    Unloads a model, pinned or not, and waits until its memory is free. A model at work
+    is unloaded when it is idle.
     """
     key = service.offer(name).key()
     if key is None:
@@ -190,7 +190,7 @@ async def evict(request: Request, service: Served, name: str) -> Done:
 )
 async def metrics(request: Request, service: Served) -> Response:
     """
-    Counters, gauges and histograms, as Prometheus reads them.
+    Returns counters, gauges and histograms, as Prometheus reads them.
     """
     try:
         encode, media_type = choose_encoder(request.headers.get("accept", ""))
@@ -204,7 +204,7 @@ async def metrics(request: Request, service: Served) -> Response:
 @health.get("/healthz")
 async def healthz() -> Health:
     """
-    Whether the server is alive.
+    Answers as long as the server is alive.
     """
     return Health(status="alive")
 
@@ -213,8 +213,8 @@ async def healthz() -> Health:
 @health.get("/readyz", responses={503: {"model": Health}})
 async def readyz(service: Served) -> Response:
     """
-    Whether work is taken, and all models have been up that were to be loaded at the
-    start. Those that are not pinned may have left since; they come back when asked for.
+    Tells if work is taken, and if all models were loaded that were to be at the start.
+    Those that are not pinned may have been evicted since; a request reloads them.
     """
     state = Health(status=service.state, pending=service.pending)
     return JSONResponse(state.model_dump(), 200 if state.status == "ready" else 503)
@@ -222,7 +222,7 @@ async def readyz(service: Served) -> Response:
 
 def add_page(app: FastAPI) -> None:
     """
-    Serve the page at ``/``.
+    Serves the page at ``/``.
     """
 
     @app.head("/", include_in_schema=False)

@@ -1,5 +1,5 @@
 """
-Offers: the models that a server has on its list, by the names that clients use.
+The models that a server has on its list, by the names that clients use.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Offer:
 
     def key(self) -> ModelKey | None:
         """
-        The model's key, as far as it is known without a download.
+        Returns the model's key, as far as it is known without a download.
         """
         return self._cache.known_key(*self.place)
 
     def knowledge(self) -> Knowledge | None:
         """
-        The languages that it has tokens for; None if a download would have to tell.
-        Blocks for some system calls, but not while it is in memory.
+        Returns the languages that the model has tokens for; None if only a download
+        would tell. Blocks for some system calls, but not while the model is in memory.
 
         Raises:
             WhisperCacheError: its files are gone, or broken.
@@ -69,8 +69,8 @@ class Offer:
 
     def may_tell_words(self) -> bool:
         """
-        Whether its files name attention heads that tell when words are said; true, too,
-        while that is not known without a download. Blocks: for some system calls.
+        True if its files name attention heads for the times of words, and as long as
+        only a download would tell. Blocks: for some system calls.
         """
         key = self.key()
         if key is None:
@@ -85,7 +85,7 @@ class Offer:
 
     def fetch(self) -> None:
         """
-        Have its files on this machine. Blocks, through a download if it takes one.
+        Downloads the model's files, if they are not on this machine. Blocks.
 
         Raises:
             LoadFailed: they cannot be had.
@@ -95,8 +95,8 @@ class Offer:
 
 class Offers:
     """
-    All models on the list. Names are looked up, never interpreted: whatever a client
-    sends, only what is on the list is opened.
+    All models on the list. Names are looked up, never interpreted: only what is on the
+    list is opened, whatever a client sends.
 
     Args:
         specs: The models; the first also answers to `OPENAI_NAME`, unless one has that
@@ -120,13 +120,13 @@ class Offers:
 
     def find(self, name: str) -> Offer | None:
         """
-        The model of that name, or alias of a name.
+        Returns the model of that name, or alias of a name.
         """
         return self._offers.get(name) or self._aliases.get(name)
 
     def name_of(self, key: ModelKey) -> str:
         """
-        What clients call a model in memory.
+        Returns the clients' name of a model in memory.
         """
         for offer in self:
             found = offer.key()
@@ -138,8 +138,8 @@ class Offers:
 
 def _other_names(spec: ModelSpec) -> Iterator[str]:
     """
-    Other names of a known size that is served under one of its own: ``"large"`` and
-    ``"whisper-large-v3"`` are ``"large-v3"``.
+    Yields other names of a known size that is served under one of its own: ``"large"``
+    and ``"whisper-large-v3"`` are ``"large-v3"``.
     """
     size, _, kind = spec.name.partition(":")
     canonical = _SIZES.get(size)

@@ -1,5 +1,5 @@
 """
-Options: what a server offers, to whom, and how much of it.
+The options of a server: its models, its limits, and its permissions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ABOVE_0 = (
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """
-    How a server behaves; see `create_app`.
+    The behaviour of a server; see `create_app`.
 
     Attributes:
         models: The models that it offers, as texts (``"base"``, ``"base:int8"``,
@@ -43,7 +43,7 @@ class ServerOptions:
         device: Where they run: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         preload: Names of models to load at the start; ready once all are.
         pin: Names of those to keep, idle or not; they are loaded at the start, too.
-        keys: Whoever presents one of these may use the server; everybody if empty.
+        keys: Requests need one of these; none if empty.
         hosts: Names by which clients may address it, as protection against pages that
             rebind a name of theirs to this machine; any if empty.
         origins: Origins of other sites whose pages may use it, as browsers send them:
@@ -139,7 +139,7 @@ def _check_origin(origin: str) -> None:
 
 def _as_browsers_spell(site: str) -> str:
     """
-    The origin of pages at an address; nothing if that is none.
+    Returns the origin of pages at an address; nothing if that is none.
 
     Source: "serialization of an origin" in the HTML and URL standards.
     """
@@ -164,7 +164,7 @@ def _as_browsers_spell(site: str) -> str:
 
 def _host(name: str) -> str:
     """
-    A host as in an origin: small letters, names of other alphabets in ASCII.
+    Returns a host as in an origin: small letters, names of other alphabets in ASCII.
 
     Raises:
         ValueError: it is none.

@@ -1,5 +1,5 @@
 """
-Presence: work for a client goes on only while the client is there.
+Work for a client, which ends when the client hangs up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 async def while_present(request: Request, work: Coroutine[None, None, T]) -> T:
     """
-    The result of *work*, which is cancelled if the client hangs up.
+    Returns the result of *work*, which is cancelled if the client hangs up.
 
     The request's body must have been read.
 
@@ -40,7 +40,7 @@ async def while_present(request: Request, work: Coroutine[None, None, T]) -> T:
             task.cancel()
         await asyncio.wait((working, leaving))
         if not working.cancelled():
-            working.exception()  # nobody is left to be told
+            working.exception()  # or asyncio would log that none had read it
 
 
 async def _left(request: Request) -> None:

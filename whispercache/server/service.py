@@ -1,5 +1,5 @@
 """
-Service: what a server holds while it runs. Routes find it in their application.
+The parts of a server while it runs. Routes find them in their application.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Service:
         # Where it runs: the loop, and what was started there without the server's word.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: asyncio.Future[None] | None = None
-        self._upkeep: asyncio.Task[None] | None = None
+        self._background: asyncio.Task[None] | None = None
         # Not the loop's own pool, for which the end of the loop waits. Threads are made
         # when they are needed: for calls one for each turn at the gate, for downloads
         # one for each model.
@@ -118,7 +118,7 @@ class Service:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """
-        All that runs while the server does, in an ``async with`` block.
+        Runs all parts of the server in an ``async with`` block.
         """
         cache = self.cache.cache
         # An application may be started again, as by test clients.
@@ -143,8 +143,8 @@ class Service:
 
     async def ensure_running(self) -> None:
         """
-        Start what runs while the server does, where nobody has: no framework tells an
-        application that is mounted in another one that this starts. It then runs for as
+        Starts the parts of a server that was not started: no framework tells an
+        application that is mounted in another one of its start. They then run for as
         long as the event loop does.
 
         Raises:
@@ -156,7 +156,7 @@ class Service:
         if self._started is None or self._started.get_loop() is not loop:
             self._started = loop.create_future()
             # Kept, or it would be collected; the end of the loop cancels it.
-            self._upkeep = loop.create_task(self._run_on(self._started))
+            self._background = loop.create_task(self._run_on(self._started))
         await asyncio.shield(self._started)
 
     async def _run_on(self, started: asyncio.Future[None]) -> None:
@@ -169,12 +169,12 @@ class Service:
                 raise
             started.set_exception(error)
         finally:
-            started.cancel()  # whoever waits; nothing happens where it is done
+            started.cancel()  # nothing happens where it is done
             self._started = None
 
     async def _load_at_start(self, name: str) -> None:
         """
-        Load a model, again and again if it fails: files and memory may come.
+        Loads a model, again and again if that fails: files and memory may come.
         """
         offer = self.offers.find(name)
         assert offer is not None, name
@@ -196,7 +196,8 @@ class Service:
     @property
     def state(self) -> Literal["ready", "loading", "closing"]:
         """
-        Whether it takes work, and has loaded what it should at the start.
+        The server's state: whether it takes work, and has loaded the models for its
+        start.
         """
         if self.gate.is_closed or self.cache.is_closed:
             return "closing"
@@ -204,7 +205,7 @@ class Service:
 
     def snapshot(self) -> Snapshot:
         """
-        What the cache and the gate are doing now.
+        Returns the state of the cache and of the gate.
         """
         assert self._watch is not None, "the server is not running"
         seen = self._watch.snapshot()
@@ -219,7 +220,8 @@ class Service:
         check: Callable[[Knowledge | None], None] | None = None,
     ) -> Lease:
         """
-        A lease on a model, downloaded and loaded if need be; see `ModelCache.lease`.
+        Returns a lease on a model, downloaded and loaded if need be; see
+        `ModelCache.lease`.
 
         Args:
             offer: The model.
@@ -251,8 +253,9 @@ class Service:
 
     async def _fetch(self, offer: Offer) -> None:
         """
-        Have a model's files here. All who want them wait for one download, on a thread
-        that is none of those for calls: it may take long, or for ever.
+        Downloads a model's files if they are missing. Requests for the same model share
+        one download, on a thread that is none of those for calls: it may take long, or
+        for ever.
         """
         fetching = self._fetching.get(offer.name)
         if fetching is None:
@@ -260,14 +263,14 @@ class Service:
             fetching = loop.run_in_executor(self._fetchers, offer.fetch)
             self._fetching[offer.name] = fetching
             fetching.add_done_callback(lambda _: self._fetching.pop(offer.name))
-        # Whoever leaves does not end it for the others. What went wrong is told by the
-        # lease, which may fall back.
+        # A request that is cancelled does not end it for the others. What went wrong is
+        # told by the lease, which may fall back.
         await asyncio.wait((fetching,))
         fetching.exception()
 
     def offer(self, name: str) -> Offer:
         """
-        The model that clients call *name*.
+        Returns the model that clients call *name*.
 
         Raises:
             ApiError: there is none.

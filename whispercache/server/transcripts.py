@@ -40,7 +40,7 @@ MEDIA_TYPES = {
 
 class Usage(BaseModel):
     """
-    What was worked through.
+    The amount of audio that was worked through.
     """
 
     type: Literal["duration"] = "duration"
@@ -58,7 +58,7 @@ class Plain(BaseModel):
 
 class VerboseWord(BaseModel):
     """
-    A word, and when it was said, in seconds.
+    A word with its times, in seconds.
     """
 
     word: str
@@ -68,7 +68,7 @@ class VerboseWord(BaseModel):
 
 class VerboseSegment(BaseModel):
     """
-    A stretch of speech, as Whisper tells of it.
+    A stretch of speech with Whisper's own figures.
     """
 
     id: int
@@ -99,7 +99,7 @@ class Verbose(BaseModel):
 
 def text_of(segments: Sequence[Segment]) -> str:
     """
-    All that was said.
+    Returns the whole text.
     """
     return "".join(segment.text for segment in segments).strip()
 
@@ -110,7 +110,7 @@ def usage_of(info: TranscriptionInfo) -> Usage:
 
 def as_plain(segments: Sequence[Segment], info: TranscriptionInfo) -> Plain:
     """
-    The text alone.
+    Returns the text alone.
     """
     return Plain(text=text_of(segments), usage=usage_of(info))
 
@@ -122,7 +122,7 @@ def as_verbose(
     granularities: Sequence[str],
 ) -> Verbose:
     """
-    The text with its segments, its words, or both.
+    Returns the text with its segments, its words, or both.
     """
     has_words = "word" in granularities
     return Verbose(
@@ -163,7 +163,7 @@ def as_lines(
     segments: Sequence[Segment], info: TranscriptionInfo, kind: str
 ) -> Iterator[str]:
     """
-    The text as ``"text"``, ``"srt"`` or ``"vtt"``.
+    Yields the text as ``"text"``, ``"srt"`` or ``"vtt"``.
     """
     if kind == "text":
         yield f"{text_of(segments)}\n"
@@ -175,7 +175,7 @@ def as_lines(
 
 def as_event(kind: str, **fields: object) -> bytes:
     """
-    One server-sent event.
+    Returns one server-sent event.
     """
     document = {"type": kind, **fields}
     return f"event: {kind}\ndata: {json.dumps(document)}\n\n".encode()

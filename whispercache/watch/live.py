@@ -1,5 +1,5 @@
 """
-Live: what a cache is doing at this moment, for people who watch it.
+Snapshots of a cache, for people who watch it.
 
 One value, `Snapshot`, is what the terminal view shows, what the server's page draws,
 and what ``GET /api/ps`` answers. `Watch` takes them of a cache, and remembers the last
@@ -64,39 +64,39 @@ _HUGE = 2**60
 
 class Watchable(Protocol):
     """
-    A cache, as far as it is watched.
+    The methods of a cache that are needed to watch it.
     """
 
     def stats(self) -> Stats:
         """
-        Counters since it was made.
+        Returns counters since it was made.
         """
 
     def models(self) -> tuple[ModelInfo, ...]:
         """
-        The models in memory, or on their way in or out.
+        Returns the models in memory, or being loaded or unloaded.
         """
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """
-        The devices that were used.
+        Returns the devices that were used.
         """
 
     def waiting(self) -> tuple[WaitingInfo, ...]:
         """
-        The requests that wait.
+        Returns the requests that wait.
         """
 
     def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """
-        Call *listener* with each event; returns how to end that.
+        Calls *listener* with each event; returns a function that ends that.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class LiveEvent:
     """
-    Something that happened.
+    An event in words.
 
     Attributes:
         number: Counts up, so that a reader knows which it has seen.
@@ -225,7 +225,7 @@ def _made(hint: Any, given: Any) -> object:  # noqa: ANN401 - as JSON gives it
 
 class Watch:
     """
-    Takes snapshots of a cache, and remembers what happened in between.
+    A source of snapshots of a cache, which remembers the events in between.
 
     Safe to use from any thread. A context manager that ends on exit.
 
@@ -256,7 +256,7 @@ class Watch:
             name = event.device
         last = self._events[-1] if self._events else None
         if kind == "granted" and last and (last.kind, last.model) == ("loaded", name):
-            return  # to whoever asked for the load, which tells as much
+            return  # to the request that asked for the load
         number = next(self._numbers)
         self._events.append(LiveEvent(number, self._clock(), kind, name, text))
 
@@ -284,7 +284,7 @@ class Watch:
 
     def close(self) -> None:
         """
-        Watch no longer.
+        Ends the subscription to events.
         """
         self._unsubscribe()
 
@@ -307,7 +307,7 @@ _CAUSES = {
 
 def _sentence(event: Event) -> tuple[str, str]:
     """
-    The kind of an event, and what it says.
+    Returns the kind of an event, and a sentence about it.
     """
     if isinstance(event, ModelLoading):
         return "loading", f"loads into {format_bytes(event.reserved_bytes)}"

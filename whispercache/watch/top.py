@@ -1,5 +1,5 @@
 """
-Top: what a cache is doing, live in a terminal; of this process or of a server.
+The live view in a terminal, of a cache in this process or of a server.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def view(
     snapshot: Snapshot, *, trouble: str = "", height: int | None = None
 ) -> RenderableType:
     """
-    A snapshot for rich to print, as wide as the console. Pure.
+    Returns a snapshot for rich to print, as wide as the console.
 
     Args:
         snapshot: What to show.
@@ -68,7 +68,7 @@ def watch(
     console: Console | None = None,
 ) -> None:
     """
-    Show what *source* tells until Ctrl-C; blocks. Without a terminal, show it once.
+    Shows the snapshots of *source* until Ctrl-C; blocks. Without a terminal, shows one.
 
     In a terminal, errors of *source* are shown until it answers again.
 
@@ -96,7 +96,7 @@ def watch(
 
 def remote(url: str, key: str | None = None) -> Callable[[], Snapshot]:
     """
-    Snapshots of the server at *url*, for `watch`.
+    Returns a source of snapshots of the server at *url*, for `watch`.
 
     Args:
         url: Where it is, as in ``"http://127.0.0.1:8000"``.
@@ -123,7 +123,7 @@ def remote(url: str, key: str | None = None) -> Callable[[], Snapshot]:
 
 def _ask(address: str, key: str | None) -> bytes:
     """
-    The body of the answer.
+    Returns the body of the answer.
     """
     from http.client import HTTPException
     from urllib.error import HTTPError
@@ -131,7 +131,7 @@ def _ask(address: str, key: str | None) -> bytes:
 
     class Stay(HTTPRedirectHandler):
         """
-        Follows nobody elsewhere, since the key would come along.
+        A handler that follows no redirection, since the key would go along.
         """
 
         def redirect_request(self, *_request: object) -> None:
@@ -175,7 +175,7 @@ def _read(body: bytes, address: str) -> Snapshot:
 
 class _View:
     """
-    A snapshot as rich prints it; see `view`.
+    A snapshot that rich can print; see `view`.
     """
 
     def __init__(self, snapshot: Snapshot, trouble: str, height: int | None) -> None:
@@ -249,7 +249,7 @@ class _View:
 
     def _bar(self, device: DeviceInfo, marks: _Marks, width: int) -> Text:
         """
-        A device's memory, each model in it by its number in the table.
+        Returns a device's memory as a bar, with each model's number in the table.
         """
         scale_bytes = max(device.capacity_bytes, device.charged_bytes, 1)
         bar, end_bytes = marks.line(), 0
@@ -328,7 +328,7 @@ class _View:
 
 class _Marks:
     """
-    What a terminal of some encoding can show.
+    The marks that a terminal of some encoding can show.
     """
 
     def __init__(self, encoding: str) -> None:
@@ -346,7 +346,7 @@ class _Marks:
 
     def fill(self, model: ModelInfo) -> str:
         """
-        What a model's part of a bar is made of.
+        Returns the mark for a model's part of a bar.
         """
         if model.state != "resident":
             return self._moving
@@ -354,13 +354,14 @@ class _Marks:
 
     def text(self, text: str) -> str:
         """
-        *text* as far as the terminal can show it.
+        Returns *text* as far as the terminal can show it.
         """
         return _printable(text).encode(self._encoding, "replace").decode(self._encoding)
 
     def line(self, *parts: str | tuple[str, str]) -> Text:
         """
-        One line of text, cut off at the end of the terminal. Nothing in it is markup.
+        Returns one line of text, cut off at the end of the terminal. Nothing in it is
+        markup.
         """
         from rich.text import Text
 
@@ -373,7 +374,8 @@ class _Marks:
 
 def _rank(device: str) -> tuple[bool, int, str]:
     """
-    Cards come first, by number; the host, which every load passes through, last.
+    Returns a sort key: cards first, by number, and the host, which every load uses,
+    last.
     """
     return device == "cpu", len(device), device
 
@@ -404,7 +406,7 @@ def _follow(
     source: Callable[[], Snapshot], interval_s: float, console: Console
 ) -> None:
     """
-    Show what *source* tells, for ever.
+    Shows the snapshots of *source* for ever.
     """
     from rich.live import Live
     from rich.text import Text
@@ -427,7 +429,8 @@ def _follow(
 
 def _printable(text: str) -> str:
     """
-    *text* without what would steer a terminal, end its line, or turn it around.
+    Returns *text* without characters that steer a terminal, end its line, or reverse
+    it.
     """
     return "".join(
         "\N{REPLACEMENT CHARACTER}"
