@@ -59,6 +59,7 @@ def error_line(error: BaseException) -> str:
     Returns an error as the one line that the user sees.
     """
     text = str(error) or type(error).__name__
+    # Python's own text begins with the error's number.
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     return f"whispercache: error: {' '.join(text.split())}"
@@ -107,6 +108,7 @@ def interruptible(
     Raises:
         BaseException: whatever *work* raises.
     """
+    # Not an executor, whose threads the end of the interpreter waits for.
     done: Future[_T] = Future()
 
     def run() -> None:
@@ -123,4 +125,5 @@ def interruptible(
         return done.result()
     except KeyboardInterrupt:
         interrupted()
+        # Past all cleaning up, which would wait for the model.
         os._exit(INTERRUPTED)

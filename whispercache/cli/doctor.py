@@ -77,10 +77,12 @@ def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
 
     Blocks: for the imports of the libraries that run the models, about a second.
     """
+    # All of them first: the rest depends on their being there.
     libraries = list(_libraries())
     yield from libraries
     has_libraries = all(finding.mark == "works" for finding in libraries)
     if has_libraries:
+        # Only where faster-whisper is, which needs it.
         yield _onnxruntime()
         yield _arithmetic("cpu", loader)
     yield _host(probe)
@@ -104,6 +106,7 @@ def show(findings: list[Finding], console: Console) -> None:
     from rich.text import Text
 
     plain = not console.encoding.startswith("utf")
+    # Each mark has a sign as well as a colour.
     marks = {
         "works": Text("+" if plain else "✓", "green"),
         "note": Text("-" if plain else "·", "dim"),
@@ -149,6 +152,7 @@ def _onnxruntime() -> Finding:
     Not imported: that is what would begin to tell.
     """
     # It comes from one of several packages, for example onnxruntime-gpu.
+    # None of ours requires it by name; it comes with faster-whisper.
     name = next(iter(packages_distributions().get("onnxruntime", ())), None)
     if name is None:
         return Finding(
@@ -180,6 +184,7 @@ def _host(probe: MemoryProbe) -> Finding:
     reading = probe.read("cpu")
     machine_bytes = psutil.virtual_memory().total
     limit = "no control group limits it"
+    # A container's share counts, and not the machine.
     if reading.total_bytes < machine_bytes:
         limit = (
             f"a control group's limit; the machine has {format_bytes(machine_bytes)}"
@@ -202,6 +207,7 @@ def _hub_cache() -> Iterator[Finding]:
     elsewhere = "set HF_HOME to a folder on another disk"
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         yield Finding("wrong", "hub cache", f"{text}; not writable", elsewhere)
+    # No error: small models still fit.
     elif free_bytes < SMALL_DISK_BYTES:
         mend = f"large models take 3 GiB: make room, or {elsewhere}"
         yield Finding("note", "hub cache", text, mend)
@@ -226,6 +232,7 @@ def _no_card(probe: MemoryProbe) -> Iterator[Finding]:
     try:
         probe.read("cuda:0")
     except DeviceUnavailable as error:
+        # An empty or odd value hides all cards, mostly on purpose.
         is_hidden = "CUDA_VISIBLE_DEVICES" in os.environ
         yield from _driver()
         what, _, mend = error.reason.partition("; ")
@@ -266,6 +273,7 @@ def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
     Yields the cards that CTranslate2 can use, of those that the driver has.
     """
     seen = [device for device in loader.devices() if device != "cpu"]
+    # The driver has more than CTranslate2 can use.
     if set(cards) - set(seen):
         seen_of = f"CTranslate2 sees {len(seen)} of {len(cards)} GPUs"
         yield Finding("wrong", "CUDA", seen_of, _mend_cuda(driver_version()))
@@ -290,6 +298,7 @@ def _cublas(devices: Sequence[str]) -> Iterator[Finding]:
         yield Finding("wrong", "cuBLAS", what, mend)
         return
     reasons = [reason for device in devices if (reason := cublas_reason(device))]
+    # Cards of one kind have one reason.
     for reason in dict.fromkeys(reasons):
         yield Finding(
             "wrong",

@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = options.run
         code = run(options)
+        # Here, where a broken pipe can still be told from other errors.
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes once more when it ends, and would complain.
@@ -116,6 +117,7 @@ def script() -> NoReturn:
     """
     code = main()
     last = threading.Timer(EXIT_S, os._exit, (code,))
+    # Or it would itself be waited for.
     last.daemon = True
     last.start()
     sys.exit(code)
@@ -298,10 +300,12 @@ def _models(options: argparse.Namespace) -> int:
 def _top(options: argparse.Namespace) -> int:
     from whispercache.watch.top import remote, view, watch
 
+    # A file that was named wins.
     key = os.environ.get(KEY_VARIABLE)
     if options.key_file is not None:
         key = serve.read_keys(options.key_file)[0]
     source = remote(options.url, key)
+    # "1s", as all times here.
     interval_s = parse_duration(options.interval, "--interval")
     if not 0 < interval_s < math.inf:
         raise ValueError("--interval must be a time above 0, such as 500ms")
@@ -331,5 +335,6 @@ def _print(show: Callable[[Console], None]) -> None:
     console = Console(highlight=False, emoji=False)
     with console.capture() as captured:
         show(console)
+    # rich fills lines up with spaces.
     lines = (line.rstrip() for line in captured.get().splitlines())
     sys.stdout.writelines(f"{line}\n" for line in lines)

@@ -98,10 +98,12 @@ def survey(
     # If there is no card, its reading says why.
     all_of = {"auto": (*cards, "cpu"), "cuda": cards or ("cuda:0",)}
     devices = all_of.get(device, (device,))
+    # Loads to a GPU pass through the host's memory, too.
     host = _place("cpu", probe)
     found = []
     for each in devices:
         place = host if each == "cpu" else _place(each, probe)
+        # What such hardware mostly has, where CTranslate2 cannot be asked.
         supported = TYPICAL_COMPUTE_TYPES[each.partition(":")[0]]
         try:
             supported = loader.supported_compute_types(each)
@@ -174,9 +176,11 @@ def _place(device: str, probe: MemoryProbe, trouble: str = "") -> Place:
 
 
 def _size(model: str, compute_type: str, place: Place, host: Place) -> Size:
+    # By the architecture alone: no model is downloaded for a table.
     predicted = estimate(ARCHITECTURES[model], compute_type, place.device)
     footprint = reserved(predicted, place.device)
     fits = (
+        # Both must have room.
         footprint.total_bytes <= place.usable_bytes
         and footprint.host_loading_bytes <= host.usable_bytes
     )
@@ -209,6 +213,7 @@ def _table(sizes: list[Size], console: Console) -> Table:
     for model in MODELS:
         cells = [_cell(size, console) for size in sizes if size.model == model]
         if family and _family(model) != family:
+            # Sizes apart from each other.
             table.add_section()
         family = _family(model)
         table.add_row(model, *cells)

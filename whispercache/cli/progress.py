@@ -49,6 +49,7 @@ class Bar:
         if self._progress is None:
             return
         if self._task is not None:
+            # One line, for the work at hand.
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(
             work, start=False, total=None, stage="reading", reached_after_s=0.0
@@ -71,6 +72,7 @@ class Bar:
             self._progress.start_task(self._task)
         for cue in cues:
             if self._progress is not None and self._task is not None:
+                # rich's own estimate takes bursts for speed.
                 elapsed_s = self._progress.tasks[0].elapsed or 0.0
                 self._progress.update(
                     self._task,
@@ -84,6 +86,7 @@ class Bar:
         """
         Removes the line while something else is written to the terminal.
         """
+        # stdout may be the same terminal.
         if self._progress is None or not self._progress.live.is_started:
             yield
             return

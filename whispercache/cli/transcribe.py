@@ -81,12 +81,14 @@ class _Transcription:
         Transcribes all files with all models, and returns the exit code.
         """
         options = self.options
+        # Each once, in order.
         files = list(dict.fromkeys(options.files))
         with ModelCache(
             vram=options.vram,
             ram=options.ram,
             variants=not options.no_variants,
         ) as cache:
+            # Before the first is loaded, all are known to exist and to fit.
             models = self._models(cache)
             if options.output_dir is not None:
                 options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -100,8 +102,10 @@ class _Transcription:
             stems = _distinct(Path(file).stem for file in files)
             for name, model in models.items():
                 for file, stem in zip(files, stems, strict=True):
+                    # Broken once, broken for the next model too.
                     if file not in self.bad:
                         self._one(file, stem, name, model)
+                # Its turn is over; the next one has the memory.
                 cache.evict(model.key.model)
         return WRONG_USE if self.bad else 0
 
@@ -185,6 +189,7 @@ class _Transcription:
             "task": options.task,
             "beam_size": options.beam_size,
         }
+        # Left out otherwise, since batches have it on by default.
         if options.vad:
             call["vad_filter"] = True
         if options.batch_size is not None and options.format != "txt":
@@ -196,6 +201,7 @@ class _Transcription:
         """
         Writes to stdout, piece by piece as they come.
         """
+        # One text needs no heading.
         several = len(self.options.files) > 1 or len(self.options.models) > 1
         if several and self.options.format != "json":
             pieces = chain([f"==> {heading} <==\n"], pieces, ["\n"])
@@ -208,6 +214,7 @@ class _Transcription:
         """
         Writes a file that appears only when it is whole.
         """
+        # Beside it, since a rename works within one disk.
         self.partial = target.with_name(f"{target.name}.partial")
         try:
             with self.partial.open(

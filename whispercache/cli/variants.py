@@ -253,6 +253,7 @@ def _built(loader: FasterWhisperLoader, name: str, compute_type: str) -> str:
     """
     model = canonical_model(name)
     files = loader.locate(model, {}, download=True)
+    # With download=True there are files, or an error.
     assert files is not None and isinstance(files.source, ModelHeader)
     source = Origin(model, files.source, files.stamp)
     weight = DTYPES[compute_type][0]
@@ -262,6 +263,7 @@ def _built(loader: FasterWhisperLoader, name: str, compute_type: str) -> str:
         kind = _kind(source, compute_type)
         if kind is None:
             return f"{title}: not needed, its file is {weight} already"
+        # Another process may have built it meanwhile; build() looks again.
         there = variants.find(source, kind)
         if there is not None:
             return f"{title}: there already, {format_bytes(_bytes_in(there))}"

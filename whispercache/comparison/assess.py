@@ -44,6 +44,7 @@ def assess(
     """
     files = _files(findings.results, references, options.get("language"))
     results = tuple(_scored(each, files[each.file]) for each in findings.results)
+    # Without those that failed, which are compared with nothing.
     names = [entrant.name for entrant in findings.entrants]
     by_model = {
         name: {each.file: each for each in results if each.model == name}
@@ -52,6 +53,7 @@ def assess(
     pairs = list(combinations(names, 2))
     heard_now = sum(not each.is_kept for each in results)
     loads = len(findings.loaded)
+    # No reference, no differences: then agreements are all there is.
     is_scored = any(each.words for each in results)
     return Comparison(
         models=tuple(
@@ -79,6 +81,7 @@ def _files(
     found = {}
     for file in dict.fromkeys(each.file for each in results):
         heard = [each for each in results if each.file == file]
+        # The models may have detected different languages.
         surest = max(heard, key=lambda each: each.certainty or 0.0)
         reference = references.get(file)
         told = (reference.language if reference else None) or asked
@@ -108,6 +111,7 @@ def _summary(
     characters = [each.characters for each in results if each.characters]
     peaks = [load.peak_bytes, *(each.peak_bytes for each in results)]
     latencies = [each.latency_s for each in results if each.latency_s is not None]
+    # Pooled: a long file counts for more than a short one.
     counts = [Count(tally.said, tally.errors) for tally in words]
     return ModelSummary(
         name=entrant.name,
@@ -123,6 +127,7 @@ def _summary(
         peak_bytes=max((each for each in peaks if each is not None), default=None),
         duration_s=sum(each.duration_s for each in results),
         work_s=sum(each.work_s for each in results),
+        # The median, since a single stall of the machine would move a mean.
         latency_s=statistics.median(latencies) if latencies else None,
         words=sum(words, Tally()) if words else None,
         characters=sum(characters, Tally()) if characters else None,
@@ -139,6 +144,7 @@ def _difference(
     counts = []
     for file, result in by_model[first].items():
         other = by_model[second].get(file)
+        # Only files that both have heard are a fair comparison.
         if other and result.words and other.words:
             errors = result.words.errors, other.words.errors
             counts.append(Count(result.words.said, *errors))
@@ -159,6 +165,7 @@ def _agreement(
         n_files += 1
         language = files[file].language
         errors += score(result.text, other.text, language).words.errors
+        # The longer text, so that the share is the same whichever comes first.
         texts = (normalise(each.text, language) for each in (result, other))
         longer += max(len(text.split()) for text in texts)
     share = 1 - errors / longer if longer else None
@@ -179,6 +186,7 @@ def _notes(files: Iterable[FileInfo], results: Sequence[Result]) -> Iterable[str
             f"It takes {FEW_FILES} files with words in their references to tell a "
             f"difference from chance; here are {n_spoken}."
         )
+    # The rule for few files makes intervals honest, not narrow.
     elif known and n_spoken < _ROUGH_FILES:
         yield f"With {n_spoken} files, take the intervals as rough ones."
     damages = {each.file: each.damage for each in results if each.damage}

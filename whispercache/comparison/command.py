@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         OSError, RuntimeError, ValueError, WhisperCacheError: see `compare`.
     """
+    # Made before the thread: rich asks for the terminal here.
     show = _Show()
 
     def interrupted() -> None:
@@ -101,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
             lambda: _compare(options, show), name="compare", interrupted=interrupted
         )
     except ModuleNotFoundError as missing:
+        # An error of the user's, which the command tells in a line.
         raise WhisperCacheError(str(missing)) from missing
     finally:
         show.close()
@@ -133,6 +135,7 @@ def _references(tables: Sequence[Path]) -> dict[str, Reference] | None:
     found: dict[str, Reference] = {}
     for table in tables:
         for name, reference in read_references(table).items():
+            # The same line in two tables does no harm.
             if found.setdefault(name, reference) != reference:
                 raise ValueError(f"{table}: another table has other words for {name!r}")
     return found or None
@@ -142,6 +145,7 @@ def _finish(comparison: Comparison, out: Path) -> int:
     """
     Prints the outcome, and returns the exit code.
     """
+    # Last on the terminal, after the bars have gone.
     for failure in comparison.failures:
         sys.stderr.write(f"whispercache: error: {failure.file}: {failure.reason}\n")
     for left_out in comparison.model_failures:
@@ -170,11 +174,13 @@ class _Show:
 
             self._bars = bars(TextColumn("{task.fields[what]}", markup=False))
             self._bars.add_task("all files and models", total=1.0, what="")
+            # Hidden until there is a file to show.
             self._bars.add_task("", total=1.0, what="", visible=False)
             self._bars.start()
 
     def __call__(self, progress: Progress) -> None:
         with self._lock:
+            # The work goes on for a moment after Ctrl-C.
             if self._is_closed:
                 return
             if self._bars is None:
@@ -212,6 +218,7 @@ class _Show:
         """
         Returns the time to go, estimated from the work so far.
         """
+        # Nothing to divide by yet.
         if fraction <= 0:
             return "-:-- left"
         elapsed_s = time.monotonic() - self._started_s

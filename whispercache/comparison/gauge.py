@@ -55,6 +55,7 @@ class Gauge:
             # A model that moves into the heap's holes would seem to take nothing.
             gc.collect()
             memory.return_free_memory()
+        # Other programs' memory on a card counts as before, too.
         self._before_bytes = self._held_bytes()
         if self._before_bytes is not None:
             self._thread.start()
@@ -77,6 +78,7 @@ class Gauge:
         """
         self._look()
         with self._lock:
+            # Each call has a peak of its own.
             peak_bytes, self._peak_bytes = self._peak_bytes, None
         return peak_bytes
 

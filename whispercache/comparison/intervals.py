@@ -74,6 +74,7 @@ def bootstrap(counts: Sequence[Count], resamples: int) -> Interval | None:
     ) -> NDArray[np.float64]:
         said = words.sum(axis=axis)
         share = np.full(np.shape(said), np.nan)
+        # A draw of silent files has no rate.
         np.divide(errors.sum(axis=axis), said, out=share, where=said > 0)
         return share
 
@@ -86,12 +87,14 @@ def bootstrap(counts: Sequence[Count], resamples: int) -> Interval | None:
             (errors, words),
             rate,
             n_resamples=resamples,
+            # Memory for the draws stays bounded with many files.
             batch=max(1, _BATCH // len(counts)),
             paired=True,
             vectorized=True,
             method="percentile",
             rng=np.random.default_rng(SEED),
         ).bootstrap_distribution
+    # Plain percentiles are too narrow with few files.
     tail = _tail(len(counts))
     low, high = np.nanquantile(drawn, (tail, 1 - tail))
     return Interval(float(low), float(high))
@@ -118,10 +121,12 @@ def tell_apart(
     if not words:
         verdict = f"{first} and {second}: nothing was said in these files."
         return Difference(first, second, len(counts), None, None, None, verdict)
+    # Pooled, as the models' own rates are.
     wer = sum(count.first - count.second for count in counts) / words
     interval = bootstrap(counts, resamples)
     ahead, behind = (second, first) if wer > 0 else (first, second)
     is_clear = interval is not None and not interval.low <= 0 <= interval.high
+    # Both tests: with very few files an interval may exclude zero by chance.
     better = ahead if is_clear and n_files >= FEW_FILES else None
     if all(count.first == count.second for count in counts):
         where = " in each file" if n_files > 1 else ""

@@ -88,6 +88,7 @@ def enter(
         try:
             key, cost = _plan(cache, spec, device, workload, load_options)
         except LoadFailed as error:
+            # The others are compared all the same.
             failed.append((spec.name, error))
             continue
         if key in planned:
@@ -95,6 +96,7 @@ def enter(
             notes.append(f"{spec.name} is the same model as {other}: {key}.")
         else:
             planned[key] = spec, cost
+    # After equal models were merged, so that none is numbered in vain.
     names = _distinct([spec.name for spec, _ in planned.values()])
     entrants: list[Entrant] = []
     for name, (key, (spec, cost)) in zip(names, planned.items(), strict=True):
@@ -105,6 +107,7 @@ def enter(
         else:
             entrants.append(Entrant(name, spec, key, identity, cost))
     failures = [ModelFailure(name, one_line(error)) for name, error in failed]
+    # One error keeps its type; several become one that names them.
     if failed and not entrants:
         if len(failed) > 1:
             raise WhisperCacheError(none_left(failures))
@@ -147,8 +150,10 @@ def _plan(
         workload=workload,
         **load_options,  # type: ignore[arg-type]
     )
+    # Told now, and not after hours of the other models' work.
     if plan.outcome == "never":
         raise WhisperCacheError(plan.reason)
+    # Never 0, by which the progress is divided.
     return key, max(1, plan.needed_bytes)
 
 
@@ -176,6 +181,7 @@ def _identity(
     from whispercache.engine.loader import versions
 
     files = cache.loader.locate(key.model, load_options, download=True)  # type: ignore[arg-type]
+    # A model whose files change is another model.
     stamp = None if files is None else files.stamp
     return fingerprint(str(key), stamp, cache.probe.device_name(key.device), versions())
 
@@ -188,6 +194,7 @@ def read_inputs(files: Iterable[str]) -> tuple[list[Input], list[Failure]]:
     for file in files:
         try:
             size_bytes = Path(file).stat().st_size
+            # By content, so that a renamed file need not be heard again.
             inputs.append(Input(file, hash_of_file(file), size_bytes))
         except OSError as error:
             failures.append(Failure(file, error.strerror or str(error)))

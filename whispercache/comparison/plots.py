@@ -201,10 +201,12 @@ def spans_of(differences: Sequence[Difference]) -> tuple[Span | None, ...]:
 
 def _scatter(models: Sequence[tuple[int, ModelSummary]]) -> Scatter:
     frame = Box(*_FRAME)
+    # Times as fast as speech: more is better, to the right.
     speeds = [1 / (model.real_time_factor or 1) for _, model in models]
     rates = [100 * (model.wer or 0) for _, model in models]
     sizes = [model.peak_bytes or model.weights_bytes or 1 for _, model in models]
     place_x, across = _speed_axis(speeds, frame)
+    # Room below for the largest bubble.
     place_y, up = _axis(max(rates), frame.bottom - _LARGEST - 2, frame.top, " %")
     points = [
         (place_x(speed), place_y(rate), _radius(size, max(sizes)))
@@ -276,6 +278,7 @@ def _axis(
     """
     Returns a scale from 0 to a little above *largest*, and its grid.
     """
+    # A little air above the largest value.
     step = _step(max(largest, 1.0) * 1.08)
     top = step * math.ceil(max(largest, 1.0) * 1.08 / step)
 
@@ -301,6 +304,7 @@ def _speed_axis(
 ) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
     if max(speeds) / min(speeds) < _DECADE:
         return _axis(max(speeds), frame.left, frame.right, "×")
+    # Room at both ends for the bubbles.
     low, high = math.log10(min(speeds) / 1.6), math.log10(max(speeds) * 1.6)
 
     def place(value: float) -> float:
@@ -327,6 +331,7 @@ def _labels(
     found = []
     for (x, y, r), name in zip(points, names, strict=True):
         length = len(name) * _LETTER
+        # In the order of preference: right, left, above, below.
         spots = [
             (x + r + 6, y + 5),
             (x - r - 6 - length, y + 5),
@@ -336,6 +341,7 @@ def _labels(
         boxes = [(spot, _text_box(spot, length)) for spot in spots]
         inside = [each for each in boxes if _holds(frame, each[1])] or boxes
         free = (each for each in inside if not any(map(each[1].meets, taken)))
+        # An overlap is better than a name outside of the picture.
         spot, box = next(free, inside[0])
         taken.append(box)
         found.append((round(spot[0], 1), round(spot[1], 1)))

@@ -35,6 +35,7 @@ def read_references(path: str | os.PathLike[str]) -> dict[str, Reference]:
         ValueError: a line is not like that, or a file is there twice; says which line.
     """
     try:
+        # Not splitlines, which splits at characters that a text may have.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{os.fspath(path)}: is not UTF-8: {error.reason}") from error
@@ -46,6 +47,7 @@ def read_references(path: str | os.PathLike[str]) -> dict[str, Reference]:
             continue
         cells = [cell.strip() for cell in line.split("\t")]
         named = tuple(cell.lower() for cell in cells)
+        # A header is the first line that is not empty.
         if not has_begun and {"file", "text"} <= {*named}:
             columns = named
         else:
@@ -100,6 +102,7 @@ def match_references(
     """
     by_path: dict[str, list[str]] = {}
     for file in files:
+        # A set: for a file without a folder both are the same.
         for name in {os.path.normpath(file), Path(file).name}:
             by_path.setdefault(name, []).append(file)
     exact: dict[str, Reference] = {}
@@ -118,6 +121,7 @@ def match_references(
         for file in same or owners:
             if not same and file in loose:
                 raise ValueError(f"{file} has two references; one is for {name!r}")
+            # A full path says more than a name.
             (exact if same else loose)[file] = reference
     found = {**loose, **exact}
     if references and not found:

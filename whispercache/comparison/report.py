@@ -55,6 +55,7 @@ def write_reports(comparison: Comparison, folder: Path) -> None:
         partial.write_text(
             write(comparison), encoding="utf-8", errors="backslashreplace", newline=""
         )
+        # Atomic: a reader sees the old page or the new one.
         partial.replace(folder / name)
 
 
@@ -101,6 +102,7 @@ def as_csv(comparison: Comparison) -> str:
     writer = csv.writer(out)
     if rows:
         writer.writerow(rows[0])
+    # The header is ours; the cells are not.
     writer.writerows(map(_defused, row.values()) for row in rows)
     return out.getvalue()
 
@@ -162,6 +164,7 @@ def as_lines(comparison: Comparison) -> Iterator[str]:
     ]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     for cells in (columns, *rows):
+        # Names to the left, figures to the right.
         name, *figures = (
             cell.ljust(width) if number == 0 else cell.rjust(width)
             for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
@@ -219,6 +222,7 @@ def as_html(comparison: Comparison) -> str:
     """
     import jinja2
 
+    # Escapes everything that is not marked as safe; nothing is.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -271,6 +275,7 @@ def _sections(comparison: Comparison) -> list[Section]:
 
 
 def _edits(result: Result, first: Result, file: FileInfo) -> tuple[Edit, ...]:
+    # Without a reference, the first model's text stands in for it.
     if file.reference is not None:
         return result.edits
     return score(first.text, result.text, file.language).edits
@@ -305,6 +310,7 @@ def _headline(comparison: Comparison) -> str:
     best = [model.name for model in scored if model.wer == least]
     verb = "has" if len(best) == 1 else "have"
     fewest = f"{_listed(best)} {verb} the fewest word errors: {_percent(least)}."
+    # The least errors may still be luck.
     if not any(each.better for each in comparison.differences):
         fewest = f"{fewest[:-1]}, which may be chance."
     return f"{fewest} {speed}" if len(scored) > 1 else speed

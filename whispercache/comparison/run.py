@@ -100,6 +100,7 @@ def compare(
     a model computes, it hears no Ctrl-C.
     """
     _check(resamples)
+    # Names and locales will do, too.
     code = language_code(language)
     asked = {"language": code, "beam_size": beam_size, "temperature": temperature}
     files, specs = _files(audio), _specs(models)
@@ -107,6 +108,7 @@ def compare(
     folder = None if out is None else Path(out)
     given = dict(load_options or {})
     with ModelCache() if cache is None else nullcontext(cache) as used:
+        # All defaults spelt out: they belong to what a result depends on.
         call = _call(used, {**asked, **options})
         workload = workload_of(call, None)
         entrants, notes, broken = enter(used, specs, device, workload, given)
@@ -140,6 +142,7 @@ def _outcome(
     failed = (*broken, *run.failed)
     if len(run.failed) == len(run.entrants):
         raise WhisperCacheError(none_left(failed))
+    # Brings scipy and jiwer, which are not needed until now.
     from .assess import assess
 
     comparison = assess(run.findings(), references, run.call, resamples)
@@ -150,6 +153,7 @@ def _check(resamples: int) -> None:
     """
     Refuses to begin what cannot be finished.
     """
+    # All at the start: a run of hours must not end for want of a library.
     for name in _NEEDED:
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"comparing needs {name}; {EXTRA}", name=name)

@@ -79,6 +79,7 @@ def score(said: str, heard: str, language: str) -> Score:
     each word said is a deletion.
     """
     said, heard = normalise(said, language), normalise(heard, language)
+    # jiwer's versions differ on empty texts.
     if not said or not heard:
         return _one_sided(said, heard)
     import jiwer

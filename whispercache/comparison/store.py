@@ -88,6 +88,7 @@ class Store:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
+            # At once, so that an interrupted run does not mix with an older one.
             path.write_bytes(b"")
         elif path.exists():
             self._read(path.read_bytes())
@@ -126,11 +127,13 @@ class Store:
         # ASCII, so that file names which are no text are read as they were written.
         line = json.dumps(record).encode() + b"\n"
         with self._path.open("a+b", buffering=0) as file:
+            # A torn last line must not spoil the next record.
             if size := file.seek(0, os.SEEK_END):
                 file.seek(size - 1)
                 if file.read(1) != b"\n":
                     line = b"\n" + line
             file.write(line)
+            # One record is minutes of work.
             os.fsync(file.fileno())
 
     def _read(self, text: bytes) -> None:
@@ -143,6 +146,7 @@ class Store:
         if "result" in record:
             key = str(record.pop("result"))
             cues = record.pop("cues")
+            # A record of another version counts as missing.
             if not isinstance(cues, list) or {*record} != {*_RESULT_FIELDS}:
                 raise ValueError("not a record of this version")
             heard = tuple(Cue(**cue) for cue in cues)

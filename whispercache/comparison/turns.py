@@ -120,6 +120,7 @@ class Run:
         """
         Finds the results that are missing.
         """
+        # Counted before the first model, so that progress has a total.
         self.done = len(self.entrants) * len(self.inputs)
         for entrant in self.entrants:
             missing = self._missing(entrant)
@@ -130,6 +131,7 @@ class Run:
                 try:
                     self._session(entrant, missing)
                 except _ModelFailed as failed:
+                    # The other models go on.
                     self._leave_out(entrant, failed)
 
     def _leave_out(self, entrant: Entrant, failed: _ModelFailed) -> None:
@@ -213,6 +215,7 @@ class Run:
                 key.device,
                 spec.compute_type,
                 workload=workload_of(self.call, None),
+                # Its figures would be those of another model.
                 fallback=(),
                 **self.load_options,  # type: ignore[arg-type]
             )
@@ -227,8 +230,10 @@ class Run:
                     audio = read_audio(each.file)
                 except (AudioError, OSError) as error:
                     reason = getattr(error, "reason", None) or str(error)
+                    # For all models: the file is passed over from now on.
                     self.failures.append(Failure(each.file, reason))
                     continue
+                # Forgets the growth by decoding.
                 gauge.take_peak()
                 with self._blaming(each.file):
                     heard = self._try_to_hear(entrant, each, lease, audio.samples)
@@ -257,11 +262,13 @@ class Run:
             heard = self._hear(entrant, each, lease.whisper, samples)
         except Exception as error:
             # Out of memory, perhaps: then what is idle makes room.
+            # No: then it was no shortage of memory.
             if not lease.recover(error):
                 raise
             traceback.clear_frames(error.__traceback__)
             heard = self._hear(entrant, each, lease.whisper, samples)
         if not lease.loaded.is_multilingual:
+            # It knows one language, and is always sure.
             heard = replace(heard, certainty=None)
         return heard
 
@@ -275,11 +282,13 @@ class Run:
         """
         import numpy as np
 
+        # Leased, so it is there.
         (info,) = (each for each in self.cache.models() if each.key == entrant.key)
         started_s = time.perf_counter()
         call = {**self.call, "max_new_tokens": _WARM_TOKENS}
         silence = np.zeros(_RATE_HZ, np.float32)
         segments, _ = whisper.transcribe(silence, **call)
+        # Lazy: nothing is computed before.
         for _ in segments:
             pass
         return LoadRecord(
@@ -309,6 +318,7 @@ class Run:
                 latency_s = time.perf_counter() - started_s
             cues.append(Cue(segment.start, segment.end, segment.text))
             heard_s = time.perf_counter()
+            # Of the audio; silence at its end makes no segment.
             share = segment.end * _RATE_HZ / len(samples)
             self._tell("listening", entrant, each, share)
             told_s += time.perf_counter() - heard_s

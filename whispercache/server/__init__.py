@@ -18,7 +18,8 @@ __all__ = ["ServerOptions", "create_app"]
 
 
 if not TYPE_CHECKING:
-
+    # Type checkers see the import above; at runtime it waits for its first use, since
+    # FastAPI is slow to import.
     def __getattr__(name: str) -> object:
         if name == "create_app":
             from .app import create_app

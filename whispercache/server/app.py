@@ -46,6 +46,8 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
     Raises:
         WhisperCacheError: a model on the list does not exist, or its device does not.
     """
+    # Names and devices are checked here, so that a wrong option ends the command and
+    # not the first request.
     service = Service(options, cache or ModelCache())
 
     @asynccontextmanager
@@ -54,6 +56,7 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
             async with service.running():
                 yield
         finally:
+            # A cache of the caller's own stays open; others may use it.
             if cache is None:
                 await service.cache.__aexit__(None, None, None)
 
@@ -67,11 +70,13 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
         redoc_url=None,
     )
     app.state.service = service
+    # Before the routes, which need not know of it.
     errors.install(app, (audio.router, manage.router, manage.health))
     # `Guard` asks for the key; this is for the schema.
     key = [Depends(HTTPBearer(auto_error=False))] if options.keys else []
     app.include_router(audio.router, dependencies=key)
     app.include_router(manage.router, dependencies=key)
+    # Probes have no key.
     app.include_router(manage.health)
     manage.add_page(app)
     _add_middleware(app, options)
@@ -90,6 +95,7 @@ def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
     app.add_middleware(
         Guard, keys=options.keys, hosts=options.hosts, origins=options.origins
     )
+    # Outside the guard: whatever is cancelled gets an answer.
     app.add_middleware(Unfinished)
     if options.origins:
         app.add_middleware(

@@ -92,6 +92,7 @@ class Asked:
         Raises:
             ApiError: it does not.
         """
+        # Other formats have no place for them.
         if self.granularities and self.kind != "verbose_json":
             raise nonsense(
                 GRANULARITIES,
@@ -102,6 +103,7 @@ class Asked:
                 "stream", "a stream carries text: response_format json or text"
             )
         if self.keep_alive is not None:
+            # Now, and not when the lease is taken, after minutes of waiting.
             check_keep_alive(self.keep_alive)
 
     def check_model(self, name: str, known: Knowledge | None) -> None:
@@ -135,6 +137,7 @@ class Asked:
         options: dict[str, Any] = {
             "task": self.task,
             "language": self.language,
+            # None where there is none: an empty prompt would be tokens too.
             "initial_prompt": self.prompt,
             "word_timestamps": self.wants_words,
         }
@@ -283,14 +286,18 @@ async def _answer(
     asked: Asked,
 ) -> Response | Plain | Verbose:
     asked.check()
+    # Before the upload is decoded, which costs the most until here.
     offer = service.offer(name)
     segments, info = await _begin(service, lifetime, file, offer, asked)
+    # Nothing has failed so far, so the status may be sent.
     if asked.stream:
         events = _events(segments, info)
         return StreamingResponse(events, media_type="text/event-stream")
     try:
+        # Without a stream, an error in the middle still has a status.
         heard = [segment async for segment in segments]
     except (LoadFailed, RuntimeError) as error:
+        # The files did not tell; CTranslate2 does.
         if asked.wants_words and ALIGNMENT_HEADS in str(error):
             raise nonsense(GRANULARITIES, NO_WORDS) from error
         raise
@@ -312,22 +319,30 @@ async def _begin(
     """
     Decodes, waits for the model, and begins to transcribe; *lifetime* ends all of it.
     """
+    # On a thread, since files may be read for it.
     known = await run_in_threadpool(offer.knowledge)
     asked.check_model(offer.name, known)
     if asked.wants_words and not await run_in_threadpool(offer.may_tell_words):
         raise nonsense(GRANULARITIES, NO_WORDS)
+    # A full queue is told before anything is written to the disk.
     service.gate.check(offer.name)
+    # Of its own: whatever becomes of the request, all is removed with it.
     folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="whispercache-"))
     decoded = Path(folder, "samples")
+    # Decoded before the wait, so that the queue holds files and no memory, and knows
+    # how long the work will be.
     audio_s = await _decode(service, file, Path(folder, "upload"), decoded)
     left_s = await lifetime.enter_async_context(
         service.gate.turn(offer.name, service.options.timeout_s, audio_s)
     )
     options = asked.options()
+    # The lease reserves memory for this length, and no longer one.
     workload = workload_of(options, None, round(audio_s * _RATE_HZ))
+    # A model that is downloaded first is checked between download and load.
     check = partial(asked.check_model, offer.name) if known is None else None
     lease = await service.lease(offer, left_s, asked.keep_alive, workload, check)
     with ExitStack() as held:
+        # Until the call has the lease, an error must release it.
         held.callback(lease.release)
         heard = await run_in_threadpool(samples, decoded)
         # From now on the call has it, whatever becomes of the request.
@@ -358,6 +373,8 @@ async def _decode(
 
 
 def _save(file: UploadFile, target: Path) -> None:
+    # Closed when copied: Starlette would keep the spooled file until the end of the
+    # answer.
     with file.file, target.open("wb") as out:
         shutil.copyfileobj(file.file, out)
 
@@ -368,6 +385,7 @@ async def _events(
     heard: list[Segment] = []
     try:
         async for segment in segments:
+            # Segments begin with a space, which a first one has no use for.
             delta = segment.text if heard else segment.text.lstrip()
             heard.append(segment)
             yield as_event("transcript.text.delta", delta=delta)

@@ -43,11 +43,13 @@ async def transcribe(
         audio: float32 (samples,), mono, 16 kHz.
         options: Parameters of ``transcribe``.
     """
+    # From here on the call releases the lease, and not the caller.
     lease.owned = True
     call = lease.whisper.transcribe
     future = pool.submit(call_leased, lease, call, audio, **options)
     ended = asyncio.wrap_future(future)
     try:
+        # The shield lets the thread go on where this task is cancelled.
         segments, info = cast(
             "tuple[LeasedIterator[Segment], TranscriptionInfo]",
             await asyncio.shield(ended),
@@ -57,6 +59,7 @@ async def transcribe(
             lease.release()
         else:
             future.add_done_callback(_close_segments)
+            # A second cancellation still ends this wait; the lease is held by the call.
             with anyio.CancelScope(shield=True):
                 await asyncio.wait((ended,))
         raise

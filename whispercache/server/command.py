@@ -47,8 +47,10 @@ null are pages without an origin, such as local files, and * is any site.
 The page is at /, Prometheus metrics at /metrics, probes look at /healthz and /readyz.
 """
 
+# A # within a key is part of it.
 _COMMENT = re.compile(r"(^|\s)#.*")
 _LAST_PORT = 65_535
+# Names by which only programs of this machine reach it.
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -151,6 +153,7 @@ def run(options: argparse.Namespace) -> int:
     """
     Serves until SIGTERM or Ctrl-C, finishes what has begun, and returns the exit code.
     """
+    # First: nonsense is told before FastAPI is imported.
     served = _served(options)
     try:
         import uvicorn
@@ -167,7 +170,9 @@ def run(options: argparse.Namespace) -> int:
             app,
             host=options.host,
             port=options.port,
+            # uvicorn takes whole seconds.
             timeout_graceful_shutdown=math.ceil(_seconds(options, "drain")),
+            # Strangers need not know the version of the server's server.
             server_header=False,
             log_config=_LOGGING,
         )
@@ -197,6 +202,7 @@ def _cache(options: argparse.Namespace) -> ModelCache:
 
 def _served(options: argparse.Namespace) -> ServerOptions:
     hosts = tuple(options.allow_host)
+    # Here the names are known; elsewhere --allow-host tells them.
     if options.host in LOOPBACK:
         hosts += LOOPBACK
     max_upload_bytes = limit_bytes(parse_limit(options.max_upload, "--max-upload"), 0)
@@ -208,6 +214,7 @@ def _served(options: argparse.Namespace) -> ServerOptions:
         keys=_keys(options.key_file),
         hosts=hosts,
         origins=tuple(options.allow_origin),
+        # None would be no limit, which ServerOptions does not have.
         max_upload_bytes=max_upload_bytes or 0,
         max_duration_s=_seconds(options, "max_duration"),
         max_audio_s=_seconds(options, "max_audio") if options.max_audio else None,
@@ -219,6 +226,7 @@ def _served(options: argparse.Namespace) -> ServerOptions:
 
 def _seconds(options: argparse.Namespace, name: str) -> float:
     seconds = parse_duration(getattr(options, name), f"--{name.replace('_', '-')}")
+    # -1 is for ever in Ollama's words.
     if math.isinf(seconds):
         raise ValueError(f"--{name.replace('_', '-')} must have an end")
     return seconds
@@ -230,6 +238,7 @@ def _keys(files: Sequence[Path]) -> tuple[str, ...]:
     keys = [key.strip() for key in named if key.strip()]
     for file in files:
         keys += read_keys(file)
+    # Each once, in order.
     return tuple(dict.fromkeys(keys))
 
 
@@ -243,6 +252,7 @@ def read_keys(file: Path) -> list[str]:
         ValueError: there are none, or it is no text.
     """
     try:
+        # Windows' editors begin a file with a byte order mark.
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no key file: it is not UTF-8") from error
@@ -257,6 +267,7 @@ def _warn(options: argparse.Namespace, served: ServerOptions) -> None:
     Says on stderr where the page is, and warns of a server that is open to all.
     """
     names = ", ".join(spec.name for spec in served.offered)
+    # IPv6
     host = f"[{options.host}]" if ":" in options.host else options.host
     sys.stderr.write(f"whispercache: {names} on http://{host}:{options.port}\n")
     if ANY_ORIGIN in served.origins and not served.keys:

@@ -49,6 +49,8 @@ __all__ = [
 
 _log = logging.getLogger("whispercache")
 
+# A second one, for processes that others have ended; an upload that crashes FFmpeg once
+# would do so again.
 _ATTEMPTS = 2
 _START_TIMEOUT_S = 60.0
 _LOOK_EVERY_S = 0.5
@@ -80,6 +82,7 @@ class AudioTooLong(WhisperCacheError, ValueError):
         self.limit_s = limit_s
 
     def __str__(self) -> str:
+        # In seconds, as clients know their audio's length.
         return f"the upload is longer than {self.limit_s:g} s; send it in parts"
 
 
@@ -200,6 +203,7 @@ class Decoder:
         """
         try:
             await self._run(decoding.ready, _START_TIMEOUT_S)
+        # The usual cause: a script without that line is run again by its own child.
         except DecodeCrashed:
             await self.close()
             raise DecodeCrashed(
@@ -214,8 +218,10 @@ class Decoder:
         """
         Ends all processes. Uploads that are being decoded, or wait, fail.
         """
+        # Before anything is awaited, so that no new pool is made meanwhile.
         self._is_closed = True
         async with self._renewal:
+            # Waits for a pool that is just being made.
             pool, self._pool = self._pool, None
         if pool is not None:
             await asyncio.to_thread(_end, pool)
@@ -245,6 +251,7 @@ class Decoder:
             OSError: *path* cannot be read, or *target* not be written.
         """
         call = partial(decoding.decode, str(path), str(target), self._max_samples)
+        # Made here: the child may write to it, but make no file.
         with _gone_unless_successful(target):
             outcome = await self._run(call, self.timeout_s)
             return self._seconds(outcome)
@@ -263,6 +270,7 @@ class Decoder:
         Returns the outcome of *call* in one of the processes.
         """
         async with self._free:
+            # One permit for all attempts, so that a retry is not overtaken.
             for _ in range(_ATTEMPTS):
                 try:
                     return await self._attempt(call, timeout_s)
@@ -285,6 +293,7 @@ class Decoder:
             future = pool.schedule(call, timeout=timeout_s)
         except RuntimeError:
             raise _Lost from None
+        # For close(), which fails those that the pool forgets.
         self._under_way.add(future)
         outcome = asyncio.wrap_future(future)
         try:
@@ -293,6 +302,7 @@ class Decoder:
         except RuntimeError:
             raise _Lost from None
         finally:
+            # Ends the process where the caller was cancelled; of no effect otherwise.
             outcome.cancel()
             self._under_way.discard(future)
 
@@ -311,6 +321,7 @@ class Decoder:
         """
         must_start_by = asyncio.get_running_loop().time() + _START_TIMEOUT_S
         while not outcome.done():
+            # Read before the wait: a result that arrives during it counts.
             is_active = pool.active
             await asyncio.wait((outcome,), timeout=_LOOK_EVERY_S)
             has_begun = future.running() or future.done()
@@ -328,6 +339,7 @@ class Decoder:
         async with self._renewal:
             if self._is_closed:
                 raise DecoderClosed
+            # pebble marks a pool as inactive when it gives up.
             if self._pool is not None and self._pool.active:
                 return self._pool
             if self._pool is not None:
@@ -340,6 +352,7 @@ class Decoder:
                 self._limits,
                 decoding.Context(),
             )
+            # The first look starts the processes, which takes a while.
             await asyncio.to_thread(getattr, self._pool, "active")
             return self._pool
 
@@ -351,6 +364,7 @@ def samples(target: Path) -> NDArray[np.float32]:
     """
     import numpy as np
 
+    # Written as int16, half the size that the model takes.
     audio = np.fromfile(target, np.int16).astype(np.float32)
     audio /= 32768
     return audio
@@ -370,5 +384,6 @@ def _gone_unless_successful(target: Path) -> Iterator[None]:
 
 
 def _end(pool: ProcessPool) -> None:
+    # Joined afterwards, or pebble's threads would outlive it.
     pool.stop()  # type: ignore[no-untyped-call]
     pool.join()

@@ -74,8 +74,10 @@ _OPTIONS = {
     "max_streams": "64",
 }
 _NAME = "upload"
+# What sound cards offer at most; a header may claim anything.
 _HIGHEST_RATE_HZ = 768_000
 _STACK_BYTES = 8 * 1024**2
+# Python's libraries and one upload; many more would be an attack.
 _OPEN_FILES = 64
 
 
@@ -178,6 +180,7 @@ def decode(path: str, target: str, max_samples: int) -> Outcome:
             file.truncate()
             for piece in pieces:
                 n_samples += piece.nbytes // SAMPLE_BYTES
+                # By samples and not by the header, which may lie.
                 if n_samples > max_samples:
                     return Outcome(0, "it is too long", is_too_long=True)
                 file.write(piece)
@@ -185,6 +188,7 @@ def decode(path: str, target: str, max_samples: int) -> Outcome:
         return Outcome(0, str(refusal))
     finally:
         collect()
+    # A container without audio in it, for example.
     if not n_samples:
         return Outcome(0, "no audio could be decoded from it")
     return Outcome(n_samples, damage=damages[0] if damages else None)
@@ -208,6 +212,7 @@ def _pieces(
                 damages.append(damage)
     except NoAudio as error:
         raise _Refused(str(error)) from error
+    # RLIMIT_AS, which _set_limits has set.
     except MemoryError as error:
         raise _Refused("it is broken, or takes too much memory") from error
     except UNDECODABLE as error:
@@ -230,6 +235,7 @@ def _end_with_parent() -> None:
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
+        # Also after SIGKILL, which lets a parent end nothing.
         parent.join()
         os._exit(1)
 
@@ -240,6 +246,7 @@ def _set_limits(memory_bytes: int, output_bytes: int) -> None:
     import resource
 
     limits = {
+        # A core dump would hold the upload.
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: output_bytes,
         resource.RLIMIT_NOFILE: _OPEN_FILES,
@@ -251,6 +258,7 @@ def _set_limits(memory_bytes: int, output_bytes: int) -> None:
     for limit, wanted in limits.items():
         _, hard = resource.getrlimit(limit)
         value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        # Soft and hard: the process cannot raise it again.
         resource.setrlimit(limit, (value, value))
 
 

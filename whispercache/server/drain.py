@@ -38,6 +38,7 @@ class Server(uvicorn.Server):
         """
         Refuses new work, and waits for the work that has begun.
         """
+        # First: those that wait would only begin work that is then waited for.
         self._service.gate.close()
         await super().shutdown(sockets)
 

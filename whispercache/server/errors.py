@@ -138,10 +138,12 @@ def as_refusal(error: Exception) -> ApiError:
         _log.error("%s", error)
         message = "the server's disk is full; try again later"
         return refused_for_now(503, message, "disk_full")
+    # CTranslate2 raises RuntimeError for everything; its text tells them apart.
     if classify(error) is not Fault.OTHER:
         _log.error("%s", error)
         message = "the device ran out of memory, or failed; the server's log tells more"
         return refused_for_now(503, message, "device_failed")
+    # The only error that is logged with a traceback: it is a bug.
     _log.error("a request failed", exc_info=error)
     message = "something went wrong in the server; its log tells what"
     return ApiError(500, message, code=type(error).__name__)
@@ -159,6 +161,7 @@ def _from_cache(error: WhisperCacheError) -> ApiError:
 
 
 def _unavailable(error: WhisperCacheError) -> ApiError:
+    # Subclasses of LeaseTimeout come first.
     if isinstance(error, DownloadTimeout):
         message = f"the model is still being downloaded after {error.waited_s:.1f} s"
         return refused_for_now(503, f"{message}; try again later", "model_busy")
@@ -176,6 +179,7 @@ def _unavailable(error: WhisperCacheError) -> ApiError:
     # Its message may name files of this machine: that is for the log.
     _log.error("%s", error)
     message = "the model cannot be had at present; the server's log tells why"
+    # The cache knows when it will try to load again.
     retry_s = error.retry_in_s if isinstance(error, LoadFailed) else None
     return refused_for_now(503, message, "model_unavailable", retry_s or RETRY_S)
 
@@ -201,6 +205,7 @@ def refused_for_now(
     """
     Returns a refusal that says after how many seconds to try again.
     """
+    # Whole seconds are all that HTTP has, and 0 would be at once.
     headers = {"Retry-After": str(max(1, math.ceil(retry_s)))}
     return ApiError(status, message, code=code, headers=headers)
 
@@ -235,6 +240,7 @@ async def _left(_request: Request, _error: Exception) -> Response:
 
 async def _misshapen(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    # OpenAI's shape has room for one.
     first = error.errors()[0]
     param = _field_of(first["loc"])
     message = f"{param}: {first['msg']}"
@@ -274,6 +280,7 @@ def _field_of(place: Sequence[str | int]) -> str:
     of the list, without brackets.
     """
     within = place[1:] or place  # after "body", "query" or "path"
+    # A number is the place in a list.
     named = next((part for part in within if isinstance(part, str)), place[0])
     return str(named).partition("[")[0]
 

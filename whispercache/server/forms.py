@@ -39,6 +39,7 @@ Names of fields, as OpenAI's API has them.
 _GRANULARITIES = re.compile(rf"{GRANULARITIES}(\[[^\[\]]*\]|\.\d+)*")
 _UNNAMED = b'; filename=""'
 _FILES = 1
+# Clients repeat the one list, a field for each of its values.
 _FIELDS = 50
 _FIELD_BYTES = 64 * 1024
 _LONGEST_SHOWN = 100
@@ -55,6 +56,8 @@ class SmallForm(APIRoute):
         """
         Returns the route's handler, which gets requests with limits.
         """
+        # FastAPI reads the form itself; it is given a request that reads it within
+        # limits.
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
@@ -76,6 +79,7 @@ class _Request(Request):
         if kind != b"multipart/form-data":
             return FormData()  # which lacks a file, whatever the body holds
         async with aclosing(self.stream()) as body:
+            # Starlette's own limits are far above what these forms need.
             parser = _Parser(
                 self.headers,
                 body,
@@ -123,6 +127,8 @@ class _Parser(MultiPartParser):
         """
         Gives the file the name that it lacks, an empty one.
         """
+        # Without a file name, Starlette takes a part for a text, of which it holds no
+        # more than a field's length.
         if self._header.lower() == b"content-disposition":
             _, options = parse_options_header(bytes(self._value))
             self._name = options.get(b"name", b"").decode(errors="replace")
@@ -147,6 +153,7 @@ def _in_one_spelling(
     """
     Yields the fields of a form, with all spellings of its one list replaced by one.
     """
+    # As keys, so that each value is there once and in order.
     chosen: dict[str, None] = {}
     is_given = False
     for name, value in items:
@@ -157,6 +164,7 @@ def _in_one_spelling(
             yield name, value
     if is_given and not chosen:
         chosen[""] = None  # to be refused: an empty list is no wish
+    # The spelling of OpenAI's own client.
     yield from ((f"{GRANULARITIES}[]", one) for one in chosen)
 
 

@@ -45,6 +45,8 @@ class Gate:
         self._max_waiting = max_waiting
         self._audio = _Audio(max_audio_s)
         self._models: dict[str, anyio.Semaphore] = {}
+        # Requests that wait, in the order of their arrival, by the scope that ends
+        # their wait.
         self._since_s: dict[anyio.CancelScope, tuple[str, float]] = {}
         self._is_closed = False
 
@@ -54,6 +56,7 @@ class Gate:
         """
         now_s = time.monotonic()
         return tuple(
+            # The device and the type are settled after the gate.
             WaitingInfo((ModelKey(name, "", ""),), now_s - since_s)
             for name, since_s in self._since_s.values()
         )
@@ -71,6 +74,7 @@ class Gate:
         """
         self._is_closed = True
         for scope in self._since_s:
+            # Each then sees that the gate is closed, and says so.
             scope.cancel()
 
     def check(self, name: str) -> None:
@@ -106,11 +110,13 @@ class Gate:
         self.check(name)
         semaphore = self._turns(name)
         since_s = time.monotonic()
+        # A request that need not wait is never counted as waiting.
         if not _enter_at_once(semaphore, self._audio, audio_s):
             await self._wait(semaphore, name, timeout_s, audio_s)
         try:
             yield max(0.0, timeout_s - (time.monotonic() - since_s))
         finally:
+            # Also when the block failed, or was cancelled.
             self._audio.release(audio_s)
             semaphore.release()
 
@@ -127,6 +133,7 @@ class Gate:
                 await _enter(semaphore, self._audio, audio_s)
             finally:
                 del self._since_s[scope]
+        # By the deadline, or by close().
         if scope.cancelled_caught:
             self._check_open()
             same = [asked for asked, _ in self._since_s.values() if asked == name]
@@ -146,6 +153,8 @@ class _Audio:
         self._most_s = most_s
         self._used_s = 0.0
         self._users = 0
+        # Held by the first that waits, so that a small request cannot pass a large one
+        # for ever.
         self._first = asyncio.Lock()
         self._freed = asyncio.Event()
 
@@ -153,6 +162,7 @@ class _Audio:
         """
         Takes *audio_s* seconds, if they are free and no request waits for others.
         """
+        # No overtaking.
         if self._first.locked() or not self._fits(audio_s):
             return False
         self._take(audio_s)
@@ -164,6 +174,7 @@ class _Audio:
         """
         async with self._first:
             while not self._fits(audio_s):
+                # Before the wait; there is no other task between the look and this.
                 self._freed.clear()
                 await self._freed.wait()
             self._take(audio_s)
@@ -177,6 +188,7 @@ class _Audio:
         self._freed.set()
 
     def _fits(self, audio_s: float) -> bool:
+        # A recording that is longer than the limit has its turn alone.
         return not self._users or self._used_s + audio_s <= self._most_s
 
     def _take(self, audio_s: float) -> None:
@@ -196,6 +208,7 @@ def _enter_at_once(semaphore: anyio.Semaphore, audio: _Audio, audio_s: float) ->
 
 
 async def _enter(semaphore: anyio.Semaphore, audio: _Audio, audio_s: float) -> None:
+    # First the turn: audio that waits for its model must not keep others' away.
     await semaphore.acquire()
     try:
         await audio.acquire(audio_s)

@@ -29,6 +29,7 @@ _OPEN_FOLDER = "/page/"
 _HARMLESS = ("GET", "HEAD", "OPTIONS")
 
 _HEADERS = {
+    # Transcripts must not remain in a browser's cache.
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -66,6 +67,7 @@ class Guard:
         self._app = app
         # Digests are of one length, so that comparing takes the same time for all.
         self._digests = [sha256(key.encode()).digest() for key in keys]
+        # Browsers send them in any case.
         self._hosts = {host.lower() for host in hosts}
         self._origins = set(origins)
 
@@ -81,6 +83,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
+                    # A route may have set its own.
                     headers.setdefault(name, value)
             await send(message)
 
@@ -90,9 +93,12 @@ class Guard:
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         host = _parts(f"//{headers.get('host', '')}").hostname
+        # A page that rebinds its own name to this address sends that name.
         if self._hosts and host not in self._hosts:
             message = f"this server does not go by the name {host!r}; see --allow-host"
             return ApiError(403, message, code="unknown_host")
+        # The harmless ones are the browser's to guard, which shows their answers to no
+        # other page.
         if scope["method"] not in _HARMLESS and self._is_foreign(headers):
             message = "pages of other sites may not do this; see --allow-origin"
             return ApiError(403, message, code="cross_site")
@@ -114,8 +120,10 @@ class Guard:
             return False
         if origin is not None and origin in self._origins:
             return False
+        # The browser's own judgement, which a page cannot forge.
         if (site := headers.get("sec-fetch-site")) is not None:
             return site not in ("same-origin", "none")
+        # Older browsers send the origin alone.
         return origin is not None and _parts(origin).netloc != headers.get("host")
 
     def _needs_key(self, scope: Scope) -> bool:
@@ -124,6 +132,7 @@ class Guard:
         return bool(self._digests) and not is_open
 
     def _has_key(self, headers: Headers) -> bool:
+        # An empty key matches none, since there are no empty ones.
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = sha256(key.strip().encode("latin-1")).digest()  # the bytes as sent
         # All are compared, whichever it is.
@@ -137,6 +146,7 @@ def _route_path(scope: Scope) -> str:
     """
     path: str = scope["path"]
     root: str = scope.get("root_path", "").rstrip("/")
+    # Frameworks differ in whether the path has the mount's own in it.
     if root and (path == root or path.startswith(f"{root}/")):
         return path[len(root) :] or "/"
     return path

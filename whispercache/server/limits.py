@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UploadLimit"]
 
+# Long enough for a client to read an answer before it has sent all.
 _LINGER_S = 2.0
 
 
@@ -64,6 +65,7 @@ class UploadLimit:
             return
         upload = _Upload(self, receive, send)
         headers = dict(scope["headers"])
+        # Told at once, before a byte of the body has arrived.
         if _claimed_bytes(headers) > self.max_bytes:
             upload.refuse_large()
         elif _has_body(headers) and self._at_once == self.max_at_once:
@@ -73,6 +75,7 @@ class UploadLimit:
             # would do that.
             await upload.answer(0 if b"expect" in headers else self.linger_s)
             return
+        # Only those with a body take room on the disk.
         self._at_once += _has_body(headers)
         try:
             await self._app(scope, upload.receive, upload.send)
@@ -99,6 +102,7 @@ class _Upload:
         self._n_bytes = 0
         self._is_over = False  # nothing more of it comes
         self._is_answered = False
+        # Counted from the first look at the request, and not anew for each piece.
         self._deadline_s = math.inf
         if limit.timeout_s is not None:
             self._deadline_s = anyio.current_time() + limit.timeout_s
@@ -122,8 +126,10 @@ class _Upload:
         """
         if self._refusal is not None:
             return {"type": "http.disconnect"}
+        # The body is complete: what comes now is the end of the connection.
         if self._is_over:
             return await self._receive()
+        # What the app sees where the time is over.
         message: Message = {"type": "http.disconnect"}
         with anyio.CancelScope(deadline=self._deadline_s) as scope:
             message = await self._receive()
@@ -132,6 +138,7 @@ class _Upload:
             self._refusal = ApiError(408, text, code="upload_timeout")
             return message
         self._is_over = not message.get("more_body", False)
+        # Counted too, since a length may be false or missing.
         self._n_bytes += len(message.get("body", b""))
         if self._n_bytes > self._limit.max_bytes:
             self.refuse_large()
@@ -142,6 +149,7 @@ class _Upload:
         """
         Sends the app's answer; drops it once the upload is refused.
         """
+        # The client gets one answer: the refusal.
         if self._refusal is not None and not self._is_answered:
             return
         self._is_answered = True
@@ -151,6 +159,7 @@ class _Upload:
         """
         Sends the refusal, unless the app has begun to answer before it.
         """
+        # Too late: a status has been sent.
         if self._is_answered or self._refusal is None:
             return
         response = self._refusal.response()
@@ -162,6 +171,8 @@ class _Upload:
             }
         )
         await self._send(
+            # The end comes after the rest of the upload, or the connection would be
+            # reset with the answer in it.
             {"type": "http.response.body", "body": response.body, "more_body": True}
         )
         if linger_s:

@@ -33,6 +33,7 @@ router: APIRouter = APIRouter(tags=["models"])
 health: APIRouter = APIRouter(tags=["health"])
 
 _PAGE = Path(__file__).with_name("page")
+# OpenAI's models have a date; these were made when the server started.
 _STARTED_AT_S = int(time.time())
 
 _ASKED = responses(400, 401, 403, 404, 503)
@@ -93,6 +94,7 @@ async def show_model(service: Served, model: str) -> Model:
     """
     Returns one model that is served.
     """
+    # Raises the 404.
     service.offer(model)
     return Model(id=model)
 
@@ -129,6 +131,7 @@ async def load(
 
 
 async def _load(service: Service, offer: Offer, keep_alive: str | None) -> None:
+    # Nonsense is told before a load.
     if keep_alive is not None:
         check_keep_alive(keep_alive)
     (await service.lease(offer, service.options.timeout_s, keep_alive)).release()
@@ -147,6 +150,7 @@ async def pin(request: Request, service: Served, name: str) -> Done:
 async def _pin(service: Service, offer: Offer) -> None:
     lease = await service.lease(offer, service.options.timeout_s)
     with lease:
+        # Under the lease: an idle model could be evicted in between.
         lease.pin()
 
 
@@ -156,6 +160,7 @@ async def unpin(service: Served, name: str) -> Done:
     Ends a pin: the model may be evicted again when it is idle.
     """
     key = service.offer(name).key()
+    # Not known yet means that it was never loaded.
     if key is None or not service.cache.unpin(key.model, key.device, key.compute_type):
         return Done(model=name, status="absent")
     return Done(model=name, status="unpinned")
@@ -195,6 +200,7 @@ async def metrics(request: Request, service: Served) -> Response:
     try:
         encode, media_type = choose_encoder(request.headers.get("accept", ""))
     except (TypeError, ValueError):  # a version in it that is no number
+        # The plain format, which all versions read.
         encode, media_type = choose_encoder("")
     text = await run_in_threadpool(encode, service.registry)
     return Response(text, media_type=media_type)
@@ -216,6 +222,7 @@ async def readyz(service: Served) -> Response:
     Tells if work is taken, and if all models were loaded that were to be at the start.
     Those that are not pinned may have been evicted since; a request reloads them.
     """
+    # No body model of FastAPI's, since the status goes with it.
     state = Health(status=service.state, pending=service.pending)
     return JSONResponse(state.model_dump(), 200 if state.status == "ready" else 503)
 

@@ -31,6 +31,7 @@ OPENAI_NAME = "whisper-1"
 What OpenAI calls its Whisper, and hence what many clients ask for.
 """
 
+# All names of each known size.
 _SIZES = {**{name: name for name in MODELS}, **ALIASES, **OTHER_NAMES}
 
 
@@ -112,7 +113,9 @@ class Offers:
         self._aliases: dict[str, Offer] = {}
         for spec in specs:
             for alias in _other_names(spec):
+                # The first model of the list wins, and real names win over all.
                 self._aliases.setdefault(alias, self._offers[spec.name])
+        # Most clients ask for it by default.
         self._aliases.setdefault(OPENAI_NAME, self._offers[specs[0].name])
 
     def __iter__(self) -> Iterator[Offer]:
@@ -131,6 +134,7 @@ class Offers:
         for offer in self:
             found = offer.key()
             # It may have been on another card before.
+            # By the key, so that two names of one model find the first.
             if found is not None and replace(found, device=key.device) == key:
                 return offer.name
         return short_name(key)
@@ -141,6 +145,7 @@ def _other_names(spec: ModelSpec) -> Iterator[str]:
     Yields other names of a known size that is served under one of its own: ``"large"``
     and ``"whisper-large-v3"`` are ``"large-v3"``.
     """
+    # A name of its own that looks like a size is no reason to guess.
     size, _, kind = spec.name.partition(":")
     canonical = _SIZES.get(size)
     if canonical is None or _SIZES.get(spec.model) != canonical:

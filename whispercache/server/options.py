@@ -89,6 +89,7 @@ class ServerOptions:
     offered: tuple[ModelSpec, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # Once, so that a misspelt model is told where the options are made.
         offered = _parsed(self.models)
         object.__setattr__(self, "offered", offered)  # the class is frozen
         names = [spec.name for spec in offered]

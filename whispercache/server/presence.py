@@ -29,11 +29,13 @@ async def while_present(request: Request, work: Coroutine[None, None, T]) -> T:
         ClientDisconnect: it hung up.
     """
     working = asyncio.ensure_future(work)
+    # Nothing else reads from the client meanwhile: its body has been read.
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
+        # Work is cancelled below, and waited for: it may hold a lease.
         raise ClientDisconnect
     finally:
         for task in (working, leaving):

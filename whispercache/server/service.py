@@ -69,10 +69,13 @@ class Service:
         self.options = options
         self.cache: AsyncModelCache = AsyncModelCache(cache)
         self.offers: Offers = Offers(options.offered, options.device, cache)
+        # Finds names that do not exist, without a download.
         for offer in self.offers:
             cache.get_model(*offer.place)
+        # Made anew at each start; these are for applications that ask before.
         self.gate: Gate = self._new_gate()
         self.decoder: Decoder = self._new_decoder()
+        # Of its own: two servers in one process would clash in the global one.
         self.registry: CollectorRegistry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -81,6 +84,7 @@ class Service:
             "Requests that wait for their turn with a model, before the cache.",
             registry=self.registry,
         )
+        # The gate is another one after a restart, so it is asked for each time.
         waiting.set_function(lambda: len(self.gate.waiting()))
         # What is to be loaded at the start, and why it is not yet.
         self.pending: dict[str, str] = dict.fromkeys(
@@ -101,6 +105,7 @@ class Service:
         self._fetchers = ThreadPoolExecutor(
             len(options.models), thread_name_prefix="whispercache-fetch"
         )
+        # Downloads under way, by the name of the model.
         self._fetching: dict[str, asyncio.Future[None]] = {}
 
     def _new_gate(self) -> Gate:
@@ -131,11 +136,14 @@ class Service:
             self.registry.register(collector)
             stack.callback(self.registry.unregister, collector)
             await stack.enter_async_context(self.decoder)
+            # In the background: requests are served meanwhile, and /readyz waits for
+            # it.
             loads = asyncio.gather(*map(self._load_at_start, list(self.pending)))
             self._loop = asyncio.get_running_loop()
             try:
                 yield
             finally:
+                # No request begins any more.
                 self._loop = None
                 loads.cancel()
                 with suppress(asyncio.CancelledError):
@@ -151,18 +159,21 @@ class Service:
             DecodeCrashed: no process for decoding starts.
         """
         loop = asyncio.get_running_loop()
+        # An application may be used from one loop after another, as in tests.
         if self._loop is loop:
             return
         if self._started is None or self._started.get_loop() is not loop:
             self._started = loop.create_future()
             # Kept, or it would be collected; the end of the loop cancels it.
             self._background = loop.create_task(self._run_on(self._started))
+        # One request that is cancelled must not cancel the start for the others.
         await asyncio.shield(self._started)
 
     async def _run_on(self, started: asyncio.Future[None]) -> None:
         try:
             async with self.running():
                 started.set_result(None)
+                # For ever; the end of the loop cancels it.
                 await asyncio.Event().wait()
         except Exception as error:
             if started.done():
@@ -209,6 +220,7 @@ class Service:
         """
         assert self._watch is not None, "the server is not running"
         seen = self._watch.snapshot()
+        # The gate's come first: they wait for those before the cache, or beside them.
         return replace(seen, waiting=(*self.gate.waiting(), *seen.waiting))
 
     async def lease(
@@ -238,6 +250,7 @@ class Service:
         is_there = False
         # The cache's own limit begins once the files are there, and tells more.
         with anyio.move_on_after(timeout_s + _GRACE_S):
+            # Outside the cache, in which a download would hold a place in the queue.
             await self._fetch(offer)
             is_there = True
             if check is not None:
@@ -258,6 +271,7 @@ class Service:
         for ever.
         """
         fetching = self._fetching.get(offer.name)
+        # There is no await between this look and the note, so there is one download.
         if fetching is None:
             loop = asyncio.get_running_loop()
             fetching = loop.run_in_executor(self._fetchers, offer.fetch)
@@ -265,6 +279,7 @@ class Service:
             fetching.add_done_callback(lambda _: self._fetching.pop(offer.name))
         # A request that is cancelled does not end it for the others. What went wrong is
         # told by the lease, which may fall back.
+        # Not awaited itself, which would cancel it with the request.
         await asyncio.wait((fetching,))
         fetching.exception()
 
@@ -278,6 +293,7 @@ class Service:
         offer = self.offers.find(name)
         if offer is None:
             served = ", ".join(offer.name for offer in self.offers)
+            # Names come from clients and may be long.
             message = f"the model {name[:100]!r} is not served here; there are {served}"
             raise ApiError(404, message, code="model_not_found", param="model")
         return offer

@@ -127,12 +127,14 @@ def as_verbose(
     has_words = "word" in granularities
     return Verbose(
         task=task,
+        # OpenAI's API has names here, not codes.
         language="english" if task == "translate" else LANGUAGES[info.language],
         duration=info.duration,
         text=text_of(segments),
         segments=None
         if has_words and "segment" not in granularities
         else [_segment(number, segment) for number, segment in enumerate(segments)],
+        # Whisper's words begin with a space.
         words=[
             VerboseWord(word=word.word.strip(), start=word.start, end=word.end)
             for segment in segments
@@ -178,4 +180,5 @@ def as_event(kind: str, **fields: object) -> bytes:
     Returns one server-sent event.
     """
     document = {"type": kind, **fields}
+    # JSON has no line breaks outside of escapes, so one data line is enough.
     return f"event: {kind}\ndata: {json.dumps(document)}\n\n".encode()

@@ -246,12 +246,14 @@ class Watch:
         self._name_of = name_of
         self._clock = clock
         self._numbers = itertools.count(1)
+        # Appends and copies of a deque need no lock.
         self._events: deque[LiveEvent] = deque(maxlen=EVENTS)
         self._unsubscribe = cache.subscribe(self._note)
 
     def _note(self, event: Event) -> None:
         kind, text = _sentence(event)
         name = self._name_of(event.key)
+        # They happen to a device; the model only noticed.
         if isinstance(event, (DeviceLost, DeviceWarmedUp, DeviceWarmingUp)):
             name = event.device
         last = self._events[-1] if self._events else None
@@ -265,6 +267,7 @@ class Watch:
         Returns what the cache is doing now.
         """
         return Snapshot(
+            # Not taken under one lock: the parts may be a moment apart.
             at_s=self._clock(),
             devices=self._cache.devices(),
             models=tuple(

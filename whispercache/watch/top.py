@@ -33,8 +33,10 @@ TIMEOUT_S = 5.0
 """
 Most seconds for a server to answer.
 """
+# An address may be anything's; ours are kilobytes.
 _LARGEST_ANSWER_BYTES = 16 * 1024**2
 _UNAUTHORIZED = 401
+# Unicode's categories of what moves the cursor, ends lines or is not seen.
 _STEERS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
@@ -85,6 +87,7 @@ def watch(
     from rich.console import Console
 
     console = console or Console()
+    # For scripts and files.
     if not console.is_terminal:
         console.print(view(source()))
         return
@@ -113,6 +116,7 @@ def remote(url: str, key: str | None = None) -> Callable[[], Snapshot]:
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
+    # urllib would open files as well.
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} is no address such as http://127.0.0.1:8000")
     if key is not None and not (key.isascii() and key.isprintable()):
@@ -199,6 +203,7 @@ class _View:
             *self._table(marks, options.max_width),
             *self._queue(marks),
         )
+        # Events get the lines that the rest leaves.
         n_lines = len(console.render_lines(fixed, options, pad=False))
         room = _SOME if self._height is None else self._height - n_lines - 2
         yield fixed
@@ -251,13 +256,16 @@ class _View:
         """
         Returns a device's memory as a bar, with each model's number in the table.
         """
+        # Other programs may leave less than the models have.
         scale_bytes = max(device.capacity_bytes, device.charged_bytes, 1)
         bar, end_bytes = marks.line(), 0
         for number, model in enumerate(self._models, 1):
             if model.device != device.device:
                 continue
             end_bytes += model.bytes
+            # By the end, not by the size, so that rounding errors do not add up.
             n_cells = round(width * min(1.0, end_bytes / scale_bytes)) - len(bar)
+            # A narrow part of the bar has no room for a number.
             label = str(number)[: max(0, n_cells)]
             bar.append(label, f"bold reverse {_colour(number)}")
             bar.append(marks.fill(model) * (n_cells - len(label)), _colour(number))
@@ -412,6 +420,7 @@ def _follow(
     from rich.text import Text
 
     last: Snapshot | None = None
+    # A screen of its own: the terminal is as before at the end.
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             trouble = ""
