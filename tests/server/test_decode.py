@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +74,14 @@ def workers() -> set[int]:
     """
     The decoding processes of this one.
     """
-    return {
-        process.pid
-        for process in psutil.Process().children()
-        if process.status() != psutil.STATUS_ZOMBIE
-        and "spawn_main" in " ".join(process.cmdline())
-    }
+    found = set()
+    for process in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if process.status() != psutil.STATUS_ZOMBIE and "spawn_main" in " ".join(
+                process.cmdline()
+            ):
+                found.add(process.pid)
+    return found
 
 
 async def stuck(decoder: Decoder, directory: Path) -> asyncio.Task[float]:

@@ -1,0 +1,205 @@
+"""
+Key files, and the origins of pages that may use a server.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from real import clip
+from served import options_of
+from starlette.testclient import TestClient
+
+from whispercache import ModelCache
+from whispercache.server import command, create_app
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.process
+
+URL = "/v1/audio/transcriptions"
+
+
+CLIP = Path(clip("en-bread"))
+
+
+@pytest.fixture(scope="module")
+def cache() -> Iterator[ModelCache]:
+    """
+    A cache for all servers of this file.
+    """
+    with ModelCache(ram="2GiB", variants=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(cache: ModelCache) -> Iterator[TestClient]:
+    """
+    A client of that server, without a socket between.
+    """
+    with TestClient(create_app(options_of(), cache)) as made:
+        yield made
+
+
+def test_a_key_file_has_comments(tmp_path: Path) -> None:
+    """
+    Lines that begin with #, what follows one after a space, and lines without anything.
+    """
+    file = tmp_path / "keys"
+    file.write_text(
+        "\ufeff# who may use it\n\n  alice-1  \n\t# bob left\nbob#2\n"
+        "carol\t# of sales\n   \n#dave\n",
+        encoding="utf-8",
+    )
+    assert command.read_keys(file) == ["alice-1", "bob#2", "carol"]
+    other = tmp_path / "more"
+    other.write_text("erin\r\nalice-1\r\n", encoding="utf-8")
+    assert command._keys([file, other]) == ("alice-1", "bob#2", "carol", "erin")
+    file.write_text("# nobody\n\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="keys holds no key"):
+        command._keys([file, other])
+    file.write_bytes(CLIP.read_bytes())
+    with pytest.raises(ValueError, match="keys is no key file: it is not UTF-8"):
+        command._keys([other, file])
+
+
+def test_a_comment_is_no_key(tmp_path: Path, cache: ModelCache) -> None:
+    """
+    Nor is the line that it stands in.
+    """
+    file = tmp_path / "keys"
+    file.write_text("# staff\nsecret\n", encoding="utf-8")
+    app = create_app(options_of(keys=command._keys([file])), cache)
+    with TestClient(app) as client:
+        for key, status in (("secret", 200), ("# staff", 401), ("#", 401), ("", 401)):
+            headers = {"authorization": f"Bearer {key}"}
+            assert client.get("/v1/models", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("https://app.example/", "https://app.example"),
+        ("https://app.example/page", "https://app.example"),
+        ("https://App.Example", "https://app.example"),
+        ("HTTPS://app.example", "https://app.example"),
+        ("https://app.example:443", "https://app.example"),
+        ("http://app.example:80/", "http://app.example"),
+        ("http://app.example:443/x?y#z", "http://app.example:443"),
+        ("https://me:pass@app.example", "https://app.example"),
+        ("app.example", "https://app.example"),
+        ("app.example:8443/", "https://app.example:8443"),
+        ("localhost:3000", "http://localhost:3000"),
+        ("127.0.0.1:3000", "http://127.0.0.1:3000"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"),
+        ("http://[0:0:0:0:0:0:0:1]:8000", "http://[::1]:8000"),
+        (" https://app.example ", "https://app.example"),
+        ("https://app.example:0443", "https://app.example"),
+        ("NULL", "null"),
+        ("file:///home/me/page.html", "null"),
+    ],
+)
+def test_an_origin_that_cannot_match_is_told_the_right_one(
+    given: str, sent: str
+) -> None:
+    """
+    As browsers send it; which is accepted.
+    """
+    with pytest.raises(ValueError, match="is no origin; browsers send") as caught:
+        options_of(origins=(given,))
+    assert str(caught.value).endswith(f"browsers send {sent}")
+    assert options_of(origins=(sent,)).origins == (sent,)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "https://",
+        "https://*.app.example",
+        "https://app.example:port",
+        "https://app.example:70000",
+        "https://[::1",
+        "https://a b.example",
+        "**",
+        "https://app.example, https://other.example",
+    ],
+)
+def test_what_is_no_origin_at_all_is_refused(given: str) -> None:
+    """
+    With what there is to say instead.
+    """
+    with pytest.raises(
+        ValueError, match=r"name each site as in https://app\.example, "
+    ):
+        options_of(origins=(given,))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "https://app.example",
+        "http://localhost:3000",
+        "http://[::1]:8000",
+        "http://192.168.0.7",
+        "chrome-extension://abcdefghijklmnop",
+        "tauri://localhost",
+        "https://xn--bcher-kva.example:8443",
+    ],
+)
+def test_what_browsers_send_is_an_origin(given: str) -> None:
+    """
+    Of sites, extensions and applications.
+    """
+    assert options_of(origins=(given,)).origins == (given,)
+
+
+ORIGINS = ("https://app.example", "https://evil.example", "null")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "may"),
+    [
+        ((), set()),
+        (("https://app.example",), {"https://app.example"}),
+        (("null",), {"null"}),
+        (("*",), set(ORIGINS)),
+        (("*", "null"), set(ORIGINS)),
+    ],
+)
+def test_pages_without_an_origin_and_pages_of_any(
+    cache: ModelCache, allowed: tuple[str, ...], may: set[str]
+) -> None:
+    """
+    They may ask, and read the answer; so says the browser's question before, too.
+    """
+    app = create_app(options_of(origins=allowed, keys=("secret",)), cache)
+    with TestClient(app) as client:
+        for origin in ORIGINS:
+            page = {"origin": origin, "sec-fetch-site": "cross-site"}
+            before = client.options(
+                URL,
+                headers={
+                    **page,
+                    "access-control-request-method": "POST",
+                    "access-control-request-headers": "authorization",
+                },
+            )
+            key = {"authorization": "Bearer secret"}
+            answer = client.post("/api/models/m/load", headers={**page, **key})
+            reads = answer.headers.get("access-control-allow-origin")
+            is_allowed = origin in may
+            assert (answer.status_code == 200) is is_allowed
+            assert (reads in (origin, "*")) is is_allowed
+            may_ask = before.headers.get("access-control-allow-headers", "")
+            if is_allowed:
+                assert before.status_code == 200
+                assert "authorization" in may_ask
+            else:
+                assert before.headers.get("access-control-allow-origin") is None
+            # Without the key it takes more than a page.
+            answer = client.post("/api/models/m/load", headers=page)
+            assert answer.status_code == (401 if is_allowed else 403)

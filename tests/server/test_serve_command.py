@@ -1,0 +1,282 @@
+"""
+The command ``whispercache serve``: its options, its signals and its end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+import pytest
+from real import child_environment, clip, micro, packaged
+from served import (
+    TINY,
+    A,
+    asking,
+    micros,
+    offered,
+    serving,
+    transcribe,
+)
+
+from whispercache import ModelCache
+from whispercache.testing import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from whispercache.cli.main import main
+from whispercache.console import WRONG_USE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def cache() -> Iterator[ModelCache]:
+    """
+    A cache with room for one model.
+    """
+    with ModelCache(max_models=1) as cache:
+        yield cache
+
+
+def waiting(client: httpx.Client) -> int:
+    """
+    How many requests a server says that wait.
+    """
+    return len(client.get("/api/ps").json()["waiting"])
+
+
+@contextmanager
+def command(
+    *arguments: str, program: str = "", **environment: str
+) -> Iterator[tuple[Any, httpx.Client]]:
+    """
+    ``whispercache serve`` as a process, and a client of it.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start = [program] if program else ["-m", "whispercache"]
+    line = [*start, "serve", *arguments, "--port", str(port)]
+    with (
+        subprocess.Popen(
+            [sys.executable, *line],
+            env=child_environment(environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        try:
+            wait_until(lambda: process.poll() is not None or is_ready(client), "server")
+            yield process, client
+        finally:
+            process.kill()
+
+
+def is_ready(client: httpx.Client) -> bool:
+    """
+    Whether a server is there and ready.
+    """
+    try:
+        return client.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_sigterm_lets_what_has_begun_be_finished() -> None:
+    """
+    The client gets the whole answer; the exit code is 0, and no process stays.
+    """
+    (spec,) = offered(TINY)
+    place = f"{TINY}={spec.model}"
+    with (
+        command(place, "--device", "cpu", "--pin", TINY) as (process, client),
+        Path(clip("en-harbour-long")).open("rb") as file,
+    ):
+        with client.stream(
+            "POST",
+            "/v1/audio/transcriptions",
+            data={"model": TINY, "stream": "true"},
+            files={"file": ("a.flac", file)},
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert any("transcript.text.done" in line for line in rest)
+        _, log = process.communicate(timeout=30)
+        assert process.returncode == 0, log
+        assert "Traceback" not in log
+        assert "leaked" not in log
+
+
+def test_what_is_not_finished_in_time_is_told_so() -> None:
+    """
+    503 with Retry-After for those who wait, and for those who worked for too long.
+    """
+    (spec,) = offered(TINY)
+    place = (f"{TINY}={spec.model}", "--device", "cpu", "--preload", TINY)
+    with (
+        command(*place, "--drain", "1", "--parallel", "1") as (process, client),
+        ExitStack() as asked,
+    ):
+        for _ in range(3):
+            there = asking(client, TINY, clip_name="en-harbour-long")
+            last = asked.enter_context(there)
+        wait_until(lambda: waiting(client) == 2, "the others at the gate")
+        last.settimeout(30)
+        process.send_signal(signal.SIGTERM)
+        answer = "".join(piece.decode() for piece in iter(lambda: last.recv(999), b""))
+        assert answer.startswith("HTTP/1.1 503"), answer
+        assert "retry-after" in answer
+        assert "shutting_down" in answer
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in log
+
+
+def test_ctrl_c_ends_it_as_usual() -> None:
+    """
+    With the shell's exit code, and no traceback.
+    """
+    with command(f"m={micro('micro a')}", "--device", "cpu") as (process, client):
+        assert transcribe(client, "m").json()["text"] == "micro a"
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in log
+
+
+def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
+    """
+    Never from the command line, which others can read.
+    """
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two \n", encoding="utf-8")
+    arguments = (f"m={micro('micro a')}", "--key-file", str(file), "--device", "cpu")
+    with command(*arguments, WHISPERCACHE_API_KEYS="three,four") as (server, client):
+        for key, status in (("one", 200), ("two", 200), ("four", 200), ("-", 401)):
+            headers = {"authorization": f"Bearer {key}"}
+            assert client.get("/v1/models", headers=headers).status_code == status
+        children = psutil.Process(server.pid).children()
+        assert children
+        assert not [c for c in children if "four" in str(c.environ())]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("no-such-size",), "unknown model 'no-such-size'"),
+        (("base:in8",), "no compute type"),
+        (("base", "--pin", "tiny"), "tiny is not among"),
+        (("base", "--timeout", "-1"), "--timeout must have an end"),
+        (("base", "--max-upload", "lots"), "--max-upload"),
+        (("base", "--key-file", os.devnull), "holds no key"),
+    ],
+)
+def test_wrong_use_is_told_in_one_line(arguments: tuple[str, ...], said: str) -> None:
+    """
+    With exit code 2, before anything is served.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "whispercache", "serve", *arguments],
+        env=child_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+    """
+    In words, with an exit code.
+    """
+    assert packaged(TINY)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        started_s = time.monotonic()
+        line = ["serve", f"m={micro('micro a')}", "--port", str(port)]
+        done = subprocess.run(
+            [sys.executable, "-m", "whispercache", *line],
+            env=child_environment({"TMPDIR": tmp_path}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode != 0
+    assert "address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - started_s < 30
+
+
+def test_top_shows_a_server(cache: ModelCache, tmp_path: Path) -> None:
+    """
+    With the key from a file or from the environment; what is wrong is one line.
+    """
+    (tmp_path / "key").write_text("secret\n", encoding="utf-8")
+    file = ("--key-file", str(tmp_path / "key"))
+
+    def top(*arguments: str, key: str = "") -> subprocess.CompletedProcess[str]:
+        place = str(client.base_url)
+        line = [
+            "-m",
+            "whispercache",
+            "top",
+            "--once",
+            "--url",
+            place,
+            *arguments,
+        ]
+        return subprocess.run(
+            [sys.executable, *line],
+            env=child_environment({"WHISPERCACHE_API_KEY": key}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    with serving(cache, models=micros(), keys=("secret",)) as client:
+        cache.preload(micro("micro a"), "cpu")
+        for done in (top(*file), top(key="secret")):
+            assert done.returncode == 0, done.stderr
+            assert A in done.stdout
+        for done in (top(), top(key="wrong"), top("--interval", "-1", *file)):
+            assert done.returncode == 2
+            assert not done.stdout
+            assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "http", ""])
+def test_a_port_that_is_none_is_told_in_one_line(
+    port: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Before anything is served.
+    """
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "m", f"--port={port}"])
+    assert end.value.code == WRONG_USE
+    told = capsys.readouterr().err
+    assert f"{port!r} is no port" in told
+    assert told.count("\n") == 1
