@@ -9,8 +9,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from compared import compared, noises
 from real import micro, micro_copy
-from test_compare import compared, noise
 
 from whispercache import CorruptModel, ModelCache, WhisperCacheError
 from whispercache.comparison import ModelFailure, command, compare
@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> list[str]:
     """
     Three files of noise.
     """
-    return [noise(tmp_path / f"{seed}.wav", seed) for seed in range(3)]
+    return noises(tmp_path)
 
 
 @pytest.fixture

@@ -1,0 +1,73 @@
+"""
+Comparisons for tests: of files of noise, with micro models, as quick as it gets.
+"""
+
+from __future__ import annotations
+
+import wave
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from whispercache.comparison import compare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from whispercache import ModelCache
+    from whispercache.comparison import Comparison, Progress, Reference
+    from whispercache.engine.naming import ModelSpec
+
+__all__ = ["ONE_THREAD", "compared", "noise", "noises"]
+
+ONE_THREAD = {"cpu_threads": 1}
+
+
+def noise(path: Path, seed: int, seconds: float = 0.5) -> str:
+    """
+    Writes a file of noise, which is the same for the same *seed*.
+    """
+    samples = np.random.default_rng(seed).integers(-99, 99, int(16_000 * seconds))
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return str(path)
+
+
+def noises(folder: Path) -> list[str]:
+    """
+    Writes three files of noise.
+    """
+    return [noise(folder / f"{seed}.wav", seed) for seed in range(3)]
+
+
+def compared(
+    files: Sequence[str],
+    models: Sequence[str | ModelSpec],
+    *,
+    references: dict[str, Reference | str] | None = None,
+    out: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cache: ModelCache | None = None,
+    beam_size: int = 1,
+    resume: bool = True,
+) -> Comparison:
+    """
+    Returns a comparison.
+    """
+    return compare(
+        files,
+        models=models,
+        references=references,
+        device="cpu",
+        out=out,
+        progress=progress,
+        cache=cache,
+        beam_size=beam_size,
+        resume=resume,
+        load_options=ONE_THREAD,
+        resamples=200,
+    )
