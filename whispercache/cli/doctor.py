@@ -59,10 +59,10 @@ class Finding:
     One thing that was examined.
 
     Attributes:
-        mark: Whether it works, is merely worth knowing, or is wrong.
-        subject: What was looked at.
-        text: What was found.
-        mend: How to mend it, or nothing.
+        mark: It works, is merely worth knowing, or is wrong.
+        subject: The thing.
+        text: Its state.
+        mend: The cure, or nothing.
     """
 
     mark: Mark

@@ -1,7 +1,7 @@
 """
 The command ``whispercache``: its options, its errors and its exit codes.
 
-What it says goes to stderr, in one line where it is an error; stdout carries results.
+Errors go to stderr, one line each; stdout carries results.
 Heavy imports wait for a command that needs them, so that ``--help`` answers at once.
 """
 

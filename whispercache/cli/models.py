@@ -38,11 +38,11 @@ class Place:
 
     Attributes:
         device: ``"cpu"`` or ``"cuda:N"``.
-        name: What the hardware is called.
+        name: The name of the hardware.
         total_bytes: All its memory.
-        free_bytes: What is free now.
-        usable_bytes: What is free, less what must stay so.
-        trouble: Why no model can run there nevertheless, or nothing.
+        free_bytes: The part of it that is free now.
+        usable_bytes: The same, less the headroom.
+        trouble: The reason why no model can run there nevertheless, or nothing.
     """
 
     device: str
@@ -65,7 +65,7 @@ class Size:
         weights_bytes: While it is loaded.
         total_bytes: At the peak of a load and one call.
         host_loading_bytes: In host RAM while it loads to a GPU.
-        fits: Whether there is room for that now.
+        fits: True if there is room for that now.
     """
 
     model: str

@@ -63,7 +63,7 @@ class _Transcription:
     A run of the command: some files through some models.
 
     Attributes:
-        options: What was asked for.
+        options: The command line.
         bar: Shows how far it is.
         partial: The file that is being written.
         bad: Files that could not be decoded.

@@ -1,7 +1,7 @@
 """
 The command ``whispercache variants``: lists, builds and removes a user's variants.
 
-What was found or done goes to stdout, a line each; what begins, and errors, to stderr.
+Results go to stdout, a line each; beginnings and errors to stderr.
 """
 
 from __future__ import annotations

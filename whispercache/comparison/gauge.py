@@ -38,7 +38,7 @@ class Gauge:
 
     Args:
         probe: Reads the memory of cards.
-        device: Which.
+        device: The device to read.
     """
 
     def __init__(self, probe: MemoryProbe, device: str) -> None:

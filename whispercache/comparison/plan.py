@@ -39,9 +39,9 @@ class Entrant:
     A model that takes part.
 
     Attributes:
-        name: What it is called.
-        spec: How it was asked for.
-        key: What it is.
+        name: Its name in the comparison.
+        spec: The words in which it was asked for.
+        key: The model.
         identity: Fingerprint of the model, its files, its device and the libraries.
         cost: Bytes of memory that it takes; its work is taken to go with them.
     """

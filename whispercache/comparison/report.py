@@ -34,7 +34,7 @@ __all__ = ["REPORTS", "as_csv", "as_html", "as_json", "as_lines", "write_reports
 REPORTS = ("comparison.json", "comparison.csv", "report.html")
 COLOURS = 8
 """
-How many colours the page has; models beyond that share them.
+The number of colours in the page; models beyond that share them.
 """
 
 _NONE = "—"
@@ -205,8 +205,8 @@ class Section:
     Attributes:
         file: The file.
         label: A short name of it.
-        heard: What each model made of it.
-        is_open: Whether its words are shown without a click.
+        heard: Each model's transcript.
+        is_open: True if its words are shown without a click.
     """
 
     file: FileInfo

@@ -73,16 +73,16 @@ def compare(
         models: ``"base"``, ``"base:int8"``, ``"mine=/models/mine:int8"``, or specs.
         references: What is said in the files: a table (see `read_references`), or texts
             by file. Without, the models are compared with each other alone.
-        device: Where all models run; as for `ModelCache.get_model`.
+        device: The device for all models; as for `ModelCache.get_model`.
         language: Of all files, by code, name or locale; None to let each model detect
             it.
         out: Directory for the reports, and for what a rerun resumes from.
-        cache: Where to lease the models. They are unloaded there before and after.
+        cache: The cache of the models. They are unloaded there before and after.
             None for a cache of its own.
         beam_size: As for ``WhisperModel.transcribe``, like the following.
         temperature: See above.
         load_options: ``cpu_threads`` and the like, for all models.
-        resamples: How often the bootstrap draws.
+        resamples: The number of draws of the bootstrap.
         resume: Do not do again what *out* has: the same audio, model files, options,
             device and versions of faster-whisper and CTranslate2.
         progress: Called at each step, on this thread.

@@ -35,7 +35,7 @@ class LoadRecord:
     Attributes:
         load_s: Seconds of the load.
         warm_up_s: Seconds of the first call.
-        weights_bytes: What the cache counts for the model.
+        weights_bytes: The bytes that the cache counts for the model.
         peak_bytes: Largest growth of memory seen until it was warm, or None.
     """
 
@@ -165,5 +165,5 @@ _RESULT_FIELDS = (
     *("duration_s", "work_s", "latency_s", "peak_bytes", "damage"),
 )
 """
-What is kept of a result; its score depends on the references, and is made anew.
+The fields of a result that are kept; its score depends on the references.
 """

@@ -67,7 +67,7 @@ class Findings:
 
     Attributes:
         entrants: The models.
-        loads: How each one's load went, in this run or an earlier one; by name.
+        loads: The load of each one, in this run or an earlier one; by name.
         results: Of each model on each file, in order.
         failures: Files that were passed over.
         loaded: Names of the models that this run loaded.
@@ -86,7 +86,7 @@ class Run:
     A comparison on its way.
 
     Attributes:
-        cache: Where models are leased.
+        cache: The cache of the models.
         call: Options of ``transcribe``.
         load_options: Options of the loads.
         entrants: The models.

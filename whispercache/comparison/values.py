@@ -122,7 +122,7 @@ class FileInfo:
             reference, else the one asked for, else the one that was detected with the
             greatest certainty.
         duration_s: Length of the audio in seconds.
-        reference: What is said in it, or None if that is not known.
+        reference: The words that are said in it; None if not known.
     """
 
     file: str
@@ -140,9 +140,9 @@ class Result:
         model: Name of the model in this comparison.
         file: The file, as it was named.
         language: Code of the language, asked for or detected.
-        certainty: How sure the model was of the language, 0 to 1; None where it was
+        certainty: The model's confidence in the language, 0 to 1; None where it was
             told, and where it knows no other than English.
-        text: What was heard.
+        text: The transcript.
         cues: The same in pieces, with their times.
         duration_s: Length of the audio in seconds.
         work_s: Seconds from the call to the last segment, the model being in memory and
@@ -157,7 +157,7 @@ class Result:
         edits: Reference and transcript side by side, in pieces; empty without a
             reference.
         is_kept: Found by an earlier run, with that run's figures.
-        damage: What of the file could not be heard, in words; empty if nothing.
+        damage: The part of the file that was lost, in words; empty if none.
     """
 
     model: str
@@ -214,19 +214,19 @@ class ModelSummary:
     One model over all files that it was tried on.
 
     Attributes:
-        name: What it is called in this comparison.
-        key: What it is: the text of its `ModelKey`.
+        name: Its name in this comparison.
+        key: The text of its `ModelKey`.
         model: Size, repository or directory.
-        device: Where it ran.
-        compute_type: What it computed in.
-        files: How many files it heard.
+        device: The device that it ran on.
+        compute_type: The type that it computed in.
+        files: The number of files that it heard.
         load_s: Seconds of the load itself, without a download or a wait for room.
         warm_up_s: Seconds of the first call after the load, on a second of silence,
             for a few words at most. It takes what only a first call costs out of the
             other figures, and is in none of them.
-        loads: How often this run loaded it: once, or not at all if an earlier run had
+        loads: The number of loads in this run: one, or none if an earlier run had
             found everything already.
-        weights_bytes: What the cache counts for the model itself.
+        weights_bytes: The bytes that the cache counts for the model itself.
         peak_bytes: Largest of the results' ``peak_bytes`` and of the load's own.
         duration_s: Length of all the audio in seconds.
         work_s: Sum of the results' ``work_s``.
@@ -284,7 +284,7 @@ class Difference:
     Attributes:
         first: Name of one.
         second: Name of the other.
-        files: How many files with a reference both have heard.
+        files: The number of files with a reference that both have heard.
         wer: Word error rate of *first* less that of *second*, pooled over those files;
             positive if the second is better. None if nothing was said in them.
         interval: Confidence interval of *wer*; None with too few files.
@@ -309,7 +309,7 @@ class Agreement:
     Attributes:
         first: Name of one.
         second: Name of the other.
-        files: How many files both have heard.
+        files: The number of files that both have heard.
         share: 1 less the word errors of one text against the other as a share of the
             longer text, pooled over the files: from 0 (nothing in common) to 1 (equal
             words), and the same whichever comes first. None if neither heard a word.
@@ -358,11 +358,11 @@ class Comparison:
         differences: Each pair of models; empty without references.
         agreements: Each pair of models.
         failures: Files that were passed over.
-        loads: How many loads this run took.
-        loads_saved: How many more it would have taken file by file, in a memory that
-            holds one model.
+        loads: The number of loads in this run.
+        loads_saved: The further loads that it would have taken file by file, in a
+            memory that holds one model.
         options: The options of ``transcribe`` that were used.
-        notes: What a reader should know, a sentence each.
+        notes: Notes for readers, a sentence each.
         model_failures: Models that were left out.
     """
 
@@ -393,7 +393,7 @@ class Progress:
         fraction: Share of this run's work that is done, 0 to 1: an estimate, for which
             the work goes with the bytes of the file and those of the model.
         share: Share of the file that is done, 0 to 1.
-        result: What was found, without its score, at the stage ``"done"``.
+        result: The result, without its score, at the stage ``"done"``.
     """
 
     stage: str

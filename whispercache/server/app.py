@@ -39,7 +39,7 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
     ``server.router.lifespan_context(server)``.
 
     Args:
-        options: What it offers, and to whom.
+        options: The models that it offers, and their terms.
         cache: The cache of the models; it stays open. If None, a cache with default
             limits, which is closed when the server ends.
 

@@ -62,7 +62,7 @@ class AudioRefused(AudioError):
 
     Attributes:
         audio: Always ``"upload"``; no path of the server gets into a message.
-        reason: Why it cannot be decoded, and what to send instead.
+        reason: The reason, and a cure.
     """
 
     def __str__(self) -> str:
@@ -142,11 +142,11 @@ class Decoder:
     Used in one event loop. No process, thread or file remains of it.
 
     Args:
-        processes: How many uploads are decoded at once; further ones wait.
+        processes: The number of uploads that are decoded at once; others wait.
         max_duration_s: Seconds of audio that an upload may hold. Decoding ends where
             they are over, whatever its header claims.
         timeout_s: Seconds that decoding may take, without the wait for a process.
-        memory_bytes: What a process may take for decoding (on Linux).
+        memory_bytes: Limit of a process's memory for decoding (on Linux).
         uploads_per_process: After so many, a process is replaced by a new one.
     """
 

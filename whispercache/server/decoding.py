@@ -87,10 +87,10 @@ class Outcome:
     The result of decoding an upload.
 
     Attributes:
-        n_samples: How many were written.
-        refusal: Why it was refused, for the client; empty if it was not.
+        n_samples: The number of samples that were written.
+        refusal: The reason of a refusal, for the client; empty if there is none.
         is_too_long: It was refused, since it goes on for longer than allowed.
-        damage: What of it could not be heard, if anything.
+        damage: The part of it that could not be decoded, if any.
     """
 
     n_samples: int
@@ -134,8 +134,8 @@ def prepare(memory_bytes: int, output_bytes: int) -> None:
     Limits this process, once, before its first upload.
 
     Args:
-        memory_bytes: How much it may take beyond what it has now. Kept on Linux alone.
-        output_bytes: How long a file it may write. Not kept on Windows.
+        memory_bytes: Limit of its growth from now on. Kept on Linux alone.
+        output_bytes: Limit of the files that it writes. Not kept on Windows.
     """
     # A handler in Python would wait until FFmpeg returns.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -27,7 +27,7 @@ class Server(uvicorn.Server):
 
     Args:
         config: As for uvicorn.
-        service: Where they wait.
+        service: Its gate is where they wait.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:

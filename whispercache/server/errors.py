@@ -62,7 +62,7 @@ Seconds after which a refused client may try again; by then a queue has moved on
 
 _CLIENT_LEFT = 499
 """
-What nginx calls it, for logs.
+A status that nginx has for this, for logs.
 """
 
 

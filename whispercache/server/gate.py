@@ -35,7 +35,7 @@ class Gate:
 
     Args:
         parallel: Requests at a time, for each model.
-        max_waiting: So many wait, for all models together.
+        max_waiting: Limit of the requests that wait, for all models together.
         max_audio_s: Seconds of audio of all requests at work, which is in memory. One
             alone may bring more.
     """

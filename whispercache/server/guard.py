@@ -23,7 +23,7 @@ __all__ = ["OPEN_PATHS", "Guard"]
 
 OPEN_PATHS = ("/", "/healthz", "/readyz")
 """
-What needs no key: the page itself, which asks for one, and what probes look at.
+Paths that need no key: the page itself, which asks for one, and those of probes.
 """
 _OPEN_FOLDER = "/page/"
 _HARMLESS = ("GET", "HEAD", "OPTIONS")
@@ -51,7 +51,7 @@ class Guard:
     bearer key, where there are keys.
 
     Args:
-        app: What is guarded.
+        app: The app behind.
         keys: Any of these will do; none are needed if empty.
         hosts: Names of ours; any will do if empty.
         origins: Other sites whose pages may use the server; see `ServerOptions`.

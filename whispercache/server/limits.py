@@ -34,11 +34,11 @@ class UploadLimit:
 
     Args:
         app: The app behind.
-        max_bytes: So large may the body of a request be.
-        timeout_s: So long may it take to arrive; None is for ever.
+        max_bytes: Limit of the body of a request.
+        timeout_s: Limit of the time for it to arrive; None is for ever.
         linger_s: So long is more of a refused body read, and dropped. A connection that
             is closed in mid-upload would be reset, and its client never see the answer.
-        max_at_once: So many requests with a body may be under way; None is no limit.
+        max_at_once: Limit of the requests with a body under way; None is no limit.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ The field of config.json that names the attention heads which follow the words.
 
 OPENAI_NAME = "whisper-1"
 """
-What OpenAI calls its Whisper, and hence what many clients ask for.
+OpenAI's name of its Whisper, for which many clients ask.
 """
 
 # All names of each known size.
@@ -41,8 +41,8 @@ class Offer:
 
     Args:
         spec: The model.
-        device: Where it runs.
-        cache: What loads it.
+        device: The device that it runs on.
+        cache: The cache that loads it.
     """
 
     def __init__(self, spec: ModelSpec, device: str, cache: ModelCache) -> None:
@@ -102,8 +102,8 @@ class Offers:
     Args:
         specs: The models; the first also answers to `OPENAI_NAME`, unless one has that
             name.
-        device: Where they run.
-        cache: What loads them.
+        device: The device that they run on.
+        cache: The cache that loads them.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ __all__ = ["ANY_ORIGIN", "NO_ORIGIN", "ServerOptions"]
 ANY_ORIGIN = "*"
 NO_ORIGIN = "null"
 """
-What `ServerOptions.origins` may say besides sites.
+Values of `ServerOptions.origins` besides sites.
 """
 
 _USUAL_PORTS = {"http": 80, "https": 443}
@@ -40,7 +40,7 @@ class ServerOptions:
     Attributes:
         models: The models that it offers, as texts (``"base"``, ``"base:int8"``,
             ``"mine=/models/mine"``). Nothing else is ever downloaded, opened or named.
-        device: Where they run: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        device: For all of them: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         preload: Names of models to load at the start; ready once all are.
         pin: Names of those to keep, idle or not; they are loaded at the start, too.
         keys: Requests need one of these; none if empty.
@@ -60,7 +60,7 @@ class ServerOptions:
         upload_timeout_s: For one request's body to arrive.
         decode_timeout_s: For its audio to be decoded.
         timeout_s: For a model to be had, from the moment at which the audio is decoded.
-        max_waiting: So many requests wait for their turn; more are refused.
+        max_waiting: Limit of the requests that wait; more are refused.
         parallel: Requests that work with one model at a time. A model computes one
             after the other; with two, the next one's features are ready in time.
         decoders: Processes that decode audio.

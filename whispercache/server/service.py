@@ -58,8 +58,8 @@ class Service:
     A cache and its offers, with all that a server adds to them.
 
     Args:
-        options: How it behaves.
-        cache: Where the models are.
+        options: Its behaviour.
+        cache: The cache of the models.
 
     Raises:
         WhisperCacheError: a model on the list does not exist, or its device does not.
@@ -239,7 +239,7 @@ class Service:
             offer: The model.
             timeout_s: Most seconds to wait.
             keep_alive: Once the lease ends, instead of the cache's.
-            workload: What will be done with the model.
+            workload: The work that the model will do.
             check: Called with what is known of the model once its files are here, and
                 before it is loaded; what it raises is raised here.
 

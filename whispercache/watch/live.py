@@ -100,7 +100,7 @@ class LiveEvent:
 
     Attributes:
         number: Counts up, so that a reader knows which it has seen.
-        at_s: When: seconds since 1970 (UTC).
+        at_s: Time of the event: seconds since 1970 (UTC).
         kind: ``"loading"``, ``"loaded"``, ``"failed"``, ``"granted"``, ``"evicted"`` or
             ``"warning"``.
         model: The model, by name.
@@ -230,8 +230,8 @@ class Watch:
     Safe to use from any thread. A context manager that ends on exit.
 
     Args:
-        cache: What to watch; events are remembered from now on.
-        name_of: What a model is called; by default its name or last part of its path,
+        cache: The cache; events are remembered from now on.
+        name_of: Gives a model's display name; by default the last part of its path,
             with its compute type.
         clock: Tells the time: seconds since 1970 (UTC).
     """

@@ -56,8 +56,8 @@ def view(
     Returns a snapshot for rich to print, as wide as the console.
 
     Args:
-        snapshot: What to show.
-        trouble: Why there is no newer one, in one line, or nothing.
+        snapshot: The snapshot.
+        trouble: The reason why there is no newer one, in one line, or nothing.
         height: At most so many lines: old events are left out first. None for all.
     """
     return _View(snapshot, trouble, height)
@@ -77,7 +77,7 @@ def watch(
     Args:
         source: Takes a snapshot: `Watch.snapshot`, or what `remote` returns.
         interval_s: Seconds between two snapshots.
-        console: Where to; by default stdout.
+        console: By default stdout.
 
     Raises:
         OSError: there is no terminal, and *source* raised it; see `remote`.
@@ -102,7 +102,7 @@ def remote(url: str, key: str | None = None) -> Callable[[], Snapshot]:
     Returns a source of snapshots of the server at *url*, for `watch`.
 
     Args:
-        url: Where it is, as in ``"http://127.0.0.1:8000"``.
+        url: Its address, as in ``"http://127.0.0.1:8000"``.
         key: One of its keys, if it asks for one.
 
     Returns:
