@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import anyio
@@ -24,6 +26,33 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 __all__ = ["Gate"]
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """
+    A request for a turn.
+
+    Attributes:
+        name: The model.
+        audio_s: Seconds of its audio.
+        since_s: Time of its arrival, in seconds of the monotonic clock.
+        has_turn: True once it may work.
+        settled: Set when its wait is over, by a turn or by the end of the gate.
+    """
+
+    name: str
+    audio_s: float
+    since_s: float = field(default_factory=time.monotonic)
+    has_turn: bool = False
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def waited_s(self) -> float:
+        """
+        Seconds since its arrival.
+        """
+        return time.monotonic() - self.since_s
 
 
 class Gate:
@@ -43,22 +72,21 @@ class Gate:
     def __init__(self, parallel: int, max_waiting: int, max_audio_s: float) -> None:
         self._parallel = parallel
         self._max_waiting = max_waiting
-        self._audio = _Audio(max_audio_s)
-        self._models: dict[str, anyio.Semaphore] = {}
-        # Requests that wait, in the order of their arrival, by the scope that ends
-        # their wait.
-        self._since_s: dict[anyio.CancelScope, tuple[str, float]] = {}
+        self._max_audio_s = max_audio_s
+        # What works: the number of requests by model, and the audio of all.
+        self._working: Counter[str] = Counter()
+        self._audio_s = 0.0
+        self._queue: list[_Request] = []
         self._is_closed = False
 
     def waiting(self) -> tuple[WaitingInfo, ...]:
         """
         Returns the requests that wait, the oldest first.
         """
-        now_s = time.monotonic()
         return tuple(
             # The device and the type are settled after the gate.
-            WaitingInfo((ModelKey(name, "", ""),), now_s - since_s)
-            for name, since_s in self._since_s.values()
+            WaitingInfo((ModelKey(request.name, "", ""),), request.waited_s)
+            for request in self._queue
         )
 
     @property
@@ -73,9 +101,8 @@ class Gate:
         Refuses the requests that wait, and all that come.
         """
         self._is_closed = True
-        for scope in self._since_s:
-            # Each then sees that the gate is closed, and says so.
-            scope.cancel()
+        for request in self._queue:
+            request.settled.set()
 
     def check(self, name: str) -> None:
         """
@@ -86,12 +113,9 @@ class Gate:
             CacheClosed: the gate was closed.
         """
         self._check_open()
-        waiting = len(self._since_s)
-        if waiting >= self._max_waiting and not self._turns(name).value:
-            raise TooManyWaiters(name, waiting)
-
-    def _turns(self, name: str) -> anyio.Semaphore:
-        return self._models.setdefault(name, anyio.Semaphore(self._parallel))
+        is_taken = self._working[name] >= self._parallel
+        if is_taken and len(self._queue) >= self._max_waiting:
+            raise TooManyWaiters(name, len(self._queue))
 
     @asynccontextmanager
     async def turn(
@@ -108,110 +132,59 @@ class Gate:
             CacheClosed: the gate was closed.
         """
         self.check(name)
-        semaphore = self._turns(name)
-        since_s = time.monotonic()
-        # A request that need not wait is never counted as waiting.
-        if not _enter_at_once(semaphore, self._audio, audio_s):
-            await self._wait(semaphore, name, timeout_s, audio_s)
+        request = _Request(name, audio_s)
+        self._queue.append(request)
         try:
-            yield max(0.0, timeout_s - (time.monotonic() - since_s))
+            self._admit()
+            if not request.has_turn:
+                await self._wait(request, timeout_s)
+            yield max(0.0, timeout_s - request.waited_s)
         finally:
-            # Also when the block failed, or was cancelled.
-            self._audio.release(audio_s)
-            semaphore.release()
+            self._end(request)
 
-    async def _wait(
-        self, semaphore: anyio.Semaphore, name: str, timeout_s: float, audio_s: float
-    ) -> None:
-        waiting = len(self._since_s)
-        if waiting >= self._max_waiting:
-            raise TooManyWaiters(name, waiting)
-        since_s = time.monotonic()
-        with anyio.move_on_after(timeout_s) as scope:
-            self._since_s[scope] = (name, since_s)
-            try:
-                await _enter(semaphore, self._audio, audio_s)
-            finally:
-                del self._since_s[scope]
-        # By the deadline, or by close().
-        if scope.cancelled_caught:
+    async def _wait(self, request: _Request, timeout_s: float) -> None:
+        others = len(self._queue) - 1
+        if others >= self._max_waiting:
+            raise TooManyWaiters(request.name, others)
+        with anyio.move_on_after(timeout_s):
+            await request.settled.wait()
+        if not request.has_turn:
             self._check_open()
-            same = [asked for asked, _ in self._since_s.values() if asked == name]
-            raise LeaseTimeout(name, time.monotonic() - since_s, len(same) + 1)
+            same = [each for each in self._queue if each.name == request.name]
+            place = same.index(request) + 1
+            raise LeaseTimeout(request.name, request.waited_s, place)
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise CacheClosed("the server is shutting down")
 
-
-class _Audio:
-    """
-    A semaphore of seconds, first come, first served.
-    """
-
-    def __init__(self, most_s: float) -> None:
-        self._most_s = most_s
-        self._used_s = 0.0
-        self._users = 0
-        # Held by the first that waits, so that a small request cannot pass a large one
-        # for ever.
-        self._first = asyncio.Lock()
-        self._freed = asyncio.Event()
-
-    def acquire_nowait(self, audio_s: float) -> bool:
+    def _admit(self) -> None:
         """
-        Takes *audio_s* seconds, if they are free and no request waits for others.
+        Gives turns to requests, in their order, as far as models and audio allow.
         """
-        # No overtaking.
-        if self._first.locked() or not self._fits(audio_s):
-            return False
-        self._take(audio_s)
-        return True
+        for request in tuple(self._queue):
+            # Those for other models may pass.
+            if self._working[request.name] >= self._parallel:
+                continue
+            # But none takes the audio for which this one waits, or a long recording
+            # would wait for ever. One that is longer than the limit goes alone.
+            audio_s = self._audio_s + request.audio_s
+            if self._working.total() and audio_s > self._max_audio_s:
+                break
+            self._queue.remove(request)
+            self._working[request.name] += 1
+            self._audio_s = audio_s
+            request.has_turn = True
+            request.settled.set()
 
-    async def acquire(self, audio_s: float) -> None:
+    def _end(self, request: _Request) -> None:
         """
-        Takes *audio_s* seconds, as soon as there are as many.
+        Ends a request, which may have had its turn or not.
         """
-        async with self._first:
-            while not self._fits(audio_s):
-                # Before the wait; there is no other task between the look and this.
-                self._freed.clear()
-                await self._freed.wait()
-            self._take(audio_s)
-
-    def release(self, audio_s: float) -> None:
-        """
-        Gives *audio_s* seconds back.
-        """
-        self._used_s -= audio_s
-        self._users -= 1
-        self._freed.set()
-
-    def _fits(self, audio_s: float) -> bool:
-        # A recording that is longer than the limit has its turn alone.
-        return not self._users or self._used_s + audio_s <= self._most_s
-
-    def _take(self, audio_s: float) -> None:
-        self._used_s += audio_s
-        self._users += 1
-
-
-def _enter_at_once(semaphore: anyio.Semaphore, audio: _Audio, audio_s: float) -> bool:
-    try:
-        semaphore.acquire_nowait()
-    except anyio.WouldBlock:
-        return False
-    if audio.acquire_nowait(audio_s):
-        return True
-    semaphore.release()
-    return False
-
-
-async def _enter(semaphore: anyio.Semaphore, audio: _Audio, audio_s: float) -> None:
-    # First the turn: audio that waits for its model must not keep others' away.
-    await semaphore.acquire()
-    try:
-        await audio.acquire(audio_s)
-    except BaseException:
-        semaphore.release()
-        raise
+        if request.has_turn:
+            self._working[request.name] -= 1
+            self._audio_s -= request.audio_s
+        else:
+            self._queue.remove(request)
+        if not self._is_closed:
+            self._admit()
