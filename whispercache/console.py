@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from rich.progress import Progress, ProgressColumn
 
@@ -23,6 +23,7 @@ __all__ = [
     "add_limits",
     "bars",
     "clock",
+    "distinct",
     "error_line",
     "explain",
     "interruptible",
@@ -72,6 +73,22 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def distinct(
+    names: Iterable[str], same: Callable[[str], str] = str.casefold
+) -> list[str]:
+    """
+    Returns *names*, with numbers after those for which *same* gives an equal text.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        other, number = name, 1
+        while same(other) in found:
+            number += 1
+            other = f"{name}-{number}"
+        found[same(other)] = other
+    return list(found.values())
 
 
 def bars(*columns: ProgressColumn) -> Progress:

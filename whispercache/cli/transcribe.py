@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whispercache.cache import ModelCache
-from whispercache.console import WRONG_USE, error_line, interruptible
+from whispercache.console import WRONG_USE, distinct, error_line, interruptible
 from whispercache.engine.calls.languages import check_language
 from whispercache.engine.calls.prepare import workload_of
 from whispercache.engine.naming import short_name
@@ -99,7 +99,7 @@ class _Transcription:
                 known = cache.knowledge(*place)
                 check_language(str(model.key), options.language, known)
             cache.subscribe(self._watch)
-            stems = _distinct(Path(file).stem for file in files)
+            stems = distinct(Path(file).stem for file in files)
             for name, model in models.items():
                 for file, stem in zip(files, stems, strict=True):
                     # Broken once, broken for the next model too.
@@ -127,7 +127,7 @@ class _Transcription:
             plan = cache.explain(text, *place, workload=workload)
             if plan.outcome == "never":
                 raise WhisperCacheError(plan.reason)
-        names = _distinct(_short(model.key.model) for model in models.values())
+        names = distinct(_short(model.key.model) for model in models.values())
         return dict(zip(names, models.values(), strict=True))
 
     def _watch(self, event: Event) -> None:
@@ -244,17 +244,3 @@ def _short(model: str) -> str:
     if is_directory(model):
         return short_name(model)
     return model if model in MODELS else model.replace("/", "--")
-
-
-def _distinct(names: Iterator[str]) -> list[str]:
-    """
-    Returns *names*, with numbers after those that are equal, capitals aside.
-    """
-    found: dict[str, str] = {}
-    for name in names:
-        other, number = name, 1
-        while other.casefold() in found:
-            number += 1
-            other = f"{name}-{number}"
-        found[other.casefold()] = other
-    return list(found.values())

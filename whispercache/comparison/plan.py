@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from whispercache.console import distinct
 from whispercache.engine.calls.languages import check_language
 from whispercache.errors import LoadFailed, WhisperCacheError
 
@@ -97,7 +98,7 @@ def enter(
         else:
             planned[key] = spec, cost
     # After equal models were merged, so that none is numbered in vain.
-    names = _distinct([spec.name for spec, _ in planned.values()])
+    names = distinct([spec.name for spec, _ in planned.values()], same=str)
     entrants: list[Entrant] = []
     for name, (key, (spec, cost)) in zip(names, planned.items(), strict=True):
         try:
@@ -199,17 +200,3 @@ def read_inputs(files: Iterable[str]) -> tuple[list[Input], list[Failure]]:
         except OSError as error:
             failures.append(Failure(file, error.strerror or str(error)))
     return inputs, failures
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """
-    Returns *names*, with numbers after those that are equal.
-    """
-    found: list[str] = []
-    for name in names:
-        other, number = name, 1
-        while other in found:
-            number += 1
-            other = f"{name}-{number}"
-        found.append(other)
-    return found

@@ -22,7 +22,7 @@ import threading
 from dataclasses import dataclass
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 import av.logging
 
@@ -46,7 +46,7 @@ __all__ = [
     "SAMPLE_BYTES",
     "Context",
     "Outcome",
-    "Process",
+    "Worker",
     "decode",
     "prepare",
     "ready",
@@ -105,7 +105,7 @@ class _Refused(Exception):
     """
 
 
-class Process(SpawnProcess):
+class Worker(SpawnProcess):
     """
     A decoding process, which is killed where others are asked to end.
 
@@ -126,7 +126,7 @@ class Context(SpawnContext):
     loop's signals with code that reads what strangers have sent.
     """
 
-    Process = Process
+    Process: ClassVar[type[SpawnProcess]] = Worker
 
 
 def prepare(memory_bytes: int, output_bytes: int) -> None:
