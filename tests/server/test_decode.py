@@ -491,6 +491,22 @@ def test_processes_end_with_their_parent(tmp_path: Path) -> None:
     wait_until(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids))
 
 
+def test_processes_that_still_start_end_without_a_word() -> None:
+    """
+    The first that is up is waited for; the others find that their pool has gone.
+    """
+    ended = child(
+        "import asyncio\n"
+        "from whispercache.server.decode import Decoder\n"
+        "async def main():\n"
+        "    for _ in range(4):\n"
+        "        async with Decoder(processes=4):\n"
+        "            pass\n"
+        "asyncio.run(main())\n"
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_a_program_without_a_guard_is_told_so(tmp_path: Path) -> None:
     """
     Processes that would run the program again do not start, and the error says why; a

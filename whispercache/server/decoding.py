@@ -37,7 +37,8 @@ from whispercache.engine.audio.decoder import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
+    from types import TracebackType
 
     from whispercache.engine.audio.damage import AudioDamage
 
@@ -107,17 +108,31 @@ class _Refused(Exception):
 
 class Worker(SpawnProcess):
     """
-    A decoding process, which is killed where others are asked to end.
-
-    It holds nothing that it would have to put away. One that is still starting, and
-    finds that what it was to get is gone, would end with a traceback.
+    A decoding process, which ends without a word if its pool ends while it starts.
     """
 
-    def terminate(self) -> None:
-        """
-        Ends the process at once.
-        """
-        self.kill()
+    def __reduce__(self) -> tuple[Callable[[], Worker], tuple[()], dict[str, object]]:
+        # The child makes it by that call, and reads the rest after it: locks, which may
+        # be gone, since pebble puts them away before it ends its processes.
+        return _arriving, (), self.__dict__
+
+
+def _arriving() -> Worker:
+    """
+    Returns an empty `Worker`, in a process that is starting.
+    """
+    sys.excepthook = _end_quietly
+    return Worker.__new__(Worker)
+
+
+def _end_quietly(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """
+    Prints an error that ends this process, unless it means that the pool has ended.
+    """
+    if not isinstance(error, (EOFError, FileNotFoundError, KeyboardInterrupt)):
+        sys.__excepthook__(kind, error, trace)
 
 
 class Context(SpawnContext):
