@@ -100,7 +100,6 @@ def compare(
     a model computes, it hears no Ctrl-C.
     """
     _check(resamples)
-    # Names and locales will do, too.
     code = language_code(language)
     asked = {"language": code, "beam_size": beam_size, "temperature": temperature}
     files, specs = _files(audio), _specs(models)
@@ -108,7 +107,6 @@ def compare(
     folder = None if out is None else Path(out)
     given = dict(load_options or {})
     with ModelCache() if cache is None else nullcontext(cache) as used:
-        # All defaults spelt out: they belong to what a result depends on.
         call = _call(used, {**asked, **options})
         workload = workload_of(call, None)
         entrants, notes, broken = enter(used, specs, device, workload, given)
@@ -163,7 +161,8 @@ def _check(resamples: int) -> None:
 
 def _call(cache: ModelCache, asked: dict[str, object]) -> dict[str, object]:
     """
-    Returns all options of ``transcribe``, with its defaults for those not asked for.
+    Returns all options of ``transcribe``, with its defaults for those not asked for:
+    they are a part of what a result depends on.
     """
     signature = cache.loader.signatures()["transcribe"]
     return checked(bound(signature, (), asked))

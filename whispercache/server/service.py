@@ -75,17 +75,7 @@ class Service:
         # Made anew at each start; these are for applications that ask before.
         self.gate: Gate = self._new_gate()
         self.decoder: Decoder = self._new_decoder()
-        # Of its own: two servers in one process would clash in the global one.
-        self.registry: CollectorRegistry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        waiting = Gauge(
-            "whispercache_server_waiting_requests",
-            "Requests that wait for their turn with a model, before the cache.",
-            registry=self.registry,
-        )
-        # The gate is another one after a restart, so it is asked for each time.
-        waiting.set_function(lambda: len(self.gate.waiting()))
+        self.registry: CollectorRegistry = self._new_registry()
         # What is to be loaded at the start, and why it is not yet.
         self.pending: dict[str, str] = dict.fromkeys(
             (*options.preload, *options.pin), "loading"
@@ -107,6 +97,20 @@ class Service:
         )
         # Downloads under way, by the name of the model.
         self._fetching: dict[str, asyncio.Future[None]] = {}
+
+    def _new_registry(self) -> CollectorRegistry:
+        # Of its own: two servers in one process would clash in the global one.
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        waiting = Gauge(
+            "whispercache_server_waiting_requests",
+            "Requests that wait for their turn with a model, before the cache.",
+            registry=registry,
+        )
+        # The gate is another one after a restart, so it is asked for each time.
+        waiting.set_function(lambda: len(self.gate.waiting()))
+        return registry
 
     def _new_gate(self) -> Gate:
         options = self.options
