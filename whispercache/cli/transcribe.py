@@ -2,8 +2,6 @@
 The command ``whispercache transcribe``: some files through some models, in turns.
 
 Transcripts go to stdout or into files, everything else to stderr.
-
-What was heard goes to stdout or into files, everything else to stderr.
 """
 
 from __future__ import annotations

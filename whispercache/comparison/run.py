@@ -97,7 +97,7 @@ def compare(
             fails at a file, is left out, and named in ``model_failures``.
 
     Blocks: until all is done. An interrupted run has kept what was done in *out*; while
-    a model computes, it hears no Ctrl-C.
+    a model computes, Ctrl-C waits.
     """
     _check(resamples)
     code = language_code(language)

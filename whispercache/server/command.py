@@ -98,9 +98,9 @@ def _add_cache(add: Callable[..., object]) -> None:
     add("--max-models", type=int, metavar="N", help="on each device")
     add("--keep-alive", metavar="TIME", default="5m", help="of idle models: 5m, 0, -1")
     add("--fallback", action="append", default=[], metavar="RUNG", help="as in the API")
-    add("--watch", action="store_true", help="leave before other programs run out")
+    add("--watch", action="store_true", help="unload before other programs run out")
     add("--coordinate", action="store_true", help="with other processes of this user")
-    add("--park", metavar="LIMIT", help="keep copies of models that leave a GPU: 16GiB")
+    add("--park", metavar="LIMIT", help="keep copies of what a GPU unloads: 16GiB")
     add("--no-variants", action="store_true", help="read models as they were saved")
 
 

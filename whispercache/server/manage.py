@@ -175,14 +175,14 @@ async def evict(request: Request, service: Served, name: str) -> Done:
     key = service.offer(name).key()
     if key is None:
         return Done(model=name, status="absent")
-    leaving = service.cache.evict(
+    eviction = service.cache.evict(
         key.model,
         key.device,
         key.compute_type,
         timeout_s=service.options.timeout_s,
     )
-    left = await while_present(request, leaving)
-    return Done(model=name, status="evicted" if left else "absent")
+    was_there = await while_present(request, eviction)
+    return Done(model=name, status="evicted" if was_there else "absent")
 
 
 @router.get(
