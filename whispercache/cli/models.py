@@ -213,7 +213,6 @@ def _table(sizes: list[Size], console: Console) -> Table:
     for model in MODELS:
         cells = [_cell(size, console) for size in sizes if size.model == model]
         if family and _family(model) != family:
-            # Sizes apart from each other.
             table.add_section()
         family = _family(model)
         table.add_row(model, *cells)

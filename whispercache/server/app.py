@@ -70,7 +70,6 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
         redoc_url=None,
     )
     app.state.service = service
-    # Before the routes, which need not know of it.
     errors.install(app, (audio.router, manage.router, manage.health))
     # `Guard` asks for the key; this is for the schema.
     key = [Depends(HTTPBearer(auto_error=False))] if options.keys else []

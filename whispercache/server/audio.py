@@ -324,7 +324,7 @@ async def _begin(
     asked.check_model(offer.name, known)
     if asked.wants_words and not await run_in_threadpool(offer.may_tell_words):
         raise nonsense(GRANULARITIES, NO_WORDS)
-    # A full queue is told before anything is written to the disk.
+    # A full queue is told before the upload is decoded.
     service.gate.check(offer.name)
     # Of its own: whatever becomes of the request, all is removed with it.
     folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="whispercache-"))

@@ -172,7 +172,7 @@ def run(options: argparse.Namespace) -> int:
             port=options.port,
             # uvicorn takes whole seconds.
             timeout_graceful_shutdown=math.ceil(_seconds(options, "drain")),
-            # Strangers need not know the version of the server's server.
+            # Strangers need not know what serves them, and in which version.
             server_header=False,
             log_config=_LOGGING,
         )
