@@ -53,7 +53,7 @@ from whispercache import (
     ModelLoading,
     Workload,
 )
-from whispercache.engine.kept import KEPT_SHELLS, Shell, Shells
+from whispercache.engine.kept import MOST_KEPT, KeptModel, KeptModels
 from whispercache.testing import (
     FakeClock,
     FakeLoader,
@@ -371,45 +371,45 @@ class TestTokenizers:
         plain = Tokenizer.from_buffer
         counting = types.SimpleNamespace(from_buffer=parse)
         monkeypatch.setattr(tokenizers, "Tokenizer", counting)
-        shells, path = Shells(), str(micro() / "tokenizer.json")
-        one, two = at_once([partial(shells.tokenizer, path)] * 2)
+        store, path = KeptModels(), str(micro() / "tokenizer.json")
+        one, two = at_once([partial(store.tokenizer, path)] * 2)
         assert one is two
 
 
 class TestKept:
     """
-    The shells themselves.
+    The store of kept models itself.
     """
 
     def test_the_least_recently_left_goes_first(self) -> None:
         """
         One that left again counts from then.
         """
-        shells = Shells()
-        for name in [*range(KEPT_SHELLS), 0]:
-            shells.keep(key(name), shell())
-        kept = shells.all()
-        shells.keep(key("one more"), shell())
-        assert len(shells.all()) == KEPT_SHELLS
-        assert shells.take(key(1)) is None
-        assert shells.take(key(0)) is kept[-1]
-        assert shells.take(key(0)) is None
+        store = KeptModels()
+        for name in [*range(MOST_KEPT), 0]:
+            store.keep(key(name), shell())
+        kept = store.all()
+        store.keep(key("one more"), shell())
+        assert len(store.all()) == MOST_KEPT
+        assert store.take(key(1)) is None
+        assert store.take(key(0)) is kept[-1]
+        assert store.take(key(0)) is None
 
     def test_as_many_go_as_are_too_much(self) -> None:
         """
         The oldest first; the one that is about to be used neither counts nor goes.
         """
-        shells = Shells()
+        store = KeptModels()
         for name in range(4):
-            shells.keep(key(name), shell())
-        each_bytes = shells.n_bytes // 4
-        assert shells.shrink(3 * each_bytes, {key(0)}) == 0
-        assert shells.shrink(2 * each_bytes, {key(0)}) == 1
-        assert shells.take(key(1)) is None
-        assert shells.shrink(0, {key(0)}) == 2
-        assert shells.n_bytes == each_bytes
-        assert shells.shrink(0) == 1
-        assert shells.n_bytes == 0
+            store.keep(key(name), shell())
+        each_bytes = store.n_bytes // 4
+        assert store.shrink(3 * each_bytes, {key(0)}) == 0
+        assert store.shrink(2 * each_bytes, {key(0)}) == 1
+        assert store.take(key(1)) is None
+        assert store.shrink(0, {key(0)}) == 2
+        assert store.n_bytes == each_bytes
+        assert store.shrink(0) == 1
+        assert store.n_bytes == 0
 
 
 def key(name: object) -> ModelKey:
@@ -419,12 +419,12 @@ def key(name: object) -> ModelKey:
     return ModelKey(str(name), "cpu", "int8", ())
 
 
-def shell() -> Shell:
+def shell() -> KeptModel:
     """
     One with a tokenizer of its own, of no model.
     """
     tokenizer = Tokenizer.from_str(json.dumps(EMPTY))
-    return Shell(None, tokenizer, 1000, None)
+    return KeptModel(None, tokenizer, 1000, None)
 
 
 EMPTY = {
@@ -497,7 +497,7 @@ class TestThreads:
         """
         directory = micro() if model == "micro" else packaged(model)
         path = str(directory / "tokenizer.json")
-        shared, private = Shells().tokenizer(path), Tokenizer.from_file(path)
+        shared, private = KeptModels().tokenizer(path), Tokenizer.from_file(path)
         common = random_texts(200, seed=99)
         texts = [[*common, *random_texts(300, seed)] for seed in range(8)]
         expected = [[answers(private, text) for text in own] for own in texts]
@@ -615,8 +615,8 @@ cache = ModelCache(variants=False)
 cache.preload(sys.argv[1], "cpu", cpu_threads=1)
 cache.evict()
 assert cache.devices()[0].shell_bytes
-shells = cache._core.loader._shells
-held = shells._lock if sys.argv[2] == "held" else __import__("threading").Lock()
+kept = cache._core.loader._kept
+held = kept._lock if sys.argv[2] == "held" else __import__("threading").Lock()
 with held:  # as by the thread of a device, which is not in the child
     pid = os.fork()
     if pid == 0:

@@ -33,6 +33,7 @@ from real import (
 from whispercache import LoadFailed, ModelCache
 from whispercache.cache import DEFAULT_VARIANTS_BYTES
 from whispercache.core.entries import State
+from whispercache.engine import construct
 from whispercache.engine.files import stamp_of
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.sizes.header import read_header
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from whispercache import ModelKey
     from whispercache.core.entries import Entry
     from whispercache.engine.files import ModelFiles
+    from whispercache.engine.kept import KeptModels
     from whispercache.events import Event
 
 ENGINE = "CTranslate2 of the tests"
@@ -1430,17 +1432,17 @@ with cache.lease(sys.argv[1], "cpu", "int8"):
             patch.setattr(Builder, "build_soon", build_at_once)
             assert said(cache, source) == TEXT
         tried: list[str] = []
-        build = FasterWhisperLoader._build
+        build = construct.build
 
         def build_originals(
-            loader: FasterWhisperLoader, key: ModelKey, files: ModelFiles
+            key: ModelKey, files: ModelFiles, kept: KeptModels
         ) -> object:
             if files.original is not None:
                 tried.append(files.directory)
                 raise RuntimeError("the disk is failing")
-            return build(loader, key, files)
+            return build(key, files, kept)
 
-        monkeypatch.setattr(FasterWhisperLoader, "_build", build_originals)
+        monkeypatch.setattr(construct, "build", build_originals)
         with ModelCache() as cache:
             for _ in "123":
                 assert said(cache, source) == TEXT
@@ -1536,8 +1538,9 @@ def builder_of(cache: ModelCache) -> Builder:
     """
     loader = cache._core.loader
     assert isinstance(loader, FasterWhisperLoader)
-    assert loader._builder is not None
-    return loader._builder
+    builder = loader._store._builder
+    assert builder is not None
+    return builder
 
 
 def wait_until_idle(builder: Builder) -> None:

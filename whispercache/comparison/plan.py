@@ -177,7 +177,7 @@ def check_languages(
 def _identity(
     cache: ModelCache, key: ModelKey, load_options: Mapping[str, object]
 ) -> str:
-    from whispercache.engine.loader import versions
+    from whispercache.engine.process import versions
 
     loader, probe = cache._core.loader, cache._core.probe
     files = loader.locate(key.model, load_options, download=True)  # type: ignore[arg-type]
