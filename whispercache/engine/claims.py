@@ -1,9 +1,9 @@
 """
-Claims: what the small files beside a model.bin say of the model, against its header.
+The claims of the small files beside a model.bin, checked against its header.
 
-CTranslate2 and faster-whisper take these files on trust. Where they lie, a call fails,
-hears another language than was spoken, or ends the process. Only what is certain is
-refused: files of the known models, of fine-tunes and of distilled ones differ much.
+CTranslate2 and faster-whisper take these files on trust. Where they are wrong, a call
+fails, hears another language than was spoken, or ends the process. Only certain faults
+are refused: files of the known models, of fine-tunes and of distilled ones differ much.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ class Vocabulary:
 
     Attributes:
         file: Name of the file.
-        size: How many there are.
+        size: Number of tokens.
         special: Numbers of the special tokens, timestamps left out.
-        is_multilingual: The model knows more than English, as CTranslate2 decides it.
+        is_multilingual: The model knows more than English, as CTranslate2 decides it:
+            by the presence of an empty token.
     """
 
     file: str
@@ -166,11 +167,11 @@ def _check_config(
 
 def _alignment_problem(config: Mapping[str, object], header: ModelHeader) -> str:
     """
-    The fault of the heads that word timestamps are read from; empty if they have none,
-    or if none are named, which CTranslate2 says by itself.
+    Returns the fault of the heads that word timestamps are read from; empty if they
+    have none, or if none are named, which CTranslate2 reports by itself.
 
-    It looks them up without a check, and a head that is not there ends the process. Yet
-    all else works, and well-known distilled models are published with the heads of the
+    It looks them up without a check, and a head that is not there ends the process. All
+    else works, and well-known distilled models are published with the heads of the
     model that they were distilled from: so this is no reason to refuse the model.
 
     Source: CTranslate2 src/layers/transformer.cc:577-603 @ 0d8bcd3; issues 688 and 1283
@@ -199,7 +200,7 @@ def _is_below(value: object, limit: int) -> bool:
 
 def unalignable(directory: str, problem: str) -> CorruptModel:
     """
-    The error that refuses word timestamps for an `alignment_problem`.
+    Returns the error that refuses word timestamps for an `alignment_problem`.
     """
     cure = (
         "correct them in its config.json, or leave them out when it is converted; all "
@@ -210,8 +211,8 @@ def unalignable(directory: str, problem: str) -> CorruptModel:
 
 def undetectable(directory: str) -> CorruptModel:
     """
-    The error that refuses to detect a language where config.json names none. The
-    converter leaves none where a fine-tune's files tell it of none.
+    Returns the error that refuses to detect a language where config.json names none, as
+    after the conversion of a fine-tune whose files name none.
     """
     cure = (
         "name the language of each call, or take over lang_ids from the config.json of "
@@ -226,7 +227,7 @@ def undetectable(directory: str) -> CorruptModel:
 def _check_mels(directory: str, mels: int) -> None:
     """
     Checks that features are extracted in as many bands as the encoder takes. Without
-    the file they are, by what the header says.
+    the file the header's number is used.
     """
     name = "preprocessor_config.json"
     cure = f"take the {name} of the original model, or delete it"
@@ -249,13 +250,13 @@ def check_tokens(
 ) -> None:
     """
     Checks that the special tokens of a tokenizer have the numbers that the model gives
-    them. A token that only one of the two knows is nobody's business.
+    them. A token that only one of the two knows does no harm.
 
     Args:
-        directory: Where the model is.
+        directory: Directory of the model.
         vocabulary: Its tokens.
-        tokenizer: What will be used with it.
-        origin: Where that is from.
+        tokenizer: The tokenizer that will be used with it.
+        origin: Source of the tokenizer, for messages.
 
     Raises:
         CorruptModel: one has another number, or one is missing that each call needs.
@@ -282,7 +283,7 @@ def _needed(vocabulary: Vocabulary) -> tuple[str, ...]:
 
 def read_vocabulary(directory: str) -> Vocabulary:
     """
-    The tokens of a model. Where both files are there, CTranslate2 takes the JSON.
+    Reads the tokens of a model. Where both files are there, CTranslate2 takes the JSON.
 
     Raises:
         CorruptModel: there are none, or they are no list of tokens.
@@ -327,7 +328,8 @@ def _check_tokenizer(directory: str, vocabulary: Vocabulary) -> None:
     Checks the tokenizer.json, if there is one, as far as it takes to be sure.
 
     The special tokens are in its first part. The rest, megabytes, is parsed only where
-    that part is unusual: tokens get their numbers by their order, whatever it says.
+    that part is unusual: the order of tokens decides their numbers, whatever the file
+    says.
 
     Source: tokenizers 0.23, with files made up.
     """
@@ -335,7 +337,8 @@ def _check_tokenizer(directory: str, vocabulary: Vocabulary) -> None:
     content = _read(directory, name)
     if content is None or _is_usual(_added(content), vocabulary):
         return
-    _parsed(directory, name, content, _TAKE_TOKENIZER)  # knows better what is wrong
+    # Names the place of an error, which the tokenizers' own parser does not.
+    _parsed(directory, name, content, _TAKE_TOKENIZER)
     from tokenizers import Tokenizer
 
     try:
@@ -363,7 +366,7 @@ def _is_usual(added: Sequence[tuple[str, int]], vocabulary: Vocabulary) -> bool:
 
 def _added(content: bytes) -> list[tuple[str, int]]:
     """
-    The tokens that a tokenizer.json adds to its words, and their numbers.
+    Returns the tokens that a tokenizer.json adds to its words, with their numbers.
     """
     place = _ADDED_TOKENS.search(content)
     if place is None:
@@ -381,7 +384,7 @@ def _added(content: bytes) -> list[tuple[str, int]]:
 
 def _read_object(directory: str, name: str, cure: str) -> Mapping[str, object] | None:
     """
-    The object in a JSON file; None if there is no such file.
+    Reads the object in a JSON file; None if there is no such file.
     """
     content = _read(directory, name)
     return None if content is None else _as_object(directory, name, content, cure)

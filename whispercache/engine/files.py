@@ -1,5 +1,5 @@
 """
-Files of models: where they are, on this disk or after a download from the model hub.
+The files of models, on this disk or downloaded from the model hub.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _STAMPED = ("model.bin", *SMALL_FILES)
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """
-    Where a model's files are, and what its header says.
+    The place of a model's files, with their header.
 
     Attributes:
         directory: The directory with model.bin.
@@ -81,7 +81,7 @@ class ModelFiles:
 
 def stamp_of(directory: str) -> tuple[int, ...]:
     """
-    Size, time and inode of each file; another one when somebody has changed them.
+    Returns size, time and inode of each file; it differs once a file has changed.
 
     Raises:
         LoadFailed: model.bin is gone, or one of them cannot be read.
@@ -105,7 +105,8 @@ def stamp_of(directory: str) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=64)
 def _looked_at(directory: str, _stamp: tuple[int, ...]) -> _Look:
     """
-    The header and the claims of a model's files, read again when they have changed.
+    Returns the header and the claims of a model's files. They are read again when the
+    stamp has changed.
     """
     header = read_header(directory)
     return header, check_claims(directory, header)
@@ -113,7 +114,7 @@ def _looked_at(directory: str, _stamp: tuple[int, ...]) -> _Look:
 
 def files_in(directory: str) -> ModelFiles:
     """
-    The model in *directory*.
+    Returns the files of the model in *directory*.
 
     Blocks: for some system calls; if it is new, for milliseconds of small reads, and
     for `check_claims`.
@@ -129,8 +130,8 @@ def files_in(directory: str) -> ModelFiles:
 
 def claims_of(files: ModelFiles) -> Claims:
     """
-    The claims of the files of a model that `files_in` has found. No look at the disk,
-    unless they have been forgotten.
+    Returns the claims of the files of a model that `files_in` has found, mostly without
+    a look at the disk.
 
     Raises:
         CorruptModel, LoadFailed: the files have changed for the worse since.
@@ -140,8 +141,8 @@ def claims_of(files: ModelFiles) -> Claims:
 
 def local_files(model: str, options: Mapping[str, OptionValue]) -> ModelFiles | None:
     """
-    The files of a repository in the hub's local cache; None if they are not, or not
-    all, there.
+    Returns the files of a repository in the hub's local cache; None if they are not, or
+    not all, there.
 
     Raises:
         CorruptModel, LoadFailed: they are broken, or cannot be read.
@@ -152,7 +153,7 @@ def local_files(model: str, options: Mapping[str, OptionValue]) -> ModelFiles | 
 
 def is_whole(model: str, options: Mapping[str, OptionValue]) -> bool:
     """
-    Tells whether a download could bring nothing.
+    Tells whether nothing is missing that a download could add.
     """
     here = _local(model, options)
     return here is not None and not missing_files(here)
@@ -160,16 +161,17 @@ def is_whole(model: str, options: Mapping[str, OptionValue]) -> bool:
 
 def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
     """
-    The files of a repository, after a download if need be.
+    Returns the files of a repository, after a download if need be.
 
-    Files that are here, and may be incomplete, are taken where the hub cannot say more.
+    Files that are here, and may be incomplete, are taken where the hub cannot be
+    reached.
 
     Raises:
         UnknownModel: the hub has no such model.
         CorruptModel: its files are broken.
         LoadFailed: they are not here, and cannot be downloaded.
     """
-    # Somebody else may have fetched it while this caller waited.
+    # Another caller may have downloaded it while this one waited.
     here = _local(model, options)
     may_load = here is not None and is_usable(here)
     if options.get("local_files_only") and not may_load:
@@ -189,7 +191,7 @@ def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
 
 def _local(model: str, options: Mapping[str, OptionValue]) -> Path | None:
     """
-    The snapshot of a repository in the hub's local cache, whole or not.
+    Returns the snapshot of a repository in the hub's local cache, complete or not.
     """
     folder = repository_folder(MODELS.get(model, model), _root(options))
     return snapshot_in(folder, _text(options.get("revision")))
@@ -197,7 +199,7 @@ def _local(model: str, options: Mapping[str, OptionValue]) -> Path | None:
 
 def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
     """
-    Download what is missing of a repository; its snapshot, with all that a load needs.
+    Downloads the missing files of a repository; returns its snapshot.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -250,7 +252,7 @@ def _text(value: OptionValue) -> str | None:
 
 def _state(model: str, options: Mapping[str, OptionValue]) -> str:
     """
-    The state of a repository on this disk, where it is not whole, in words.
+    Describes the state of an incomplete repository on this disk.
     """
     here = _local(model, options)
     if here is not None:

@@ -1,8 +1,8 @@
 """
-The model hub's cache on this disk: where a repository's files are, and what is missing.
+The model hub's cache on this disk: the files of repositories, and missing ones.
 
-Looked up here, not by huggingface-hub: its versions differ in what they take for whole,
-and none sees a link whose file has gone.
+They are looked up here, not by huggingface-hub: its versions differ in what they take
+for complete, and none sees a link whose file is gone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _WANTED = (*_NEEDED, "tokenizer.json", "vocabulary.*")
 
 def repository_folder(repository: str, cache_dir: str | None) -> Path:
     """
-    The folder of a repository in the hub's cache, there or not.
+    Returns the folder of a repository in the hub's cache, whether it is there or not.
     """
     from huggingface_hub import constants
 
@@ -58,8 +58,8 @@ def repository_folder(repository: str, cache_dir: str | None) -> Path:
 
 def snapshot_in(folder: Path, revision: str | None = None) -> Path | None:
     """
-    The snapshot of a branch, a tag or a commit in a repository's folder, whole or not;
-    None if there is none.
+    Returns the snapshot of a branch, a tag or a commit in a repository's folder,
+    complete or not; None if there is none.
 
     Raises:
         LoadFailed: the folder cannot be read.
@@ -78,7 +78,7 @@ def snapshot_in(folder: Path, revision: str | None = None) -> Path | None:
 
 def snapshots_in(folder: Path) -> list[Path]:
     """
-    All snapshots in a repository's folder; none if it is no such folder.
+    Returns all snapshots in a repository's folder; none if it is no such folder.
 
     Raises:
         LoadFailed: it cannot be read.
@@ -88,7 +88,7 @@ def snapshots_in(folder: Path) -> list[Path]:
 
 def missing_files(directory: Path) -> list[str]:
     """
-    The files of a model that are not in *directory*, links that lead nowhere included.
+    Returns the files of a model that are not in *directory*, broken links included.
 
     A few repositories have no tokenizer; they look interrupted for ever, which costs a
     question to the hub each time. Without preprocessor_config.json nothing is missing.

@@ -55,7 +55,8 @@ _log = logging.getLogger("whispercache")
 @dataclass(slots=True)
 class FasterWhisperLoader:
     """
-    A `Loader` of `faster_whisper.WhisperModel`.
+    A `Loader` of `faster_whisper.WhisperModel`. Its methods are documented there, and
+    in the parts that they forward to.
 
     Attributes:
         probe: Gauge for measurements on GPUs.
@@ -80,16 +81,10 @@ class FasterWhisperLoader:
     # Devices -------------------------------------------------------------------------
 
     def devices(self) -> tuple[str, ...]:
-        """
-        Returns the CPU, and the cards that CTranslate2 sees.
-        """
         cards = range(process.ctranslate2().get_cuda_device_count())
         return ("cpu", *(f"cuda:{index}" for index in cards))
 
     def supported_compute_types(self, device: str) -> frozenset[str]:
-        """
-        Returns the types that CTranslate2 supports on *device*.
-        """
         supported = process.ctranslate2().get_supported_compute_types
         kind, _, index = device.partition(":")
         try:
@@ -98,15 +93,9 @@ class FasterWhisperLoader:
             raise DeviceUnavailable(device, str(error)) from error
 
     def warm_up_needed(self, key: ModelKey) -> str:
-        """
-        Returns what the device has to do first; see `WarmUps.needed`.
-        """
         return self._warm_ups.needed(key)
 
     def warm_up(self, key: ModelKey) -> int | None:
-        """
-        Warms the device up, and returns its floor; see `WarmUps.run`.
-        """
         process.enter()
         return self._warm_ups.run(key)
 
@@ -115,33 +104,18 @@ class FasterWhisperLoader:
     def locate(
         self, model: str, options: Mapping[str, OptionValue], *, download: bool
     ) -> ModelFiles | None:
-        """
-        Returns a model's files; see `ModelStore.locate`.
-        """
         return self._store.locate(model, options, download=download)
 
     def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
-        """
-        Returns the best variant of *files*; see `ModelStore.choose`.
-        """
         return self._store.choose(key, files)
 
     def follow_up(self, loaded: LoadedModel) -> None:
-        """
-        Starts to build a variant that was missing; see `ModelStore.follow_up`.
-        """
         self._store.follow_up(loaded)
 
     def read_ahead(self, files: ModelFiles) -> None:
-        """
-        Starts to read model.bin; see `ModelStore.read_ahead`.
-        """
         self._store.read_ahead(files)
 
     def read(self, files: ModelFiles) -> None:
-        """
-        Reads model.bin; see `ModelStore.read`.
-        """
         self._store.read(files)
 
     @property
@@ -154,23 +128,14 @@ class FasterWhisperLoader:
     def footprint(
         self, key: ModelKey, files: ModelFiles, workload: Workload
     ) -> Footprint:
-        """
-        Returns what *key* takes; see `Sizer.footprint`.
-        """
         return self._sizer.footprint(key, files, workload)
 
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
-        """
-        Notes what a load took; see `Sizer.remember`.
-        """
         self._sizer.remember(key, files, measured_bytes)
 
     def remember_work(
         self, device: str, predicted_bytes: int, measured_bytes: int
     ) -> None:
-        """
-        Notes what calls took; see `Sizer.remember_work`.
-        """
         self._sizer.remember_work(device, predicted_bytes, measured_bytes)
 
     # Load ----------------------------------------------------------------------------
@@ -188,8 +153,6 @@ class FasterWhisperLoader:
         whisper = self._with_weights(key, files, kept)
         reloaded = kept is not None and kept.whisper is not None
         copy_bytes = 0 if kept is None else kept.copy_bytes
-        # Only now: until here a model that is built could share its tokenizer.
-        del left, kept
         if not reloaded:
             # A reload leaves its buffers for the next one; `return_memory` comes later.
             memory.return_free_memory()
@@ -201,8 +164,9 @@ class FasterWhisperLoader:
         loaded.copy_bytes = copy_bytes
         if key.device != "cpu":
             release.forget_peak(key.device)
-        # Or it would count as one of the references that are always there.
-        del whisper
+        # Only now: until the measurement all of them were in memory. Yet the names here
+        # must not count among the references that are always there.
+        del whisper, left, kept
         loaded.references = loaded.count_references()
         self._present[key] = loaded
         return loaded
@@ -368,28 +332,16 @@ class FasterWhisperLoader:
     # Kept models ---------------------------------------------------------------------
 
     def parked(self) -> Mapping[ModelKey, int]:
-        """
-        Returns the bytes of host copies, by model.
-        """
         return self._kept.copies()
 
     def forget(self, key: ModelKey) -> None:
-        """
-        Drops what is kept of a model, and returns its memory.
-        """
         self._kept.take(key)
         memory.return_free_memory()
 
     def shell_bytes(self) -> int:
-        """
-        Returns what kept models take.
-        """
         return self._kept.n_bytes
 
     def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
-        """
-        Drops kept models beyond *most_bytes*, and returns their memory.
-        """
         if self._kept.shrink(most_bytes, but):
             memory.return_free_memory()
 
@@ -435,29 +387,17 @@ class FasterWhisperLoader:
         self.learned.forked()
 
     def quiesce(self, loaded: LoadedModel, timeout_s: float) -> bool:
-        """
-        Stops daemon threads that use the model; see `process.quiesce`.
-        """
         return process.quiesce(loaded, timeout_s)
 
     # Calls ---------------------------------------------------------------------------
 
     def signatures(self) -> Mapping[str, Signature]:
-        """
-        Returns the signatures of the faster-whisper that is installed.
-        """
         return construct.signatures()
 
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:
-        """
-        Returns the ``transcribe`` of a batched pipeline.
-        """
         return construct.batched(whisper)
 
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
-        """
-        Returns the samples of a file, a binary stream, or an array that has them.
-        """
         return samples_of(audio)
 
 

@@ -1,5 +1,5 @@
 """
-Damage: what of a recording cannot be heard, by its packets and its timestamps.
+The damage of a recording: the parts that cannot be heard, by packets and timestamps.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class AudioDamage:
     Times of what follows do not count it: they are that much earlier.
 
     Attributes:
-        packets: How many packets could not be decoded, and were left out.
-        broken_s: About how many seconds these stand for.
+        packets: Number of packets that could not be decoded, and were left out.
+        broken_s: Seconds that these stand for, about.
         missing_s: Seconds that are not there at all: timestamps leave them out, or the
             header counts them. A recorder that was paused does that, too.
-        breaks_off: Whether nothing more could be read at some point, who knows of how
+        breaks_off: Nothing more could be read at some point; it is not known of how
             much.
     """
 
@@ -50,7 +50,7 @@ class AudioDamage:
     @property
     def lost_s(self) -> float:
         """
-        Seconds in all.
+        The sum of both, in seconds.
         """
         return self.broken_s + self.missing_s
 
@@ -134,7 +134,8 @@ class Losses:
 
     def total(self, promised_s: float) -> AudioDamage:
         """
-        All of it, also at the end of a stream that lasts *promised_s* by its header.
+        Returns all losses, also at the end of a stream that lasts *promised_s* by its
+        header.
         """
         if self._stretch:
             self._close(0.0)
@@ -154,10 +155,10 @@ class Losses:
 
     def _seconds(self, packet: Packet[AudioStream]) -> float:
         """
-        The seconds that a broken packet would have lasted.
+        Returns the seconds that a broken packet would have lasted.
 
         Where a container has no packets of its own, as mp3, junk of any length comes as
-        one: by its size.
+        one packet, so its size decides.
         """
         if packet.size > 2 * self._largest_bytes and self.n_bytes:
             return packet.size * self.heard_s / self.n_bytes

@@ -1,8 +1,8 @@
 """
-Audio: what a file or a stream holds, as samples, for the library and the server alike.
+The decoding of a file or a stream to samples, for the library and the server alike.
 
-Decoding goes packet by packet, as in FFmpeg's own programs: a broken packet is left
-out, and all that follows is heard. What was lost is told.
+It goes packet by packet, as in FFmpeg's own programs: a broken packet is left out, and
+all that follows is heard. The losses are counted.
 
 This module imports PyAV and the standard library alone, since each new process of the
 server waits for its imports.
@@ -63,8 +63,8 @@ UNDECODABLE = (
     ValueError,
 )
 """
-All that PyAV was seen to raise on broken files, and their kin. A mistake in the caller
-(a wrong name, say) is none of these and is no file's fault.
+The errors that PyAV was seen to raise on broken files, and their kin. A mistake in the
+caller (a wrong name, say) raises none of these.
 """
 
 GROUP_SAMPLES = 50_000
@@ -96,13 +96,13 @@ Containers whose header says how long each stream is, and not by way of an estim
 _PYAV = int(av.__version__.partition(".")[0])
 _OPEN: dict[str, object] = {"metadata_errors": "ignore"} if _PYAV < 19 else {}  # noqa: PLR2004
 """
-Names of artists that are no text are no error; from PyAV 19 on they never are.
+Options that let metadata be bytes that are no text; from PyAV 19 on they always may be.
 """
 
 
 class NoAudio(Exception):
     """
-    There is nothing to decode; the text says why.
+    A source without anything to decode; the text says why.
     """
 
 
@@ -113,7 +113,7 @@ class Audio:
 
     Attributes:
         samples: float32 (samples,), mono, 16 kHz, in ±1.
-        damage: What of it could not be heard; None if nothing worth telling.
+        damage: The parts that could not be heard; None if none are worth telling.
     """
 
     samples: NDArray[np.float32]
@@ -125,8 +125,8 @@ def read_audio(source: str | os.PathLike[str] | BinaryIO) -> Audio:
     Decodes a file or a stream, as ``transcribe`` does with what it is given.
 
     Args:
-        source: A path, or whatever else FFmpeg opens by name, or a binary stream, read
-            from where it is. It need not be seekable.
+        source: A path, anything else that FFmpeg opens by name, or a binary stream,
+            which is read from its position. It need not be seekable.
 
     Returns:
         The samples, bit by bit those of ``faster_whisper.decode_audio`` where nothing
@@ -175,7 +175,7 @@ def collect() -> None:
 
 def name_of(source: object) -> str:
     """
-    The name of a recording in a message: its path, or its type where it has none.
+    Returns the name of a recording in a message: its path, or else its type.
     """
     name = getattr(source, "name", source)  # an open file has its path
     if isinstance(name, (str, os.PathLike)):
@@ -193,7 +193,8 @@ def open_audio(source: str | BinaryIO, **options: object) -> InputContainer:
 
 def _refusal(source: object) -> str:
     """
-    Why nothing can be read from what was given, and what to give; empty if it can.
+    Explains why nothing can be read from *source*, with a cure; empty if it can be
+    read.
     """
     if isinstance(source, str):
         return ""
@@ -227,7 +228,8 @@ def _reason(error: BaseException) -> str:
 
 def _joined(pieces: list[memoryview]) -> NDArray[np.float32]:
     """
-    Samples as floats. *pieces* is emptied on the way, so that long audio is there once.
+    Returns the samples as floats. *pieces* is emptied on the way, so that long audio is
+    in memory once.
     """
     import numpy as np
 
@@ -275,7 +277,8 @@ class Recording:
 
     def pieces(self) -> Iterator[memoryview]:
         """
-        Samples in mono, 16 kHz, 16 bit, of this machine's byte order, some at a time.
+        Yields samples in mono, 16 kHz, 16 bit, of this machine's byte order, some at a
+        time.
 
         Raises:
             NoAudio: its rate is none, or too high.
@@ -287,7 +290,7 @@ class Recording:
 
     def damage(self) -> AudioDamage | None:
         """
-        The losses, once all pieces are there; None if none are worth telling.
+        Returns the losses, once all pieces are there; None if none are worth telling.
         """
         damage = self._losses.total(_promised_s(self._container, self._stream))
         is_told = damage.lost_s >= WORTH_TELLING_S or damage.breaks_off
@@ -295,7 +298,7 @@ class Recording:
 
     def _frames(self) -> Iterator[AudioFrame]:
         """
-        The frames that the stream decodes to, without their times.
+        Yields the frames that the stream decodes to, without their times.
         """
         losses = self._losses
         for packet in self._packets():
@@ -318,7 +321,7 @@ class Recording:
 
     def _packets(self) -> Iterator[Packet[AudioStream]]:
         """
-        The stream's packets, to where the container breaks off.
+        Yields the stream's packets, to where the container breaks off.
         """
         try:
             yield from self._container.demux(self._stream)
@@ -330,11 +333,12 @@ class Recording:
 
 def _promised_s(container: InputContainer, stream: AudioStream) -> float:
     """
-    Seconds that a stream lasts by its header; 0 where that cannot be relied on.
+    Returns the seconds that a stream lasts by its header; 0 where that cannot be relied
+    on.
 
-    Fragments of an mp4 count from the beginning of what they were cut out of, as when
-    somebody joins a live stream: what was before is not missed. The header of a flac
-    does so, too, but there a beginning that is gone is told by nothing else.
+    Fragments of an mp4 count from the beginning of the stream that they were cut out
+    of, as those of a live stream: the part before them is not missing. The header of a
+    flac does so, too, but there nothing else shows that a beginning is gone.
     """
     names = container.format.name.split(",")
     if _COUNTED.isdisjoint(names) or not stream.duration or not stream.time_base:
@@ -345,7 +349,7 @@ def _promised_s(container: InputContainer, stream: AudioStream) -> float:
 
 def _grouped(frames: Iterable[AudioFrame]) -> Iterator[AudioFrame]:
     """
-    The same in larger frames, each of one form: format, channels and rate.
+    Yields the same in larger frames, each of one form: format, channels and rate.
     """
     fifo: av.AudioFifo | None = None
     form: tuple[object, ...] = ()
@@ -372,9 +376,9 @@ def _rest(fifo: av.AudioFifo) -> Iterator[AudioFrame]:
 
 def _resampled(frames: Iterable[AudioFrame], losses: Losses) -> Iterator[AudioFrame]:
     """
-    The same in mono, 16 kHz, 16 bit, however often *frames* change their form.
+    Yields the same in mono, 16 kHz, 16 bit, however often *frames* change their form.
 
-    A broken packet may decode to a form that there is no way from: it is left out.
+    A broken packet may decode to a form that cannot be converted; it is left out.
     """
     resampler: av.AudioResampler | None = None
     form: tuple[object, ...] = ()

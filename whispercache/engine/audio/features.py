@@ -1,9 +1,9 @@
 """
-Features: what a model sees of the audio, its log-Mel spectrogram.
+The features of audio: its log-Mel spectrogram, which is the input of a model.
 
 faster-whisper computes it for a whole file at once, which takes 0.9 MiB of memory for
-each second of audio. Long audio is taken in blocks here: what stays is the result, a
-thirtieth of that.
+each second of audio. Long audio is processed in blocks here, so that only the result, a
+thirtieth of that, grows with it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Source: openai/whisper, audio.py, ``log_mel_spectrogram``; with the two lines af
 
 class FeatureExtractor(Protocol):
     """
-    faster-whisper's own, as far as it is used here.
+    The part of faster-whisper's feature extractor that is used here.
     """
 
     n_fft: int
@@ -54,7 +54,8 @@ class FeatureExtractor(Protocol):
         return_complex: bool,
     ) -> NDArray[np.complexfloating]:
         """
-        The short-time Fourier transform of *samples*: complex (frequencies, frames).
+        Returns the short-time Fourier transform of *samples*: complex (frequencies,
+        frames).
         """
 
     def __call__(
@@ -64,17 +65,17 @@ class FeatureExtractor(Protocol):
         chunk_length: int | None = ...,
     ) -> NDArray[np.float32]:
         """
-        The spectrogram of *waveform*.
+        Returns the spectrogram of *waveform*.
         """
 
 
 class InBlocks:
     """
-    A feature extractor that takes long audio in blocks; otherwise the one it is made
-    of.
+    A feature extractor that processes long audio in blocks, and else behaves as the one
+    that it wraps.
 
-    As with that one, a window of another length is kept for the next call: whoever
-    shares it works with a copy, which has its own (``copy.copy``).
+    As with that one, the length of a window is kept for the next call: views of a model
+    have copies (``copy.copy``) with a length of their own.
 
     Args:
         extractor: faster-whisper's.
@@ -103,10 +104,10 @@ class InBlocks:
         chunk_length: int | None = None,
     ) -> NDArray[np.float32]:
         """
-        The log-Mel spectrogram of *waveform*: float32 (mels, frames), 100 frames a
-        second.
+        Returns the log-Mel spectrogram of *waveform*: float32 (mels, frames), 100
+        frames a second.
 
-        The same as from faster-whisper, up to the rounding of float32.
+        It is the same as from faster-whisper, up to the rounding of float32.
 
         Args:
             waveform: float32 (samples,), mono, 16 kHz.
@@ -148,6 +149,7 @@ def _log_mel(
         np.clip(power, 1e-10, None, out=power)
         np.log10(power, out=spectrogram[:, first:last])
     np.maximum(spectrogram, spectrogram.max() - _RANGE, out=spectrogram)
+    # In place: a copy would double the peak.
     spectrogram += 4.0
     spectrogram /= 4.0
     return spectrogram
@@ -161,8 +163,8 @@ def _around(
     extractor: FeatureExtractor,
 ) -> NDArray[np.float32]:
     """
-    The samples of the frames that begin at *start*, up to *stop*: each frame is centred
-    on its sample. Before its beginning and after its end, audio is its mirror image.
+    Returns the samples of the frames from *start* to *stop*; each frame is centred on
+    its sample. Before its beginning and after its end, audio is its mirror image.
     """
     import numpy as np
 

@@ -1,8 +1,8 @@
 """
-Parameters of a call: what faster-whisper takes, told before a model is loaded for it.
+The parameters of a call, checked before a model is loaded for it. Pure.
 
-What it would refuse after seconds, never come back from, or take for something else is
-refused here, with the name of the parameter and what it may be. Pure.
+Values that faster-whisper would refuse after seconds, hang on, or take for something
+else are refused here, with the name of the parameter and what it may be.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 WINDOW_S = 30
 """
-Seconds that a Whisper model looks at; what is beyond them, it does not hear.
+Seconds in the window of a Whisper model; it does not hear what is beyond them.
 """
 
 _TASKS = ("transcribe", "translate")
@@ -68,7 +68,7 @@ def filters_speech(options: Options, *, is_batched: bool) -> bool:
 
 def temperatures_of(options: Options) -> tuple[object, ...]:
     """
-    The temperatures that a call may come to.
+    Returns the temperatures that a call may try.
     """
     given = options.get("temperature", _LADDER)
     return tuple(given) if isinstance(given, (list, tuple)) else (given,)
@@ -133,7 +133,7 @@ def _refuse(name: str, wanted: str, value: object, *, kind: bool = False) -> Exc
 
 def _count(name: str, value: object, least: int = 1, most: int | None = None) -> int:
     """
-    A whole number within bounds; NumPy's will do, and so will True.
+    Returns a whole number within bounds; NumPy's will do, and so will True.
     """
     wanted = f"a whole number of {least} or more"
     if most is not None:
@@ -156,7 +156,7 @@ def _number(
     is_fine: Callable[[float], bool] = lambda _: True,
 ) -> object:
     """
-    A number, as it was given, if *is_fine*; NaN never is.
+    Returns a number, as it was given, if *is_fine*; NaN never is.
     """
     is_text = isinstance(value, (str, bytes, bytearray))
     try:
@@ -195,7 +195,8 @@ def _text(_call: _Call, name: str, value: object) -> object:
 
 def _items(name: str, wanted: str, value: object) -> list[object]:
     """
-    A list of one's own, which faster-whisper may add to, and a second try may read.
+    Returns a copy as a list: faster-whisper adds to it, and a second try needs the
+    original.
     """
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(
         value, Iterable
@@ -305,7 +306,7 @@ def _clip_timestamps(call: _Call, name: str, value: object) -> object:
 
 def _clips(name: str, value: object) -> list[dict[str, object]]:
     """
-    Clips of the batched pipeline.
+    Returns the clips of the batched pipeline.
     """
     wanted = "a list of {'start': seconds, 'end': seconds} with batch_size"
     clips = []
@@ -321,7 +322,8 @@ def _clips(name: str, value: object) -> list[dict[str, object]]:
 
 def _detection_threshold(call: _Call, name: str, value: object) -> object:
     """
-    None, as in earlier versions of faster-whisper: what is heard first decides.
+    Returns the threshold, and 0 for None, which meant in earlier versions of
+    faster-whisper that the first window decides.
     """
     if value is None:
         return 0.0 if call.detects() else value
@@ -337,11 +339,11 @@ def _detection_segments(call: _Call, name: str, value: object) -> object:
 
 def _vad_parameters(call: _Call, name: str, value: object) -> object:
     """
-    A mapping or options of voice activity detection; a copy, which the pipeline writes
-    into.
+    Returns a copy of a mapping, or of options, of voice activity detection; the
+    pipeline writes into it.
 
-    As options, they have no limit unless one is given, and the pipeline would not hear
-    what is beyond 30 s of a stretch of speech; in a mapping it sets the limit itself.
+    Options have no limit unless one is given, and the pipeline would not hear what is
+    beyond 30 s of a stretch of speech; in a mapping it sets the limit itself.
     """
     if not call.filters() or value is None:
         return value
@@ -428,8 +430,8 @@ def checked(
     options: Options, *, is_batched: bool = False, vad_names: Collection[str] = ()
 ) -> dict[str, object]:
     """
-    A copy of the parameters of one call that faster-whisper can work with, and write
-    into.
+    Returns a copy of the parameters of one call, which faster-whisper can work with and
+    write into.
 
     Args:
         options: By name; see `bound`.
@@ -448,7 +450,7 @@ def checked(
 
 def check_batch_size(value: object) -> int:
     """
-    Windows at once.
+    Returns the batch size, if it is one.
 
     Raises:
         TypeError, ValueError: not a whole number above 0.

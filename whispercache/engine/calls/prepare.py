@@ -1,7 +1,7 @@
 """
-Prepare: a call on a model, checked and with its audio decoded, before a lease is taken.
+The preparation of a call: checked, and with its audio decoded, before it takes a lease.
 
-Whatever can be refused is refused here, so that nobody's model leaves for it.
+Whatever can be refused is refused here, so that no model is evicted for it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def workload_of(
     options: Mapping[str, object], batch_size: int | None, n_samples: int = 0
 ) -> Workload:
     """
-    The work of a ``transcribe`` call with these options, on so many samples.
+    Returns the work of a ``transcribe`` call with these options, on so many samples.
     """
 
     def count(name: str) -> int:
@@ -66,13 +66,13 @@ def workload_of(
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """
-    A call that makes sense, ready for a lease.
+    A call that was checked, ready for a lease.
 
     Attributes:
-        samples: What is to be heard; None for features.
+        samples: The audio; None if the call has features.
         options: Parameters by name, the call's own.
         batch_size: Windows at once of the batched pipeline; None without that.
-        workload: What it takes.
+        workload: Its work, for the reservation of memory.
     """
 
     samples: NDArray[np.float32] | None
@@ -89,7 +89,7 @@ def prepared(
     batch_size: int | None,
 ) -> Prepared:
     """
-    A call of ``transcribe``, checked and with its audio decoded.
+    Returns a call of ``transcribe``, checked and with its audio decoded.
 
     Blocks: for decoding; for a download, where only that tells whether the model knows
     the language.
@@ -110,7 +110,7 @@ def prepared(
     names = () if vad is None else tuple(vad.parameters)
     values = checked(given, is_batched=is_batched, vad_names=names)
     if "language" in values:
-        # Who names none does not wait for what tells of them.
+        # A call that names none need not wait for this import.
         from .languages import language_code
 
         values["language"] = language_code(cast("str | None", values["language"]))
@@ -126,7 +126,7 @@ def _check_position(audio: AudioInput) -> None:
     Refuses a stream that has nothing left to read.
 
     Raises:
-        AudioError: it is at its end, where whoever wrote or read it has left it.
+        AudioError: it is at its end, where it was left after it was written or read.
     """
     if not hasattr(audio, "seek") or not hasattr(audio, "tell"):
         return
@@ -147,7 +147,7 @@ def _check_position(audio: AudioInput) -> None:
 def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
     """
     Refuses a call in a language or with tokens that the model does not know, or for
-    words where it cannot tell when they were said.
+    word timestamps that it cannot give.
 
     Raises:
         ValueError: it does not.
@@ -173,7 +173,8 @@ def prepared_detection(
     options: Mapping[str, object],
 ) -> Prepared:
     """
-    A call of ``detect_language``, checked and with its audio decoded; see `prepared`.
+    Returns a call of ``detect_language``, checked and with its audio decoded; see
+    `prepared`.
     """
     signatures = source.signatures()
     given = bound(signatures["detect_language"], (audio, *args), options)

@@ -1,5 +1,5 @@
 """
-The shapes of Whisper models: what the known sizes are made of.
+The shapes of Whisper models, and the numbers behind those of the known sizes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TEXT_POSITIONS = 448
 
 HUB_COMPUTE_TYPE = "float16"
 """
-What the known models are saved in on the hub.
+The type that the known models are saved in on the hub.
 """
 
 _CONV_WIDTH = 3
@@ -87,7 +87,7 @@ class Variable:
         shape: Dimensions; empty for a scalar.
         dtype: Saved type, a key of `ITEM_BYTES`.
         nbytes: Bytes of its payload.
-        offset: Where the payload starts in the file, in bytes.
+        offset: Start of the payload in the file, in bytes.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Variable:
     @property
     def elements(self) -> int:
         """
-        How many numbers it holds.
+        The number of its elements.
         """
         return prod(self.shape)
 
@@ -141,7 +141,7 @@ Source: config.json of each on the model hub (openai, distil-whisper).
 @lru_cache(maxsize=32)
 def layout(architecture: Architecture) -> tuple[Variable, ...]:
     """
-    The tensors that a float16 model.bin of this architecture has, offsets left at 0.
+    Returns the tensors of a float16 model.bin of this architecture, offsets left at 0.
     """
     width, mels = architecture.d_model, architecture.mels
     shapes: dict[str, tuple[int, ...]] = {

@@ -27,7 +27,7 @@ SMALL_FILES = (
     *("vocabulary.json", "vocabulary.txt"),
 )
 """
-What a load reads beside model.bin, where it is there.
+The files that a load reads beside model.bin, where they are there.
 """
 
 # How files before version 4 named their types: by the width of an element.
@@ -44,7 +44,7 @@ _MAX_RANK = 4
 @dataclass(frozen=True, slots=True)
 class ModelHeader:
     """
-    What model.bin says of itself before any weight is read.
+    The header of a model.bin.
 
     Attributes:
         path: The model.bin.
@@ -75,8 +75,8 @@ class ModelHeader:
         """
         The effective type that the weights were saved in, for example ``"float16"``.
 
-        Where layers differ in type, CTranslate2 goes by the order of a hash map; this
-        goes by the embeddings.
+        Where layers differ in type, the order of a hash map decides in CTranslate2; the
+        embeddings decide here.
         """
         dtypes = {variable.name: variable.dtype for variable in self.variables}
         weight = dtypes["decoder/embeddings/weight"]
@@ -88,7 +88,7 @@ class ModelHeader:
 
 def read_header(path: str | os.PathLike[str]) -> ModelHeader:
     """
-    Read the header of a model.bin, given the file or the directory that holds it.
+    Reads the header of a model.bin, given the file or the directory that holds it.
 
     Blocks: a few milliseconds of small reads.
 
