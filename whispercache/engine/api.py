@@ -95,6 +95,7 @@ class LoadedModel:
     knowledge: Knowledge | None = None
     lend: Callable[[WhisperModel], WhisperModel] = lambda whisper: whisper
 
+    # A loader of a user's own computes in what it was asked for, as a rule.
     def __post_init__(self) -> None:
         self.compute_type = self.compute_type or self.key.compute_type
 
@@ -102,6 +103,7 @@ class LoadedModel:
         """
         Counts the references to the model and to CTranslate2's part of it.
         """
+        # CTranslate2's part is counted too: a program may hold that alone.
         return sys.getrefcount(self.whisper) + sys.getrefcount(self.whisper.model)
 
 

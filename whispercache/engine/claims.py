@@ -125,6 +125,7 @@ def check_claims(directory: str, header: ModelHeader) -> Claims:
         raise CorruptModel(directory, "config.json is missing", cure=_CONVERT)
     vocabulary = read_vocabulary(directory)
     rows = header.architecture.vocabulary
+    # Fewer are allowed: converters may pad the embeddings.
     if vocabulary.size > rows:
         raise CorruptModel(
             directory,
@@ -159,6 +160,7 @@ def _check_config(
             whose = "is that of Transformers, not of CTranslate2" if is_other else ""
             reason = f"config.json {whose or f'has no {name}'}"
             raise CorruptModel(directory, reason, cure=_CONVERT)
+        # null counts as an empty list.
         ids = config[name] or []
         if not isinstance(ids, list) or not all(_is_below(each, rows) for each in ids):
             reason = f"config.json has {name} that are no tokens of {rows} in model.bin"
@@ -177,6 +179,7 @@ def _alignment_problem(config: Mapping[str, object], header: ModelHeader) -> str
     Source: CTranslate2 src/layers/transformer.cc:577-603 @ 0d8bcd3; issues 688 and 1283
     of SYSTRAN/faster-whisper, and 2 of kotoba-tech/kotoba-whisper.
     """
+    # CTranslate2 raises an error of its own then.
     if _HEADS not in config:
         return ""
     heads = config[_HEADS]
@@ -195,6 +198,7 @@ def _alignment_problem(config: Mapping[str, object], header: ModelHeader) -> str
 
 
 def _is_below(value: object, limit: int) -> bool:
+    # JSON's true is an int, too.
     return type(value) is int and 0 <= value < limit
 
 
@@ -233,7 +237,8 @@ def _check_mels(directory: str, mels: int) -> None:
     cure = f"take the {name} of the original model, or delete it"
     content = _read(directory, name)
     if content is None or not _is_json(content):
-        return  # faster-whisper, too, goes on without what it cannot parse
+        # faster-whisper, too, goes on without what it cannot parse.
+        return
     config = _as_object(directory, name, content, cure)
     told = config.get("feature_size", mels)
     # It takes whatever int() takes.
@@ -309,6 +314,7 @@ def _lines(text: str) -> list[str]:
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
+    # Windows' line ends, as git may have made them.
     # Some tokens end with a carriage return: only if all do is it none of theirs.
     if all(line.endswith("\r") for line in lines):
         return [line[:-1] for line in lines]
@@ -319,6 +325,7 @@ def _vocabulary(file: str, tokens: Sequence[str]) -> Vocabulary:
     special: dict[str, int] = {}
     for number, token in enumerate(tokens):
         if token.startswith("<|") and _SPECIAL.fullmatch(token):
+            # Of a token that is there twice, CTranslate2 takes the first.
             special.setdefault(token, number)
     return Vocabulary(file, len(tokens), special, "" in tokens)
 
@@ -402,7 +409,8 @@ def _as_object(
 def _parsed(directory: str, name: str, content: bytes, cure: str) -> object:
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:  # of JSON, and of UTF-8
+    # ValueError is that of JSON and that of UTF-8.
+    except (ValueError, RecursionError) as error:
         reason = f"{name} is not JSON ({error})"
         raise CorruptModel(directory, reason, cure=cure) from error
 

@@ -69,6 +69,7 @@ def build(key: ModelKey, files: ModelFiles, kept: KeptModels) -> WhisperModel:
         LoadFailed: there is no tokenizer, and the hub cannot be reached.
     """
     kind, _, index = key.device.partition(":")
+    # They are a matter of the download, which is over.
     options = {name: value for name, value in key.options if name not in _HUB_OPTIONS}
     whisper = _construct(
         files,
@@ -78,6 +79,7 @@ def build(key: ModelKey, files: ModelFiles, kept: KeptModels) -> WhisperModel:
         compute_type=key.compute_type,
         **options,
     )
+    # Set afterwards: the constructor makes the plain one.
     whisper.feature_extractor = InBlocks(whisper.feature_extractor)
     claims, directory = claims_of(files), (files.original or files).directory
     if problem := claims.alignment_problem:
@@ -157,6 +159,7 @@ def _construct(files: ModelFiles, kept: KeptModels, **options: object) -> Whispe
     tokenizer = _tokenizer_of(files, kept)
     shared = types.SimpleNamespace(
         Tokenizer=types.SimpleNamespace(
+            # Whichever way faster-whisper takes, the tokenizer is there already.
             from_file=lambda _path: tokenizer,
             from_pretrained=lambda _repository: tokenizer,
         )
@@ -169,6 +172,7 @@ def _construct(files: ModelFiles, kept: KeptModels, **options: object) -> Whispe
         "each model parses a tokenizer of its own, or takes 80 mel bands",
     )
     init = rebound(WhisperModel.__init__, **names)
+    # Not by a call of the class, which would run the plain constructor.
     whisper: WhisperModel = object.__new__(lending(WhisperModel, _swaps()))
     init(whisper, files.directory, **options)
     return whisper
@@ -193,11 +197,10 @@ def _swaps() -> Swaps:
         vad.collect_chunks,
         vad.VadOptions,
     )
-    _check_lookups(
-        (WhisperModel.transcribe, BatchedInferencePipeline.transcribe),
-        tuple(bounded),
-        "voice activity detection takes more memory",
-    )
+    methods = (WhisperModel.transcribe, BatchedInferencePipeline.transcribe)
+    consequence = "voice activity detection takes more memory"
+    _check_lookups(methods, tuple(bounded), consequence)
+    _check_lookups((vad.get_speech_timestamps,), ("get_vad_model",), consequence)
     return tuple((getattr(vad, name), other) for name, other in bounded.items())
 
 
@@ -215,7 +218,7 @@ def _check_lookups(
         f"{name} in {function.__qualname__}"
         for function in functions
         # One that a program has put in its place says nothing of faster-whisper.
-        if getattr(function, "__module__", "") == "faster_whisper.transcribe"
+        if str(function.__module__).startswith("faster_whisper.")
         for name in names
         if name not in function.__code__.co_names
     }
@@ -277,7 +280,8 @@ def _tokenizer_from_hub(directory: str, repository: str) -> Tokenizer:
 
     try:
         return Tokenizer.from_pretrained(repository)
-    except Exception as error:  # tokenizers raises nothing narrower
+    # tokenizers raises nothing narrower.
+    except Exception as error:
         raise LoadFailed(
             directory,
             "it has no tokenizer.json and the model hub cannot be reached; put the "

@@ -93,6 +93,7 @@ def stamp_of(directory: str) -> tuple[int, ...]:
         except FileNotFoundError as error:
             if name == "model.bin":
                 raise LoadFailed(directory, "its model.bin is gone") from error
+            # Small files may be missing; one that appears later changes the stamp.
             stamp.append(0)
         except OSError as error:
             reason = f"{name} cannot be read ({error.strerror}); check its permissions"
@@ -174,6 +175,7 @@ def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
     # Another caller may have downloaded it while this one waited.
     here = _local(model, options)
     may_load = here is not None and is_usable(here)
+    # As in faster-whisper, which takes the same option.
     if options.get("local_files_only") and not may_load:
         reason = f"{_state(model, options)} and local_files_only is set"
         raise LoadFailed(
@@ -184,6 +186,7 @@ def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
         try:
             here = _fetch(model, options)
         except WhisperCacheError:
+            # An incomplete download is better than none, if it can be loaded.
             if not may_load:
                 raise
     return files_in(str(here))
@@ -216,6 +219,7 @@ def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
             token=token,
             allow_patterns=list(HUB_FILES),
         )
+        # A repository without a tokenizer is usable, too.
         if is_usable(Path(directory)):
             return Path(directory)
         # Some versions answer without the hub where they cannot reach it.
@@ -225,11 +229,14 @@ def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         reason = "the model hub has no such repository or revision, or it is private"
         raise UnknownModel(model, reason) from error
-    except Exception as error:  # also those of its HTTP library, whichever that is
+    # Errors of its HTTP library come through, and which one that is has changed twice.
+    except Exception as error:
         raise _unreachable(model, options, error) from error
     listed = [each.rfilename for each in asked.siblings or ()]
+    # Those that the hub does not list will not come by another try.
     missing = missing_files(Path(directory))
     lacking = [name for name in missing if not fnmatch.filter(listed, name)]
+    # The usual case: a repository for Transformers.
     if "model.bin" in lacking:
         raise UnknownModel(
             model,

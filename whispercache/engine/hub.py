@@ -67,10 +67,12 @@ def snapshot_in(folder: Path, revision: str | None = None) -> Path | None:
     try:
         commit = (folder / "refs" / (revision or "main")).read_text().strip()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        # A commit's hash has no file among the branches and tags.
         commit = revision or ""
     except OSError as error:
         raise _unreadable(folder, error) from error
-    except ValueError:  # no text, or no path
+    except ValueError:
+        # The file holds no text, or the revision is no possible name of one.
         return None
     snapshot = folder / "snapshots" / commit
     return snapshot if commit and is_there(snapshot) else None
@@ -99,6 +101,7 @@ def missing_files(directory: Path) -> list[str]:
     names = _names(directory)
     found = (fnmatch.filter(names, pattern) for pattern in HUB_FILES)
     ours = sorted(itertools.chain.from_iterable(found))
+    # Links into the blobs, which may have been deleted.
     missing = [name for name in ours if not is_there(directory / name)]
     missing += [name for name in _WANTED if not fnmatch.filter(names, name)]
     return missing
@@ -111,6 +114,7 @@ def is_usable(directory: Path) -> bool:
     Raises:
         LoadFailed: it cannot be read.
     """
+    # Earlier converters wrote vocabulary.txt.
     has_words = any(is_there(directory / name) for name in _VOCABULARIES)
     return has_words and all(is_there(directory / name) for name in _NEEDED)
 
@@ -149,9 +153,11 @@ def is_file(path: str | Path) -> bool:
 def _status(path: str | Path) -> os.stat_result | None:
     try:
         return Path(path).stat()
-    except ValueError:  # no path
+    except ValueError:
+        # No possible path, as with a NUL in it.
         return None
     except OSError as error:
+        # All else, such as a missing permission, is no proof that it is not there.
         if error.errno in _NOT_THERE:
             return None
         raise _unreadable(path, error) from error

@@ -76,7 +76,8 @@ class KeptModels:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # All that follows is guarded by _lock.
-        self._kept: dict[ModelKey, KeptModel] = {}  # in the order of their unloads
+        # In the order of their unloads.
+        self._kept: dict[ModelKey, KeptModel] = {}
         self._tokenizers: weakref.WeakValueDictionary[bytes, Tokenizer] = (
             weakref.WeakValueDictionary()
         )
@@ -104,7 +105,8 @@ class KeptModels:
             return found
         try:
             parsed = Tokenizer.from_buffer(content)
-        except Exception as error:  # tokenizers raises nothing narrower
+        # tokenizers raises nothing narrower.
+        except Exception as error:
             raise CorruptModel(path, str(error)) from error
         # The parser's memory: the weights come on top of it.
         return_free_memory()

@@ -214,7 +214,8 @@ class FasterWhisperLoader:
         if files.original is not None and fault is Fault.OTHER:
             self._store.reject(key, files.original)
         if whisper is not None and fault is Fault.STICKY and key.device != "cpu":
-            process.keep_for_ever(whisper.model)  # as in `abandon`
+            # As in `abandon`.
+            process.keep_for_ever(whisper.model)
 
     def _expected_bytes(
         self, key: ModelKey, files: ModelFiles, grown_bytes: int | None
@@ -419,7 +420,7 @@ def _check_unchanged(key: ModelKey, files: ModelFiles) -> None:
 
 def _references_left(loaded: LoadedModel) -> int:
     """
-    Counts the references to a model that nobody leases beyond those of the cache.
+    Counts the references to an idle model beyond those of the cache.
     """
     if loaded.count_references() > loaded.references:
         # Programs that put methods on a leased model tie it to itself.

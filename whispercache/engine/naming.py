@@ -65,6 +65,7 @@ def parse_spec(text: str) -> ModelSpec:
     """
     name, rest = _named(text.strip())
     model, kind = _typed(rest)
+    # Checked here, so that a command line fails at once.
     if kind not in _TYPES:
         known = ", ".join(sorted(_TYPES))
         raise ValueError(f"{text!r}: {kind!r} is no compute type; use one of {known}")
@@ -138,15 +139,18 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
     name = os.fspath(name_or_path)
     if not name.strip():
         raise UnknownModel(name, "give a size such as 'base', or a directory")
-    from .hub import is_file  # needs what importing the package should not
+    # Imported late: it needs more than importing the package should take.
+    from .hub import is_file
 
     path = os.path.expanduser(name)
     # The model.bin decides: a directory that happens to be called "base" is no model.
     known = ALIASES.get(name) or _BY_OTHER_NAME.get(name.lower(), name)
     try:
+        # A real path: the same model by a link and by its name is one.
         if is_file(os.path.join(path, "model.bin")):
             return os.path.realpath(path)
     except LoadFailed:
+        # A directory of that name that cannot be read must not hide a known size.
         if known not in MODELS:
             raise
     if known in MODELS:
@@ -172,6 +176,7 @@ def _why_unknown(name: str) -> str:
 
     spelled = name.strip().lower().replace("_", "-")
     near = [spelled] if spelled in _BY_OTHER_NAME else []
+    # For typing errors such as "larg".
     near += difflib.get_close_matches(spelled, [*MODELS, *ALIASES], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return (
@@ -199,6 +204,7 @@ def _cached_snapshot(name: str, path: str) -> Path:
         raise UnknownModel(name, _why_no_model(directory))
     whole = [each for each in snapshots if is_file(each / "model.bin")]
     current = snapshot_in(folder)
+    # Asked for by its folder, a repository is its main branch.
     if current in whole and not is_among:
         return current
     if len(whole) == 1:
@@ -245,7 +251,8 @@ def anchored(name_or_path: str | os.PathLike[str]) -> str:
     # A directory that only has the name of a size is none of ours; see above.
     if _is_known(name) and not os.path.isfile(os.path.join(path, "model.bin")):
         return name
-    if not path and name.startswith((".", "~")):  # not there yet
+    # A path even if nothing is there yet.
+    if not path and name.startswith((".", "~")):
         path = os.path.abspath(os.path.expanduser(name))
     return path or name
 

@@ -50,13 +50,14 @@ def ctranslate2() -> ModuleType:
     """
     # faster-whisper, imported later, brings onnxruntime, which reads this.
     telemetry.keep_off()
+    # Read once, by CTranslate2's own copy of OpenMP, when it is loaded.
     name = "OMP_WAIT_POLICY"
     given = os.environ.get(name)
     os.environ.setdefault(name, "PASSIVE")
     try:
         import ctranslate2 as module
     finally:
-        # CTranslate2's own copy of OpenMP has read it; children need not.
+        # Other libraries of this process, and children, need not follow it.
         if given is None:
             del os.environ[name]
     return cast("ModuleType", module)
@@ -84,7 +85,7 @@ def enter() -> None:
 
     Raises:
         CacheForked: models lived in the process that forked this one. OpenMP's threads
-            are gone, and the first parallel work would wait for them for ever.
+            are not there, and the first parallel work would wait for them for ever.
     """
     if not _models_of:
         _models_of.append(os.getpid())

@@ -39,6 +39,7 @@ def rebound(function: Callable[..., object], **names: object) -> types.FunctionT
         function.__defaults__,
         function.__closure__,
     )
+    # The constructor of functions takes all but these.
     made.__kwdefaults__ = function.__kwdefaults__
     made.__doc__ = function.__doc__
     return made
@@ -51,6 +52,7 @@ def swapped(method: Callable[..., object], swaps: Swaps) -> Callable[..., object
     A function that a program has replaced already stays replaced, and a method that is
     not plainly written in Python is returned as it is.
     """
+    # A mock or a wrapper of a test, say.
     if type(method) is not types.MethodType:
         return method
     function = method.__func__
@@ -58,6 +60,7 @@ def swapped(method: Callable[..., object], swaps: Swaps) -> Callable[..., object
         return method
     names: dict[str, object] = {}
     for name in function.__code__.co_names:
+        # By identity, so that a function that was replaced is left alone.
         found = function.__globals__.get(name)
         for original, other in swaps:
             if found is original:

@@ -67,6 +67,7 @@ class ModelStore:
             return files_in(model)
         if not download or is_whole(model, options):
             return local_files(model, options)
+        # One download of a repository at a time; others may go on beside it.
         with self._lock:
             downloading = self._downloading.setdefault(model, threading.Lock())
         with downloading:
@@ -96,7 +97,8 @@ class ModelStore:
             return original
         try:
             variant = files_in(str(directory))
-        except WhisperCacheError as error:  # it has just been removed
+        except WhisperCacheError as error:
+            # Another process has just removed it.
             _log.debug("no variant of %s: %s", key, error)
             return original
         # Requests for the default type mean that of the original.
@@ -147,7 +149,8 @@ class ModelStore:
         A thread reads it: advice to the kernel (posix_fadvise) returns no sooner, and
         reads no more at once than the kernel's own read-ahead (benchmarks/page.py).
         """
-        if not files.directory:  # it is to be downloaded
+        # It is to be downloaded.
+        if not files.directory:
             return
         path = Path(files.directory, "model.bin")
         with self._lock:
@@ -162,14 +165,16 @@ class ModelStore:
         )
         try:
             thread.start()
-        except RuntimeError as error:  # too many threads, or the interpreter ends
+        except RuntimeError as error:
+            # There are too many threads, or the interpreter ends.
             _log.debug("%s is not read ahead: %s", path, error)
             self._is_read(path)
 
     def _read_ahead(self, path: Path) -> None:
         try:
             read_through(path)
-        except OSError as error:  # the load will raise it
+        except OSError as error:
+            # The load will raise it.
             _log.debug("%s is not read ahead: %s", path, error)
         finally:
             self._is_read(path)

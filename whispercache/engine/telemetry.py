@@ -42,6 +42,7 @@ def setting() -> tuple[bool, Literal["whispercache", "the environment"]]:
     """
     Tells whether telemetry is off, and what set it so.
     """
+    # Set first: asked before any import, the answer would be wrong.
     is_ours = keep_off()
     is_off = os.environ.get(VARIABLE, "").strip().lower() in _DISABLING
     return is_off, "whispercache" if is_ours else "the environment"

@@ -57,7 +57,8 @@ class _Lending:
             kind = type(self).__name__
             raise AttributeError(f"{kind!r} object has no attribute {name!r}")
         value = getattr(lender, name)
-        if name == "feature_extractor":  # keeps what a call asked for
+        # It keeps the chunk_length of a call, so each view has a copy.
+        if name == "feature_extractor":
             value = vars(self)[name] = copy.copy(value)
         return value
 
@@ -93,6 +94,7 @@ def lends(
     # On the path of each hit, so nothing is looked up here.
     def lend(whisper: WhisperModel) -> WhisperModel:
         view = new(kind)
+        # Set directly: a constructor would cost each hit more time.
         view._lender = whisper
         view._check = check
         return view

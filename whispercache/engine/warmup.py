@@ -127,7 +127,8 @@ class WarmUps:
             if not reason:
                 raise
             raise LoadFailed(str(key), reason) from error
-        except OSError as error:  # the disk is full; the first model pays then
+        except OSError as error:
+            # The micro model cannot be written. The first model pays for all this then.
             _log.warning("%s is not warmed up: %s", key.device, error)
             self._warm.add((key.device, key.compute_type))
             return None
@@ -172,10 +173,12 @@ def run_micro_model(
             intra_threads=1,
         )
     try:
+        # One window and several take different kernels.
         _transcribe(model, _encode(ctranslate2, model, 1))
         _transcribe_batch(model, _encode(ctranslate2, model, _BATCH))
     except BaseException as error:
-        if classify(error) is Fault.STICKY:  # freeing it would end the process
+        if classify(error) is Fault.STICKY:
+            # To free it would end the process.
             process.keep_for_ever(model)
         else:
             _unload(model)
@@ -196,10 +199,12 @@ def silent_window(whisper: WhisperModel) -> None:
     import numpy as np
 
     prompt = ["<|startoftranscript|>"]
+    # Others have no tokens of languages and tasks.
     if whisper.model.is_multilingual:
         prompt += ["<|en|>", "<|transcribe|>"]
     features = np.zeros((whisper.model.n_mels, AUDIO_FRAMES), np.float32)
     encoded = whisper.encode(features)
+    # Two steps: the first has no keys and values of earlier ones.
     length = len(prompt) + 2
     whisper.model.generate(encoded, [prompt], beam_size=1, max_length=length)
 
@@ -247,6 +252,7 @@ def _write_micro(ctranslate2: ModuleType, directory: str) -> None:
         return (random.standard_normal(variable.shape) * _NOISE).astype(np.float16)
 
     spec = specification(ctranslate2, _MICRO, _TOKENS, noise)
+    # Each kind of setting that a real config.json has, so that its kernels run.
     spec.config.suppress_ids = [_IDS["<|startoflm|>"]]
     spec.config.suppress_ids_begin = [_IDS["<|endoftext|>"]]
     spec.config.lang_ids = [_IDS[language] for language in _LANGUAGES]

@@ -101,6 +101,7 @@ class Losses:
         """
         length_s = frame.samples / frame.sample_rate
         at_s, next_s = frame.time, self._next_s
+        # Raw streams have no times: then each frame follows the one before.
         if at_s is None:
             at_s = next_s or 0.0
         gap_s = 0.0 if next_s is None else at_s - next_s
@@ -116,8 +117,10 @@ class Losses:
         """
         Counts a packet that could not be decoded. The last one is empty: no loss.
         """
+        # An empty packet makes the decoder give out its last frames.
         if not packet.size:
             return
+        # The parts of a long tag come as packets, and only the first has its name.
         if not self._stretch:
             self._is_tag = bytes(packet).startswith(_TAGS)
         self._stretch += 1
@@ -128,6 +131,7 @@ class Losses:
         Counts a *frame* that came of a broken packet after all.
         """
         length_s = frame.samples / frame.sample_rate
+        # `hear` has counted it already.
         self.heard_s -= length_s
         self.broken_s += length_s
         self.packets += 1
@@ -150,6 +154,7 @@ class Losses:
         """
         if not self._is_tag:
             self.packets += self._stretch
+            # Timestamps know better, but a joined file starts them anew.
             self.broken_s += max(gap_s, self._stretch_s)
         self._stretch, self._stretch_s = 0, 0.0
 
@@ -160,6 +165,7 @@ class Losses:
         Where a container has no packets of its own, as mp3, junk of any length comes as
         one packet, so its size decides.
         """
+        # Much larger than any that was heard: junk, not one frame.
         if packet.size > 2 * self._largest_bytes and self.n_bytes:
             return packet.size * self.heard_s / self.n_bytes
         return float((packet.duration or 0) * (packet.time_base or 0))

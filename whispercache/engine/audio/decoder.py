@@ -150,6 +150,7 @@ def read_audio(source: str | os.PathLike[str] | BinaryIO) -> Audio:
         with open_audio(opened) as container:
             recording = Recording(container)
             samples = _joined(list(recording.pieces()))
+    # The reason is ready for people; FFmpeg's errors need words first.
     except NoAudio as error:
         raise AudioError(name_of(source), str(error)) from error
     except UNDECODABLE as error:
@@ -177,7 +178,8 @@ def name_of(source: object) -> str:
     """
     Returns the name of a recording in a message: its path, or else its type.
     """
-    name = getattr(source, "name", source)  # an open file has its path
+    # An open file has its path, or, if it was opened by number, that number.
+    name = getattr(source, "name", source)
     if isinstance(name, (str, os.PathLike)):
         return repr(os.fspath(name))
     return type(source).__name__
@@ -215,6 +217,7 @@ def _is_of_path(error: BaseException, source: object) -> bool:
     kinds = (FileNotFoundError, IsADirectoryError, PermissionError)
     if not isinstance(source, str) or not isinstance(error, kinds):
         return False
+    # FFmpeg may use the same words for a segment that a playlist names.
     return not (Path(source).is_file() and os.access(source, os.R_OK))
 
 
@@ -235,6 +238,7 @@ def _joined(pieces: list[memoryview]) -> NDArray[np.float32]:
 
     n_samples = sum(piece.nbytes for piece in pieces) // SAMPLE_BYTES
     samples = np.empty(n_samples, np.float32)
+    # From the end of the reversed list: to pop its beginning would move all others.
     at = 0
     pieces.reverse()
     while pieces:
@@ -310,6 +314,7 @@ class Recording:
             except av.error.FFmpegError:
                 losses.lose(packet)
                 continue
+            # Decoded packets give the size of a second, for those that cannot be.
             losses.n_bytes += packet.size
             for frame in frames:
                 if not 0 < frame.sample_rate <= self._highest_rate_hz:
@@ -386,6 +391,7 @@ def _resampled(frames: Iterable[AudioFrame], losses: Losses) -> Iterator[AudioFr
         of_frame = (frame.format.name, frame.layout.name, frame.sample_rate)
         if resampler is None or form != of_frame:
             if resampler is not None:
+                # What the old one still holds comes before the new form's samples.
                 yield from resampler.resample(None)
             resampler, form = av.AudioResampler("s16", "mono", SAMPLES_PER_S), of_frame
         try:

@@ -90,7 +90,8 @@ class InBlocks:
         setattr(self._extractor, name, value)
 
     def __getattr__(self, name: str) -> object:
-        if name == "_extractor":  # not there yet, as when this is copied
+        # copy.copy() looks up methods before the object has any attribute.
+        if name == "_extractor":
             raise AttributeError(name)
         return getattr(self._extractor, name)
 
@@ -115,8 +116,10 @@ class InBlocks:
             chunk_length: Seconds of a window, if not 30.
         """
         extractor = self._extractor
+        # Short audio costs little, and is the common case.
         if len(waveform) <= LONG_S * extractor.sampling_rate:
             return extractor(waveform, padding=padding, chunk_length=chunk_length)
+        # As faster-whisper does it, for the next call.
         if chunk_length is not None:
             extractor.n_samples = chunk_length * extractor.sampling_rate
             extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
@@ -132,6 +135,7 @@ def _log_mel(
     n_frames = (len(waveform) + padding) // hop
     block = BLOCK_S * extractor.sampling_rate // hop
     mels = len(extractor.mel_filters)
+    # The only array that is as long as the audio.
     spectrogram = np.empty((mels, n_frames), np.float32)
     window = np.hanning(extractor.n_fft + 1)[:-1].astype(np.float32)
     for first in range(0, n_frames, block):
@@ -148,6 +152,7 @@ def _log_mel(
         power = extractor.mel_filters @ (np.abs(stft) ** 2)
         np.clip(power, 1e-10, None, out=power)
         np.log10(power, out=spectrogram[:, first:last])
+    # Relative to the loudest frame of all blocks, hence after the loop.
     np.maximum(spectrogram, spectrogram.max() - _RANGE, out=spectrogram)
     # In place: a copy would double the peak.
     spectrogram += 4.0

@@ -75,6 +75,17 @@ def bounded_names(
         in_blocks = rebound(get_speech_timestamps, get_vad_model=bounded_model)
         return in_blocks(audio, options, **more)
 
+    return {
+        "get_speech_timestamps": timestamps,
+        "collect_chunks": _without_copies(collect_chunks),
+    }
+
+
+def _without_copies(collect_chunks: Callable[..., object]) -> Callable[..., object]:
+    """
+    Returns a ``collect_chunks`` that does not copy what it has so far for each chunk.
+    """
+
     def bounded_chunks(
         audio: Samples,
         chunks: Sequence[Clip],
@@ -83,8 +94,7 @@ def bounded_names(
     ) -> object:
         if not chunks or max_duration != float("inf"):
             return collect_chunks(audio, chunks, sampling_rate, max_duration)
-        # Views, which the caller joins; faster-whisper copies what it has so far for
-        # each of them.
+        # Views, which the caller joins.
         parts = [audio[each["start"] : each["end"]] for each in chunks]
         n_samples = sum(map(len, parts))
         whole = {
@@ -94,10 +104,7 @@ def bounded_names(
         }
         return parts, [whole]
 
-    return {
-        "get_speech_timestamps": timestamps,
-        "collect_chunks": bounded_chunks,
-    }
+    return bounded_chunks
 
 
 class InBlocks:

@@ -134,15 +134,19 @@ def language_code(language: str | None) -> str | None:
     text = language.strip().lower().replace("_", "-")
     if text in _DETECT:
         return None
-    for spelled in (text, text.replace("-", " ")):  # "haitian-creole"
+    # Names of two words are spelled with a hyphen by some: "haitian-creole".
+    for spelled in (text, text.replace("-", " ")):
         if spelled in _CODES:
             return _CODES[spelled]
+    # A POSIX locale may have an encoding and a modifier: "de_DE.UTF-8@euro".
     locale = text.partition(".")[0].partition("@")[0]
     if match := _LOCALE.fullmatch(locale):
         parts = locale.split("-")
+        # "zh-yue" is another language than "zh", so the longer tag goes first.
         for tag in ("-".join(parts[:2]), match[1]):
             if tag in _CODES:
                 return _CODES[tag]
+    # Only codes: "german.utf-8" is no locale.
     elif locale in _CODES and locale in {*LANGUAGES, *_OTHER_CODES}:
         return _CODES[locale]
     raise ValueError(
@@ -190,6 +194,7 @@ def knowledge_of(files: ModelFiles) -> Knowledge | None:
         return _by_size(source.vocabulary)
     claims = claims_of(files)
     special, is_multilingual = claims.vocabulary.special, True
+    # Distilled models and fine-tunes may lack some.
     codes = tuple(code for code in LANGUAGES if f"<|{code}|>" in special)
     if not claims.vocabulary.is_multilingual:
         codes, is_multilingual = ("en",), False
@@ -245,6 +250,7 @@ def _by_size(n_tokens: int) -> Knowledge:
     """
     Returns what one of OpenAI's models knows, by the size of its vocabulary.
     """
+    # Compared, not looked up, so that any size has an answer.
     if n_tokens <= _ENGLISH_TOKENS:
         return Knowledge(n_tokens, is_multilingual=False, languages=("en",))
     codes = (c for c in LANGUAGES if c != "yue" or n_tokens >= _CANTONESE_TOKENS)

@@ -107,6 +107,7 @@ class _Call:
         Tells whether voice activity is looked for: not where clips are named.
         """
         if self.is_batched:
+            # The pipeline needs clips: without any it looks for speech by itself.
             is_asked = self.options.get("vad_filter", True)
             return bool(is_asked) and not self.options.get("clip_timestamps")
         clips = self.options.get("clip_timestamps", "0")
@@ -116,7 +117,8 @@ class _Call:
 def _is_above_0(value: object) -> bool:
     try:
         return float(cast("float", value)) > 0
-    except (TypeError, ValueError):  # told by its own check
+    except (TypeError, ValueError):
+        # The parameter has a check of its own, which names it.
         return False
 
 
@@ -138,6 +140,7 @@ def _count(name: str, value: object, least: int = 1, most: int | None = None) ->
     wanted = f"a whole number of {least} or more"
     if most is not None:
         wanted = f"a whole number from {least} to {most}"
+    # operator.index() refuses 1.5 and "1", which int() would take.
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -163,6 +166,7 @@ def _number(
         number = math.nan if is_text else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         is_text, number = True, math.nan
+    # An integer too large for a float.
     except OverflowError:
         number = math.inf
     if is_text:
@@ -182,13 +186,15 @@ def _finite(_call: _Call, name: str, value: object) -> object:
 
 
 def _threshold(call: _Call, name: str, value: object) -> object:
-    if value is None or call.is_batched:  # which has none
+    # The pipeline has no fallback, and looks at no threshold.
+    if value is None or call.is_batched:
         return value
     return _number(name, value, "a number or None")
 
 
 def _text(_call: _Call, name: str, value: object) -> object:
-    if value and not isinstance(value, str):  # nothing is nothing of any kind
+    # Anything empty counts as no text in faster-whisper, whatever its type.
+    if value and not isinstance(value, str):
         raise _refuse(name, "text or None", value, kind=True)
     return value
 
@@ -231,12 +237,14 @@ def _temperature(call: _Call, name: str, value: object) -> object:
     several = list(value) if isinstance(value, (list, tuple)) else [value]
     if not several:
         raise _refuse(name, wanted, value)
+    # The pipeline uses the first one only.
     for each in several[: 1 if call.is_batched else None]:
         _number(name, each, wanted, lambda number: 0 <= number < math.inf)
     return several if isinstance(value, list) else value
 
 
 def _reset_temperature(call: _Call, name: str, value: object) -> object:
+    # Only compared where the text before is a prompt of the next window.
     is_used = call.options.get("condition_on_previous_text", True)
     return value if call.is_batched or not is_used else _number(name, value)
 
@@ -258,13 +266,15 @@ def _suppress_tokens(_call: _Call, name: str, value: object) -> object:
 
 
 def _initial_timestamp(call: _Call, name: str, value: object) -> object:
-    if call.is_batched:  # which has one of its own
+    # The pipeline sets one of its own.
+    if call.is_batched:
         return value
     wanted = "a finite number of seconds, 0 or more"
     return _number(name, value, wanted, lambda number: 0 <= number < math.inf)
 
 
 def _punctuations(call: _Call, name: str, value: object) -> object:
+    # Iterated over only where words are aligned.
     if call.options.get("word_timestamps") and not isinstance(value, Iterable):
         raise _refuse(name, "text", value, kind=True)
     return value
@@ -278,10 +288,12 @@ def _chunk_length(call: _Call, name: str, value: object) -> object:
     if value is None:
         return value
     if not call.is_batched:
-        if isinstance(value, float) and value.is_integer():  # as settings may have it
+        # JSON and TOML may turn 30 into 30.0.
+        if isinstance(value, float) and value.is_integer():
             value = int(value)
         return _count(name, value, 1, WINDOW_S)
-    wanted = f"seconds, {WINDOW_S} at most"  # 0 is as good as None there
+    # The pipeline takes 0 for None.
+    wanted = f"seconds, {WINDOW_S} at most"
     return _number(name, value, wanted, lambda number: 0 <= number <= WINDOW_S)
 
 
@@ -299,7 +311,9 @@ def _clip_timestamps(call: _Call, name: str, value: object) -> object:
         seconds = _items(name, wanted, value)
     for each in seconds:
         _number(name, each, wanted, lambda number: 0 <= number < math.inf)
-    if not seconds:  # all of it; the detection of the language wants a beginning
+    # No clip is the whole file, but the detection of the language looks at the first
+    # one without a check.
+    if not seconds:
         return [0.0]
     return value if isinstance(value, str) else seconds
 

@@ -60,6 +60,7 @@ def workload_of(
         audio_s=rounded_audio_s(n_samples / _RATE_HZ),
         vad=filters_speech(options, is_batched=is_batched),
     )
+    # The same object each time: footprints are memoized by it.
     return DEFAULT_WORKLOAD if workload == DEFAULT_WORKLOAD else workload
 
 
@@ -116,6 +117,7 @@ def prepared(
         values["language"] = language_code(cast("str | None", values["language"]))
     check_knowledge(source, values)
     _check_position(audio)
+    # Last, since it takes longest; and before the lease, so that it holds no model.
     samples = source.decode_audio(audio)
     workload = workload_of(values, batch_size, getattr(samples, "size", 0))
     return Prepared(samples, values, batch_size, workload)
@@ -132,12 +134,15 @@ def _check_position(audio: AudioInput) -> None:
         return
     try:
         position = audio.tell()
-        if not isinstance(position, int):  # of a stream to be awaited, say
+        # An asynchronous stream answers with a coroutine; the decoder refuses it.
+        if not isinstance(position, int):
             return
         audio.seek(0, os.SEEK_END)
-        end = audio.tell()  # a mapped file's seek() returns nothing
+        # seek() of a mapped file returns nothing.
+        end = audio.tell()
         audio.seek(position)
-    except (OSError, ValueError):  # a pipe, or closed: the decoder will tell
+    except (OSError, ValueError):
+        # A pipe, or a closed file: the decoder says so if it matters.
         return
     if 0 < end <= position:
         reason = "the stream is at its end; seek(0) to hear it from its beginning"
@@ -160,7 +165,8 @@ def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
         for name in ("initial_prompt", "suppress_tokens")
     )
     if language is None and not names_tokens and not wants_words:
-        return  # spares a look at its files
+        # No look at the files, which may have to be downloaded for it.
+        return
     from . import languages
 
     languages.check_knowledge(str(source), values, source.knowledge())

@@ -31,7 +31,8 @@ def bound(
     keyword = inspect.Parameter.KEYWORD_ONLY
     names = [each.name for each in parameters if each.kind is plain]
     known = [*names, *(each.name for each in parameters if each.kind is keyword)]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:  # it takes anything, audio first
+    # A wrapper takes anything, and passes the audio on first.
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
         names = names or ["audio"]
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         for name in options:

@@ -104,6 +104,7 @@ class Variable:
         return prod(self.shape)
 
 
+# Sizes of the vocabularies; that of large-v3 added Cantonese.
 _ENGLISH, _MULTILINGUAL, _CANTONESE = 51864, 51865, 51866
 _LARGE = (1280, 32, 32, 20, 5120, 80, _MULTILINGUAL)
 
@@ -160,6 +161,7 @@ def layout(architecture: Architecture) -> tuple[Variable, ...]:
     for layer in range(architecture.decoder_layers):
         prefix = f"decoder/layer_{layer}"
         shapes |= _layer(prefix, architecture)
+        # Keys and values of the audio are one layer, queries another.
         shapes |= _block(f"{prefix}/attention", width, (width, 2 * width, width))
     return tuple(
         Variable(name, shape, HUB_COMPUTE_TYPE, 2 * prod(shape), 0)
@@ -170,6 +172,7 @@ def layout(architecture: Architecture) -> tuple[Variable, ...]:
 def _layer(prefix: str, architecture: Architecture) -> dict[str, tuple[int, ...]]:
     width, ffn = architecture.d_model, architecture.ffn
     return {
+        # Queries, keys and values are one layer.
         **_block(f"{prefix}/self_attention", width, (3 * width, width)),
         **_block(f"{prefix}/ffn", width, (ffn, width)),
         f"{prefix}/ffn/linear_1/weight": (width, ffn),

@@ -218,6 +218,7 @@ def footprint(
     canonical = canonical_device(device)
     if canonical == "auto":
         raise ValueError("the bytes depend on the device: name 'cpu' or 'cuda'")
+    # As calls do it, so that this is what they reserve.
     rounded_s = rounded_audio_s(audio_s)
     workload = Workload(beam_size, best_of, batch_size, fallback, rounded_s, vad)
     source, saved = _source(canonical_model(model))
@@ -268,6 +269,7 @@ def estimate(
     resident = weights + host_bytes
     # The tokenizer is parsed before the weights come.
     peak = max(resident, host_bytes + max(converting, parsing_bytes))
+    # Intel CPUs only; the copies are made at the end of the load.
     if packs_weights():
         extra, unpacked = packing_bytes(source, compute_type)
         resident += extra
@@ -297,7 +299,9 @@ def workspace_bytes(
     scores = batch * architecture.heads * AUDIO_POSITIONS**2
     features = batch * architecture.mels * AUDIO_FRAMES
     encoding = scores + buffers * audio + features
+    # Encoding and decoding follow each other, so the larger one counts.
     decoding = _decoding(architecture, batch, workload.beam_size, copies=1)
+    # A batch has no fallback: the pipeline stays at its first temperature.
     if workload.fallback and batch == 1:
         best_of = workload.best_of
         sampling = _decoding(architecture, batch, best_of, copies=best_of)
@@ -349,6 +353,7 @@ def _source(model: str) -> tuple[Source, str]:
     """
     Returns the source of the shapes of *model*, and the compute type it is saved in.
     """
+    # Before any look at the disk: the answer is the same with and without files.
     if known := ARCHITECTURES.get(model):
         return known, HUB_COMPUTE_TYPE
     header = read_header(model if is_directory(model) else _downloaded(model))

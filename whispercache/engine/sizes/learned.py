@@ -73,6 +73,7 @@ class LearnedFootprints:
         key = _key(model, compute_type, device_name)
         if predicted_bytes <= 0:
             return
+        # Ratios, not bytes: predictions change with the version of this package.
         ratio = measured_bytes / predicted_bytes
         if not _PLAUSIBLE[0] <= ratio <= _PLAUSIBLE[1]:
             _log.debug("measurement of %s refused as noise: %.2f", key, ratio)
@@ -93,7 +94,7 @@ class LearnedFootprints:
             )
             if len(ratios) < _ENOUGH:
                 return predicted_bytes
-            # Imported late: it takes 10 ms, and most processes never need it.
+            # Imported late: most processes never need it.
             import statistics
 
             return round(predicted_bytes * statistics.median(ratios))
@@ -141,6 +142,7 @@ def _key(model: str, compute_type: str, device_name: str) -> str:
 
 
 def _append(ratios: dict[str, list[float]], key: str, ratio: float) -> None:
+    # The latest ones: a new driver or library counts after three loads.
     ratios[key] = [*ratios.get(key, []), ratio][-_KEPT:]
 
 
@@ -172,6 +174,7 @@ def _is_plausible(ratio: object) -> bool:
 def _replace(path: Path, ratios: dict[str, list[float]]) -> None:
     import tempfile
 
+    # In the same directory, so that the rename is atomic.
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -54,6 +54,7 @@ class Sizer:
         Returns what *key* takes, by the header or the architecture, corrected by what
         was measured before.
         """
+        # Only other loaders' files have no source.
         assert files.source is not None
         predicted = _estimate(files.source, key.compute_type, key.device, workload)
         device_name = self._name_of(key.device)

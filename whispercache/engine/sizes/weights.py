@@ -121,6 +121,7 @@ def _resident_bytes(variable: Variable, compute_type: str, *, on_cpu: bool) -> i
     total = variable.elements * ITEM_BYTES[dtype]
     if dtype == "int8" and variable.name.endswith("weight"):
         total += 4 * variable.shape[0]
+        # oneDNN keeps the sum of each row, which corrects unsigned products.
         if on_cpu and _is_linear(variable.name):
             total += 4 * variable.shape[0]
     return total
@@ -156,6 +157,7 @@ def output_copy_bytes(architecture: Architecture, compute_type: str) -> int:
     multiple = {"int8": 16, "float16": 8, "bfloat16": 8}.get(weight, 1)
     if architecture.vocabulary % multiple == 0:
         return 0
+    # Rounded up.
     rows = -(-architecture.vocabulary // multiple) * multiple
     scale_bytes = 4 if weight == "int8" else 0
     row_bytes = architecture.d_model * ITEM_BYTES[weight] + ITEM_BYTES[other]

@@ -179,9 +179,11 @@ def run_task(text: str) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     task = json.loads(text)
     me = psutil.Process()
-    with suppress(OSError, psutil.Error):  # some sandboxes have no such call
+    # Some sandboxes have no such calls.
+    with suppress(OSError, psutil.Error):
         me.nice(getattr(psutil, "IDLE_PRIORITY_CLASS", _LOWEST_PRIORITY))
-    if hasattr(os, "SCHED_IDLE"):  # gives way at once, not at the end of its slice
+    # Gives way at once, not at the end of its slice; on Linux only.
+    if hasattr(os, "SCHED_IDLE"):
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     if hasattr(psutil, "IOPRIO_CLASS_IDLE"):

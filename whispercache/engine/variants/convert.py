@@ -85,6 +85,7 @@ def kind_for(header: ModelHeader, compute_type: str) -> str | None:
     saved = {each.name: each.dtype for each in header.variables}
     weight = saved["decoder/embeddings/weight"]
     wanted = DTYPES[compute_type][0]
+    # From int8 nothing better can be made.
     if header.version != _VERSION or weight not in _FLOATS:
         return None
     return wanted if wanted in KINDS and wanted != weight else None
@@ -166,10 +167,12 @@ def _write_variable(
             scales.append(scale)
             target.write(rows.tobytes())
         else:
-            with np.errstate(over="ignore"):  # too large for float16: infinite
+            # A number too large for float16 becomes infinite, as in a load.
+            with np.errstate(over="ignore"):
                 target.write(values.astype(dtype, copy=False).tobytes())
     if scales:
         name = f"{variable.name}_scale"
+        # After the weights: the order within the file does not matter to a load.
         target.write(_entry(name, (variable.shape[0],), "float32"))
         target.write(np.concatenate(scales).tobytes())
 
@@ -195,7 +198,8 @@ def _quantize(
 def _as_float32(raw: bytes, dtype: str) -> NDArray[np.float32]:
     import numpy as np
 
-    if dtype == "bfloat16":  # the upper half of a float32
+    # numpy has no bfloat16, which is the upper half of a float32.
+    if dtype == "bfloat16":
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).astype("<f4")
 
@@ -211,6 +215,7 @@ def _blocks(
     Yields the payload in whole rows.
     """
     row_bytes = _row_elements(variable) * ITEM_BYTES[variable.dtype]
+    # Whole rows, since each has a scale of its own.
     rows = max(1, _BLOCK_ELEMENTS // max(1, _row_elements(variable)))
     left = variable.nbytes
     while left:

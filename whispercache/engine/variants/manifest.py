@@ -64,6 +64,7 @@ class Manifest:
         path = directory / MANIFEST
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+            # Of an earlier version, whose variants are built anew.
             if found.pop("format") != _FORMAT:
                 return None
             files = {
@@ -96,8 +97,8 @@ class Manifest:
 
     def is_intact(self, directory: Path) -> bool:
         """
-        Tells whether it was written for this directory, nobody has written to the files
-        since, and there are no others, which a loader might read.
+        Tells whether it was written for this directory, the files are as they were, and
+        there are no others, which a loader might read.
         """
         known = {MANIFEST, *self.files}
         try:
@@ -118,6 +119,7 @@ def writing(path: Path, files: dict[str, Stamp]) -> Iterator[BinaryIO]:
     with path.open("xb") as file:
         yield file
         file.flush()
+        # Before the rename of the directory, which may reach the disk earlier.
         os.fsync(file.fileno())
     files[path.name] = _stamp(path)
 
@@ -135,7 +137,8 @@ def remove(directory: Path) -> None:
         directory.rename(renamed)
     except FileNotFoundError:
         return
-    with suppress(FileNotFoundError):  # a build that clears up deletes it, too
+    # A build that clears up may delete it at the same time.
+    with suppress(FileNotFoundError):
         shutil.rmtree(renamed)
 
 

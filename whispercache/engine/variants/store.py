@@ -151,6 +151,7 @@ class Variants:
             return None
         # Nothing is removed from a directory that cannot be written to either.
         with suppress(OSError):
+            # The time of the last use; the manifest itself has no stamp.
             os.utime(directory / MANIFEST)
         return directory
 
@@ -210,14 +211,17 @@ class Variants:
         target = self.directory / name
         if self._is_good(target):
             return target
-        for pattern in (".new-*", ".gone-*"):  # of processes that were killed
+        # Left by processes that were killed: this one holds the lock.
+        for pattern in (".new-*", ".gone-*"):
             for left in self.directory.glob(pattern):
                 shutil.rmtree(left, ignore_errors=True)
+        # Read at once, so that all are of one moment.
         small = _small_files(source.directory)
         for missing in sorted(_NEEDED - small.keys()):
             raise VariantRefused(f"its source has no {missing}")
         small_bytes = sum(map(len, small.values()))
         self._make_room(converted_bytes(source.header, kind) + small_bytes)
+        # Beside the others, so that it can be renamed; hidden, so that none finds it.
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=self.directory))
         try:
             files = _write(source.header, kind, small, new)
@@ -330,7 +334,8 @@ class Variants:
                 return Variant(directory, n_bytes, 0.0, "broken")
             used_s = (directory / MANIFEST).stat().st_mtime
             is_intact = manifest.is_intact(directory)
-        except FileNotFoundError:  # it is being removed just now
+        except FileNotFoundError:
+            # Another process is removing it.
             return None
         except OSError as error:
             _log.warning("a variant cannot be read: %s", error)
@@ -403,7 +408,8 @@ def _as_lines(vocabulary: bytes) -> bytes | None:
     """
     try:
         tokens = json.loads(vocabulary)
-    except ValueError:  # nor would it be loaded as it is
+    except ValueError:
+        # A load fails with it in any form.
         return None
     # A line ends at its first line break, and may lose a carriage return.
     if not isinstance(tokens, list) or not all(
