@@ -15,7 +15,7 @@ import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from whispercache.devices import memory, release
+from whispercache.devices import host, release
 from whispercache.devices.faults import Fault, classify
 from whispercache.errors import DeviceUnavailable, LoadFailed
 
@@ -155,7 +155,7 @@ class FasterWhisperLoader:
         copy_bytes = 0 if kept is None else kept.copy_bytes
         if not reloaded:
             # A reload leaves its buffers for the next one; `return_memory` comes later.
-            memory.return_free_memory()
+            host.return_free_memory()
         grown_bytes = self._held(key.device).growth_since(before)
         loaded = construct.described(key, files, whisper)
         loaded.measured_bytes = None if reloaded else grown_bytes
@@ -320,7 +320,7 @@ class FasterWhisperLoader:
         Returns the memory in use: of this process on the host, and both ways on a card.
         """
         if device == "cpu":
-            return release.Holdings(None, memory.anonymous_bytes())
+            return release.Holdings(None, host.anonymous_bytes())
         return release.holdings(device, self.probe)
 
     def return_memory(self, device: str) -> None:
@@ -328,7 +328,7 @@ class FasterWhisperLoader:
         Trims the heap: a load to a GPU has its buffers on the host, too.
         """
         del device
-        memory.return_free_memory()
+        host.return_free_memory()
 
     # Kept models ---------------------------------------------------------------------
 
@@ -337,14 +337,14 @@ class FasterWhisperLoader:
 
     def forget(self, key: ModelKey) -> None:
         self._kept.take(key)
-        memory.return_free_memory()
+        host.return_free_memory()
 
     def shell_bytes(self) -> int:
         return self._kept.n_bytes
 
     def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         if self._kept.shrink(most_bytes, but):
-            memory.return_free_memory()
+            host.return_free_memory()
 
     # The process ---------------------------------------------------------------------
 
