@@ -1,5 +1,5 @@
 """
-Loaders of a user's own: three methods are enough, and each other one may be added.
+The adapter: a loader needs three methods, and may have more.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Loading and unloading of real models: files of all kinds, and audio of all kinds.
+Loads and unloads of real models: files of all kinds, and audio of all kinds.
 """
 
 from __future__ import annotations

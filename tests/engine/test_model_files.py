@@ -1,7 +1,7 @@
 """
 The small files of a model, checked against model.bin before an engine sees them.
 
-Nothing here is loaded: what would harm the engine is read by the guard alone.
+Nothing here is loaded: files that would harm the engine are only checked.
 """
 
 from __future__ import annotations

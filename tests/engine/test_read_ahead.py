@@ -1,5 +1,5 @@
 """
-Pages: files read ahead of a load, by wish or while a request waits for memory.
+Files read ahead of a load, on request or while a request waits for memory.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Variants: found only while they are what was written, built once, and never in the way.
+Variants: found only while they are as they were written, and built once.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-The warm-up: it goes through what a transcription uses, and leaves nothing behind.
+The warm-up: it uses all that a transcription uses, and leaves nothing behind.
 """
 
 from __future__ import annotations
