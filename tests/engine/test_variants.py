@@ -979,12 +979,13 @@ class TestBuilder:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """
-        A path object, which the import system passes over; the current directory.
+        A path object, which the import system passes over; the current directory. A
+        relative one means the same in the process.
         """
-        monkeypatch.setattr(sys, "path", ["", Path("odd"), *sys.path])
+        monkeypatch.setattr(sys, "path", ["", Path("odd"), "lib", *sys.path])
         Builder(store).build_soon(source, "int8")
         wait_until(lambda: processes.calls, "a build")
-        wanted = [each for each in sys.path[2:] if each]
+        wanted = [str(Path(each).absolute()) for each in sys.path[2:] if each]
         env = processes.calls[0].options["env"]
         assert env["PYTHONPATH"].split(os.pathsep) == wanted
 

@@ -145,8 +145,9 @@ class Builder:
             "directory": str(self.variants.directory),
         }
         # Others than texts may be in it, which the import system passes over; an empty
-        # text is the current directory.
-        paths = [each for each in sys.path if isinstance(each, str) and each]
+        # text is the current directory, from which others are counted.
+        texts = [each for each in sys.path if isinstance(each, str) and each]
+        paths = [str(Path(each).absolute()) for each in texts]
         # Python looks for modules in its current directory, too. There are none here.
         self.variants.directory.mkdir(parents=True, exist_ok=True)
         # In the session of its parent: Linux weighs sessions before it looks at
