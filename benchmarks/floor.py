@@ -55,8 +55,9 @@ from switch import (
 from whispercache.core.core import Core
 from whispercache.devices import memory
 from whispercache.devices.memory import SystemProbe
-from whispercache.engine import files, loader
-from whispercache.engine.loader import FasterWhisperLoader, versions
+from whispercache.engine import construct, files, loader
+from whispercache.engine.loader import FasterWhisperLoader
+from whispercache.engine.process import versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +94,7 @@ def timed() -> list[Timed]:
     return [
         Timed(LOAD, Whisper, "load_model"),
         Timed(UNLOAD, Whisper, "unload_model"),
-        Timed("builds a WhisperModel", loader, "_construct"),
+        Timed("builds a WhisperModel", construct, "build"),
         Timed("load: the rest", mine, "load"),
         Timed("unload: the rest", mine, "unload"),
         Timed("returns memory: malloc_trim", memory, "return_free_memory"),

@@ -18,7 +18,7 @@ import whispercache
 from whispercache import ModelCache
 from whispercache.devices.host import anonymous_bytes, cpu_name, host_room
 from whispercache.devices.memory import SystemProbe, driver_version
-from whispercache.engine.loader import versions
+from whispercache.engine.process import versions
 from whispercache.engine.sizes.architecture import TEXT_POSITIONS
 from whispercache.engine.sizes.footprint import (
     Workload,

@@ -16,7 +16,7 @@ from gpu_records import Tier
 from page import make_cold, read
 
 from whispercache.cache import DEFAULT_VARIANTS_BYTES
-from whispercache.engine.loader import versions
+from whispercache.engine.process import versions
 from whispercache.engine.sizes.footprint import read_header, weights_bytes
 from whispercache.engine.variants.convert import Origin, kind_for
 from whispercache.engine.variants.store import Variants

@@ -16,7 +16,7 @@ from gpu_run import spawn
 from gpu_tiers import prepare
 
 from whispercache import ModelCache, Workload
-from whispercache.engine.loader import versions
+from whispercache.engine.process import versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -59,7 +59,8 @@ from switch import (
 
 from whispercache import ModelCache
 from whispercache.cache import DEFAULT_VARIANTS_BYTES
-from whispercache.engine.loader import FasterWhisperLoader, versions
+from whispercache.engine.loader import FasterWhisperLoader
+from whispercache.engine.process import versions
 from whispercache.engine.variants.build import Builder
 from whispercache.engine.variants.store import Variants
 

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from report import Table, machine, write
 
 from examples.weights import PACKAGED, packaged_model
-from whispercache.engine.loader import versions
+from whispercache.engine.process import versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -54,7 +54,7 @@ from examples.weights import packaged_model
 from whispercache import ModelCache, Workload
 from whispercache.cache import DEFAULT_VARIANTS_BYTES, VARIANTS_VARIABLE
 from whispercache.devices.host import return_free_memory
-from whispercache.engine.loader import versions
+from whispercache.engine.process import versions
 from whispercache.engine.sizes.header import read_header
 from whispercache.engine.variants.convert import Origin
 from whispercache.engine.variants.store import Variants

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .core.resolver import Request, Target
     from .core.threads import Clock
     from .devices.memory import MemoryProbe
-    from .engine.api import AudioInput, Loader
+    from .engine.api import AudioInput, Engine
     from .engine.calls.languages import Knowledge
     from .engine.sizes.footprint import Workload
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
@@ -120,7 +120,7 @@ class CacheOptions(TypedDict, total=False):
     coordinate: bool
     park: bool | LimitValue
     variants: bool | LimitValue
-    loader: Loader | None
+    loader: Engine | None
     probe: MemoryProbe | None
     clock: Clock | None
 
@@ -172,7 +172,8 @@ class ModelCache:
             ``"5GiB"``; the least recently used leave. False for none, and so does the
             environment variable ``WHISPERCACHE_VARIANTS=off``. Only with the usual
             *loader*.
-        loader: Loads the models; a fake in tests.
+        loader: Loads the models; a fake in tests, or one of your own, for which three
+            methods are enough (see `whispercache.engine.api`).
         probe: Reads the memory of the devices; likewise.
         clock: Tells the time; likewise. The cache closes it.
 
@@ -196,7 +197,7 @@ class ModelCache:
         coordinate: bool = False,
         park: bool | LimitValue = False,
         variants: bool | LimitValue = True,
-        loader: Loader | None = None,
+        loader: Engine | None = None,
         probe: MemoryProbe | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -206,6 +207,7 @@ class ModelCache:
         from .core.core import Core
         from .core.resolver import Resolver
         from .devices.memory import SystemProbe
+        from .engine.adapter import completed
         from .engine.loader import FasterWhisperLoader
         from .planning.planner import POLICIES
 
@@ -225,7 +227,9 @@ class ModelCache:
         self._usual_terms = Terms(ladder=as_ladder(fallback))
         self._is_tracing: Callable[[], bool] = is_tracing
         self._core = Core(
-            loader=loader or FasterWhisperLoader(probe, variants_bytes=variants_bytes),
+            loader=completed(
+                loader or FasterWhisperLoader(probe, variants_bytes=variants_bytes)
+            ),
             probe=probe,
             clock=clock or MonotonicClock(),
             policy=POLICIES[policy] if isinstance(policy, str) else policy,

@@ -1,5 +1,5 @@
 """
-Audio: one decoder for all, which hears whatever of a file can be heard.
+The decoder of audio, which hears whatever of a file can be heard.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Memory of audio: bounded where faster-whisper's is not, and reserved by each lease.
+The memory that audio takes: bounded, and reserved by each lease.
 """
 
 from __future__ import annotations

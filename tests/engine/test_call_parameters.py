@@ -1,5 +1,5 @@
 """
-Parameters of a call: they are its own, and nonsense is refused before a lease.
+The parameters of a call: they are its own, and nonsense is refused before a lease.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Conversion of model.bin: the numbers that CTranslate2 would compute at each load.
+The conversion of model.bin: the numbers that CTranslate2 would compute at each load.
 """
 
 from __future__ import annotations

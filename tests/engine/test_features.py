@@ -1,5 +1,5 @@
 """
-Features: long audio in blocks, beside faster-whisper's own way.
+The features of long audio, in blocks, beside faster-whisper's own way.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Footprints against real models: what is predicted, and what a child process measures.
+Predicted footprints of real models, against measurements in a child process.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-The model hub's cache on this disk, whole or not, with a hub that is played.
+The model hub's cache on this disk, complete or not, with a fake hub.
 """
 
 from __future__ import annotations

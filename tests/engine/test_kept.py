@@ -1,5 +1,5 @@
 """
-Shells: what models leave behind, how they come back by it, and that it is in no way.
+Kept models: reloads from them, and their memory, which never delays anything else.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from whispercache import (
     ModelLoading,
     Workload,
 )
-from whispercache.engine.kept import KEPT_SHELLS, Shell, Shells
+from whispercache.engine.kept import MOST_KEPT, KeptModel, KeptModels
 from whispercache.testing import (
     FakeClock,
     FakeLoader,
@@ -111,7 +111,7 @@ def tokenizer_of(cache: ModelCache, directory: Path) -> Tokenizer:
 
 def shell_bytes(cache: ModelCache, device: str = "cpu") -> int:
     """
-    What is counted for shells.
+    The bytes that are counted for kept models.
     """
     return {each.device: each.shell_bytes for each in cache.devices()}[device]
 
@@ -186,7 +186,7 @@ class TestComingBack:
         load(real, micro_copy(tmp_path / "two"))
         assert parsed == ["constructed"]
 
-    def test_the_shells_of_a_model_with_other_options_are_not_used(
+    def test_a_kept_model_with_other_options_is_not_used(
         self, real: ModelCache
     ) -> None:
         """
@@ -205,7 +205,7 @@ class TestComingBack:
         self, tmp_path: Path, real: ModelCache
     ) -> None:
         """
-        New weights, or a new tokenizer.json, are never combined with an old shell.
+        New weights, or a new tokenizer.json, are never combined with an old kept model.
         """
         directory = micro_copy(tmp_path / "model")
         assert said(real, directory) == TEXT
@@ -221,7 +221,7 @@ class TestComingBack:
         assert said(real, directory) == TEXT.replace("hello", "adieu")
         assert real.stats().reloads == 0
 
-    def test_a_shell_is_counted_while_it_is_kept(self, real: ModelCache) -> None:
+    def test_a_kept_model_is_counted(self, real: ModelCache) -> None:
         """
         From the unload until its model comes back, or the cache is closed.
         """
@@ -242,7 +242,7 @@ class TestComingBack:
         self, tmp_path: Path, real: ModelCache
     ) -> None:
         """
-        A second shell with the same one takes next to nothing.
+        A second kept model with the same one takes next to nothing.
         """
         load(real, micro())
         real.evict()
@@ -302,7 +302,7 @@ class TestTokenizers:
 
     def test_copies_share_one(self, tmp_path: Path, real: ModelCache) -> None:
         """
-        As long as one of them is in memory or leaves a shell.
+        As long as one of them is in memory or is kept.
         """
         shared = tokenizer_of(real, micro())
         assert tokenizer_of(real, micro_copy(tmp_path / "copy")) is shared
@@ -328,14 +328,14 @@ class TestTokenizers:
         expected = TEXT.replace("hello", "adieu") if change == "words" else TEXT
         assert (said(real, directory), said(real, micro())) == (expected, TEXT)
 
-    def test_none_stays_that_no_model_or_shell_has(self, real: ModelCache) -> None:
+    def test_none_stays_that_no_model_has(self, real: ModelCache) -> None:
         """
         It is freed with the last of them, and parsed anew after that.
         """
         alive = weakref.ref(tokenizer_of(real, micro()))
         real.evict()
         gc.collect()
-        assert alive() is not None  # the shell has it
+        assert alive() is not None  # the kept model has it
         load(real, micro())
         real._core.loader.shrink_shells(0)
         gc.collect()
@@ -348,7 +348,7 @@ class TestTokenizers:
 
     def test_a_closed_cache_keeps_none(self, real: ModelCache) -> None:
         """
-        Neither those of its models nor of its shells.
+        Neither those of its models nor of its kept ones.
         """
         alive = weakref.ref(tokenizer_of(real, micro()))
         real.evict()
@@ -371,45 +371,45 @@ class TestTokenizers:
         plain = Tokenizer.from_buffer
         counting = types.SimpleNamespace(from_buffer=parse)
         monkeypatch.setattr(tokenizers, "Tokenizer", counting)
-        shells, path = Shells(), str(micro() / "tokenizer.json")
-        one, two = at_once([partial(shells.tokenizer, path)] * 2)
+        store, path = KeptModels(), str(micro() / "tokenizer.json")
+        one, two = at_once([partial(store.tokenizer, path)] * 2)
         assert one is two
 
 
 class TestKept:
     """
-    The shells themselves.
+    The store of kept models itself.
     """
 
     def test_the_least_recently_left_goes_first(self) -> None:
         """
         One that left again counts from then.
         """
-        shells = Shells()
-        for name in [*range(KEPT_SHELLS), 0]:
-            shells.keep(key(name), shell())
-        kept = shells.all()
-        shells.keep(key("one more"), shell())
-        assert len(shells.all()) == KEPT_SHELLS
-        assert shells.take(key(1)) is None
-        assert shells.take(key(0)) is kept[-1]
-        assert shells.take(key(0)) is None
+        store = KeptModels()
+        for name in [*range(MOST_KEPT), 0]:
+            store.keep(key(name), rest())
+        kept = store.all()
+        store.keep(key("one more"), rest())
+        assert len(store.all()) == MOST_KEPT
+        assert store.take(key(1)) is None
+        assert store.take(key(0)) is kept[-1]
+        assert store.take(key(0)) is None
 
     def test_as_many_go_as_are_too_much(self) -> None:
         """
         The oldest first; the one that is about to be used neither counts nor goes.
         """
-        shells = Shells()
+        store = KeptModels()
         for name in range(4):
-            shells.keep(key(name), shell())
-        each_bytes = shells.n_bytes // 4
-        assert shells.shrink(3 * each_bytes, {key(0)}) == 0
-        assert shells.shrink(2 * each_bytes, {key(0)}) == 1
-        assert shells.take(key(1)) is None
-        assert shells.shrink(0, {key(0)}) == 2
-        assert shells.n_bytes == each_bytes
-        assert shells.shrink(0) == 1
-        assert shells.n_bytes == 0
+            store.keep(key(name), rest())
+        each_bytes = store.n_bytes // 4
+        assert store.shrink(3 * each_bytes, {key(0)}) == 0
+        assert store.shrink(2 * each_bytes, {key(0)}) == 1
+        assert store.take(key(1)) is None
+        assert store.shrink(0, {key(0)}) == 2
+        assert store.n_bytes == each_bytes
+        assert store.shrink(0) == 1
+        assert store.n_bytes == 0
 
 
 def key(name: object) -> ModelKey:
@@ -419,12 +419,12 @@ def key(name: object) -> ModelKey:
     return ModelKey(str(name), "cpu", "int8", ())
 
 
-def shell() -> Shell:
+def rest() -> KeptModel:
     """
     One with a tokenizer of its own, of no model.
     """
     tokenizer = Tokenizer.from_str(json.dumps(EMPTY))
-    return Shell(None, tokenizer, 1000, None)
+    return KeptModel(None, tokenizer, 1000, None)
 
 
 EMPTY = {
@@ -497,7 +497,7 @@ class TestThreads:
         """
         directory = micro() if model == "micro" else packaged(model)
         path = str(directory / "tokenizer.json")
-        shared, private = Shells().tokenizer(path), Tokenizer.from_file(path)
+        shared, private = KeptModels().tokenizer(path), Tokenizer.from_file(path)
         common = random_texts(200, seed=99)
         texts = [[*common, *random_texts(300, seed)] for seed in range(8)]
         expected = [[answers(private, text) for text in own] for own in texts]
@@ -615,8 +615,8 @@ cache = ModelCache(variants=False)
 cache.preload(sys.argv[1], "cpu", cpu_threads=1)
 cache.evict()
 assert cache.devices()[0].shell_bytes
-shells = cache._core.loader._shells
-held = shells._lock if sys.argv[2] == "held" else __import__("threading").Lock()
+kept = cache._core.loader._kept
+held = kept._lock if sys.argv[2] == "held" else __import__("threading").Lock()
 with held:  # as by the thread of a device, which is not in the child
     pid = os.fork()
     if pid == 0:
@@ -633,7 +633,7 @@ cache.close()
 @pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
 @pytest.mark.parametrize("lock", ["free", "held"])
-def test_a_forked_child_ends_with_the_shells_of_its_parent(lock: str) -> None:
+def test_a_forked_child_ends_with_its_parents_kept_models(lock: str) -> None:
     """
     Their threads are not there, and must not be waited for; the parent keeps them.
     """
@@ -643,11 +643,11 @@ def test_a_forked_child_ends_with_the_shells_of_its_parent(lock: str) -> None:
 
 @pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
-def test_a_cache_with_nothing_but_shells_was_used(
+def test_a_cache_with_nothing_but_kept_models_was_used(
     make_cache: MakeCache, loader: FakeLoader
 ) -> None:
     """
-    A child cannot use it; the parent's shells stay.
+    A child cannot use it; the parent's kept models stay.
     """
     loader.shell_size = "1GiB"
     cache = make_cache()
@@ -665,7 +665,7 @@ def test_a_cache_with_nothing_but_shells_was_used(
     assert shell_bytes(cache) == GIB
 
 
-# Fakes: in nobody's way ---------------------------------------------------------------
+# Fakes: room for anything else --------------------------------------------------------
 
 
 def come_and_go(cache: ModelCache, *models: str, device: str = "cpu") -> None:
@@ -679,18 +679,18 @@ def come_and_go(cache: ModelCache, *models: str, device: str = "cpu") -> None:
 
 def names(loader: FakeLoader) -> list[str]:
     """
-    Whose shells are kept, the oldest first.
+    The models of which something is kept, the oldest first.
     """
     return [each.model for each in loader.shells]
 
 
 class TestRoom:
     """
-    Shells give way to anything, and count as little as they are.
+    Kept models make room for anything, and count as little as they take.
     """
 
     @pytest.fixture(autouse=True)
-    def _shells(self, loader: FakeLoader) -> None:
+    def _kept(self, loader: FakeLoader) -> None:
         loader.shell_size = "1GiB"
 
     def test_a_model_that_fits_without_them_is_loaded_at_once(
@@ -729,7 +729,7 @@ class TestRoom:
         assert names(loader) == ["tiny"]
         assert shell_bytes(cache) == GIB
 
-    def test_its_own_shell_does_not_count(
+    def test_its_own_rest_does_not_count(
         self, make_cache: MakeCache, loader: FakeLoader
     ) -> None:
         """
@@ -750,7 +750,7 @@ class TestRoom:
         others: tuple[str, ...],
     ) -> None:
         """
-        Where its own shell is in its way, that goes, too, and nothing is tried twice.
+        Where its own rest is in the way, that is dropped, and nothing is tried twice.
         """
         machine.total_bytes["cpu"] = 12 * GIB
         most_bytes = int(12 * GIB * 0.95)
@@ -793,7 +793,7 @@ class TestRoom:
             wait_until(lambda: names(loader) == ["tiny.en"])
         assert len(cache.models()) == 1
 
-    def test_a_model_of_a_card_leaves_its_shell_on_the_host(
+    def test_a_model_of_a_card_is_kept_on_the_host(
         self, make_cache: MakeCache, loader: FakeLoader
     ) -> None:
         """
@@ -818,7 +818,7 @@ class TestRoom:
         cache.preload("base", "cuda:0")
         cache.preload("large-v3", "cpu")
         cache.evict("base")
-        wait_until(lambda: not loader.shells, "a shell that goes")
+        wait_until(lambda: not loader.shells, "a kept model that is dropped")
         settle(cache)
         assert shell_bytes(cache) == 0
 
@@ -832,7 +832,7 @@ class TestRoom:
         come_and_go(cache, "tiny", "tiny.en")
         cache.preload("medium", "cpu")
         cache.resize(ram="4GiB")
-        wait_until(lambda: names(loader) == ["tiny.en"], "a shell that goes")
+        wait_until(lambda: names(loader) == ["tiny.en"], "a kept model that is dropped")
         cache.resize(ram="3GiB")
         wait_until(lambda: not loader.shells, "the other")
         settle(cache)
@@ -854,7 +854,7 @@ class TestRoom:
         cache.preload("large-v3", "cpu")
         headroom_bytes = 2 * GIB
         spare_bytes = machine.free_bytes("cpu") - headroom_bytes
-        for others_bytes, shells, models in (
+        for others_bytes, kept, models in (
             (spare_bytes, 1, 1),
             (spare_bytes + GIB // 2, 0, 1),
             (spare_bytes + GIB, 0, 1),
@@ -865,7 +865,7 @@ class TestRoom:
                 clock.tick(1)
                 settle(cache)
             held = (len(loader.shells), len(cache.models()))
-            assert held == (shells, models)
+            assert held == (kept, models)
 
     def test_a_load_without_memory_drops_them(
         self, make_cache: MakeCache, loader: FakeLoader
@@ -927,19 +927,19 @@ names_of_models = st.sampled_from(["tiny", "base", "small", "medium", "large-v3"
         min_size=5,
         max_size=30,
     ),
-    shell_gib=st.sampled_from([0.25, 1.0]),
+    kept_gib=st.sampled_from([0.25, 1.0]),
 )
 @pytest.mark.soak
 @settings(max_examples=tries(25))
 def test_the_machine_is_never_over_full(
-    steps: list[tuple[str, str]], shell_gib: float
+    steps: list[tuple[str, str]], kept_gib: float
 ) -> None:
     """
-    Shells included: the fake one would raise. Nothing fails or leaves for want of it
+    Kept models included: the fake one would raise. Nothing fails or is evicted for it
     that would not without them.
     """
     seen = []
-    for n_bytes in (0, int(shell_gib * GIB)):
+    for n_bytes in (0, int(kept_gib * GIB)):
         machine = FakeMachine({"cpu": 9 * GIB})
         sizes = {"small": "2GiB", "medium": "3GiB", "large-v3": "6GiB"}
         loader = FakeLoader(machine, sizes=sizes, shell_size=n_bytes)

@@ -1,5 +1,5 @@
 """
-Languages: one rule for their names, and refusals before a model is loaded.
+The names of languages, and their refusal before a model is loaded.
 """
 
 from __future__ import annotations

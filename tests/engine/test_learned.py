@@ -1,5 +1,5 @@
 """
-Measured footprints: what is remembered, what is refused, and what a broken file does.
+Measured footprints: remembered, refused as noise, and read from broken files.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Loading and unloading of real models: files of all kinds, and audio of all kinds.
+Loads and unloads of real models: files of all kinds, and audio of all kinds.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from whispercache import (
 )
 from whispercache.devices.memory import SystemProbe
 from whispercache.engine.files import ModelFiles
-from whispercache.engine.kept import KEPT_SHELLS
+from whispercache.engine.kept import MOST_KEPT
 from whispercache.engine.loader import FasterWhisperLoader
-from whispercache.engine.read_ahead import ReadAhead
+from whispercache.engine.store import ModelStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -184,7 +184,7 @@ class TestLoad:
         """
         CTranslate2 refuses it without a word; it is asked again until all is done.
         """
-        monkeypatch.setattr("whispercache.engine.loader.UNLOAD_TRIES_S", 30.0)
+        monkeypatch.setattr("whispercache.engine.unload.UNLOAD_TRIES_S", 30.0)
         loaded = load_busy(loader)
         model = loaded.whisper.model
         results = keep_busy(loaded, 100)
@@ -205,7 +205,7 @@ class TestLoad:
         loaded = load_busy(loader)
         model = loaded.whisper.model
         with monkeypatch.context() as patch:
-            patch.setattr("whispercache.engine.loader.UNLOAD_TRIES_S", 0.0)
+            patch.setattr("whispercache.engine.unload.UNLOAD_TRIES_S", 0.0)
             results = keep_busy(loaded, 100)
             released = loader.unload(loaded, load_follows=False)
         assert not released.confirmed
@@ -262,13 +262,15 @@ class TestLoad:
         It has no files yet; only of what is here the kernel is asked for model.bin.
         """
         asked: list[Path] = []
-        monkeypatch.setattr(ReadAhead, "start", lambda _, path: asked.append(path))
+        monkeypatch.setattr(
+            ModelStore, "_read_ahead", lambda _, path: asked.append(path)
+        )
         loader.read_ahead(ModelFiles("", "float16"))
         loader.read_ahead(located(loader, micro()))
         assert asked == [Path(os.path.realpath(micro()), "model.bin")]
 
 
-class TestShells:
+class TestKept:
     """
     What is kept of an unloaded model: all but its weights.
     """
@@ -346,14 +348,14 @@ class TestShells:
         assert not loaded.reloaded
         assert said(loaded) == TEXT
 
-    def test_few_shells_are_kept(
+    def test_few_models_are_kept(
         self, tmp_path: Path, loader: FasterWhisperLoader
     ) -> None:
         """
         Each takes some memory; the one used longest ago goes first.
         """
         directories = [
-            micro_copy(tmp_path / str(number)) for number in range(KEPT_SHELLS + 1)
+            micro_copy(tmp_path / str(number)) for number in range(MOST_KEPT + 1)
         ]
         for directory in directories:
             loader.unload(load(loader, directory), load_follows=False)

@@ -1,5 +1,5 @@
 """
-What goes wrong with CTranslate2's models in a long-running process, and does not here.
+Traps of CTranslate2's models in a long-running process, which the cache avoids.
 
 Each test is one trap. Where it is cheap, the trap itself is shown first, without a
 cache; what may end in a crash, or is measured in memory, runs in a child process.

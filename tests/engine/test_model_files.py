@@ -1,7 +1,7 @@
 """
 The small files of a model, checked against model.bin before an engine sees them.
 
-Nothing here is loaded: what would harm the engine is read by the guard alone.
+Nothing here is loaded: files that would harm the engine are only checked.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from whispercache import (
 )
 from whispercache.devices.memory import SystemProbe
 from whispercache.engine import claims as claims_module
-from whispercache.engine import loader as loader_module
+from whispercache.engine import construct
 from whispercache.engine.calls import languages
 from whispercache.engine.claims import Claims, check_claims, read_vocabulary
 from whispercache.engine.files import ModelFiles, claims_of, files_in
-from whispercache.engine.kept import Shells
+from whispercache.engine.kept import KeptModels
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.naming import canonical_model
 from whispercache.engine.sizes.header import read_header
@@ -514,14 +514,14 @@ class TestTokenizerOfAnother:
         """
         write_files(tmp_path, languages, english=english)
         known = Claims(read_vocabulary(str(tmp_path)), "", tells_words=True)
-        monkeypatch.setattr(loader_module, "claims_of", lambda _: known)
+        monkeypatch.setattr(construct, "claims_of", lambda _: known)
         (tmp_path / "tokenizer.json").unlink()
         files = ModelFiles(str(tmp_path), "float16")
         if repository == "openai/whisper-tiny":
-            loader_module._tokenizer_of(files, Shells())
+            construct._tokenizer_of(files, KeptModels())
         else:  # one that has other tokens after all is not taken
             with pytest.raises(CorruptModel, match=repository):
-                loader_module._tokenizer_of(files, Shells())
+                construct._tokenizer_of(files, KeptModels())
         assert asked == [repository]
 
     def test_without_network_the_error_names_it(
@@ -540,7 +540,7 @@ class TestTokenizerOfAnother:
         with pytest.raises(
             LoadFailed, match=r"tokenizer\.json of openai/whisper-large"
         ):
-            loader_module._tokenizer_from_hub("/models/mine", "openai/whisper-large-v3")
+            construct._tokenizer_from_hub("/models/mine", "openai/whisper-large-v3")
 
 
 class TestConfig:
@@ -749,7 +749,7 @@ class TestHeads:
         """
         plain = claims_of
         monkeypatch.setattr(
-            loader_module,
+            construct,
             "claims_of",
             lambda files: replace(
                 plain(files), alignment_problem="there are no such heads"

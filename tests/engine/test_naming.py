@@ -1,5 +1,5 @@
 """
-Specs: models as command lines name them.
+The names of models on command lines.
 """
 
 from __future__ import annotations

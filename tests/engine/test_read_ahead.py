@@ -1,14 +1,14 @@
 """
-Pages: files read ahead of a load, by wish or while a request waits for memory.
+Files read ahead of a load, on request or while a request waits for memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import mmap
 import os
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,10 +27,10 @@ from whispercache import (
     ModelTooLarge,
 )
 from whispercache.devices.memory import SystemProbe
-from whispercache.engine import read_ahead as pages
+from whispercache.engine import store as store_module
 from whispercache.engine.files import ModelFiles
 from whispercache.engine.loader import FasterWhisperLoader
-from whispercache.engine.read_ahead import ReadAhead, read_through
+from whispercache.engine.store import ModelStore, read_through
 from whispercache.testing import FakeLoader, Gate, settle, wait_until
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ class TestPreload:
         assert loader.read_files == {"fake/small": 1}
 
 
-# ReadAhead ----------------------------------------------------------------------------
+# Read ahead ---------------------------------------------------------------------------
 
 
 @contextmanager
@@ -302,10 +302,17 @@ def reading_held(patch: pytest.MonkeyPatch) -> Iterator[tuple[Gate, list[Path]]]
         gate.pass_through()
 
     with patch.context() as within:
-        within.setattr(pages, "read_through", read)
+        within.setattr(store_module, "read_through", read)
         yield gate, files
         gate.open()
         wait_for_readers()
+
+
+def ahead(store: ModelStore, directory: Path) -> None:
+    """
+    Have a model's weights read.
+    """
+    store.read_ahead(ModelFiles(str(directory), "float16"))
 
 
 class TestReadAhead:
@@ -317,7 +324,7 @@ class TestReadAhead:
         """
         To its last page.
         """
-        ReadAhead().start(cold)
+        ahead(ModelStore(), cold.parent)
         wait_until(lambda: share_there(cold) == 1, "the whole file in memory")
         wait_for_readers()
 
@@ -328,17 +335,17 @@ class TestReadAhead:
         And a file that is being read is not read a second time meanwhile.
         """
         one, two = tmp_path / "one", tmp_path / "two"
-        ahead = ReadAhead()
+        store = ModelStore()
         with reading_held(monkeypatch) as (gate, files):
             for path in (one, one, two, one):
-                ahead.start(path)
+                ahead(store, path)
             wait_until(lambda: len(files) == 2)
             assert len(readers()) == 2
             gate.open()
             wait_for_readers()
-            ahead.start(one)  # what was dropped since may be wanted again
+            ahead(store, one)  # what was dropped since may be wanted again
             wait_for_readers()
-        assert sorted(files) == [one, one, two]
+        assert sorted(each.parent for each in files) == [one, one, two]
 
     @pytest.mark.parametrize("what", ["nothing", "an empty file", "a directory"])
     def test_what_cannot_be_read_is_no_error(self, tmp_path: Path, what: str) -> None:
@@ -350,11 +357,11 @@ class TestReadAhead:
             path.touch()
         elif what == "a directory":
             path.mkdir()
-        ahead = ReadAhead()
+        store = ModelStore()
         for _ in range(2):
-            ahead.start(path)
+            ahead(store, tmp_path)
             wait_for_readers()
-        assert not ahead._reading
+        assert not store._reading
 
     def test_without_a_thread_nothing_is_read(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -366,47 +373,31 @@ class TestReadAhead:
         def refuse(_thread: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
 
-        ahead = ReadAhead()
+        store = ModelStore()
         with reading_held(monkeypatch) as (gate, files):
             with monkeypatch.context() as patch:
                 patch.setattr(threading.Thread, "start", refuse)
-                ahead.start(tmp_path)
+                ahead(store, tmp_path)
             assert not files
-            ahead.start(tmp_path)
+            ahead(store, tmp_path)
             gate.wait_reached()
-        assert files == [tmp_path]
+        assert files == [tmp_path / "model.bin"]
 
-    @pytest.mark.parametrize("platform", [sys.platform, "darwin"])
+    @pytest.mark.parametrize("can_send", [True, False])
     def test_to_read_through_is_to_have_it_all(
-        self, cold: Path, monkeypatch: pytest.MonkeyPatch, platform: str
+        self, cold: Path, monkeypatch: pytest.MonkeyPatch, *, can_send: bool
     ) -> None:
         """
         When it returns, in whichever way it is read.
         """
-        monkeypatch.setattr(sys, "platform", platform)
+
+        def refuse(*_arguments: object) -> int:
+            raise OSError(errno.ENOTSOCK, "not on this file system")
+
+        if not can_send:
+            monkeypatch.setattr(os, "sendfile", refuse, raising=False)
         read_through(cold)
         assert share_there(cold) == 1
-
-    @pytest.mark.skipif(sys.platform != "linux", reason="others read in blocks")
-    def test_no_byte_is_left_to_the_kernels_own_read_ahead(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """
-        Whose window is a megabyte here and none there.
-        """
-        path = tmp_path / "model.bin"
-        path.write_bytes(bytes(N_BYTES))
-        pieces: list[int] = []
-        send = os.sendfile
-
-        def counted(to: int, source: int, start: int, length: int) -> int:
-            assert start == sum(pieces)
-            pieces.append(send(to, source, start, length))
-            return pieces[-1]
-
-        monkeypatch.setattr(os, "sendfile", counted)
-        read_through(path)
-        assert sum(pieces) == N_BYTES
 
 
 # While others leave -------------------------------------------------------------------
@@ -543,7 +534,7 @@ class TestOverlap:
         """
         started = list[str]()
         monkeypatch.setattr(
-            ReadAhead, "start", lambda _self, path: started.append(str(path))
+            ModelStore, "_read_ahead", lambda _self, path: started.append(str(path))
         )
         one, two = (micro_copy(tmp_path / name) for name in ("one", "two"))
         with (

@@ -1,5 +1,5 @@
 """
-Telemetry: onnxruntime tells its makers nothing, unless the user wants it to.
+The telemetry of onnxruntime: off, unless the user wants it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Variants: found only while they are what was written, built once, and never in the way.
+Variants: found only while they are as they were written, and built once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import pytest
@@ -33,6 +33,7 @@ from real import (
 from whispercache import LoadFailed, ModelCache
 from whispercache.cache import DEFAULT_VARIANTS_BYTES
 from whispercache.core.entries import State
+from whispercache.engine import construct
 from whispercache.engine.files import stamp_of
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.sizes.header import read_header
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from whispercache import ModelKey
     from whispercache.core.entries import Entry
     from whispercache.engine.files import ModelFiles
+    from whispercache.engine.kept import KeptModels
     from whispercache.events import Event
 
 ENGINE = "CTranslate2 of the tests"
@@ -415,52 +417,38 @@ class TestDamage:
         states = {each.directory: each.state for each in store.list()}
         assert states[built] == "ready"
 
-    def test_a_copy_is_used_once_its_content_is_proven(
+    def test_a_copy_is_not_trusted(
         self, store: Variants, source: Origin, tmp_path: Path
     ) -> None:
         """
-        A cache directory that was moved to another disk still serves; then each look at
-        it takes system calls only.
+        Nothing tells what was written to it. It goes, and is built anew.
         """
         built = store.build(source, "int8")
         copy = new_store(tmp_path / "copy")
         shutil.copytree(store.directory, copy.directory)
-        found = copy.find(source, "int8")
-        assert found == copy.directory / built.name
-        sealed = json.loads((found / MANIFEST).read_text(encoding="utf-8"))
-        status = (found / "model.bin").stat()
-        assert sealed["files"]["model.bin"]["seal"] == [
-            *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
-            status.st_ino,
-        ]
-        assert [each.state for each in copy.list()] == ["ready"]
-
-    def test_a_copy_that_was_tampered_with_is_not_used(
-        self, store: Variants, source: Origin, tmp_path: Path
-    ) -> None:
-        """
-        Its digest tells.
-        """
-        built = store.build(source, "int8")
-        copy = new_store(tmp_path / "copy")
-        shutil.copytree(store.directory, copy.directory)
-        flip_byte(copy.directory / built.name / "model.bin")
+        assert [each.state for each in copy.list()] == ["broken"]
         assert copy.find(source, "int8") is None
+        assert copy.list() == []
+        assert copy.build(source, "int8").name == built.name
         assert store.find(source, "int8") == built
 
-    def test_looking_at_a_sealed_variant_reads_none_of_its_weights(
+    def test_looking_at_a_variant_reads_none_of_its_weights(
         self, store: Variants, source: Origin, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """
-        A seal is a few system calls, however large the model.
+        A stamp is one system call, however large the model.
         """
         built = store.build(source, "int8")
+        opened: list[Path] = []
+        plain = Path.open
 
-        def refuse(path: Path) -> str:
-            raise AssertionError(f"{path} was read")
+        def noting(path: Path, *rest: Any, **options: Any) -> Any:
+            opened.append(path)
+            return plain(path, *rest, **options)
 
-        monkeypatch.setattr("whispercache.engine.variants.manifest._digest", refuse)
+        monkeypatch.setattr(Path, "open", noting)
         assert store.find(source, "int8") == built
+        assert [each.name for each in opened if each.parent == built] == [MANIFEST]
 
 
 def injure(built: Path, store: Variants, source: Origin, damage: str) -> None:
@@ -683,7 +671,7 @@ print(store.build(Origin("model", read_header(source)), "int8").name)
 STOP_HALF_WAY = """
 def stop_half_way(header, kind, target):
     target.write(bytes(1000))
-    target._file.flush()
+    target.flush()
     print("half", flush=True)
     sys.stdin.read()
 
@@ -754,6 +742,7 @@ class Call(NamedTuple):
 
     command: list[str]
     task: dict[str, object]
+    options: dict[str, Any]
 
 
 class Processes:
@@ -767,11 +756,13 @@ class Processes:
         self.go.set()
         self.returncode = 0
 
-    def run(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, command: list[str], **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         """
         Like `subprocess.run`.
         """
-        self.calls.append(Call(command, json.loads(command[5])))
+        self.calls.append(Call(command, json.loads(command[4]), options))
         assert self.go.wait(60)
         errors = "Traceback\nsome error\n" if self.returncode else ""
         return subprocess.CompletedProcess(command, self.returncode, "", errors)
@@ -988,13 +979,15 @@ class TestBuilder:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """
-        A path object, which the import system passes over; the current directory.
+        A path object, which the import system passes over; the current directory. A
+        relative one means the same in the process.
         """
-        monkeypatch.setattr(sys, "path", ["", Path("odd"), *sys.path])
+        monkeypatch.setattr(sys, "path", ["", Path("odd"), "lib", *sys.path])
         Builder(store).build_soon(source, "int8")
         wait_until(lambda: processes.calls, "a build")
-        wanted = [each for each in sys.path[2:] if each]
-        assert processes.calls[0].command[6].split("\n") == wanted
+        wanted = [str(Path(each).absolute()) for each in sys.path[2:] if each]
+        env = processes.calls[0].options["env"]
+        assert env["PYTHONPATH"].split(os.pathsep) == wanted
 
     def test_a_forked_child_waits_for_nobody(
         self, store: Variants, source: Origin, processes: Processes
@@ -1004,9 +997,7 @@ class TestBuilder:
         """
         store.build(source, "int8")
         builder = Builder(store)
-        held = [store._lock, builder._lock]
-        for lock in held:
-            lock.acquire()
+        builder._lock.acquire()
         builder._is_building = True
         builder.forked()
         assert store.find(source, "int8") is not None
@@ -1430,17 +1421,17 @@ with cache.lease(sys.argv[1], "cpu", "int8"):
             patch.setattr(Builder, "build_soon", build_at_once)
             assert said(cache, source) == TEXT
         tried: list[str] = []
-        build = FasterWhisperLoader._build
+        build = construct.build
 
         def build_originals(
-            loader: FasterWhisperLoader, key: ModelKey, files: ModelFiles
+            key: ModelKey, files: ModelFiles, kept: KeptModels
         ) -> object:
             if files.original is not None:
                 tried.append(files.directory)
                 raise RuntimeError("the disk is failing")
-            return build(loader, key, files)
+            return build(key, files, kept)
 
-        monkeypatch.setattr(FasterWhisperLoader, "_build", build_originals)
+        monkeypatch.setattr(construct, "build", build_originals)
         with ModelCache() as cache:
             for _ in "123":
                 assert said(cache, source) == TEXT
@@ -1536,8 +1527,9 @@ def builder_of(cache: ModelCache) -> Builder:
     """
     loader = cache._core.loader
     assert isinstance(loader, FasterWhisperLoader)
-    assert loader._builder is not None
-    return loader._builder
+    builder = loader._store._builder
+    assert builder is not None
+    return builder
 
 
 def wait_until_idle(builder: Builder) -> None:

@@ -1,5 +1,5 @@
 """
-Leased models: to programs they are WhisperModels, and what is done to one stays there.
+Leased models: WhisperModels to programs, each with attributes of its own.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-The primer: it goes through what a transcription uses, and leaves nothing behind.
+The warm-up: it uses all that a transcription uses, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import psutil
 import pytest
 from real import clip, micro, packaged, plain_model, text_of
 
-from whispercache.engine import warmup as primer
-from whispercache.engine.warmup import prime, silent_window
+from whispercache.engine import warmup
+from whispercache.engine.warmup import run_micro_model, silent_window
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
@@ -96,19 +96,19 @@ def test_a_device_is_primed_in_each_compute_type(
     The micro model computes as it was told to, and its weights and files are gone then.
     """
     models = watch()
-    prime(ctranslate2, "cpu", 0, compute_type)
+    run_micro_model(ctranslate2, "cpu", 0, compute_type)
     (micro_model,) = models
     assert micro_model.options["compute_type"] == compute_type
     assert not micro_model.model.model_is_loaded
     assert list(temporary.iterdir()) == []
 
 
-def test_the_primer_asks_for_all_that_a_transcription_does(watch: Watch) -> None:
+def test_the_warm_up_asks_for_all_that_a_transcription_does(watch: Watch) -> None:
     """
-    Whatever faster-whisper runs of a model, with word timestamps, the primer ran, too.
+    Whatever faster-whisper runs of a model, with word timestamps, the warm-up ran, too.
     """
     models = watch()
-    prime(ctranslate2, "cpu", 0, "float32")
+    run_micro_model(ctranslate2, "cpu", 0, "float32")
     whisper = plain_model(micro())
     segments, _ = whisper.transcribe(clip("en-bread"), word_timestamps=True)
     assert text_of(segments)
@@ -117,14 +117,14 @@ def test_the_primer_asks_for_all_that_a_transcription_does(watch: Watch) -> None
     assert {"align", "detect_language", "encode", "generate"} <= methods <= primed
 
 
-def test_the_primer_leaves_no_threads() -> None:
+def test_the_warm_up_leaves_no_threads() -> None:
     """
     Threads of a micro model end with it.
     """
-    prime(ctranslate2, "cpu", 0, "float32")
+    run_micro_model(ctranslate2, "cpu", 0, "float32")
     gc.collect()
     before = psutil.Process().num_threads()
-    prime(ctranslate2, "cpu", 0, "float32")
+    run_micro_model(ctranslate2, "cpu", 0, "float32")
     wait_until(lambda: psutil.Process().num_threads() <= before)
 
 
@@ -133,11 +133,11 @@ def test_an_error_of_the_device_comes_out_as_it_is(
     method: str, temporary: Path, watch: Watch
 ) -> None:
     """
-    What CTranslate2 raises is what the primer raises, and no weights or files stay.
+    What CTranslate2 raises is what the warm-up raises, and no weights or files stay.
     """
     models = watch(method)
     with pytest.raises(RuntimeError) as caught:
-        prime(ctranslate2, "cpu", 0, "float32")
+        run_micro_model(ctranslate2, "cpu", 0, "float32")
     assert str(caught.value) == MISSING
     assert caught.value.__context__ is None
     assert not models[0].model.model_is_loaded
@@ -149,7 +149,7 @@ def test_a_device_that_is_not_there_fails_as_for_a_real_model(temporary: Path) -
     An error of the load comes out, too, and no files stay.
     """
     with pytest.raises(ValueError, match="unsupported device"):
-        prime(ctranslate2, "abacus", 0, "float32")
+        run_micro_model(ctranslate2, "abacus", 0, "float32")
     assert list(temporary.iterdir()) == []
 
 
@@ -193,8 +193,8 @@ def test_a_silent_window_has_the_bands_that_the_model_hears(
     """
     128 mel bands go into a model of 128, whatever its feature extractor was told.
     """
-    monkeypatch.setattr(primer, "_MICRO", replace(primer._MICRO, mels=128))
-    primer._write_micro(ctranslate2, str(tmp_path))
+    monkeypatch.setattr(warmup, "_MICRO", replace(warmup._MICRO, mels=128))
+    warmup._write_micro(ctranslate2, str(tmp_path))
     shutil.copy(micro() / "tokenizer.json", tmp_path)
     whisper = plain_model(tmp_path)
     assert whisper.model.n_mels == 128

@@ -21,7 +21,7 @@ from whispercache.devices.cuda import DRIVER_LIBRARY
 from whispercache.devices.memory import cublas_problem, driver_version, nvml_problem
 from whispercache.devices.release import compile_reason, cublas_reason
 from whispercache.engine import telemetry
-from whispercache.engine.loader import versions
+from whispercache.engine.process import versions
 from whispercache.errors import DeviceUnavailable, WhisperCacheError, format_bytes
 
 if TYPE_CHECKING:

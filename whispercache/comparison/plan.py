@@ -179,7 +179,7 @@ def check_languages(
 def _identity(
     cache: ModelCache, key: ModelKey, load_options: Mapping[str, object]
 ) -> str:
-    from whispercache.engine.loader import versions
+    from whispercache.engine.process import versions
 
     files = cache.loader.locate(key.model, load_options, download=True)  # type: ignore[arg-type]
     # A model whose files change is another model.

@@ -1,8 +1,24 @@
 """
-Loading: what a cache needs of the library that runs the models.
+Protocols: the parts that a cache needs of the library that runs the models.
 
-A `Loader` loads a `LoadedModel` and tells how it was `Released`; loader.py has the one
-for faster-whisper, testing.py a fake.
+A loader of your own needs an `Engine`'s three methods:
+
+    class Stub:
+        def footprint(self, key, files, workload):
+            return Footprint(10**9, 10**8, 10**9, 0)
+
+        def load(self, key, files):
+            return LoadedModel(key, files, MyModel(key.model))
+
+        def unload(self, loaded, **_):
+            loaded.whisper.close()
+            return Released(confirmed=True)
+
+    cache = ModelCache(loader=Stub())
+
+The other protocols are optional, method by method: `completed` adds what a loader lacks
+(see adapter.py for what that does), and makes a `Loader` of it, which the cache calls.
+loader.py has the one for faster-whisper, `whispercache.testing.FakeLoader` is a fake.
 """
 
 from __future__ import annotations
@@ -28,7 +44,18 @@ if TYPE_CHECKING:
 
     AudioInput: TypeAlias = str | os.PathLike[str] | BinaryIO | NDArray[np.float32]
 
-__all__ = ["LoadedModel", "Loader", "Released"]
+__all__ = [
+    "Calls",
+    "Devices",
+    "Engine",
+    "HostMemory",
+    "LoadedModel",
+    "Loader",
+    "ModelStore",
+    "ProcessLife",
+    "Released",
+    "Sizes",
+]
 
 
 @dataclass(slots=True)
@@ -37,28 +64,28 @@ class LoadedModel:
     A model in memory, with what was read of it right after the load.
 
     Attributes:
-        key: What it was loaded as.
-        files: Where from.
+        key: The key that it was loaded for.
+        files: The files that it was loaded from.
         whisper: The model; deleted once it was unloaded.
-        compute_type: What it computes in.
-        is_multilingual: Whether it knows other languages than English.
-        supported_languages: Their codes.
+        compute_type: The type that it computes in; that of the key if empty.
+        is_multilingual: It knows other languages than English.
+        supported_languages: Codes of the languages that it knows.
         measured_bytes: Growth of memory during the load, or None.
-        reloaded: Only its weights were brought back; the rest had been kept.
-        restored: They came from a copy in host memory, and were not even read.
-        copy_bytes: What that copy takes, beside the weights.
-        expected_bytes: What an unload should give back to the card; 0 on the CPU.
-        references: How many refer to it while nobody uses it.
+        reloaded: Only its weights were loaded; the rest had been kept.
+        restored: The weights came from a copy in host memory, not from the disk.
+        copy_bytes: Size of that copy, which stays beside the weights.
+        expected_bytes: Bytes that an unload should give back to the card; 0 on the CPU.
+        references: Number of references to it while nothing uses it.
         knowledge: Its languages and tokens, if they are known.
-        lend: What a holder of a lease gets of it, so that what is set there is his own.
+        lend: Returns what a lease hands out, so that what is set there stays there.
     """
 
     key: ModelKey
     files: ModelFiles
     whisper: WhisperModel
-    compute_type: str
-    is_multilingual: bool
-    supported_languages: tuple[str, ...]
+    compute_type: str = ""
+    is_multilingual: bool = True
+    supported_languages: tuple[str, ...] = ()
     measured_bytes: int | None = None
     reloaded: bool = False
     restored: bool = False
@@ -68,25 +95,30 @@ class LoadedModel:
     knowledge: Knowledge | None = None
     lend: Callable[[WhisperModel], WhisperModel] = lambda whisper: whisper
 
+    # A loader of a user's own computes in what it was asked for, as a rule.
+    def __post_init__(self) -> None:
+        self.compute_type = self.compute_type or self.key.compute_type
+
     def count_references(self) -> int:
         """
-        How many refer to the model now, to it and to CTranslate2's part of it.
+        Counts the references to the model and to CTranslate2's part of it.
         """
+        # CTranslate2's part is counted too: a program may hold that alone.
         return sys.getrefcount(self.whisper) + sys.getrefcount(self.whisper.model)
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
     """
-    How an unload ended.
+    The outcome of an unload.
 
     Attributes:
-        confirmed: The weights have left the device.
+        confirmed: The weights are off the device.
         returned_bytes: Fall of memory that was seen, or None.
-        reason: What was seen instead, if not confirmed.
-        references: References to the object that are left, but should not be.
-        unreturned_bytes: What they took of a card and was not seen to be free.
-        used_bytes: What all programs used of the card afterwards, or None.
+        reason: The obstacle, if not confirmed.
+        references: Number of references to the object that should not be there.
+        unreturned_bytes: Bytes of a card that were not seen to be free again.
+        used_bytes: Bytes that all programs used of the card afterwards, or None.
         peak_bytes: Most that this process used of the card since the load or unload
             before, or None.
     """
@@ -100,29 +132,87 @@ class Released:
     peak_bytes: int | None = None
 
 
-class Loader(Protocol):
+class Engine(Protocol):
     """
-    What a cache needs of the library that runs the models.
+    The part that every loader has: sizes, loads and unloads.
+    """
 
-    `warm_up`, `load`, `unload` and `forget` are called on the thread of the model's
-    device, the rest on any.
+    def footprint(
+        self, key: ModelKey, files: ModelFiles, workload: Workload
+    ) -> Footprint:
+        """
+        Returns what the model will take, loaded from *files*. Called on any thread.
+        """
+
+    def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
+        """
+        Loads a model, from the host copy of its weights if there is one, which stays.
+
+        Blocks until it can be used; any exception means that it failed. Called on the
+        thread of the model's device.
+        """
+
+    def unload(
+        self, loaded: LoadedModel, *, load_follows: bool, parks: bool = False
+    ) -> Released:
+        """
+        Frees a model's memory, and confirms that it is free. Called on the thread of
+        the model's device.
+
+        Args:
+            loaded: The model, which nothing uses.
+            load_follows: A load on the same device is next. Freed memory may be left
+                for it to use; it returns the rest to the system, or `return_memory`
+                does.
+            parks: A copy of the weights should stay on the host.
+        """
+
+
+class Devices(Protocol):
+    """
+    The devices that models can be loaded to.
     """
 
     def devices(self) -> tuple[str, ...]:
         """
-        Where models can be loaded: ``"cpu"``, and ``"cuda:N"`` for each card.
+        Returns ``"cpu"``, and ``"cuda:N"`` for each card.
         """
 
     def supported_compute_types(self, device: str) -> frozenset[str]:
         """
-        The effective types that *device* computes in.
+        Returns the effective types that *device* computes in.
         """
+
+    def warm_up_needed(self, key: ModelKey) -> str:
+        """
+        Returns what the device of *key* has to do before its first model in that type,
+        in one line; empty if nothing.
+        """
+
+    def warm_up(self, key: ModelKey) -> int | None:
+        """
+        Does it, so that it counts for no model, and shows what is missing.
+
+        Blocks: a second, or half a minute, as `warm_up_needed` says. Called on the
+        thread of the device.
+
+        Returns:
+            What the process keeps of the device for its life, or None if that was not
+            measured now.
+        """
+
+
+class ModelStore(Protocol):
+    """
+    The files of models.
+    """
 
     def locate(
         self, model: str, options: Mapping[str, OptionValue], *, download: bool
     ) -> ModelFiles | None:
         """
-        A model's files, downloaded if allowed and needed; None if they are not here.
+        Returns a model's files, downloaded if allowed and needed; None if they are not
+        here.
 
         Blocks for a download.
 
@@ -134,148 +224,141 @@ class Loader(Protocol):
 
     def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
         """
-        What to load *key* from: *files*, or others that give the same model faster.
+        Returns the files to load *key* from: *files*, or others that give the same
+        model faster.
 
         Blocks: for some system calls.
         """
 
-    def footprint(
-        self, key: ModelKey, files: ModelFiles, workload: Workload
-    ) -> Footprint:
+    def read_ahead(self, files: ModelFiles) -> None:
         """
-        What the model will take, loaded from *files*.
+        Starts to read the files of a model that will soon be loaded. Returns at once.
         """
+
+    def read(self, files: ModelFiles) -> None:
+        """
+        Reads the files of a model into the page cache. Blocks until that is done.
+        """
+
+    def follow_up(self, loaded: LoadedModel) -> None:
+        """
+        Starts work that makes the next load of this model faster, such as building a
+        variant. Called when nothing waits for this load any more. Returns at once.
+        """
+
+
+class Sizes(Protocol):
+    """
+    Measurements that correct later footprints.
+    """
 
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
         """
-        Let a quiet measurement correct later footprints.
+        Notes the growth of memory during a load that nothing else disturbed.
         """
 
     def remember_work(
         self, device: str, predicted_bytes: int, measured_bytes: int
     ) -> None:
         """
-        Let what calls took of a card at their peak correct later footprints.
+        Notes what calls took of a card at their peak.
         """
 
-    def read_ahead(self, files: ModelFiles) -> None:
-        """
-        Have the files of a model read that will soon be loaded. Returns at once.
-        """
 
-    def read(self, files: ModelFiles) -> None:
-        """
-        Read the files of a model into the page cache. Blocks until that is done.
-        """
-
-    def warm_up_needed(self, key: ModelKey) -> str:
-        """
-        What the device of *key* has to do before its first model in that type, in one
-        line; empty if nothing.
-        """
-
-    def warm_up(self, key: ModelKey) -> int | None:
-        """
-        Have it done, so that it counts for no model, and shows what is missing.
-
-        Returns:
-            What the process keeps of the device for its life, or None if that was not
-            measured now.
-
-        Blocks: a second, or half a minute; `warm_up_needed` says which.
-        """
-
-    def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
-        """
-        Load a model, from the copy of its weights if there is one, which then stays.
-
-        Blocks until it can be used; any exception means that it failed.
-        """
-
-    def follow_up(self, loaded: LoadedModel) -> None:
-        """
-        Do what the next load of a model will be glad of, now that nobody waits for this
-        one. Returns at once.
-        """
-
-    def unload(
-        self, loaded: LoadedModel, *, load_follows: bool, parks: bool = False
-    ) -> Released:
-        """
-        Free a model's memory, and make sure that it is free.
-
-        If *load_follows* on the same device, memory may be left for that load to use,
-        which returns the rest to the system when it ends; or else `return_memory` will.
-        If it *parks*, a copy of its weights should stay on the host.
-        """
+class HostMemory(Protocol):
+    """
+    What unloaded models keep in host memory. `forget` is called on the thread of the
+    model's device, `shrink_shells` on that of any device.
+    """
 
     def parked(self) -> Mapping[ModelKey, int]:
         """
-        The models that have left and whose weights are on the host, with their bytes.
+        Returns the unloaded models that have a host copy of their weights, with its
+        bytes.
         """
 
     def forget(self, key: ModelKey) -> None:
         """
-        Keep nothing of a model that has left.
+        Drops whatever is kept of an unloaded model.
         """
 
     def shell_bytes(self) -> int:
         """
-        Host memory that is kept of models that have left, so that they return faster;
-        of which `parked` is a part.
+        Returns the bytes that are kept of unloaded models, host copies included.
         """
 
     def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         """
-        Keep no more than *most_bytes* of that, besides what *but* left.
-
-        Called on the thread of a device.
+        Drops what is kept until no more than *most_bytes* are left, besides those of
+        *but*.
         """
 
     def return_memory(self, device: str) -> None:
         """
-        Give back to the system what was freed on *device*.
+        Returns to the system what was freed on *device*.
         """
+
+
+class ProcessLife(Protocol):
+    """
+    Lost devices, forks, and the end of the interpreter.
+    """
 
     def abandon(self, loaded: LoadedModel) -> None:
         """
-        Let a model never be freed: its device was lost, and freeing would fail.
+        Keeps a model for ever: its device was lost, and freeing it would fail.
         """
 
     def lost(self, device: str) -> None:
         """
-        Likewise with what models have left behind that were on *device*.
+        Keeps the host copies of models of *device* for ever, likewise.
         """
 
     def forked(self, loaded: Iterable[LoadedModel]) -> None:
         """
-        Let nothing of the parent's models be freed, or wait, in a child that was
-        forked.
+        Prepares a forked child: nothing of the parent's models may be freed, or wait.
         """
 
     def quiesce(self, loaded: LoadedModel, timeout_s: float) -> bool:
         """
-        Let daemon threads begin no more calls on a model, at the interpreter's end, and
-        wait for those in flight; whether they ended in time.
+        Keeps daemon threads from beginning calls on a model, as the interpreter ends,
+        and waits for calls in flight.
+
+        Returns:
+            True if they ended in time.
         """
+
+
+class Calls(Protocol):
+    """
+    Calls of models.
+    """
 
     def signatures(self) -> Mapping[str, Signature]:
         """
-        The parameters of ``transcribe``, of ``transcribe`` of the batched pipeline
-        (``"batched"``), of ``detect_language``, and of the options of voice activity
-        detection (``"vad"``) if they are known; without ``self``.
+        Returns the parameters of ``transcribe``, of ``transcribe`` of the batched
+        pipeline (``"batched"``), of ``detect_language``, and of the options of voice
+        activity detection (``"vad"``) if they are known; without ``self``.
         """
 
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:
         """
-        The ``transcribe`` of the batched pipeline over a model.
+        Returns the ``transcribe`` of the batched pipeline over a model.
         """
 
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
         """
-        Samples of *audio*: float32 (samples,), mono, 16 kHz.
+        Returns the samples of *audio*: float32 (samples,), mono, 16 kHz.
 
         Raises:
             AudioError: it cannot be decoded.
             OSError: it cannot be opened.
         """
+
+
+class Loader(
+    Engine, Devices, ModelStore, Sizes, HostMemory, ProcessLife, Calls, Protocol
+):
+    """
+    All of it: the interface that the cache calls.
+    """

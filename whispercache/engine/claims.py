@@ -1,9 +1,9 @@
 """
-Claims: what the small files beside a model.bin say of the model, against its header.
+The claims of the small files beside a model.bin, checked against its header.
 
-CTranslate2 and faster-whisper take these files on trust. Where they lie, a call fails,
-hears another language than was spoken, or ends the process. Only what is certain is
-refused: files of the known models, of fine-tunes and of distilled ones differ much.
+CTranslate2 and faster-whisper take these files on trust. Where they are wrong, a call
+fails, hears another language than was spoken, or ends the process. Only certain faults
+are refused: files of the known models, of fine-tunes and of distilled ones differ much.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ class Vocabulary:
 
     Attributes:
         file: Name of the file.
-        size: How many there are.
+        size: Number of tokens.
         special: Numbers of the special tokens, timestamps left out.
-        is_multilingual: The model knows more than English, as CTranslate2 decides it.
+        is_multilingual: The model knows more than English, as CTranslate2 decides it:
+            by the presence of an empty token.
     """
 
     file: str
@@ -124,6 +125,7 @@ def check_claims(directory: str, header: ModelHeader) -> Claims:
         raise CorruptModel(directory, "config.json is missing", cure=_CONVERT)
     vocabulary = read_vocabulary(directory)
     rows = header.architecture.vocabulary
+    # Fewer are allowed: converters may pad the embeddings.
     if vocabulary.size > rows:
         raise CorruptModel(
             directory,
@@ -158,6 +160,7 @@ def _check_config(
             whose = "is that of Transformers, not of CTranslate2" if is_other else ""
             reason = f"config.json {whose or f'has no {name}'}"
             raise CorruptModel(directory, reason, cure=_CONVERT)
+        # null counts as an empty list.
         ids = config[name] or []
         if not isinstance(ids, list) or not all(_is_below(each, rows) for each in ids):
             reason = f"config.json has {name} that are no tokens of {rows} in model.bin"
@@ -166,16 +169,17 @@ def _check_config(
 
 def _alignment_problem(config: Mapping[str, object], header: ModelHeader) -> str:
     """
-    The fault of the heads that word timestamps are read from; empty if they have none,
-    or if none are named, which CTranslate2 says by itself.
+    Returns the fault of the heads that word timestamps are read from; empty if they
+    have none, or if none are named, which CTranslate2 reports by itself.
 
-    It looks them up without a check, and a head that is not there ends the process. Yet
-    all else works, and well-known distilled models are published with the heads of the
+    It looks them up without a check, and a head that is not there ends the process. All
+    else works, and well-known distilled models are published with the heads of the
     model that they were distilled from: so this is no reason to refuse the model.
 
     Source: CTranslate2 src/layers/transformer.cc:577-603 @ 0d8bcd3; issues 688 and 1283
     of SYSTRAN/faster-whisper, and 2 of kotoba-tech/kotoba-whisper.
     """
+    # CTranslate2 raises an error of its own then.
     if _HEADS not in config:
         return ""
     heads = config[_HEADS]
@@ -194,12 +198,13 @@ def _alignment_problem(config: Mapping[str, object], header: ModelHeader) -> str
 
 
 def _is_below(value: object, limit: int) -> bool:
+    # JSON's true is an int, too.
     return type(value) is int and 0 <= value < limit
 
 
 def unalignable(directory: str, problem: str) -> CorruptModel:
     """
-    The error that refuses word timestamps for an `alignment_problem`.
+    Returns the error that refuses word timestamps for an `alignment_problem`.
     """
     cure = (
         "correct them in its config.json, or leave them out when it is converted; all "
@@ -210,8 +215,8 @@ def unalignable(directory: str, problem: str) -> CorruptModel:
 
 def undetectable(directory: str) -> CorruptModel:
     """
-    The error that refuses to detect a language where config.json names none. The
-    converter leaves none where a fine-tune's files tell it of none.
+    Returns the error that refuses to detect a language where config.json names none, as
+    after the conversion of a fine-tune whose files name none.
     """
     cure = (
         "name the language of each call, or take over lang_ids from the config.json of "
@@ -226,13 +231,14 @@ def undetectable(directory: str) -> CorruptModel:
 def _check_mels(directory: str, mels: int) -> None:
     """
     Checks that features are extracted in as many bands as the encoder takes. Without
-    the file they are, by what the header says.
+    the file the header's number is used.
     """
     name = "preprocessor_config.json"
     cure = f"take the {name} of the original model, or delete it"
     content = _read(directory, name)
     if content is None or not _is_json(content):
-        return  # faster-whisper, too, goes on without what it cannot parse
+        # faster-whisper, too, goes on without what it cannot parse.
+        return
     config = _as_object(directory, name, content, cure)
     told = config.get("feature_size", mels)
     # It takes whatever int() takes.
@@ -249,13 +255,13 @@ def check_tokens(
 ) -> None:
     """
     Checks that the special tokens of a tokenizer have the numbers that the model gives
-    them. A token that only one of the two knows is nobody's business.
+    them. A token that only one of the two knows does no harm.
 
     Args:
-        directory: Where the model is.
+        directory: Directory of the model.
         vocabulary: Its tokens.
-        tokenizer: What will be used with it.
-        origin: Where that is from.
+        tokenizer: The tokenizer that will be used with it.
+        origin: Source of the tokenizer, for messages.
 
     Raises:
         CorruptModel: one has another number, or one is missing that each call needs.
@@ -282,7 +288,7 @@ def _needed(vocabulary: Vocabulary) -> tuple[str, ...]:
 
 def read_vocabulary(directory: str) -> Vocabulary:
     """
-    The tokens of a model. Where both files are there, CTranslate2 takes the JSON.
+    Reads the tokens of a model. Where both files are there, CTranslate2 takes the JSON.
 
     Raises:
         CorruptModel: there are none, or they are no list of tokens.
@@ -308,6 +314,7 @@ def _lines(text: str) -> list[str]:
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
+    # Windows' line ends, as git may have made them.
     # Some tokens end with a carriage return: only if all do is it none of theirs.
     if all(line.endswith("\r") for line in lines):
         return [line[:-1] for line in lines]
@@ -318,6 +325,7 @@ def _vocabulary(file: str, tokens: Sequence[str]) -> Vocabulary:
     special: dict[str, int] = {}
     for number, token in enumerate(tokens):
         if token.startswith("<|") and _SPECIAL.fullmatch(token):
+            # Of a token that is there twice, CTranslate2 takes the first.
             special.setdefault(token, number)
     return Vocabulary(file, len(tokens), special, "" in tokens)
 
@@ -327,7 +335,8 @@ def _check_tokenizer(directory: str, vocabulary: Vocabulary) -> None:
     Checks the tokenizer.json, if there is one, as far as it takes to be sure.
 
     The special tokens are in its first part. The rest, megabytes, is parsed only where
-    that part is unusual: tokens get their numbers by their order, whatever it says.
+    that part is unusual: the order of tokens decides their numbers, whatever the file
+    says.
 
     Source: tokenizers 0.23, with files made up.
     """
@@ -335,7 +344,8 @@ def _check_tokenizer(directory: str, vocabulary: Vocabulary) -> None:
     content = _read(directory, name)
     if content is None or _is_usual(_added(content), vocabulary):
         return
-    _parsed(directory, name, content, _TAKE_TOKENIZER)  # knows better what is wrong
+    # Names the place of an error, which the tokenizers' own parser does not.
+    _parsed(directory, name, content, _TAKE_TOKENIZER)
     from tokenizers import Tokenizer
 
     try:
@@ -363,7 +373,7 @@ def _is_usual(added: Sequence[tuple[str, int]], vocabulary: Vocabulary) -> bool:
 
 def _added(content: bytes) -> list[tuple[str, int]]:
     """
-    The tokens that a tokenizer.json adds to its words, and their numbers.
+    Returns the tokens that a tokenizer.json adds to its words, with their numbers.
     """
     place = _ADDED_TOKENS.search(content)
     if place is None:
@@ -381,7 +391,7 @@ def _added(content: bytes) -> list[tuple[str, int]]:
 
 def _read_object(directory: str, name: str, cure: str) -> Mapping[str, object] | None:
     """
-    The object in a JSON file; None if there is no such file.
+    Reads the object in a JSON file; None if there is no such file.
     """
     content = _read(directory, name)
     return None if content is None else _as_object(directory, name, content, cure)
@@ -399,7 +409,8 @@ def _as_object(
 def _parsed(directory: str, name: str, content: bytes, cure: str) -> object:
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:  # of JSON, and of UTF-8
+    # ValueError is that of JSON and that of UTF-8.
+    except (ValueError, RecursionError) as error:
         reason = f"{name} is not JSON ({error})"
         raise CorruptModel(directory, reason, cure=cure) from error
 

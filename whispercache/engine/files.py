@@ -1,5 +1,5 @@
 """
-Files of models: where they are, on this disk or after a download from the model hub.
+The files of models, on this disk or downloaded from the model hub.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _STAMPED = ("model.bin", *SMALL_FILES)
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """
-    Where a model's files are, and what its header says.
+    The place of a model's files, with their header.
 
     Attributes:
         directory: The directory with model.bin.
@@ -81,7 +81,7 @@ class ModelFiles:
 
 def stamp_of(directory: str) -> tuple[int, ...]:
     """
-    Size, time and inode of each file; another one when somebody has changed them.
+    Returns size, time and inode of each file; it differs once a file has changed.
 
     Raises:
         LoadFailed: model.bin is gone, or one of them cannot be read.
@@ -93,6 +93,7 @@ def stamp_of(directory: str) -> tuple[int, ...]:
         except FileNotFoundError as error:
             if name == "model.bin":
                 raise LoadFailed(directory, "its model.bin is gone") from error
+            # Small files may be missing; one that appears later changes the stamp.
             stamp.append(0)
         except OSError as error:
             reason = f"{name} cannot be read ({error.strerror}); check its permissions"
@@ -105,7 +106,8 @@ def stamp_of(directory: str) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=64)
 def _looked_at(directory: str, _stamp: tuple[int, ...]) -> _Look:
     """
-    The header and the claims of a model's files, read again when they have changed.
+    Returns the header and the claims of a model's files. They are read again when the
+    stamp has changed.
     """
     header = read_header(directory)
     return header, check_claims(directory, header)
@@ -113,7 +115,7 @@ def _looked_at(directory: str, _stamp: tuple[int, ...]) -> _Look:
 
 def files_in(directory: str) -> ModelFiles:
     """
-    The model in *directory*.
+    Returns the files of the model in *directory*.
 
     Blocks: for some system calls; if it is new, for milliseconds of small reads, and
     for `check_claims`.
@@ -129,8 +131,8 @@ def files_in(directory: str) -> ModelFiles:
 
 def claims_of(files: ModelFiles) -> Claims:
     """
-    The claims of the files of a model that `files_in` has found. No look at the disk,
-    unless they have been forgotten.
+    Returns the claims of the files of a model that `files_in` has found, mostly without
+    a look at the disk.
 
     Raises:
         CorruptModel, LoadFailed: the files have changed for the worse since.
@@ -140,8 +142,8 @@ def claims_of(files: ModelFiles) -> Claims:
 
 def local_files(model: str, options: Mapping[str, OptionValue]) -> ModelFiles | None:
     """
-    The files of a repository in the hub's local cache; None if they are not, or not
-    all, there.
+    Returns the files of a repository in the hub's local cache; None if they are not, or
+    not all, there.
 
     Raises:
         CorruptModel, LoadFailed: they are broken, or cannot be read.
@@ -152,7 +154,7 @@ def local_files(model: str, options: Mapping[str, OptionValue]) -> ModelFiles | 
 
 def is_whole(model: str, options: Mapping[str, OptionValue]) -> bool:
     """
-    Tells whether a download could bring nothing.
+    Tells whether nothing is missing that a download could add.
     """
     here = _local(model, options)
     return here is not None and not missing_files(here)
@@ -160,18 +162,20 @@ def is_whole(model: str, options: Mapping[str, OptionValue]) -> bool:
 
 def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
     """
-    The files of a repository, after a download if need be.
+    Returns the files of a repository, after a download if need be.
 
-    Files that are here, and may be incomplete, are taken where the hub cannot say more.
+    Files that are here, and may be incomplete, are taken where the hub cannot be
+    reached.
 
     Raises:
         UnknownModel: the hub has no such model.
         CorruptModel: its files are broken.
         LoadFailed: they are not here, and cannot be downloaded.
     """
-    # Somebody else may have fetched it while this caller waited.
+    # Another caller may have downloaded it while this one waited.
     here = _local(model, options)
     may_load = here is not None and is_usable(here)
+    # As in faster-whisper, which takes the same option.
     if options.get("local_files_only") and not may_load:
         reason = f"{_state(model, options)} and local_files_only is set"
         raise LoadFailed(
@@ -182,6 +186,7 @@ def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
         try:
             here = _fetch(model, options)
         except WhisperCacheError:
+            # An incomplete download is better than none, if it can be loaded.
             if not may_load:
                 raise
     return files_in(str(here))
@@ -189,7 +194,7 @@ def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
 
 def _local(model: str, options: Mapping[str, OptionValue]) -> Path | None:
     """
-    The snapshot of a repository in the hub's local cache, whole or not.
+    Returns the snapshot of a repository in the hub's local cache, complete or not.
     """
     folder = repository_folder(MODELS.get(model, model), _root(options))
     return snapshot_in(folder, _text(options.get("revision")))
@@ -197,7 +202,7 @@ def _local(model: str, options: Mapping[str, OptionValue]) -> Path | None:
 
 def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
     """
-    Download what is missing of a repository; its snapshot, with all that a load needs.
+    Downloads the missing files of a repository; returns its snapshot.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -214,6 +219,7 @@ def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
             token=token,
             allow_patterns=list(HUB_FILES),
         )
+        # A repository without a tokenizer is usable, too.
         if is_usable(Path(directory)):
             return Path(directory)
         # Some versions answer without the hub where they cannot reach it.
@@ -223,11 +229,14 @@ def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         reason = "the model hub has no such repository or revision, or it is private"
         raise UnknownModel(model, reason) from error
-    except Exception as error:  # also those of its HTTP library, whichever that is
+    # Errors of its HTTP library come through, and which one that is has changed twice.
+    except Exception as error:
         raise _unreachable(model, options, error) from error
     listed = [each.rfilename for each in asked.siblings or ()]
+    # Those that the hub does not list will not come by another try.
     missing = missing_files(Path(directory))
     lacking = [name for name in missing if not fnmatch.filter(listed, name)]
+    # The usual case: a repository for Transformers.
     if "model.bin" in lacking:
         raise UnknownModel(
             model,
@@ -250,7 +259,7 @@ def _text(value: OptionValue) -> str | None:
 
 def _state(model: str, options: Mapping[str, OptionValue]) -> str:
     """
-    The state of a repository on this disk, where it is not whole, in words.
+    Describes the state of an incomplete repository on this disk.
     """
     here = _local(model, options)
     if here is not None:

@@ -1,8 +1,8 @@
 """
-The model hub's cache on this disk: where a repository's files are, and what is missing.
+The model hub's cache on this disk: the files of repositories, and missing ones.
 
-Looked up here, not by huggingface-hub: its versions differ in what they take for whole,
-and none sees a link whose file has gone.
+They are looked up here, not by huggingface-hub: its versions differ in what they take
+for complete, and none sees a link whose file is gone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _WANTED = (*_NEEDED, "tokenizer.json", "vocabulary.*")
 
 def repository_folder(repository: str, cache_dir: str | None) -> Path:
     """
-    The folder of a repository in the hub's cache, there or not.
+    Returns the folder of a repository in the hub's cache, whether it is there or not.
     """
     from huggingface_hub import constants
 
@@ -58,8 +58,8 @@ def repository_folder(repository: str, cache_dir: str | None) -> Path:
 
 def snapshot_in(folder: Path, revision: str | None = None) -> Path | None:
     """
-    The snapshot of a branch, a tag or a commit in a repository's folder, whole or not;
-    None if there is none.
+    Returns the snapshot of a branch, a tag or a commit in a repository's folder,
+    complete or not; None if there is none.
 
     Raises:
         LoadFailed: the folder cannot be read.
@@ -67,10 +67,12 @@ def snapshot_in(folder: Path, revision: str | None = None) -> Path | None:
     try:
         commit = (folder / "refs" / (revision or "main")).read_text().strip()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        # A commit's hash has no file among the branches and tags.
         commit = revision or ""
     except OSError as error:
         raise _unreadable(folder, error) from error
-    except ValueError:  # no text, or no path
+    except ValueError:
+        # The file holds no text, or the revision is no possible name of one.
         return None
     snapshot = folder / "snapshots" / commit
     return snapshot if commit and is_there(snapshot) else None
@@ -78,7 +80,7 @@ def snapshot_in(folder: Path, revision: str | None = None) -> Path | None:
 
 def snapshots_in(folder: Path) -> list[Path]:
     """
-    All snapshots in a repository's folder; none if it is no such folder.
+    Returns all snapshots in a repository's folder; none if it is no such folder.
 
     Raises:
         LoadFailed: it cannot be read.
@@ -88,7 +90,7 @@ def snapshots_in(folder: Path) -> list[Path]:
 
 def missing_files(directory: Path) -> list[str]:
     """
-    The files of a model that are not in *directory*, links that lead nowhere included.
+    Returns the files of a model that are not in *directory*, broken links included.
 
     A few repositories have no tokenizer; they look interrupted for ever, which costs a
     question to the hub each time. Without preprocessor_config.json nothing is missing.
@@ -99,6 +101,7 @@ def missing_files(directory: Path) -> list[str]:
     names = _names(directory)
     found = (fnmatch.filter(names, pattern) for pattern in HUB_FILES)
     ours = sorted(itertools.chain.from_iterable(found))
+    # Links into the blobs, which may have been deleted.
     missing = [name for name in ours if not is_there(directory / name)]
     missing += [name for name in _WANTED if not fnmatch.filter(names, name)]
     return missing
@@ -111,6 +114,7 @@ def is_usable(directory: Path) -> bool:
     Raises:
         LoadFailed: it cannot be read.
     """
+    # Earlier converters wrote vocabulary.txt.
     has_words = any(is_there(directory / name) for name in _VOCABULARIES)
     return has_words and all(is_there(directory / name) for name in _NEEDED)
 
@@ -149,9 +153,11 @@ def is_file(path: str | Path) -> bool:
 def _status(path: str | Path) -> os.stat_result | None:
     try:
         return Path(path).stat()
-    except ValueError:  # no path
+    except ValueError:
+        # No possible path, as with a NUL in it.
         return None
     except OSError as error:
+        # All else, such as a missing permission, is no proof that it is not there.
         if error.errno in _NOT_THERE:
             return None
         raise _unreadable(path, error) from error

@@ -1,9 +1,9 @@
 """
-Shells: what models leave behind when their weights go, so that they come back faster.
+Kept models: the parts that stay in host memory when a model's weights are unloaded.
 
-A tokenizer, which takes longer to parse than the weights of a small model take to load;
-and, where the loader has it so, the whole object with its threads. Models with the same
-tokenizer.json share one tokenizer, in memory or not.
+That is the tokenizer, which takes longer to parse than the weights of a small model
+take to load; and, where the loader says so, the whole object with its threads. Models
+with equal tokenizer.json files share one tokenizer, loaded or not.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
     from whispercache.keys import ModelKey
 
-__all__ = ["KEPT_SHELLS", "Shell", "Shells"]
+__all__ = ["MOST_KEPT", "KeptModel", "KeptModels"]
 
-KEPT_SHELLS = 8
+MOST_KEPT = 8
 """
-Most shells that are kept, whatever room there is: each has idle threads. Those with
-weights in them are not counted, as room alone bounds them.
+Most models that are kept, whatever room there is: each has idle threads. Those with a
+host copy are not counted, as room alone bounds them.
 """
 
-_SHELL_BYTES = 128 * 1024
+_OBJECT_BYTES = 128 * 1024
 """
-What a shell takes besides its tokenizer. Source: growth of anonymous memory, CPU,
+Size of a kept model besides its tokenizer. Source: growth of anonymous memory, CPU,
 CTranslate2 4.8.5: 0.0 to 0.1 MiB.
 """
 
@@ -47,17 +47,17 @@ Source: likewise, tokenizers 0.23: 10.9 MiB for tiny.en, 13.0 to 13.9 for base.
 
 
 @dataclass(frozen=True, slots=True)
-class Shell:
+class KeptModel:
     """
     One model without its weights.
 
     Attributes:
-        files: What it was built from. Weights of other files would be decoded with the
-            wrong tokenizer.
+        files: The files that it was built from. Weights of other files would be decoded
+            with the wrong tokenizer.
         tokenizer: Its tokenizer.
-        n_tokens: How many tokens that one knows.
-        whisper: All the rest, where it is kept.
-        copy_bytes: What a copy of the weights in it takes; 0 without one.
+        n_tokens: Number of tokens that the tokenizer knows.
+        whisper: The whole object, where it is kept.
+        copy_bytes: Size of the host copy of the weights in it; 0 without one.
     """
 
     files: object
@@ -67,22 +67,25 @@ class Shell:
     copy_bytes: int = 0
 
 
-class Shells:
+class KeptModels:
     """
-    The shells of one loader, the least recently left first to go. Thread-safe.
+    The kept models of one loader; the least recently unloaded is dropped first.
+    Thread-safe.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # All that follows is guarded by _lock.
-        self._kept: dict[ModelKey, Shell] = {}  # in the order in which they were left
+        # In the order of their unloads.
+        self._kept: dict[ModelKey, KeptModel] = {}
         self._tokenizers: weakref.WeakValueDictionary[bytes, Tokenizer] = (
             weakref.WeakValueDictionary()
         )
 
     def tokenizer(self, path: str) -> Tokenizer:
         """
-        The tokenizer of a tokenizer.json, parsed unless an equal one is in use or kept.
+        Returns the tokenizer of a tokenizer.json, parsed unless an equal one is in use
+        or kept.
 
         Blocks: parsing holds the GIL for a tenth of a second.
 
@@ -102,27 +105,33 @@ class Shells:
             return found
         try:
             parsed = Tokenizer.from_buffer(content)
-        except Exception as error:  # tokenizers raises nothing narrower
+        # tokenizers raises nothing narrower.
+        except Exception as error:
             raise CorruptModel(path, str(error)) from error
-        return_free_memory()  # of the parser; the weights come on top of it
-        with self._lock:  # another device's thread may have been faster
+        # The parser's memory: the weights come on top of it.
+        return_free_memory()
+        with self._lock:
+            # Another device's thread may have parsed an equal one meanwhile.
             return self._tokenizers.setdefault(digest, parsed)
 
-    def keep(self, key: ModelKey, shell: Shell) -> None:
+    def keep(self, key: ModelKey, model: KeptModel) -> None:
         """
-        Keep what a model leaves behind.
+        Keeps the rest of a model that was unloaded, and drops the oldest if there are
+        too many.
         """
         with self._lock:
-            gone = [self._kept.pop(key, None)]  # or this one would go in its turn
-            self._kept[key] = shell
+            # Popped first: setting an item anew would leave it in its old place.
+            dropped = [self._kept.pop(key, None)]
+            self._kept[key] = model
             plain = [key for key, each in self._kept.items() if not each.copy_bytes]
-            if len(plain) > KEPT_SHELLS:
-                gone.append(self._kept.pop(plain[0]))
-        del gone  # their threads end here, without the lock
+            if len(plain) > MOST_KEPT:
+                dropped.append(self._kept.pop(plain[0]))
+        # Destructors wait for the models' threads, so they run without the lock.
+        del dropped
 
-    def take(self, key: ModelKey) -> Shell | None:
+    def take(self, key: ModelKey) -> KeptModel | None:
         """
-        What the model of *key* left behind. It is not kept any more.
+        Returns the kept model of *key*, if there is one, and keeps it no more.
         """
         with self._lock:
             return self._kept.pop(key, None)
@@ -130,14 +139,14 @@ class Shells:
     @property
     def n_bytes(self) -> int:
         """
-        Host memory that they take; a tokenizer that models in memory share counts, too.
+        Host memory that kept models take, tokenizers shared with loaded ones included.
         """
         with self._lock:
             return _sum_bytes(self._kept.values())
 
     def copies(self) -> dict[ModelKey, int]:
         """
-        The bytes of weights that are kept, by model.
+        Returns the bytes of host copies, by model.
         """
         with self._lock:
             kept = self._kept.items()
@@ -145,30 +154,33 @@ class Shells:
 
     def shrink(self, most_bytes: int, but: Collection[ModelKey] = ()) -> int:
         """
-        Let shells go until the others, *but* those of some models, take no more than
-        *most_bytes*; how many went.
+        Drops kept models until all *but* some take no more than *most_bytes*.
+
+        Returns:
+            How many were dropped.
         """
-        gone: list[Shell] = []
+        dropped: list[KeptModel] = []
         with self._lock:
-            left = {key: shell for key, shell in self._kept.items() if key not in but}
+            left = {key: each for key, each in self._kept.items() if key not in but}
             while left and _sum_bytes(left.values()) > most_bytes:
                 oldest = next(iter(left))
-                gone.append(self._kept.pop(oldest))
+                dropped.append(self._kept.pop(oldest))
                 del left[oldest]
-        # Their threads end as this returns, without the lock.
-        return len(gone)
+        # Their destructors run as this returns, without the lock.
+        return len(dropped)
 
-    def all(self) -> list[Shell]:
+    def all(self) -> list[KeptModel]:
         """
-        Those that are kept now.
+        Returns those that are kept now.
 
-        Without the lock, which in a forked child may be held by a thread that is gone.
+        Without the lock: in a forked child a thread that is not there may hold it.
         """
         return list(self._kept.values())
 
 
-def _sum_bytes(shells: Collection[Shell]) -> int:
-    tokens = {id(each.tokenizer): each.n_tokens for each in shells}
+def _sum_bytes(kept: Collection[KeptModel]) -> int:
+    # A tokenizer that several share counts once.
+    tokens = {id(each.tokenizer): each.n_tokens for each in kept}
     of_tokenizers = _TOKENIZER_BYTES_PER_TOKEN * sum(tokens.values())
-    of_weights = sum(each.copy_bytes for each in shells)
-    return of_tokenizers + of_weights + _SHELL_BYTES * len(shells)
+    of_copies = sum(each.copy_bytes for each in kept)
+    return of_tokenizers + of_copies + _OBJECT_BYTES * len(kept)

@@ -1,5 +1,5 @@
 """
-Names of models: the one name of what was asked for, and what command lines call it.
+The names of models: the canonical one of a request, and those of command lines.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _TYPES = frozenset({*COMPUTE_TYPES, "auto", "default", "int8"})
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """
-    A model, and what to call it.
+    A model as a command line names it.
 
     Attributes:
-        name: What it goes by: the part before ``=``, else the text itself; of a
+        name: Its name in all output: the part before ``=``, else the text itself; of a
             directory its last part.
         model: A size, a repository of the model hub, or a directory.
         compute_type: As for `ModelCache.get_model`.
@@ -57,13 +57,15 @@ class ModelSpec:
 
 def parse_spec(text: str) -> ModelSpec:
     """
-    The model that *text* names: ``"base"``, ``"base:int8"``, ``"mine=/models/mine"``.
+    Returns the model that *text* names: ``"base"``, ``"base:int8"``,
+    ``"mine=/models/mine"``.
 
     Raises:
         ValueError: a part of it is missing or not known, in one line.
     """
     name, rest = _named(text.strip())
     model, kind = _typed(rest)
+    # Checked here, so that a command line fails at once.
     if kind not in _TYPES:
         known = ", ".join(sorted(_TYPES))
         raise ValueError(f"{text!r}: {kind!r} is no compute type; use one of {known}")
@@ -78,7 +80,8 @@ def parse_spec(text: str) -> ModelSpec:
 
 def _named(text: str) -> tuple[str | None, str]:
     """
-    The name in *text*, if it has one, and the rest. Paths, too, may hold an ``=``.
+    Returns the name in *text*, if it has one, and the rest. Paths, too, may hold an
+    ``=``.
     """
     name, equals, rest = text.partition("=")
     is_path = "\\" in name or ("/" in name and not _REPOSITORY.fullmatch(name))
@@ -89,7 +92,7 @@ def _named(text: str) -> tuple[str | None, str]:
 
 def _typed(text: str) -> tuple[str, str]:
     """
-    The model in *text*, and its type. Paths, too, may hold a colon.
+    Returns the model in *text*, and its type. Paths, too, may hold a colon.
     """
     model, colon, kind = text.rpartition(":")
     if not colon or any(mark in kind for mark in "/\\") or directory_at(text):
@@ -99,7 +102,8 @@ def _typed(text: str) -> tuple[str, str]:
 
 def short_name(model: str | ModelKey) -> str:
     """
-    A name for people: of a directory its last part, of a key with its compute type.
+    Returns a name for people: of a directory its last part, of a key with its compute
+    type.
     """
     if isinstance(model, ModelKey):
         return f"{short_name(model.model)}:{model.compute_type}"
@@ -113,7 +117,8 @@ def short_name(model: str | ModelKey) -> str:
 
 def _of_snapshot(path: Path) -> str:
     """
-    The name of the repository in whose folder in the hub's cache a directory is.
+    Returns the name of the repository in whose folder in the hub's cache *path* is;
+    nothing if it is in none.
     """
     folder = path.parent.parent if path.parent.name == "snapshots" else path
     prefix, *names = folder.name.split("--")
@@ -122,7 +127,7 @@ def _of_snapshot(path: Path) -> str:
 
 def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
     """
-    The one name of a model: a known size, a hub repository, or a real path.
+    Returns the one name of a model: a known size, a hub repository, or a real path.
 
     A directory of that name wins over the hub, as in faster-whisper, provided that
     there is a model in it. A repository's folder in the hub's cache is its snapshot.
@@ -134,14 +139,18 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
     name = os.fspath(name_or_path)
     if not name.strip():
         raise UnknownModel(name, "give a size such as 'base', or a directory")
-    from .hub import is_file  # needs what importing the package should not
+    # Imported late: it needs more than importing the package should take.
+    from .hub import is_file
 
     path = os.path.expanduser(name)
+    # The model.bin decides: a directory that happens to be called "base" is no model.
     known = ALIASES.get(name) or _BY_OTHER_NAME.get(name.lower(), name)
     try:
+        # A real path: the same model by a link and by its name is one.
         if is_file(os.path.join(path, "model.bin")):
             return os.path.realpath(path)
     except LoadFailed:
+        # A directory of that name that cannot be read must not hide a known size.
         if known not in MODELS:
             raise
     if known in MODELS:
@@ -157,7 +166,7 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
 
 def _why_unknown(name: str) -> str:
     """
-    The reason why *name* is neither a model nor a path of anything, with a hint.
+    Explains why *name* is neither a model nor a path of anything, with a hint.
     """
     if name.startswith((os.sep, ".", "~")):
         return "no such directory"
@@ -167,6 +176,7 @@ def _why_unknown(name: str) -> str:
 
     spelled = name.strip().lower().replace("_", "-")
     near = [spelled] if spelled in _BY_OTHER_NAME else []
+    # For typing errors such as "larg".
     near += difflib.get_close_matches(spelled, [*MODELS, *ALIASES], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return (
@@ -177,7 +187,7 @@ def _why_unknown(name: str) -> str:
 
 def _cached_snapshot(name: str, path: str) -> Path:
     """
-    The snapshot in a repository's folder of the model hub's cache.
+    Returns the snapshot in a repository's folder of the model hub's cache.
 
     Raises:
         UnknownModel: *path* is no such folder, or its snapshot has no model.
@@ -194,6 +204,7 @@ def _cached_snapshot(name: str, path: str) -> Path:
         raise UnknownModel(name, _why_no_model(directory))
     whole = [each for each in snapshots if is_file(each / "model.bin")]
     current = snapshot_in(folder)
+    # Asked for by its folder, a repository is its main branch.
     if current in whole and not is_among:
         return current
     if len(whole) == 1:
@@ -213,7 +224,7 @@ _NOT_WHOLE = (
 
 def _why_no_model(directory: Path) -> str:
     """
-    The reason why a directory is no model: where it was to be one, what is missing.
+    Explains why a directory is no model.
     """
     file = directory / "model.bin"
     if directory.absolute().parent.name == "snapshots":
@@ -231,22 +242,24 @@ def _why_no_model(directory: Path) -> str:
 
 def anchored(name_or_path: str | os.PathLike[str]) -> str:
     """
-    *name_or_path*, where it is a directory by its absolute path, so that it means the
-    same after `os.chdir`. A link stays one: it may point elsewhere later on.
+    Returns the absolute path of a directory, so that it means the same after
+    `os.chdir`, and any other name as it is. A link stays a link: it may point elsewhere
+    later on.
     """
     name = os.fspath(name_or_path)
     path = directory_at(name)
     # A directory that only has the name of a size is none of ours; see above.
     if _is_known(name) and not os.path.isfile(os.path.join(path, "model.bin")):
         return name
-    if not path and name.startswith((".", "~")):  # not there yet
+    # A path even if nothing is there yet.
+    if not path and name.startswith((".", "~")):
         path = os.path.abspath(os.path.expanduser(name))
     return path or name
 
 
 def directory_at(name: str) -> str:
     """
-    The absolute path of the directory that *name* is; nothing if it is none.
+    Returns the absolute path of the directory that *name* is; nothing if it is none.
     """
     path = os.path.expanduser(name)
     return os.path.abspath(path) if os.path.isdir(path) else ""

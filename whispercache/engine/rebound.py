@@ -1,8 +1,8 @@
 """
-Rebound: another module's function with other things behind the names that it looks up.
+Copies of another module's functions, with other globals behind some names.
 
-faster-whisper has no hook for some of what it does. A copy of its function with a view
-of its own of some names is one, and leaves its module as it is for everybody else.
+faster-whisper has no hook for some of what it does. A copy of its function, with a view
+of its own of some names, serves as one, and leaves the module as it is.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ __all__ = ["Swaps", "rebound", "swapped"]
 
 Swaps: TypeAlias = tuple[tuple[Callable[..., object], Callable[..., object]], ...]
 """
-Functions of another module, each with what should be found in its place.
+Functions of another module, each with its replacement.
 """
 
 
 def rebound(function: Callable[..., object], **names: object) -> types.FunctionType:
     """
-    A copy of a Python *function* for which some global *names* mean something else.
+    Returns a copy of a Python *function* for which some global *names* mean something
+    else.
 
     A name that the function does not look up changes nothing.
 
@@ -38,6 +39,7 @@ def rebound(function: Callable[..., object], **names: object) -> types.FunctionT
         function.__defaults__,
         function.__closure__,
     )
+    # The constructor of functions takes all but these.
     made.__kwdefaults__ = function.__kwdefaults__
     made.__doc__ = function.__doc__
     return made
@@ -45,11 +47,12 @@ def rebound(function: Callable[..., object], **names: object) -> types.FunctionT
 
 def swapped(method: Callable[..., object], swaps: Swaps) -> Callable[..., object]:
     """
-    A bound *method* that finds others in place of some functions.
+    Returns a bound *method* that finds replacements for some functions.
 
-    What a program has put in the place of one of them stays there, and so does a method
-    that is not plainly written in Python.
+    A function that a program has replaced already stays replaced, and a method that is
+    not plainly written in Python is returned as it is.
     """
+    # A mock or a wrapper of a test, say.
     if type(method) is not types.MethodType:
         return method
     function = method.__func__
@@ -57,6 +60,7 @@ def swapped(method: Callable[..., object], swaps: Swaps) -> Callable[..., object
         return method
     names: dict[str, object] = {}
     for name in function.__code__.co_names:
+        # By identity, so that a function that was replaced is left alone.
         found = function.__globals__.get(name)
         for original, other in swaps:
             if found is original:

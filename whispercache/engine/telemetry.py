@@ -1,5 +1,5 @@
 """
-Telemetry: what onnxruntime, which finds speech for faster-whisper, tells its makers.
+The telemetry of onnxruntime, which finds speech for faster-whisper, kept off.
 
 From 1.29 on it starts a thread for that at its first import, and writes an id and a
 database into the user's cache directory. Only a variable that is set before keeps it
@@ -40,8 +40,9 @@ def keep_off() -> bool:
 
 def setting() -> tuple[bool, Literal["whispercache", "the environment"]]:
     """
-    Tells whether it is off, and who said so.
+    Tells whether telemetry is off, and what set it so.
     """
+    # Set first: asked before any import, the answer would be wrong.
     is_ours = keep_off()
     is_off = os.environ.get(VARIABLE, "").strip().lower() in _DISABLING
     return is_off, "whispercache" if is_ours else "the environment"

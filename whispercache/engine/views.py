@@ -1,8 +1,8 @@
 """
-Views: a WhisperModel of one's own over weights that are shared.
+Views of a WhisperModel: objects of their own over shared weights.
 
-faster-whisper keeps what a call asked for in the model: ``chunk_length`` stays in its
-feature extractor, where the next call, and one that is under way, find it. So each
+faster-whisper stores some parameters of a call in the model: ``chunk_length`` stays in
+its feature extractor, where the next call, and one that is under way, find it. So each
 lease gets a view, and each call on a view another one; what they write is their own.
 """
 
@@ -31,11 +31,11 @@ __all__ = ["lending", "lends", "own_values"]
 
 class _Lending:
     """
-    The part of a WhisperModel that lets views be made of it.
+    The base of WhisperModels of which views can be made.
 
-    A view has what was set on it, and all else from where it was lent, looked up at
-    each use: whoever takes the model away at the interpreter's end, or takes note of
-    who still refers to it, finds all who use it there.
+    A view has the attributes that were set on it, and looks all others up, at each use,
+    in the object that it is a view of. So a model that is replaced when the interpreter
+    ends is replaced for all its views, and references to views count as its own.
     """
 
     _lender: _Lending | None = None
@@ -44,7 +44,7 @@ class _Lending:
     def _lend(self) -> _Lending:
         view: _Lending = object.__new__(type(self))
         if self._lender is not None:
-            # A copy: what is set on this one may stand before what its class has.
+            # Copied: for a name that the class has, too, `__getattr__` is not asked.
             mine = vars(view)
             mine.update(vars(self))
             mine.pop("feature_extractor", None)
@@ -57,7 +57,8 @@ class _Lending:
             kind = type(self).__name__
             raise AttributeError(f"{kind!r} object has no attribute {name!r}")
         value = getattr(lender, name)
-        if name == "feature_extractor":  # keeps what a call asked for
+        # It keeps the chunk_length of a call, so each view has a copy.
+        if name == "feature_extractor":
             value = vars(self)[name] = copy.copy(value)
         return value
 
@@ -79,20 +80,21 @@ def lends(
     kind: type[WhisperModel], check: Check
 ) -> Callable[[WhisperModel], WhisperModel]:
     """
-    A function that makes a view of a model that can be lent, and leaves another one as
-    it is, as in tests.
+    Returns a function that makes a view of a model, if its class can be lent, and else
+    returns the model itself, as in tests.
 
     Args:
         kind: The class of the model.
-        check: Raises what is wrong with the parameters of a call, given by name.
+        check: Raises if a parameter of a call, given by name, is wrong.
     """
     if not issubclass(kind, _Lending):
         return lambda whisper: whisper
     new = object.__new__
 
-    # Each hit comes by here; so nothing is looked up.
+    # On the path of each hit, so nothing is looked up here.
     def lend(whisper: WhisperModel) -> WhisperModel:
         view = new(kind)
+        # Set directly: a constructor would cost each hit more time.
         view._lender = whisper
         view._check = check
         return view
@@ -107,21 +109,21 @@ def own_values(
     check: Check | None = None,
 ) -> tuple[tuple[object, ...], dict[str, object]]:
     """
-    The parameters of a call of a method, by position and by name as they were given,
+    Returns the parameters of a call, by position and by name as they were given,
     checked and copied.
 
-    Those by position are left as they are where the method takes any number of them.
+    Those by position are not checked where the method takes any number of them.
 
     Args:
         function: The method of the class.
         args: Those by position.
         options: Those by name.
-        check: Raises what is wrong with them, by name, for one model.
+        check: Raises if one of them, by name, is wrong for this model.
 
     Raises:
         TypeError, ValueError: one of them is nonsense.
     """
-    # What a decorator takes and passes on is its own affair.
+    # A decorator may take other parameters than the method that it wraps.
     signature = signature_of(function, follow_wrapped=False)
     parameters = signature.parameters.values()
     if any(each.kind is each.VAR_POSITIONAL for each in parameters):
@@ -133,7 +135,7 @@ def own_values(
     if check is not None:
         check(values)
     for each in parameters:
-        # The one list of all calls of the process would leave with the info.
+        # A default list is one object for all calls, and callers get it in the info.
         if isinstance(each.default, list):
             values.setdefault(each.name, list(each.default))
     return tuple(values.pop(name) for name in names) if names else args, values
@@ -142,11 +144,11 @@ def own_values(
 @functools.cache
 def lending(base: type[WhisperModel], swaps: Swaps = ()) -> type[WhisperModel]:
     """
-    The class *base* of models that can be lent.
+    Returns a subclass of *base* whose models can be lent.
 
     Args:
         base: faster-whisper's.
-        swaps: What its calls should find in place of some functions; see `swapped`.
+        swaps: Replacements that its calls find for some functions; see `swapped`.
     """
 
     def called(method: str) -> Callable[..., object]:

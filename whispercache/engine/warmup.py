@@ -1,21 +1,26 @@
 """
-Primer: a micro model, and a window of silence, that make a device ready to transcribe.
+The warm-up: a micro model, and a window of silence, that make a device ready.
 
-What a process does for the first time on a GPU takes longer: the context, cuBLAS,
-kernels that are compiled or read in. And what is missing shows only then. A micro model
-goes through all of it before gigabytes of weights are read.
+The first use of a GPU in a process takes longer: the context, cuBLAS, kernels that are
+compiled or read in. And missing libraries show only then. A micro model goes through
+all of it before gigabytes of weights are read.
 """
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import tempfile
-import time
 from typing import TYPE_CHECKING, cast
 
+from whispercache.devices import release
+from whispercache.devices.cublas import load_cublas
 from whispercache.devices.faults import Fault, classify
+from whispercache.errors import LoadFailed
 
+from . import process
+from .cublas import cublas_error_reason
 from .sizes.architecture import AUDIO_FRAMES, Architecture, layout
+from .unload import StillLoaded, unload_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,11 +33,16 @@ if TYPE_CHECKING:
     from faster_whisper import WhisperModel
     from numpy.typing import NDArray
 
+    from whispercache.devices.memory import MemoryProbe
+    from whispercache.keys import ModelKey
+
     from .sizes.architecture import Variable
 
     Values = Callable[[Variable], NDArray[np.float16]]
 
-__all__ = ["prime", "silent_window", "specification"]
+__all__ = ["WarmUps", "run_micro_model", "silent_window", "specification"]
+
+_log = logging.getLogger("whispercache")
 
 # Two languages, for one to be detected; the empty token makes CTranslate2 take a model
 # for multilingual. With 50 words the output layer's rows are no multiple of 8, as in
@@ -68,21 +78,78 @@ Tokens of an answer: each step after the first few repeats what was done.
 _BATCH = 2
 _BEAMS = 5
 
-_UNLOAD_TRIES_S = 2.0
-"""
-Seconds for which an unload is tried again. A worker counts as busy for some
-milliseconds after it has answered.
-"""
 
-
-def prime(ctranslate2: ModuleType, kind: str, index: int, compute_type: str) -> None:
+class WarmUps:
     """
-    Run a micro model on a device, through every kind of kernel that a transcription
+    The warm-ups of one loader: which devices are ready for which types.
+
+    Args:
+        probe: Gauge of the cards' memory.
+    """
+
+    def __init__(self, probe: MemoryProbe) -> None:
+        self._probe = probe
+        self._warm: set[tuple[str, str]] = set()
+        self._cold: dict[str, release.Holdings] = {}
+
+    def needed(self, key: ModelKey) -> str:
+        """
+        Returns what the device of *key* has to do before its first model in that type;
+        nothing for the CPU. See `release.warm_up_reason`.
+        """
+        if key.device == "cpu" or (key.device, key.compute_type) in self._warm:
+            return ""
+        return release.warm_up_reason(key.device)
+
+    def run(self, key: ModelKey) -> int | None:
+        """
+        Runs a micro model in the type of *key*, on the thread of its device.
+
+        Returns:
+            What the card has lost by that for the life of the process; None if it was
+            not the first warm-up of the card, or could not be measured.
+
+        Raises:
+            LoadFailed: cuBLAS is missing, or too old for the card.
+            RuntimeError: CTranslate2 failed.
+        """
+        load_cublas()
+        kind, _, index = key.device.partition(":")
+        # A try that fails may leave the context there, which is part of the floor.
+        cold = release.holdings(key.device, self._probe)
+        before = self._cold.setdefault(key.device, cold)
+        try:
+            run_micro_model(
+                process.ctranslate2(), kind, int(index or 0), key.compute_type
+            )
+        except RuntimeError as error:
+            reason = cublas_error_reason(error, key)
+            if not reason:
+                raise
+            raise LoadFailed(str(key), reason) from error
+        except OSError as error:
+            # The micro model cannot be written. The first model pays for all this then.
+            _log.warning("%s is not warmed up: %s", key.device, error)
+            self._warm.add((key.device, key.compute_type))
+            return None
+        # A copy: other devices' threads change it meanwhile.
+        is_first = all(device != key.device for device, _ in tuple(self._warm))
+        self._warm.add((key.device, key.compute_type))
+        if not is_first:
+            return None
+        return release.floor_bytes(key.device, self._probe, before)
+
+
+def run_micro_model(
+    ctranslate2: ModuleType, kind: str, index: int, compute_type: str
+) -> None:
+    """
+    Runs a micro model on a device, through every kind of kernel that a transcription
     uses.
 
-    What it raises is what a real model would have raised: libraries that are missing, a
-    device that is out of order. Then, too, the micro model has been unloaded, unless
-    the device was lost, where it is never freed.
+    An error is the one that a real model would have raised: libraries are missing, or
+    the device does not work. The micro model is unloaded then, too, unless the device
+    was lost: on such a one it is never freed.
 
     Args:
         ctranslate2: The module of that name.
@@ -106,11 +173,13 @@ def prime(ctranslate2: ModuleType, kind: str, index: int, compute_type: str) -> 
             intra_threads=1,
         )
     try:
+        # One window and several take different kernels.
         _transcribe(model, _encode(ctranslate2, model, 1))
         _transcribe_batch(model, _encode(ctranslate2, model, _BATCH))
     except BaseException as error:
-        if classify(error) is Fault.STICKY:  # freeing it would end the process
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
+        if classify(error) is Fault.STICKY:
+            # To free it would end the process.
+            process.keep_for_ever(model)
         else:
             _unload(model)
         raise
@@ -119,10 +188,10 @@ def prime(ctranslate2: ModuleType, kind: str, index: int, compute_type: str) -> 
 
 def silent_window(whisper: WhisperModel) -> None:
     """
-    One window of silence through encode and generate.
+    Runs one window of silence through encode and generate.
 
-    The first call of a model does what its load left undone; later ones, and what they
-    answer, are as if this had not been.
+    A model's first call does what its load left undone. Later calls, and their answers,
+    are as if this one had not been.
 
     Blocks: for one run of the encoder. Only the thread that loads the model may call
     this: it reads properties of it.
@@ -130,10 +199,12 @@ def silent_window(whisper: WhisperModel) -> None:
     import numpy as np
 
     prompt = ["<|startoftranscript|>"]
+    # Others have no tokens of languages and tasks.
     if whisper.model.is_multilingual:
         prompt += ["<|en|>", "<|transcribe|>"]
     features = np.zeros((whisper.model.n_mels, AUDIO_FRAMES), np.float32)
     encoded = whisper.encode(features)
+    # Two steps: the first has no keys and values of earlier ones.
     length = len(prompt) + 2
     whisper.model.generate(encoded, [prompt], beam_size=1, max_length=length)
 
@@ -145,15 +216,15 @@ def specification(
     values: Values,
 ) -> WhisperSpec:
     """
-    CTranslate2's specification of a Whisper, valid, with tied output layer.
+    Returns CTranslate2's specification of a Whisper, valid, with tied output layer.
 
     Args:
         ctranslate2: The module of that name.
         architecture: The numbers behind the shapes.
         tokens: The vocabulary.
-        values: The numbers (float16) of a tensor, called in the order of `layout`. They
-            are kept as they are, so views of the same memory take no more than that
-            until they are saved, which copies one tensor at a time.
+        values: Returns the numbers (float16) of a tensor, called in the order of
+            `layout`. They are not copied, so views of the same memory take no more than
+            that until they are saved, which copies one tensor at a time.
     """
     specs = ctranslate2.specs
     spec = specs.WhisperSpec(
@@ -181,6 +252,7 @@ def _write_micro(ctranslate2: ModuleType, directory: str) -> None:
         return (random.standard_normal(variable.shape) * _NOISE).astype(np.float16)
 
     spec = specification(ctranslate2, _MICRO, _TOKENS, noise)
+    # Each kind of setting that a real config.json has, so that its kernels run.
     spec.config.suppress_ids = [_IDS["<|startoflm|>"]]
     spec.config.suppress_ids_begin = [_IDS["<|endoftext|>"]]
     spec.config.lang_ids = [_IDS[language] for language in _LANGUAGES]
@@ -197,7 +269,7 @@ def _encode(ctranslate2: ModuleType, model: Whisper, windows: int) -> StorageVie
 
 def _transcribe(model: Whisper, encoded: StorageView) -> None:
     """
-    What ``WhisperModel.transcribe`` asks for, word timestamps and previous text, too.
+    Makes the calls of ``WhisperModel.transcribe``, with word timestamps and a prompt.
 
     Source: faster-whisper 1.2.1, transcribe.py, generate_with_fallback and
     find_alignment.
@@ -235,7 +307,7 @@ def _transcribe(model: Whisper, encoded: StorageView) -> None:
 
 def _transcribe_batch(model: Whisper, encoded: StorageView) -> None:
     """
-    What ``BatchedInferencePipeline.transcribe`` asks for.
+    Makes the calls of ``BatchedInferencePipeline.transcribe``.
 
     Source: faster-whisper 1.2.1, transcribe.py, generate_segment_batched.
     """
@@ -262,13 +334,12 @@ def _transcribe_batch(model: Whisper, encoded: StorageView) -> None:
 
 def _unload(model: Whisper) -> None:
     """
-    Free the weights now: who holds an error still holds the model.
+    Frees the weights now: an error that is still referenced holds the model.
     """
-    give_up_s = time.monotonic() + _UNLOAD_TRIES_S
-    while model.model_is_loaded and time.monotonic() < give_up_s:
-        # Returns without a word if a batch is active or its lock is taken.
-        model.unload_model()
-        time.sleep(0.0005)
+    try:
+        unload_weights(model)
+    except StillLoaded as still:
+        _log.debug("the micro model is not unloaded: %s", still)
 
 
 def _ids(*tokens: str) -> list[int]:

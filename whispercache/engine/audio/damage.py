@@ -1,5 +1,5 @@
 """
-Damage: what of a recording cannot be heard, by its packets and its timestamps.
+The damage of a recording: the parts that cannot be heard, by packets and timestamps.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class AudioDamage:
     Times of what follows do not count it: they are that much earlier.
 
     Attributes:
-        packets: How many packets could not be decoded, and were left out.
-        broken_s: About how many seconds these stand for.
+        packets: Number of packets that could not be decoded, and were left out.
+        broken_s: Seconds that these stand for, about.
         missing_s: Seconds that are not there at all: timestamps leave them out, or the
             header counts them. A recorder that was paused does that, too.
-        breaks_off: Whether nothing more could be read at some point, who knows of how
+        breaks_off: Nothing more could be read at some point; it is not known of how
             much.
     """
 
@@ -50,7 +50,7 @@ class AudioDamage:
     @property
     def lost_s(self) -> float:
         """
-        Seconds in all.
+        The sum of both, in seconds.
         """
         return self.broken_s + self.missing_s
 
@@ -101,6 +101,7 @@ class Losses:
         """
         length_s = frame.samples / frame.sample_rate
         at_s, next_s = frame.time, self._next_s
+        # Raw streams have no times: then each frame follows the one before.
         if at_s is None:
             at_s = next_s or 0.0
         gap_s = 0.0 if next_s is None else at_s - next_s
@@ -116,8 +117,10 @@ class Losses:
         """
         Counts a packet that could not be decoded. The last one is empty: no loss.
         """
+        # An empty packet makes the decoder give out its last frames.
         if not packet.size:
             return
+        # The parts of a long tag come as packets, and only the first has its name.
         if not self._stretch:
             self._is_tag = bytes(packet).startswith(_TAGS)
         self._stretch += 1
@@ -128,13 +131,15 @@ class Losses:
         Counts a *frame* that came of a broken packet after all.
         """
         length_s = frame.samples / frame.sample_rate
+        # `hear` has counted it already.
         self.heard_s -= length_s
         self.broken_s += length_s
         self.packets += 1
 
     def total(self, promised_s: float) -> AudioDamage:
         """
-        All of it, also at the end of a stream that lasts *promised_s* by its header.
+        Returns all losses, also at the end of a stream that lasts *promised_s* by its
+        header.
         """
         if self._stretch:
             self._close(0.0)
@@ -149,16 +154,18 @@ class Losses:
         """
         if not self._is_tag:
             self.packets += self._stretch
+            # Timestamps know better, but a joined file starts them anew.
             self.broken_s += max(gap_s, self._stretch_s)
         self._stretch, self._stretch_s = 0, 0.0
 
     def _seconds(self, packet: Packet[AudioStream]) -> float:
         """
-        The seconds that a broken packet would have lasted.
+        Returns the seconds that a broken packet would have lasted.
 
         Where a container has no packets of its own, as mp3, junk of any length comes as
-        one: by its size.
+        one packet, so its size decides.
         """
+        # Much larger than any that was heard: junk, not one frame.
         if packet.size > 2 * self._largest_bytes and self.n_bytes:
             return packet.size * self.heard_s / self.n_bytes
         return float((packet.duration or 0) * (packet.time_base or 0))

@@ -1,8 +1,8 @@
 """
-Audio: what a file or a stream holds, as samples, for the library and the server alike.
+The decoding of a file or a stream to samples, for the library and the server alike.
 
-Decoding goes packet by packet, as in FFmpeg's own programs: a broken packet is left
-out, and all that follows is heard. What was lost is told.
+It goes packet by packet, as in FFmpeg's own programs: a broken packet is left out, and
+all that follows is heard. The losses are counted.
 
 This module imports PyAV and the standard library alone, since each new process of the
 server waits for its imports.
@@ -63,8 +63,8 @@ UNDECODABLE = (
     ValueError,
 )
 """
-All that PyAV was seen to raise on broken files, and their kin. A mistake in the caller
-(a wrong name, say) is none of these and is no file's fault.
+The errors that PyAV was seen to raise on broken files, and their kin. A mistake in the
+caller (a wrong name, say) raises none of these.
 """
 
 GROUP_SAMPLES = 50_000
@@ -96,13 +96,13 @@ Containers whose header says how long each stream is, and not by way of an estim
 _PYAV = int(av.__version__.partition(".")[0])
 _OPEN: dict[str, object] = {"metadata_errors": "ignore"} if _PYAV < 19 else {}  # noqa: PLR2004
 """
-Names of artists that are no text are no error; from PyAV 19 on they never are.
+Options that let metadata be bytes that are no text; from PyAV 19 on they always may be.
 """
 
 
 class NoAudio(Exception):
     """
-    There is nothing to decode; the text says why.
+    A source without anything to decode; the text says why.
     """
 
 
@@ -113,7 +113,7 @@ class Audio:
 
     Attributes:
         samples: float32 (samples,), mono, 16 kHz, in ±1.
-        damage: What of it could not be heard; None if nothing worth telling.
+        damage: The parts that could not be heard; None if none are worth telling.
     """
 
     samples: NDArray[np.float32]
@@ -125,8 +125,8 @@ def read_audio(source: str | os.PathLike[str] | BinaryIO) -> Audio:
     Decodes a file or a stream, as ``transcribe`` does with what it is given.
 
     Args:
-        source: A path, or whatever else FFmpeg opens by name, or a binary stream, read
-            from where it is. It need not be seekable.
+        source: A path, anything else that FFmpeg opens by name, or a binary stream,
+            which is read from its position. It need not be seekable.
 
     Returns:
         The samples, bit by bit those of ``faster_whisper.decode_audio`` where nothing
@@ -150,6 +150,7 @@ def read_audio(source: str | os.PathLike[str] | BinaryIO) -> Audio:
         with open_audio(opened) as container:
             recording = Recording(container)
             samples = _joined(list(recording.pieces()))
+    # The reason is ready for people; FFmpeg's errors need words first.
     except NoAudio as error:
         raise AudioError(name_of(source), str(error)) from error
     except UNDECODABLE as error:
@@ -175,9 +176,10 @@ def collect() -> None:
 
 def name_of(source: object) -> str:
     """
-    The name of a recording in a message: its path, or its type where it has none.
+    Returns the name of a recording in a message: its path, or else its type.
     """
-    name = getattr(source, "name", source)  # an open file has its path
+    # An open file has its path, or, if it was opened by number, that number.
+    name = getattr(source, "name", source)
     if isinstance(name, (str, os.PathLike)):
         return repr(os.fspath(name))
     return type(source).__name__
@@ -193,7 +195,8 @@ def open_audio(source: str | BinaryIO, **options: object) -> InputContainer:
 
 def _refusal(source: object) -> str:
     """
-    Why nothing can be read from what was given, and what to give; empty if it can.
+    Explains why nothing can be read from *source*, with a cure; empty if it can be
+    read.
     """
     if isinstance(source, str):
         return ""
@@ -214,6 +217,7 @@ def _is_of_path(error: BaseException, source: object) -> bool:
     kinds = (FileNotFoundError, IsADirectoryError, PermissionError)
     if not isinstance(source, str) or not isinstance(error, kinds):
         return False
+    # FFmpeg may use the same words for a segment that a playlist names.
     return not (Path(source).is_file() and os.access(source, os.R_OK))
 
 
@@ -227,12 +231,14 @@ def _reason(error: BaseException) -> str:
 
 def _joined(pieces: list[memoryview]) -> NDArray[np.float32]:
     """
-    Samples as floats. *pieces* is emptied on the way, so that long audio is there once.
+    Returns the samples as floats. *pieces* is emptied on the way, so that long audio is
+    in memory once.
     """
     import numpy as np
 
     n_samples = sum(piece.nbytes for piece in pieces) // SAMPLE_BYTES
     samples = np.empty(n_samples, np.float32)
+    # From the end of the reversed list: to pop its beginning would move all others.
     at = 0
     pieces.reverse()
     while pieces:
@@ -275,7 +281,8 @@ class Recording:
 
     def pieces(self) -> Iterator[memoryview]:
         """
-        Samples in mono, 16 kHz, 16 bit, of this machine's byte order, some at a time.
+        Yields samples in mono, 16 kHz, 16 bit, of this machine's byte order, some at a
+        time.
 
         Raises:
             NoAudio: its rate is none, or too high.
@@ -287,7 +294,7 @@ class Recording:
 
     def damage(self) -> AudioDamage | None:
         """
-        The losses, once all pieces are there; None if none are worth telling.
+        Returns the losses, once all pieces are there; None if none are worth telling.
         """
         damage = self._losses.total(_promised_s(self._container, self._stream))
         is_told = damage.lost_s >= WORTH_TELLING_S or damage.breaks_off
@@ -295,7 +302,7 @@ class Recording:
 
     def _frames(self) -> Iterator[AudioFrame]:
         """
-        The frames that the stream decodes to, without their times.
+        Yields the frames that the stream decodes to, without their times.
         """
         losses = self._losses
         for packet in self._packets():
@@ -307,6 +314,7 @@ class Recording:
             except av.error.FFmpegError:
                 losses.lose(packet)
                 continue
+            # Decoded packets give the size of a second, for those that cannot be.
             losses.n_bytes += packet.size
             for frame in frames:
                 if not 0 < frame.sample_rate <= self._highest_rate_hz:
@@ -318,7 +326,7 @@ class Recording:
 
     def _packets(self) -> Iterator[Packet[AudioStream]]:
         """
-        The stream's packets, to where the container breaks off.
+        Yields the stream's packets, to where the container breaks off.
         """
         try:
             yield from self._container.demux(self._stream)
@@ -330,11 +338,12 @@ class Recording:
 
 def _promised_s(container: InputContainer, stream: AudioStream) -> float:
     """
-    Seconds that a stream lasts by its header; 0 where that cannot be relied on.
+    Returns the seconds that a stream lasts by its header; 0 where that cannot be relied
+    on.
 
-    Fragments of an mp4 count from the beginning of what they were cut out of, as when
-    somebody joins a live stream: what was before is not missed. The header of a flac
-    does so, too, but there a beginning that is gone is told by nothing else.
+    Fragments of an mp4 count from the beginning of the stream that they were cut out
+    of, as those of a live stream: the part before them is not missing. The header of a
+    flac does so, too, but there nothing else shows that a beginning is gone.
     """
     names = container.format.name.split(",")
     if _COUNTED.isdisjoint(names) or not stream.duration or not stream.time_base:
@@ -345,7 +354,7 @@ def _promised_s(container: InputContainer, stream: AudioStream) -> float:
 
 def _grouped(frames: Iterable[AudioFrame]) -> Iterator[AudioFrame]:
     """
-    The same in larger frames, each of one form: format, channels and rate.
+    Yields the same in larger frames, each of one form: format, channels and rate.
     """
     fifo: av.AudioFifo | None = None
     form: tuple[object, ...] = ()
@@ -372,9 +381,9 @@ def _rest(fifo: av.AudioFifo) -> Iterator[AudioFrame]:
 
 def _resampled(frames: Iterable[AudioFrame], losses: Losses) -> Iterator[AudioFrame]:
     """
-    The same in mono, 16 kHz, 16 bit, however often *frames* change their form.
+    Yields the same in mono, 16 kHz, 16 bit, however often *frames* change their form.
 
-    A broken packet may decode to a form that there is no way from: it is left out.
+    A broken packet may decode to a form that cannot be converted; it is left out.
     """
     resampler: av.AudioResampler | None = None
     form: tuple[object, ...] = ()
@@ -382,6 +391,7 @@ def _resampled(frames: Iterable[AudioFrame], losses: Losses) -> Iterator[AudioFr
         of_frame = (frame.format.name, frame.layout.name, frame.sample_rate)
         if resampler is None or form != of_frame:
             if resampler is not None:
+                # What the old one still holds comes before the new form's samples.
                 yield from resampler.resample(None)
             resampler, form = av.AudioResampler("s16", "mono", SAMPLES_PER_S), of_frame
         try:

@@ -1,9 +1,9 @@
 """
-Features: what a model sees of the audio, its log-Mel spectrogram.
+The features of audio: its log-Mel spectrogram, which is the input of a model.
 
 faster-whisper computes it for a whole file at once, which takes 0.9 MiB of memory for
-each second of audio. Long audio is taken in blocks here: what stays is the result, a
-thirtieth of that.
+each second of audio. Long audio is processed in blocks here, so that only the result, a
+thirtieth of that, grows with it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Source: openai/whisper, audio.py, ``log_mel_spectrogram``; with the two lines af
 
 class FeatureExtractor(Protocol):
     """
-    faster-whisper's own, as far as it is used here.
+    The part of faster-whisper's feature extractor that is used here.
     """
 
     n_fft: int
@@ -54,7 +54,8 @@ class FeatureExtractor(Protocol):
         return_complex: bool,
     ) -> NDArray[np.complexfloating]:
         """
-        The short-time Fourier transform of *samples*: complex (frequencies, frames).
+        Returns the short-time Fourier transform of *samples*: complex (frequencies,
+        frames).
         """
 
     def __call__(
@@ -64,17 +65,17 @@ class FeatureExtractor(Protocol):
         chunk_length: int | None = ...,
     ) -> NDArray[np.float32]:
         """
-        The spectrogram of *waveform*.
+        Returns the spectrogram of *waveform*.
         """
 
 
 class InBlocks:
     """
-    A feature extractor that takes long audio in blocks; otherwise the one it is made
-    of.
+    A feature extractor that processes long audio in blocks, and else behaves as the one
+    that it wraps.
 
-    As with that one, a window of another length is kept for the next call: whoever
-    shares it works with a copy, which has its own (``copy.copy``).
+    As with that one, the length of a window is kept for the next call: views of a model
+    have copies (``copy.copy``) with a length of their own.
 
     Args:
         extractor: faster-whisper's.
@@ -89,7 +90,8 @@ class InBlocks:
         setattr(self._extractor, name, value)
 
     def __getattr__(self, name: str) -> object:
-        if name == "_extractor":  # not there yet, as when this is copied
+        # copy.copy() looks up methods before the object has any attribute.
+        if name == "_extractor":
             raise AttributeError(name)
         return getattr(self._extractor, name)
 
@@ -103,10 +105,10 @@ class InBlocks:
         chunk_length: int | None = None,
     ) -> NDArray[np.float32]:
         """
-        The log-Mel spectrogram of *waveform*: float32 (mels, frames), 100 frames a
-        second.
+        Returns the log-Mel spectrogram of *waveform*: float32 (mels, frames), 100
+        frames a second.
 
-        The same as from faster-whisper, up to the rounding of float32.
+        It is the same as from faster-whisper, up to the rounding of float32.
 
         Args:
             waveform: float32 (samples,), mono, 16 kHz.
@@ -114,8 +116,10 @@ class InBlocks:
             chunk_length: Seconds of a window, if not 30.
         """
         extractor = self._extractor
+        # Short audio costs little, and is the common case.
         if len(waveform) <= LONG_S * extractor.sampling_rate:
             return extractor(waveform, padding=padding, chunk_length=chunk_length)
+        # As faster-whisper does it, for the next call.
         if chunk_length is not None:
             extractor.n_samples = chunk_length * extractor.sampling_rate
             extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
@@ -131,6 +135,7 @@ def _log_mel(
     n_frames = (len(waveform) + padding) // hop
     block = BLOCK_S * extractor.sampling_rate // hop
     mels = len(extractor.mel_filters)
+    # The only array that is as long as the audio.
     spectrogram = np.empty((mels, n_frames), np.float32)
     window = np.hanning(extractor.n_fft + 1)[:-1].astype(np.float32)
     for first in range(0, n_frames, block):
@@ -147,7 +152,9 @@ def _log_mel(
         power = extractor.mel_filters @ (np.abs(stft) ** 2)
         np.clip(power, 1e-10, None, out=power)
         np.log10(power, out=spectrogram[:, first:last])
+    # Relative to the loudest frame of all blocks, hence after the loop.
     np.maximum(spectrogram, spectrogram.max() - _RANGE, out=spectrogram)
+    # In place: a copy would double the peak.
     spectrogram += 4.0
     spectrogram /= 4.0
     return spectrogram
@@ -161,8 +168,8 @@ def _around(
     extractor: FeatureExtractor,
 ) -> NDArray[np.float32]:
     """
-    The samples of the frames that begin at *start*, up to *stop*: each frame is centred
-    on its sample. Before its beginning and after its end, audio is its mirror image.
+    Returns the samples of the frames from *start* to *stop*; each frame is centred on
+    its sample. Before its beginning and after its end, audio is its mirror image.
     """
     import numpy as np
 

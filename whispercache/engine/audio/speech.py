@@ -1,9 +1,9 @@
 """
-Speech: where somebody speaks in an audio, found in blocks.
+The detection of speech in audio, in blocks.
 
 faster-whisper's voice activity detection (VAD) takes a few hundred MiB beside long
-audio. Here its model looks at a block at a time, and what it found is not copied again:
-the result is the same to the last bit.
+audio. Here its model sees a block at a time, and what it found is not copied again: the
+result is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Session(Protocol):
         self, outputs: None, inputs: Mapping[str, NDArray[np.float32]]
     ) -> Sequence[NDArray[np.float32]]:
         """
-        The probabilities of a block, and the state after it.
+        Returns the probabilities of a block, and the state after it.
         """
 
 
@@ -56,8 +56,8 @@ def bounded_names(
     vad_options: Callable[..., object],
 ) -> dict[str, Callable[..., object]]:
     """
-    Functions to be found in place of these of faster-whisper's by a ``transcribe``
-    whose memory is bounded; see `rebound.swapped`.
+    Returns the replacements of functions of faster-whisper's for a ``transcribe`` whose
+    memory is bounded, by name; see `rebound.swapped`.
     """
 
     def bounded_model() -> object:
@@ -75,6 +75,17 @@ def bounded_names(
         in_blocks = rebound(get_speech_timestamps, get_vad_model=bounded_model)
         return in_blocks(audio, options, **more)
 
+    return {
+        "get_speech_timestamps": timestamps,
+        "collect_chunks": _without_copies(collect_chunks),
+    }
+
+
+def _without_copies(collect_chunks: Callable[..., object]) -> Callable[..., object]:
+    """
+    Returns a ``collect_chunks`` that does not copy what it has so far for each chunk.
+    """
+
     def bounded_chunks(
         audio: Samples,
         chunks: Sequence[Clip],
@@ -83,8 +94,7 @@ def bounded_names(
     ) -> object:
         if not chunks or max_duration != float("inf"):
             return collect_chunks(audio, chunks, sampling_rate, max_duration)
-        # Views, which the caller joins; faster-whisper copies what it has so far for
-        # each of them.
+        # Views, which the caller joins.
         parts = [audio[each["start"] : each["end"]] for each in chunks]
         n_samples = sum(map(len, parts))
         whole = {
@@ -94,10 +104,7 @@ def bounded_names(
         }
         return parts, [whole]
 
-    return {
-        "get_speech_timestamps": timestamps,
-        "collect_chunks": bounded_chunks,
-    }
+    return bounded_chunks
 
 
 class InBlocks:
@@ -114,7 +121,7 @@ class InBlocks:
         self, audio: Samples, num_samples: int = 512, context_size_samples: int = 64
     ) -> Samples:
         """
-        The probability of speech in each window: float32 (windows, 1).
+        Returns the probability of speech in each window: float32 (windows, 1).
 
         Args:
             audio: float32 (windows × *num_samples*,), a copy of the caller's own: its
@@ -124,6 +131,7 @@ class InBlocks:
         """
         import numpy as np
 
+        # As faster-whisper does, whose result this must equal.
         audio[-context_size_samples:] = 0
         windows = audio.reshape(-1, num_samples)
         state = np.zeros((1, 1, 128), np.float32)

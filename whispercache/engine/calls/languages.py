@@ -1,8 +1,8 @@
 """
-Languages: what people call them, and which of them a model knows.
+The names of languages, and the languages that a model knows.
 
-Whisper goes by codes (``"de"``). Here names, locale tags and older codes are taken as
-well, and what a model knows is told from its files, before it is loaded.
+Whisper goes by codes (``"de"``). Here names, locale tags and older codes are accepted
+as well, and a model's languages are read from its files, before it is loaded.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ Sizes of the vocabularies of Whisper's English-only models, and of those since l
 
 def language_code(language: str | None) -> str | None:
     """
-    Whisper's code of a language: of its code, name, or locale; None to detect it.
+    Returns Whisper's code of a language, given by code, name, or locale; None to detect
+    it.
 
     ``"de"``, ``"German"``, ``"de-AT"`` and ``"de_DE.UTF-8"`` are ``"de"``; None, empty
     text and ``"auto"`` ask for detection.
@@ -133,15 +134,19 @@ def language_code(language: str | None) -> str | None:
     text = language.strip().lower().replace("_", "-")
     if text in _DETECT:
         return None
-    for spelled in (text, text.replace("-", " ")):  # "haitian-creole"
+    # Names of two words are spelled with a hyphen by some: "haitian-creole".
+    for spelled in (text, text.replace("-", " ")):
         if spelled in _CODES:
             return _CODES[spelled]
+    # A POSIX locale may have an encoding and a modifier: "de_DE.UTF-8@euro".
     locale = text.partition(".")[0].partition("@")[0]
     if match := _LOCALE.fullmatch(locale):
         parts = locale.split("-")
+        # "zh-yue" is another language than "zh", so the longer tag goes first.
         for tag in ("-".join(parts[:2]), match[1]):
             if tag in _CODES:
                 return _CODES[tag]
+    # Only codes: "german.utf-8" is no locale.
     elif locale in _CODES and locale in {*LANGUAGES, *_OTHER_CODES}:
         return _CODES[locale]
     raise ValueError(
@@ -156,12 +161,12 @@ class Knowledge:
     The languages and tokens that a model has.
 
     Attributes:
-        n_tokens: How many tokens it has.
+        n_tokens: Number of its tokens.
         is_multilingual: It knows other languages than English.
-        languages: Codes of those that it knows, in Whisper's order.
-        words_error: Why it cannot tell when words were said; None if it can, or
-            CTranslate2 says so by itself.
-        can_detect: It tells which language is spoken.
+        languages: Codes of the languages that it knows, in Whisper's order.
+        words_error: The error of a call that asks for word timestamps; None if it has
+            them, or CTranslate2 raises one by itself.
+        can_detect: It can detect the language that is spoken.
     """
 
     n_tokens: int
@@ -173,7 +178,8 @@ class Knowledge:
 
 def knowledge_of(files: ModelFiles) -> Knowledge | None:
     """
-    The languages and tokens of the model of *files*; None if nothing is known of it.
+    Returns the languages and tokens of the model of *files*; None if nothing is known
+    of it.
 
     No look at the disk for files that were looked at before; see `files.claims_of`.
 
@@ -188,6 +194,7 @@ def knowledge_of(files: ModelFiles) -> Knowledge | None:
         return _by_size(source.vocabulary)
     claims = claims_of(files)
     special, is_multilingual = claims.vocabulary.special, True
+    # Distilled models and fine-tunes may lack some.
     codes = tuple(code for code in LANGUAGES if f"<|{code}|>" in special)
     if not claims.vocabulary.is_multilingual:
         codes, is_multilingual = ("en",), False
@@ -199,8 +206,8 @@ def knowledge_of(files: ModelFiles) -> Knowledge | None:
 
 def check_language(model: str, code: str | None, known: Knowledge | None) -> None:
     """
-    Refuses a language that a model does not know. An English-only one is asked for
-    nothing: it takes all for English, and faster-whisper warns of that.
+    Refuses a language that a model does not know. An English-only model refuses none:
+    it takes all for English, and faster-whisper warns of that.
 
     Raises:
         ValueError: it does not.
@@ -221,8 +228,8 @@ def check_knowledge(
     model: str, values: Mapping[str, object], known: Knowledge | None
 ) -> None:
     """
-    Refuses a call in a language or with tokens that a model does not know, or for words
-    where it cannot tell when they were said.
+    Refuses a call in a language or with tokens that a model does not know, or for word
+    timestamps that it cannot give.
 
     Raises:
         ValueError: it does not.
@@ -241,8 +248,9 @@ def check_knowledge(
 @functools.lru_cache(maxsize=64)
 def _by_size(n_tokens: int) -> Knowledge:
     """
-    The vocabulary of one of OpenAI's models, of which this is the size.
+    Returns what one of OpenAI's models knows, by the size of its vocabulary.
     """
+    # Compared, not looked up, so that any size has an answer.
     if n_tokens <= _ENGLISH_TOKENS:
         return Knowledge(n_tokens, is_multilingual=False, languages=("en",))
     codes = (c for c in LANGUAGES if c != "yue" or n_tokens >= _CANTONESE_TOKENS)

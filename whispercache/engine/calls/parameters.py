@@ -1,8 +1,8 @@
 """
-Parameters of a call: what faster-whisper takes, told before a model is loaded for it.
+The parameters of a call, checked before a model is loaded for it. Pure.
 
-What it would refuse after seconds, never come back from, or take for something else is
-refused here, with the name of the parameter and what it may be. Pure.
+Values that faster-whisper would refuse after seconds, hang on, or take for something
+else are refused here, with the name of the parameter and what it may be.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 WINDOW_S = 30
 """
-Seconds that a Whisper model looks at; what is beyond them, it does not hear.
+Seconds in the window of a Whisper model; it does not hear what is beyond them.
 """
 
 _TASKS = ("transcribe", "translate")
@@ -68,7 +68,7 @@ def filters_speech(options: Options, *, is_batched: bool) -> bool:
 
 def temperatures_of(options: Options) -> tuple[object, ...]:
     """
-    The temperatures that a call may come to.
+    Returns the temperatures that a call may try.
     """
     given = options.get("temperature", _LADDER)
     return tuple(given) if isinstance(given, (list, tuple)) else (given,)
@@ -107,6 +107,7 @@ class _Call:
         Tells whether voice activity is looked for: not where clips are named.
         """
         if self.is_batched:
+            # The pipeline needs clips: without any it looks for speech by itself.
             is_asked = self.options.get("vad_filter", True)
             return bool(is_asked) and not self.options.get("clip_timestamps")
         clips = self.options.get("clip_timestamps", "0")
@@ -116,7 +117,8 @@ class _Call:
 def _is_above_0(value: object) -> bool:
     try:
         return float(cast("float", value)) > 0
-    except (TypeError, ValueError):  # told by its own check
+    except (TypeError, ValueError):
+        # The parameter has a check of its own, which names it.
         return False
 
 
@@ -133,11 +135,12 @@ def _refuse(name: str, wanted: str, value: object, *, kind: bool = False) -> Exc
 
 def _count(name: str, value: object, least: int = 1, most: int | None = None) -> int:
     """
-    A whole number within bounds; NumPy's will do, and so will True.
+    Returns a whole number within bounds; NumPy's will do, and so will True.
     """
     wanted = f"a whole number of {least} or more"
     if most is not None:
         wanted = f"a whole number from {least} to {most}"
+    # operator.index() refuses 1.5 and "1", which int() would take.
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -156,13 +159,14 @@ def _number(
     is_fine: Callable[[float], bool] = lambda _: True,
 ) -> object:
     """
-    A number, as it was given, if *is_fine*; NaN never is.
+    Returns a number, as it was given, if *is_fine*; NaN never is.
     """
     is_text = isinstance(value, (str, bytes, bytearray))
     try:
         number = math.nan if is_text else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         is_text, number = True, math.nan
+    # An integer too large for a float.
     except OverflowError:
         number = math.inf
     if is_text:
@@ -182,20 +186,23 @@ def _finite(_call: _Call, name: str, value: object) -> object:
 
 
 def _threshold(call: _Call, name: str, value: object) -> object:
-    if value is None or call.is_batched:  # which has none
+    # The pipeline has no fallback, and looks at no threshold.
+    if value is None or call.is_batched:
         return value
     return _number(name, value, "a number or None")
 
 
 def _text(_call: _Call, name: str, value: object) -> object:
-    if value and not isinstance(value, str):  # nothing is nothing of any kind
+    # Anything empty counts as no text in faster-whisper, whatever its type.
+    if value and not isinstance(value, str):
         raise _refuse(name, "text or None", value, kind=True)
     return value
 
 
 def _items(name: str, wanted: str, value: object) -> list[object]:
     """
-    A list of one's own, which faster-whisper may add to, and a second try may read.
+    Returns a copy as a list: faster-whisper adds to it, and a second try needs the
+    original.
     """
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(
         value, Iterable
@@ -230,12 +237,14 @@ def _temperature(call: _Call, name: str, value: object) -> object:
     several = list(value) if isinstance(value, (list, tuple)) else [value]
     if not several:
         raise _refuse(name, wanted, value)
+    # The pipeline uses the first one only.
     for each in several[: 1 if call.is_batched else None]:
         _number(name, each, wanted, lambda number: 0 <= number < math.inf)
     return several if isinstance(value, list) else value
 
 
 def _reset_temperature(call: _Call, name: str, value: object) -> object:
+    # Only compared where the text before is a prompt of the next window.
     is_used = call.options.get("condition_on_previous_text", True)
     return value if call.is_batched or not is_used else _number(name, value)
 
@@ -257,13 +266,15 @@ def _suppress_tokens(_call: _Call, name: str, value: object) -> object:
 
 
 def _initial_timestamp(call: _Call, name: str, value: object) -> object:
-    if call.is_batched:  # which has one of its own
+    # The pipeline sets one of its own.
+    if call.is_batched:
         return value
     wanted = "a finite number of seconds, 0 or more"
     return _number(name, value, wanted, lambda number: 0 <= number < math.inf)
 
 
 def _punctuations(call: _Call, name: str, value: object) -> object:
+    # Iterated over only where words are aligned.
     if call.options.get("word_timestamps") and not isinstance(value, Iterable):
         raise _refuse(name, "text", value, kind=True)
     return value
@@ -277,10 +288,12 @@ def _chunk_length(call: _Call, name: str, value: object) -> object:
     if value is None:
         return value
     if not call.is_batched:
-        if isinstance(value, float) and value.is_integer():  # as settings may have it
+        # JSON and TOML may turn 30 into 30.0.
+        if isinstance(value, float) and value.is_integer():
             value = int(value)
         return _count(name, value, 1, WINDOW_S)
-    wanted = f"seconds, {WINDOW_S} at most"  # 0 is as good as None there
+    # The pipeline takes 0 for None.
+    wanted = f"seconds, {WINDOW_S} at most"
     return _number(name, value, wanted, lambda number: 0 <= number <= WINDOW_S)
 
 
@@ -298,14 +311,16 @@ def _clip_timestamps(call: _Call, name: str, value: object) -> object:
         seconds = _items(name, wanted, value)
     for each in seconds:
         _number(name, each, wanted, lambda number: 0 <= number < math.inf)
-    if not seconds:  # all of it; the detection of the language wants a beginning
+    # No clip is the whole file, but the detection of the language looks at the first
+    # one without a check.
+    if not seconds:
         return [0.0]
     return value if isinstance(value, str) else seconds
 
 
 def _clips(name: str, value: object) -> list[dict[str, object]]:
     """
-    Clips of the batched pipeline.
+    Returns the clips of the batched pipeline.
     """
     wanted = "a list of {'start': seconds, 'end': seconds} with batch_size"
     clips = []
@@ -321,7 +336,8 @@ def _clips(name: str, value: object) -> list[dict[str, object]]:
 
 def _detection_threshold(call: _Call, name: str, value: object) -> object:
     """
-    None, as in earlier versions of faster-whisper: what is heard first decides.
+    Returns the threshold, and 0 for None, which meant in earlier versions of
+    faster-whisper that the first window decides.
     """
     if value is None:
         return 0.0 if call.detects() else value
@@ -337,11 +353,11 @@ def _detection_segments(call: _Call, name: str, value: object) -> object:
 
 def _vad_parameters(call: _Call, name: str, value: object) -> object:
     """
-    A mapping or options of voice activity detection; a copy, which the pipeline writes
-    into.
+    Returns a copy of a mapping, or of options, of voice activity detection; the
+    pipeline writes into it.
 
-    As options, they have no limit unless one is given, and the pipeline would not hear
-    what is beyond 30 s of a stretch of speech; in a mapping it sets the limit itself.
+    Options have no limit unless one is given, and the pipeline would not hear what is
+    beyond 30 s of a stretch of speech; in a mapping it sets the limit itself.
     """
     if not call.filters() or value is None:
         return value
@@ -428,8 +444,8 @@ def checked(
     options: Options, *, is_batched: bool = False, vad_names: Collection[str] = ()
 ) -> dict[str, object]:
     """
-    A copy of the parameters of one call that faster-whisper can work with, and write
-    into.
+    Returns a copy of the parameters of one call, which faster-whisper can work with and
+    write into.
 
     Args:
         options: By name; see `bound`.
@@ -448,7 +464,7 @@ def checked(
 
 def check_batch_size(value: object) -> int:
     """
-    Windows at once.
+    Returns the batch size, if it is one.
 
     Raises:
         TypeError, ValueError: not a whole number above 0.

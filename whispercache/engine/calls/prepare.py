@@ -1,7 +1,7 @@
 """
-Prepare: a call on a model, checked and with its audio decoded, before a lease is taken.
+The preparation of a call: checked, and with its audio decoded, before it takes a lease.
 
-Whatever can be refused is refused here, so that nobody's model leaves for it.
+Whatever can be refused is refused here, so that no model is evicted for it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def workload_of(
     options: Mapping[str, object], batch_size: int | None, n_samples: int = 0
 ) -> Workload:
     """
-    The work of a ``transcribe`` call with these options, on so many samples.
+    Returns the work of a ``transcribe`` call with these options, on so many samples.
     """
 
     def count(name: str) -> int:
@@ -60,19 +60,20 @@ def workload_of(
         audio_s=rounded_audio_s(n_samples / _RATE_HZ),
         vad=filters_speech(options, is_batched=is_batched),
     )
+    # The same object each time: footprints are memoized by it.
     return DEFAULT_WORKLOAD if workload == DEFAULT_WORKLOAD else workload
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """
-    A call that makes sense, ready for a lease.
+    A call that was checked, ready for a lease.
 
     Attributes:
-        samples: What is to be heard; None for features.
+        samples: The audio; None if the call has features.
         options: Parameters by name, the call's own.
         batch_size: Windows at once of the batched pipeline; None without that.
-        workload: What it takes.
+        workload: Its work, for the reservation of memory.
     """
 
     samples: NDArray[np.float32] | None
@@ -89,7 +90,7 @@ def prepared(
     batch_size: int | None,
 ) -> Prepared:
     """
-    A call of ``transcribe``, checked and with its audio decoded.
+    Returns a call of ``transcribe``, checked and with its audio decoded.
 
     Blocks: for decoding; for a download, where only that tells whether the model knows
     the language.
@@ -110,12 +111,13 @@ def prepared(
     names = () if vad is None else tuple(vad.parameters)
     values = checked(given, is_batched=is_batched, vad_names=names)
     if "language" in values:
-        # Who names none does not wait for what tells of them.
+        # A call that names none need not wait for this import.
         from .languages import language_code
 
         values["language"] = language_code(cast("str | None", values["language"]))
     check_knowledge(source, values)
     _check_position(audio)
+    # Last, since it takes longest; and before the lease, so that it holds no model.
     samples = source.decode_audio(audio)
     workload = workload_of(values, batch_size, getattr(samples, "size", 0))
     return Prepared(samples, values, batch_size, workload)
@@ -126,18 +128,21 @@ def _check_position(audio: AudioInput) -> None:
     Refuses a stream that has nothing left to read.
 
     Raises:
-        AudioError: it is at its end, where whoever wrote or read it has left it.
+        AudioError: it is at its end, where it was left after it was written or read.
     """
     if not hasattr(audio, "seek") or not hasattr(audio, "tell"):
         return
     try:
         position = audio.tell()
-        if not isinstance(position, int):  # of a stream to be awaited, say
+        # An asynchronous stream answers with a coroutine; the decoder refuses it.
+        if not isinstance(position, int):
             return
         audio.seek(0, os.SEEK_END)
-        end = audio.tell()  # a mapped file's seek() returns nothing
+        # seek() of a mapped file returns nothing.
+        end = audio.tell()
         audio.seek(position)
-    except (OSError, ValueError):  # a pipe, or closed: the decoder will tell
+    except (OSError, ValueError):
+        # A pipe, or a closed file: the decoder says so if it matters.
         return
     if 0 < end <= position:
         reason = "the stream is at its end; seek(0) to hear it from its beginning"
@@ -147,7 +152,7 @@ def _check_position(audio: AudioInput) -> None:
 def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
     """
     Refuses a call in a language or with tokens that the model does not know, or for
-    words where it cannot tell when they were said.
+    word timestamps that it cannot give.
 
     Raises:
         ValueError: it does not.
@@ -160,7 +165,8 @@ def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
         for name in ("initial_prompt", "suppress_tokens")
     )
     if language is None and not names_tokens and not wants_words:
-        return  # spares a look at its files
+        # No look at the files, which may have to be downloaded for it.
+        return
     from . import languages
 
     languages.check_knowledge(str(source), values, source.knowledge())
@@ -173,7 +179,8 @@ def prepared_detection(
     options: Mapping[str, object],
 ) -> Prepared:
     """
-    A call of ``detect_language``, checked and with its audio decoded; see `prepared`.
+    Returns a call of ``detect_language``, checked and with its audio decoded; see
+    `prepared`.
     """
     signatures = source.signatures()
     given = bound(signatures["detect_language"], (audio, *args), options)

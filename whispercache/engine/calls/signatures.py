@@ -1,5 +1,5 @@
 """
-Signatures: what a function of another library takes, and what a call gives it. Pure.
+The signatures of another library's functions, and calls bound to them. Pure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def bound(
     options: Mapping[str, object],
 ) -> dict[str, object]:
     """
-    The parameters of a call by name, positional ones too.
+    Returns the parameters of a call by name, positional ones too.
 
     Raises:
         TypeError: there is no such parameter, there are too many, or one came twice.
@@ -31,7 +31,8 @@ def bound(
     keyword = inspect.Parameter.KEYWORD_ONLY
     names = [each.name for each in parameters if each.kind is plain]
     known = [*names, *(each.name for each in parameters if each.kind is keyword)]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:  # it takes anything, audio first
+    # A wrapper takes anything, and passes the audio on first.
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
         names = names or ["audio"]
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         for name in options:
@@ -55,11 +56,12 @@ def signature_of(
     function: Callable[..., object], *, follow_wrapped: bool = True
 ) -> inspect.Signature:
     """
-    The parameters of a method, given as a function of its class, without ``self``.
+    Returns the signature of a method, given as a function of its class, without
+    ``self``.
 
     Args:
         function: The method.
-        follow_wrapped: Of a decorated one those of what was decorated.
+        follow_wrapped: Of a decorated one, takes the signature of what was decorated.
     """
     signature = inspect.signature(function, follow_wrapped=follow_wrapped)
     first, *others = signature.parameters.values()

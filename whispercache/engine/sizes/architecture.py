@@ -1,5 +1,5 @@
 """
-The shapes of Whisper models: what the known sizes are made of.
+The shapes of Whisper models, and the numbers behind those of the known sizes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TEXT_POSITIONS = 448
 
 HUB_COMPUTE_TYPE = "float16"
 """
-What the known models are saved in on the hub.
+The type that the known models are saved in on the hub.
 """
 
 _CONV_WIDTH = 3
@@ -87,7 +87,7 @@ class Variable:
         shape: Dimensions; empty for a scalar.
         dtype: Saved type, a key of `ITEM_BYTES`.
         nbytes: Bytes of its payload.
-        offset: Where the payload starts in the file, in bytes.
+        offset: Start of the payload in the file, in bytes.
     """
 
     name: str
@@ -99,11 +99,12 @@ class Variable:
     @property
     def elements(self) -> int:
         """
-        How many numbers it holds.
+        The number of its elements.
         """
         return prod(self.shape)
 
 
+# Sizes of the vocabularies; that of large-v3 added Cantonese.
 _ENGLISH, _MULTILINGUAL, _CANTONESE = 51864, 51865, 51866
 _LARGE = (1280, 32, 32, 20, 5120, 80, _MULTILINGUAL)
 
@@ -141,7 +142,7 @@ Source: config.json of each on the model hub (openai, distil-whisper).
 @lru_cache(maxsize=32)
 def layout(architecture: Architecture) -> tuple[Variable, ...]:
     """
-    The tensors that a float16 model.bin of this architecture has, offsets left at 0.
+    Returns the tensors of a float16 model.bin of this architecture, offsets left at 0.
     """
     width, mels = architecture.d_model, architecture.mels
     shapes: dict[str, tuple[int, ...]] = {
@@ -160,6 +161,7 @@ def layout(architecture: Architecture) -> tuple[Variable, ...]:
     for layer in range(architecture.decoder_layers):
         prefix = f"decoder/layer_{layer}"
         shapes |= _layer(prefix, architecture)
+        # Keys and values of the audio are one layer, queries another.
         shapes |= _block(f"{prefix}/attention", width, (width, 2 * width, width))
     return tuple(
         Variable(name, shape, HUB_COMPUTE_TYPE, 2 * prod(shape), 0)
@@ -170,6 +172,7 @@ def layout(architecture: Architecture) -> tuple[Variable, ...]:
 def _layer(prefix: str, architecture: Architecture) -> dict[str, tuple[int, ...]]:
     width, ffn = architecture.d_model, architecture.ffn
     return {
+        # Queries, keys and values are one layer.
         **_block(f"{prefix}/self_attention", width, (3 * width, width)),
         **_block(f"{prefix}/ffn", width, (ffn, width)),
         f"{prefix}/ffn/linear_1/weight": (width, ffn),

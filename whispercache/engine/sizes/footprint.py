@@ -1,5 +1,5 @@
 """
-Bytes that a model takes, before it is loaded.
+The bytes that a model takes, before it is loaded.
 
 The shapes come from the header of model.bin or, where no file is there yet, from the
 architecture of a known size; both go through the same sums.
@@ -79,8 +79,8 @@ HEAP_SLACK = 1.25
 """
 What a load on the CPU reserves, as a multiple of its predicted peak.
 
-Source: with the heap's holes and the shell that the model before left, loads of base to
-int8 in turn with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
+Source: with the heap's holes and the kept tokenizer of the model before, loads of base
+to int8 in turn with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
 """
 
 _SAMPLES_BYTES_PER_S = 4 * 16_000
@@ -88,14 +88,13 @@ _FRAMES_PER_S = 100
 
 _VAD_BYTES = 16 * 1024**2
 """
-What the detection of voice activity takes for a block (speech.py).
+Memory of the detection of voice activity for a block (speech.py).
 """
 
 _PADDED = 1.5
 """
-What the batched pipeline's windows take when they are padded to 30 s, as a multiple of
-the features in them. At most 2: two in a row are more than 30 s together, or they would
-be one.
+Size of the batched pipeline's windows, padded to 30 s, as a multiple of the features in
+them. At most 2: two in a row are more than 30 s together, or they would be one.
 """
 
 _EXTRACTING_BYTES = 54 * 1024**2
@@ -108,16 +107,16 @@ and less for the blocks of longer audio (features.py).
 @dataclass(frozen=True, slots=True)
 class Workload:
     """
-    What one call does, as far as memory goes. The defaults are faster-whisper's.
+    The work of one call, as far as memory goes. The defaults are faster-whisper's.
 
     Attributes:
         beam_size: Beams at temperature 0.
         best_of: Samples at a higher temperature.
         batch_size: Windows at once; above 1 this is the batched pipeline.
-        fallback: Whether a temperature above 0 can be reached.
-        audio_s: Seconds of audio; what comes of it on the way to the model is in host
-            memory. Calls give it rounded up; see `rounded_audio_s`.
-        vad: Whether voice activity is looked for in it.
+        fallback: A temperature above 0 can be reached.
+        audio_s: Seconds of audio, whose features are in host memory. Calls give it
+            rounded up; see `rounded_audio_s`.
+        vad: Voice activity is looked for in it.
     """
 
     beam_size: int = 5
@@ -135,8 +134,8 @@ class Workload:
 
 def rounded_audio_s(audio_s: float) -> int:
     """
-    Seconds of audio rounded up, so that most calls on a model share a footprint: to
-    minutes, above ten of them to five, above an hour to half an hour.
+    Rounds seconds of audio up, so that most calls on a model share a footprint: to one
+    minute, above ten to five, above an hour to half an hour.
     """
     for most_s, step_s in ((600, 60), (3600, 300)):
         if audio_s <= most_s:
@@ -150,7 +149,7 @@ DEFAULT_WORKLOAD = Workload()
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """
-    What one model takes, in bytes.
+    The bytes that one model takes.
 
     Attributes:
         weights_bytes: Resident on its device while it is loaded. On the CPU with its
@@ -162,7 +161,7 @@ class Footprint:
             the CPU for the heap's holes.
         host_loading_bytes: Peak in host RAM while it loads to a GPU; 0 on the CPU.
 
-    The CUDA context, compiled kernels and the caller's audio are nobody's footprint.
+    The CUDA context, compiled kernels and the caller's audio are in no footprint.
     """
 
     weights_bytes: int
@@ -173,7 +172,7 @@ class Footprint:
     @property
     def total_bytes(self) -> int:
         """
-        What must be free on the device to load the model and make one call.
+        Bytes that must be free on the device to load the model and make one call.
         """
         return max(self.weights_bytes + self.workspace_bytes, self.loading_bytes)
 
@@ -191,9 +190,10 @@ def footprint(
     vad: bool = False,
 ) -> Footprint:
     """
-    What *model* takes on *device*. Nothing is loaded and nothing downloaded.
+    Returns the bytes that *model* takes on *device*. Nothing is loaded and nothing
+    downloaded.
 
-    It is what a cache reserves, until it has learned better from measurements.
+    A cache reserves these, until it has learned better from measurements.
 
     Args:
         model: A known size, its alias or repository, a directory, or a repository that
@@ -218,6 +218,7 @@ def footprint(
     canonical = canonical_device(device)
     if canonical == "auto":
         raise ValueError("the bytes depend on the device: name 'cpu' or 'cuda'")
+    # As calls do it, so that this is what they reserve.
     rounded_s = rounded_audio_s(audio_s)
     workload = Workload(beam_size, best_of, batch_size, fallback, rounded_s, vad)
     source, saved = _source(canonical_model(model))
@@ -229,7 +230,7 @@ def footprint(
 
 def reserved(predicted: Footprint, device: str) -> Footprint:
     """
-    What a cache reserves of *device* where so much was predicted.
+    Returns the bytes that a cache reserves of *device* where so much was predicted.
     """
     if not is_cpu(device):
         return predicted
@@ -244,14 +245,14 @@ def estimate(
     workload: Workload | None = None,
 ) -> Footprint:
     """
-    The footprint of a model whose header or architecture is known.
+    Returns the footprint of a model whose header or architecture is known.
 
     Args:
         source: `read_header()` of the model, or one of `ARCHITECTURES`; for the latter
             the file is taken to be float16.
         compute_type: An effective one, see `effective_compute_type()`.
         device: ``"cpu"`` or ``"cuda:N"``.
-        workload: What a call does; faster-whisper's defaults if None.
+        workload: The work of a call; faster-whisper's defaults if None.
     """
     architecture = architecture_of(source)
     workspace = workspace_bytes(
@@ -268,6 +269,7 @@ def estimate(
     resident = weights + host_bytes
     # The tokenizer is parsed before the weights come.
     peak = max(resident, host_bytes + max(converting, parsing_bytes))
+    # Intel CPUs only; the copies are made at the end of the load.
     if packs_weights():
         extra, unpacked = packing_bytes(source, compute_type)
         resident += extra
@@ -279,12 +281,12 @@ def workspace_bytes(
     architecture: Architecture, compute_type: str, device: str, workload: Workload
 ) -> int:
     """
-    Bytes at the peak of one call: the larger of encoding and decoding.
+    Returns the bytes at the peak of one call: the larger of encoding and decoding.
 
     Text is taken to be as long as Whisper allows. A temperature above 0 copies what the
     decoder keeps of the audio *best_of* times; the batched pipeline stays at its first
-    temperature. On the CPU with what comes of the audio; see `audio_bytes`. Not
-    counted: that on a GPU's host, and the samples themselves.
+    temperature. On the CPU the features of the audio are included; see `audio_bytes`.
+    Not counted: features on a GPU's host, and the samples themselves.
 
     Source: layers of CTranslate2 4.8. Peaks on the CPU were 0.8 to 1.2 times this, for
     tiny.en and base, float32 and int8, batches of 1 to 8; none was measured on a card.
@@ -297,7 +299,9 @@ def workspace_bytes(
     scores = batch * architecture.heads * AUDIO_POSITIONS**2
     features = batch * architecture.mels * AUDIO_FRAMES
     encoding = scores + buffers * audio + features
+    # Encoding and decoding follow each other, so the larger one counts.
     decoding = _decoding(architecture, batch, workload.beam_size, copies=1)
+    # A batch has no fallback: the pipeline stays at its first temperature.
     if workload.fallback and batch == 1:
         best_of = workload.best_of
         sampling = _decoding(architecture, batch, best_of, copies=best_of)
@@ -311,8 +315,8 @@ def workspace_bytes(
 
 def audio_bytes(architecture: Architecture, workload: Workload) -> tuple[int, int]:
     """
-    Bytes of host memory that come of the audio besides its samples: at most while a
-    call begins, and while its segments are iterated over.
+    Returns the bytes of host memory that the audio takes besides its samples: at the
+    peak while a call begins, and while its segments are iterated over.
 
     The detection of voice activity works in blocks on a copy of the samples, and leaves
     a copy of what is speech. The batched pipeline has features twice for a moment, and
@@ -335,7 +339,8 @@ def audio_bytes(architecture: Architecture, workload: Workload) -> tuple[int, in
 
 def _decoding(architecture: Architecture, batch: int, rows: int, copies: int) -> int:
     """
-    Numbers held while decoding: keys and values of audio and text, and the logits.
+    Returns how many numbers decoding holds: keys and values of audio and text, and the
+    logits.
     """
     layers, width = architecture.decoder_layers, architecture.d_model
     audio = 2 * layers * batch * copies * AUDIO_POSITIONS * width
@@ -346,8 +351,9 @@ def _decoding(architecture: Architecture, batch: int, rows: int, copies: int) ->
 
 def _source(model: str) -> tuple[Source, str]:
     """
-    Where the shapes of *model* come from, and the compute type it is saved in.
+    Returns the source of the shapes of *model*, and the compute type it is saved in.
     """
+    # Before any look at the disk: the answer is the same with and without files.
     if known := ARCHITECTURES.get(model):
         return known, HUB_COMPUTE_TYPE
     header = read_header(model if is_directory(model) else _downloaded(model))
@@ -356,7 +362,7 @@ def _source(model: str) -> tuple[Source, str]:
 
 def _downloaded(repository: str) -> str:
     """
-    The model.bin of a hub repository in the local cache.
+    Returns the model.bin of a hub repository in the local cache.
 
     Raises:
         UnknownModel: it was not downloaded yet.

@@ -27,7 +27,7 @@ SMALL_FILES = (
     *("vocabulary.json", "vocabulary.txt"),
 )
 """
-What a load reads beside model.bin, where it is there.
+The files that a load reads beside model.bin, where they are there.
 """
 
 # How files before version 4 named their types: by the width of an element.
@@ -44,7 +44,7 @@ _MAX_RANK = 4
 @dataclass(frozen=True, slots=True)
 class ModelHeader:
     """
-    What model.bin says of itself before any weight is read.
+    The header of a model.bin.
 
     Attributes:
         path: The model.bin.
@@ -75,8 +75,8 @@ class ModelHeader:
         """
         The effective type that the weights were saved in, for example ``"float16"``.
 
-        Where layers differ in type, CTranslate2 goes by the order of a hash map; this
-        goes by the embeddings.
+        Where layers differ in type, the order of a hash map decides in CTranslate2; the
+        embeddings decide here.
         """
         dtypes = {variable.name: variable.dtype for variable in self.variables}
         weight = dtypes["decoder/embeddings/weight"]
@@ -88,7 +88,7 @@ class ModelHeader:
 
 def read_header(path: str | os.PathLike[str]) -> ModelHeader:
     """
-    Read the header of a model.bin, given the file or the directory that holds it.
+    Reads the header of a model.bin, given the file or the directory that holds it.
 
     Blocks: a few milliseconds of small reads.
 
@@ -108,6 +108,7 @@ def read_header(path: str | os.PathLike[str]) -> ModelHeader:
             file_path /= "model.bin"
         with file_path.open("rb", buffering=0) as file:
             # Read-ahead would pull in most of the file behind the small reads.
+            # Absent on macOS and Windows.
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             size_bytes = os.fstat(file.fileno()).st_size
@@ -147,7 +148,9 @@ class _Reader:
             if variable.name in variables:
                 raise self._broken(f"{variable.name!r} is in it twice")
             variables[variable.name] = variable
+        # Files before version 3 have none.
         aliases = self._aliases(variables) if version >= 3 else ()
+        # The end of the aliases is the end of the file.
         if self._position != self._size_bytes:
             excess = self._size_bytes - self._position
             raise self._broken(f"{excess} bytes too many at its end")
@@ -176,6 +179,7 @@ class _Reader:
             dtypes = tuple(ITEM_BYTES)
             dtype, nbytes = dtypes[kind] if kind < len(dtypes) else "", length
         else:
+            # Here "kind" is the width of an element, and "length" their number.
             dtype, nbytes = _TYPE_BY_WIDTH.get(kind, ""), length * kind
         if not dtype:
             raise self._broken(f"{name!r} has an unknown type ({kind})")
@@ -184,6 +188,7 @@ class _Reader:
             raise self._broken(f"{name!r} has {nbytes} bytes, not what its shape needs")
         if self._position + nbytes > self._size_bytes:
             raise self._truncated(name)
+        # The payload is skipped, not read.
         self._position += nbytes
         return variable
 

@@ -1,8 +1,8 @@
 """
-What models were measured to take, remembered between processes.
+Measured footprints, remembered between processes.
 
 A prediction misses what a machine adds: another CTranslate2, packed weights, a shared
-tokenizer. What the loader measures after each load corrects the next prediction.
+tokenizer. The measurement after each load corrects the next prediction.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOCK_TIMEOUT_S = 2.0
 
 class LearnedFootprints:
     """
-    Measured bytes per model, compute type and device, as ratios to predictions.
+    The measured bytes by model, compute type and device, as ratios to predictions.
 
     Thread-safe, and safe between processes: the file is replaced whole, under a lock
     file. A broken file counts as empty. Where nothing can be written, measurements are
@@ -46,7 +46,7 @@ class LearnedFootprints:
 
     def forked(self) -> None:
         """
-        Forget who held the lock, in a child that was forked.
+        Replaces the lock in a forked child: a thread that is not there may hold it.
         """
         self._lock = threading.Lock()
 
@@ -59,20 +59,21 @@ class LearnedFootprints:
         measured_bytes: int,
     ) -> None:
         """
-        Remember one measurement; an implausible one is refused as noise.
+        Remembers one measurement; an implausible one is refused as noise.
 
         Args:
             model: Canonical name or path.
             compute_type: The effective one.
-            device_name: What the device is, for example ``"NVIDIA L4"``; not its index.
+            device_name: Name of the hardware, for example ``"NVIDIA L4"``.
             predicted_bytes: The prediction before any correction.
-            measured_bytes: By how much the memory in use grew.
+            measured_bytes: Growth of the memory in use.
 
         Blocks: writes a small file, waiting up to 2 s for another process to do so.
         """
         key = _key(model, compute_type, device_name)
         if predicted_bytes <= 0:
             return
+        # Ratios, not bytes: predictions change with the version of this package.
         ratio = measured_bytes / predicted_bytes
         if not _PLAUSIBLE[0] <= ratio <= _PLAUSIBLE[1]:
             _log.debug("measurement of %s refused as noise: %.2f", key, ratio)
@@ -84,7 +85,8 @@ class LearnedFootprints:
         self, model: str, compute_type: str, device_name: str, predicted_bytes: int
     ) -> int:
         """
-        *predicted_bytes*, times the median ratio once three measurements are known.
+        Returns *predicted_bytes*, times the median ratio once three measurements are
+        known.
         """
         with self._lock:
             ratios = self._loaded_locked().get(
@@ -92,6 +94,7 @@ class LearnedFootprints:
             )
             if len(ratios) < _ENOUGH:
                 return predicted_bytes
+            # Imported late: most processes never need it.
             import statistics
 
             return round(predicted_bytes * statistics.median(ratios))
@@ -139,12 +142,13 @@ def _key(model: str, compute_type: str, device_name: str) -> str:
 
 
 def _append(ratios: dict[str, list[float]], key: str, ratio: float) -> None:
+    # The latest ones: a new driver or library counts after three loads.
     ratios[key] = [*ratios.get(key, []), ratio][-_KEPT:]
 
 
 def _read(path: Path) -> dict[str, list[float]]:
     """
-    The ratios in the file; none if it is missing or broken.
+    Reads the ratios in the file; none if it is missing or broken.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -170,6 +174,7 @@ def _is_plausible(ratio: object) -> bool:
 def _replace(path: Path, ratios: dict[str, list[float]]) -> None:
     import tempfile
 
+    # In the same directory, so that the rename is atomic.
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -1,5 +1,5 @@
 """
-Bytes of a model's tensors on each device, in each compute type.
+The bytes of a model's tensors on each device, in each compute type.
 
 CTranslate2 converts each tensor by rules that depend only on its name, its shape and
 the compute type, so the sums are exact.
@@ -34,7 +34,7 @@ __all__ = [
 
 Source = ModelHeader | Architecture
 """
-Where shapes come from: a file, or, before there is one, a known size.
+The source of shapes: a file, or, before there is one, a known size.
 """
 
 DTYPES: Mapping[str, tuple[str, str]] = {
@@ -58,10 +58,11 @@ _PACKED_INT8 = (1.0, 2.75)
 
 def weights_bytes(source: Source, compute_type: str, device: str) -> int:
     """
-    Bytes of the tensors once loaded, exactly; single numbers are not counted.
+    Returns the bytes of the tensors once loaded, exactly; single numbers are not
+    counted.
 
-    Not promised: copies that MKL packs on Intel CPUs (`packing_bytes()`), and CPUs
-    without oneDNN (ARM), where convolutions are quantized too.
+    Not counted either: copies that MKL packs on Intel CPUs (`packing_bytes()`). On CPUs
+    without oneDNN (ARM) convolutions are quantized too, and take less.
     """
     on_cpu = is_cpu(device)
     variables, aliases = _tensors(source)
@@ -77,14 +78,14 @@ def weights_bytes(source: Source, compute_type: str, device: str) -> int:
 
 def is_cpu(device: str) -> bool:
     """
-    Whether *device* is the CPU, not a card.
+    Tells whether *device* is the CPU, not a card.
     """
     return device == "cpu"
 
 
 def architecture_of(source: Source) -> Architecture:
     """
-    The architecture behind *source*.
+    Returns the architecture behind *source*.
     """
     return source if isinstance(source, Architecture) else source.architecture
 
@@ -112,7 +113,7 @@ def _loaded_dtype(variable: Variable, compute_type: str) -> str:
 
 def _resident_bytes(variable: Variable, compute_type: str, *, on_cpu: bool) -> int:
     """
-    Bytes that one saved tensor leads to once loaded, its scales included.
+    Returns the bytes of one saved tensor once it is loaded, its scales included.
     """
     if not variable.shape or variable.name.endswith("weight_scale"):
         return 0
@@ -120,6 +121,7 @@ def _resident_bytes(variable: Variable, compute_type: str, *, on_cpu: bool) -> i
     total = variable.elements * ITEM_BYTES[dtype]
     if dtype == "int8" and variable.name.endswith("weight"):
         total += 4 * variable.shape[0]
+        # oneDNN keeps the sum of each row, which corrects unsigned products.
         if on_cpu and _is_linear(variable.name):
             total += 4 * variable.shape[0]
     return total
@@ -127,7 +129,8 @@ def _resident_bytes(variable: Variable, compute_type: str, *, on_cpu: bool) -> i
 
 def converting_bytes(source: Source, compute_type: str) -> int:
     """
-    Host bytes at the peak of reading the file and converting it tensor by tensor.
+    Returns the host bytes at the peak of reading the file and converting it tensor by
+    tensor.
 
     The order is that of a hash map, so this is the worst one.
     """
@@ -145,7 +148,8 @@ def converting_bytes(source: Source, compute_type: str) -> int:
 
 def output_copy_bytes(architecture: Architecture, compute_type: str) -> int:
     """
-    The output layer again, its rows padded for tensor cores; made by the first call.
+    Returns the bytes of the second output layer that the first call makes, with its
+    rows padded for tensor cores.
 
     Source: CTranslate2 src/layers/decoder.cc:72-139, src/types.cc:345-363 @ 0d8bcd3.
     """
@@ -153,6 +157,7 @@ def output_copy_bytes(architecture: Architecture, compute_type: str) -> int:
     multiple = {"int8": 16, "float16": 8, "bfloat16": 8}.get(weight, 1)
     if architecture.vocabulary % multiple == 0:
         return 0
+    # Rounded up.
     rows = -(-architecture.vocabulary // multiple) * multiple
     scale_bytes = 4 if weight == "int8" else 0
     row_bytes = architecture.d_model * ITEM_BYTES[weight] + ITEM_BYTES[other]
@@ -161,7 +166,8 @@ def output_copy_bytes(architecture: Architecture, compute_type: str) -> int:
 
 def packing_bytes(source: Source, compute_type: str) -> tuple[int, int]:
     """
-    What MKL's packed weights add, and what they replace once all are packed.
+    Returns the bytes that MKL's packed weights add, and those that they replace once
+    all are packed.
     """
     architecture = architecture_of(source)
     item_bytes = ITEM_BYTES[DTYPES[compute_type][0]]
@@ -175,7 +181,7 @@ def packing_bytes(source: Source, compute_type: str) -> tuple[int, int]:
 
 def packs_weights() -> bool:
     """
-    Whether CTranslate2 packs weights on this CPU: by default, on Intel's.
+    Tells whether CTranslate2 packs weights on this CPU: by default, on Intel's.
 
     Source: CTranslate2 src/cpu/backend.cc @ 0d8bcd3.
     """

@@ -1,10 +1,10 @@
 """
-Building variants in the background, by a process of the lowest priority.
+Builds of variants in the background, by a process of the lowest priority.
 
 A thread would do the same work in this process, but with the share of a core that the
 models could use, and with the GIL now and then. Beside work on all cores it is felt all
 the same, for the second that it takes: OpenMP's threads meet thousands of times a
-second, and whoever sleeps meanwhile has to get his core back (benchmarks/overlap.py).
+second, and one that sleeps meanwhile has to get its core back (benchmarks/overlap.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -43,19 +44,10 @@ Most seconds for one build, its wait for others included.
 _REFUSED = 3
 _LOWEST_PRIORITY = 19
 
-# Imports from where its parent did, and nothing from the current directory. Stays in
-# the session of its parent, hence the signal: Linux weighs sessions before it looks at
-# priorities, and one of its own got most of a core beside two busy threads (6.18).
-_CHILD = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "task, sys.path[:] = sys.argv[1], sys.argv[2].split('\\n'); "
-    "from whispercache.engine.variants.build import run_task; run_task(task)"
-)
-
 
 class Builder:
     """
-    Has variants built, one after the other.
+    Starts builds of variants, one after the other.
     """
 
     def __init__(self, variants: Variants) -> None:
@@ -68,19 +60,18 @@ class Builder:
 
     def forked(self) -> None:
         """
-        Forget what the parent builds, in a child that was forked.
+        Forgets, in a forked child, what the parent builds.
         """
-        self.variants.forked()
         self._lock = threading.Lock()
         self._wanted.clear()
         self._is_building = False
 
     def build_soon(self, source: Origin, kind: str) -> None:
         """
-        Have a variant built, if it is worth it and was not tried before.
+        Has a variant built, if it is worth it and was not tried before.
 
-        Returns at once. The process that does it goes on if this one ends. What comes
-        of it is logged.
+        Returns at once. The process that builds it goes on if this one ends. The
+        outcome is logged.
         """
         if source.header.file_bytes < MIN_SOURCE_BYTES or not _has_python():
             return
@@ -93,7 +84,7 @@ class Builder:
             if self._is_building:
                 return
             self._is_building = True
-        # A daemon: nobody waits for it at the end.
+        # A daemon: the interpreter does not wait for it when it ends.
         thread = threading.Thread(
             target=self._build_wanted, name="whispercache-variants", daemon=True
         )
@@ -122,11 +113,29 @@ class Builder:
 
     def _build(self, source: Origin, kind: str) -> float:
         """
-        Let a process build a variant; seconds until it may be tried again.
+        Runs a process that builds a variant; returns the seconds until it may be tried
+        again.
         """
         if self.variants.is_rejected(source, kind):
             return math.inf
         started_s = time.monotonic()
+        done = self._run(source, kind)
+        if done.returncode == 0:
+            took_s = time.monotonic() - started_s
+            _log.info(
+                "wrote the %s variant of %s in %.1f s", kind, source.model, took_s
+            )
+            return 0.0  # it may be wanted again once it has been removed
+        is_refused = done.returncode == _REFUSED
+        level = logging.INFO if is_refused else logging.WARNING
+        told = done.stderr.strip().rpartition("\n")[2] or f"exit {done.returncode}"
+        _log.log(level, "no %s variant of %s: %s", kind, source.model, told)
+        return IN_USE_S if is_refused else math.inf
+
+    def _run(self, source: Origin, kind: str) -> subprocess.CompletedProcess[str]:
+        """
+        Runs this module in a process that finds modules where this one does.
+        """
         task = {
             "model": source.model,
             "path": str(source.header.path),
@@ -135,42 +144,47 @@ class Builder:
             "limit_bytes": self.variants.limit_bytes,
             "directory": str(self.variants.directory),
         }
-        # Others than texts may be in it, which the import system passes over.
-        paths = "\n".join(each for each in sys.path if isinstance(each, str) and each)
-        done = subprocess.run(  # noqa: S603 - this very Python
-            [sys.executable, "-I", "-B", "-c", _CHILD, json.dumps(task), paths],
+        # Others than texts may be in it, which the import system passes over; an empty
+        # text is the current directory, from which others are counted.
+        texts = [each for each in sys.path if isinstance(each, str) and each]
+        paths = [str(Path(each).absolute()) for each in texts]
+        # Python looks for modules in its current directory, too. There are none here.
+        self.variants.directory.mkdir(parents=True, exist_ok=True)
+        # In the session of its parent: Linux weighs sessions before it looks at
+        # priorities, and one of its own got most of a core beside two busy threads
+        # (6.18).
+        return subprocess.run(  # noqa: S603 - this very Python
+            [sys.executable, "-B", "-m", __name__, json.dumps(task)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
             check=False,
             timeout=BUILD_S,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            cwd=self.variants.directory,
+            env={
+                **os.environ,
+                "OPENBLAS_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(paths),
+            },
         )
-        if done.returncode == 0:
-            took_s = time.monotonic() - started_s
-            _log.info(
-                "wrote the %s variant of %s in %.1f s", kind, source.model, took_s
-            )
-            return 0.0  # it may be wanted again once it has left
-        is_refused = done.returncode == _REFUSED
-        level = logging.INFO if is_refused else logging.WARNING
-        told = done.stderr.strip().rpartition("\n")[2] or f"exit {done.returncode}"
-        _log.log(level, "no %s variant of %s: %s", kind, source.model, told)
-        return IN_USE_S if is_refused else math.inf
 
 
 def run_task(text: str) -> NoReturn:
     """
-    Build what a `Builder` asked for, and end this process.
+    Builds what a `Builder` asked for, and ends this process.
     """
     import psutil
 
+    # Ctrl-C is meant for the parent, in whose session this is.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     task = json.loads(text)
     me = psutil.Process()
-    with suppress(OSError, psutil.Error):  # some sandboxes have no such call
+    # Some sandboxes have no such calls.
+    with suppress(OSError, psutil.Error):
         me.nice(getattr(psutil, "IDLE_PRIORITY_CLASS", _LOWEST_PRIORITY))
-    if hasattr(os, "SCHED_IDLE"):  # gives way at once, not at the end of its slice
+    # Gives way at once, not at the end of its slice; on Linux only.
+    if hasattr(os, "SCHED_IDLE"):
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     if hasattr(psutil, "IOPRIO_CLASS_IDLE"):
@@ -189,8 +203,12 @@ def run_task(text: str) -> NoReturn:
 
 def _has_python() -> bool:
     """
-    Whether this program is a Python. A frozen one, or one that has Python inside, would
-    start itself once more.
+    Tells whether this program is a Python. A frozen one, or one that has Python inside,
+    would start itself once more.
     """
     name = Path(sys.executable or "").name.lower()
     return not getattr(sys, "frozen", False) and name.startswith(("python", "pypy"))
+
+
+if __name__ == "__main__":
+    run_task(sys.argv[1])

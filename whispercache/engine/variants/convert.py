@@ -1,11 +1,11 @@
 """
-A model.bin in another weight type, with the very numbers that a load would compute.
+The conversion of a model.bin to another weight type, exactly as a load would do it.
 
 CTranslate2 converts a file to the compute type at each load. Here that is done once,
 variable by variable and block by block, in a few megabytes of memory. Only what every
 load converts alike is converted: for int8 the linear layers and embeddings, each row
-with a scale of its own. All else stays as it was saved, convolutions for one, and
-CTranslate2 goes on to convert it; so one int8 file serves int8_float32, int8_float16
+with a scale of its own. All else stays as it was saved, such as convolutions, and each
+load converts it; so one int8 file serves int8_float32, int8_float16
 and int8_bfloat16, and the loaded weights are the same to the last bit.
 
 ``ctranslate2.specs`` can write such files, too, but `optimize` quantizes convolutions,
@@ -52,10 +52,10 @@ class Origin(NamedTuple):
     A model that variants are made of.
 
     Attributes:
-        model: What it is called.
+        model: Its name.
         header: The header of its model.bin.
-        stamp: Changes when one of its files does. Without one the files are looked at
-            each time.
+        stamp: Changes when one of its files does. Without one the files are read each
+            time.
     """
 
     model: str
@@ -65,7 +65,7 @@ class Origin(NamedTuple):
     @property
     def directory(self) -> Path:
         """
-        Where its files are.
+        The directory of its files.
         """
         return self.header.path.parent
 
@@ -76,7 +76,8 @@ class _Writes(Protocol):
 
 def kind_for(header: ModelHeader, compute_type: str) -> str | None:
     """
-    The weight type that a file should have to be loaded in *compute_type* as it is.
+    Returns the weight type that a file should have to be loaded in *compute_type* as it
+    is.
 
     None if the file has that type already, or cannot be converted with the same result:
     from int8 back to floats, or to a type that is none of `KINDS`.
@@ -84,6 +85,7 @@ def kind_for(header: ModelHeader, compute_type: str) -> str | None:
     saved = {each.name: each.dtype for each in header.variables}
     weight = saved["decoder/embeddings/weight"]
     wanted = DTYPES[compute_type][0]
+    # From int8 nothing better can be made.
     if header.version != _VERSION or weight not in _FLOATS:
         return None
     return wanted if wanted in KINDS and wanted != weight else None
@@ -91,7 +93,8 @@ def kind_for(header: ModelHeader, compute_type: str) -> str | None:
 
 def converted_bytes(header: ModelHeader, kind: str) -> int:
     """
-    Size of the file that `write_converted` makes, but for a few bytes a variable.
+    Returns the size of the file that `write_converted` writes, but for a few bytes a
+    variable.
     """
     total = header.file_bytes
     for variable in header.variables:
@@ -104,7 +107,7 @@ def converted_bytes(header: ModelHeader, kind: str) -> int:
 
 def write_converted(header: ModelHeader, kind: str, target: _Writes) -> None:
     """
-    Write the model behind *header* with its weights in *kind*.
+    Writes the model behind *header* with its weights in *kind*.
 
     Blocks: reads and writes the whole model; base takes about half a second.
 
@@ -132,7 +135,7 @@ def _is_quantized(variable: Variable, kind: str) -> bool:
 
 def _dtype(variable: Variable, kind: str) -> str:
     """
-    What a variable is written in; single numbers stay as they are.
+    Returns the type that a variable is written in; single numbers stay as they are.
     """
     if _is_quantized(variable, kind):
         return "int8"
@@ -164,10 +167,12 @@ def _write_variable(
             scales.append(scale)
             target.write(rows.tobytes())
         else:
-            with np.errstate(over="ignore"):  # too large for float16: infinite
+            # A number too large for float16 becomes infinite, as in a load.
+            with np.errstate(over="ignore"):
                 target.write(values.astype(dtype, copy=False).tobytes())
     if scales:
         name = f"{variable.name}_scale"
+        # After the weights: the order within the file does not matter to a load.
         target.write(_entry(name, (variable.shape[0],), "float32"))
         target.write(np.concatenate(scales).tobytes())
 
@@ -176,13 +181,15 @@ def _quantize(
     rows: NDArray[np.float32],
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """
-    Whole numbers and their scale, row by row, as CTranslate2 quantizes on the CPU.
+    Returns whole numbers and their scales, row by row, as CTranslate2 quantizes on the
+    CPU.
 
     Source: CTranslate2 src/cpu/kernels.cc, quantize_s8 @ 0d8bcd3.
     """
     import numpy as np
 
     largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    # A row of zeros: any scale will do but one by zero.
     largest[largest == 0] = _INT8_MAX
     scale = np.float32(_INT8_MAX) / largest
     return np.rint(rows * scale[:, np.newaxis]).astype(np.int8), scale
@@ -191,7 +198,8 @@ def _quantize(
 def _as_float32(raw: bytes, dtype: str) -> NDArray[np.float32]:
     import numpy as np
 
-    if dtype == "bfloat16":  # the upper half of a float32
+    # numpy has no bfloat16, which is the upper half of a float32.
+    if dtype == "bfloat16":
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).astype("<f4")
 
@@ -204,9 +212,10 @@ def _blocks(
     header: ModelHeader, variable: Variable, source: BinaryIO
 ) -> Iterator[bytes]:
     """
-    The payload in whole rows.
+    Yields the payload in whole rows.
     """
     row_bytes = _row_elements(variable) * ITEM_BYTES[variable.dtype]
+    # Whole rows, since each has a scale of its own.
     rows = max(1, _BLOCK_ELEMENTS // max(1, _row_elements(variable)))
     left = variable.nbytes
     while left:
@@ -220,7 +229,7 @@ def _blocks(
 
 def _entry(name: str, shape: tuple[int, ...], dtype: str) -> bytes:
     """
-    What stands before a payload.
+    Returns the bytes before a payload.
     """
     elements = 1
     for size in shape:

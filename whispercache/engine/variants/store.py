@@ -1,38 +1,37 @@
 """
-Variants: copies of models in another weight type, kept in the user's cache directory.
+The store of variants: copies of models in another weight type, in the user's cache.
 
 A load whose file has another type converts it each time, which takes several times as
 long as reading it. A variant is the same model converted once: a directory with a
-model.bin in its type, copies of the small files beside it, and a sealed manifest. It
-appears whole, by a rename, or not at all; one whose seal is broken is used again only
-if its content is proven, or else removed.
+model.bin in its type, copies of the small files beside it, and a manifest. It appears
+whole, by a rename, or not at all; one that somebody has written to is removed.
 
 Its name is a digest of the source, the version of the library that loads it, and the
-type. So what has changed is not found, and leaves when its room is needed.
+type. So a variant of a changed source is not found, and is removed when its room is
+needed.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from cachetools import LRUCache
+from typing import Literal
 
 from whispercache.devices.host import user_cache
 from whispercache.engine.sizes.header import SMALL_FILES, ModelHeader, read_header
 from whispercache.errors import WhisperCacheError, format_bytes
 
 from .convert import Origin, converted_bytes, write_converted
-from .manifest import MANIFEST, Manifest, Sealed, remove, writing
+from .manifest import MANIFEST, Manifest, Stamp, remove, writing
 
 __all__ = [
     "MIN_SOURCE_BYTES",
@@ -50,12 +49,12 @@ Size of a model.bin below which converting it costs too little to matter.
 
 KEPT_FREE_BYTES = 2 * 1024**3
 """
-What a new variant leaves free on its disk.
+Bytes that a new variant leaves free on its disk.
 """
 
 IN_USE_S = 3600.0
 """
-Seconds after its last use in which a variant does not leave for another one: two that
+Seconds after its last use in which a variant is not removed for another one: two that
 take turns would be written again and again.
 """
 
@@ -81,13 +80,13 @@ class Variant:
     One variant on the disk.
 
     Attributes:
-        directory: Where it is.
+        directory: The directory of its files.
         n_bytes: Bytes of its files.
-        used_s: When it was last used, in seconds since 1970.
+        used_s: Time of its last use, in seconds since 1970.
         state: ``"ready"``; ``"stale"``, if its source has changed or gone, or was
             converted for another version of the library; or ``"broken"``, if its files
-            are not what was written.
-        model: What its source was called.
+            are not as they were written.
+        model: Name of its source.
         source: Directory of the source.
         kind: Type of its weights: ``"int8"``, ``"float32"`` or ``"float16"``.
         engine: Name and version of the library that it was converted for.
@@ -96,7 +95,7 @@ class Variant:
     directory: Path
     n_bytes: int
     used_s: float
-    state: str
+    state: Literal["ready", "stale", "broken"]
     model: str = "?"
     source: str = "?"
     kind: str = "?"
@@ -112,7 +111,7 @@ class Variants:
     Args:
         engine: Name and version of the library that loads them.
         limit_bytes: Most bytes that all of them may take.
-        directory: Where they are; ``variants`` in the user's cache directory if None.
+        directory: Their directory; ``variants`` in the user's cache directory if None.
     """
 
     def __init__(
@@ -124,33 +123,24 @@ class Variants:
         self.engine: str = engine
         self.limit_bytes: int = limit_bytes
         self._directory = directory
-        self._lock = threading.Lock()
-        # All that follows is guarded by _lock.
-        self._identities: LRUCache[object, str] = LRUCache(64)
         self._rejected: set[str] = set()
 
     @property
     def directory(self) -> Path:
         """
-        Where the variants are.
+        The directory of the variants.
         """
         if self._directory is None:
             self._directory = user_cache() / "variants"
         return self._directory
 
-    def forked(self) -> None:
-        """
-        Forget who held the lock, in a child that was forked.
-        """
-        self._lock = threading.Lock()
-
     # Use -----------------------------------------------------------------------------
 
     def find(self, source: Origin, kind: str) -> Path | None:
         """
-        The directory of a variant, if there is one that can be trusted.
+        Returns the directory of a variant, if there is one that can be trusted.
 
-        Blocks: for some system calls; where a seal is broken, to read the variant.
+        Blocks: for some system calls.
         """
         try:
             directory = self.directory / self._name(source, kind)
@@ -159,52 +149,45 @@ class Variants:
         except OSError as error:
             _log.debug("no %s variant of %s: %s", kind, source.model, error)
             return None
-        with suppress(OSError):  # where nobody can write, none has to leave, either
+        # Nothing is removed from a directory that cannot be written to either.
+        with suppress(OSError):
+            # The time of the last use; the manifest itself has no stamp.
             os.utime(directory / MANIFEST)
         return directory
 
     def reject(self, source: Origin, kind: str) -> None:
         """
-        Find this variant no more: it is there, but could not be loaded.
+        Finds this variant no more: it is there, but could not be loaded.
         """
         directory = self.find(source, kind)
         if directory is None:
             return
         _log.warning("the %s variant of %s cannot be loaded", kind, source.model)
-        with self._lock:
-            self._rejected.add(directory.name)
+        self._rejected.add(directory.name)
 
     def is_rejected(self, source: Origin, kind: str) -> bool:
         """
-        Whether it was rejected.
+        Tells whether it was rejected.
         """
         return self._name(source, kind) in self._rejected
 
     def _is_good(self, directory: Path) -> bool:
         """
-        Whether the variant is there as it was written; if it is not, it goes.
+        Tells whether the variant is there as it was written; removes it if not.
         """
         manifest = Manifest.read(directory)
-        if manifest is not None:
-            if manifest.is_sealed(directory):
-                return True
-            # Before it is read, or what is written meanwhile would be sealed, too.
-            again = manifest.sealed_again(directory)
-            if again is not None and manifest.is_whole(directory):
-                with suppress(OSError):  # else it is read whole the next time, too
-                    again.write(directory)
-                return True
-        elif not directory.exists():
-            return False
-        _log.warning("a variant is not as it was written, and goes: %s", directory)
-        remove(directory)
+        if manifest is not None and manifest.is_intact(directory):
+            return True
+        if directory.exists():
+            _log.warning("removing a variant that is not as it was: %s", directory)
+            remove(directory)
         return False
 
     # Build ---------------------------------------------------------------------------
 
     def build(self, source: Origin, kind: str) -> Path:
         """
-        Write a variant of *source*, unless it is there; its directory.
+        Writes a variant of *source*, unless it is there; returns its directory.
 
         Blocks: reads and writes the model, base for about a second; first, for others
         that build.
@@ -228,43 +211,52 @@ class Variants:
         target = self.directory / name
         if self._is_good(target):
             return target
-        for pattern in (".new-*", ".gone-*"):  # of processes that were killed
+        # Left by processes that were killed: this one holds the lock.
+        for pattern in (".new-*", ".gone-*"):
             for left in self.directory.glob(pattern):
                 shutil.rmtree(left, ignore_errors=True)
+        # Read at once, so that all are of one moment.
         small = _small_files(source.directory)
         for missing in sorted(_NEEDED - small.keys()):
             raise VariantRefused(f"its source has no {missing}")
         small_bytes = sum(map(len, small.values()))
         self._make_room(converted_bytes(source.header, kind) + small_bytes)
+        # Beside the others, so that it can be renamed; hidden, so that none finds it.
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=self.directory))
         try:
             files = _write(source.header, kind, small, new)
             home = str(source.directory)
             manifest = Manifest(name, source.model, home, kind, self.engine, files)
             manifest.write(new)
-            new.rename(self._still(source, kind, target))
+            self._check_unchanged(source, kind, name)
+            new.rename(target)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
+        self._remove_stale(source, kind)
+        return target
+
+    def _check_unchanged(self, source: Origin, kind: str, name: str) -> None:
+        """
+        Checks that the files did not change while they were read under this name.
+        """
+        if self._name(source._replace(stamp=()), kind) != name:
+            raise VariantRefused("the files of its source changed meanwhile")
+
+    def _remove_stale(self, source: Origin, kind: str) -> None:
+        """
+        Removes the variants that a new one of *source* replaces.
+        """
         for other in self.list():
             # Those of another version may be in use by another environment.
             place = (other.source, other.kind, other.engine)
             taken = (str(source.directory), kind, self.engine)
             if other.state == "stale" and place == taken:
                 self._remove_if_possible(other)
-        return target
-
-    def _still(self, source: Origin, kind: str, target: Path) -> Path:
-        """
-        *target*, if the source is still what its name says.
-        """
-        if self._name(source._replace(stamp=()), kind) != target.name:
-            raise VariantRefused("the files of its source changed meanwhile")
-        return target
 
     def _make_room(self, n_bytes: int) -> None:
         """
-        Remove what was least recently used until *n_bytes* more are within the limit.
+        Removes what was least recently used until *n_bytes* more are within the limit.
 
         Raises:
             VariantRefused: there is too little room, even so.
@@ -273,51 +265,50 @@ class Variants:
         wanted = f"it takes {format_bytes(n_bytes)}"
         if n_bytes > self.limit_bytes:
             raise VariantRefused(f"{wanted}, and all variants may take {limit}")
-        # What no load would find goes first.
+        # Those that no load would find are removed first.
         others = sorted(
             self.list(), key=lambda each: (self._is_of_use(each), each.used_s)
         )
         over_bytes = sum(each.n_bytes for each in others) + n_bytes - self.limit_bytes
-        leaving: list[Variant] = []
+        victims: list[Variant] = []
         now_s = time.time()
         for other in others:
             if over_bytes <= 0:
                 break
+            # A time in the future is a clock's fault, and protects nothing.
             if self._is_of_use(other) and 0 <= now_s - other.used_s < IN_USE_S:
                 reason = f"{wanted}, and those in use leave too little of {limit}"
                 raise VariantRefused(reason)
-            leaving.append(other)
+            victims.append(other)
             over_bytes -= other.n_bytes
         free_bytes = shutil.disk_usage(self.directory).free
-        kept_bytes = free_bytes + sum(each.n_bytes for each in leaving) - n_bytes
+        kept_bytes = free_bytes + sum(each.n_bytes for each in victims) - n_bytes
         if kept_bytes < KEPT_FREE_BYTES:
             free = format_bytes(free_bytes)
             raise VariantRefused(f"{wanted}, and its disk has {free} left")
-        for other in leaving:
-            self._remove_if_possible(other)
+        for victim in victims:
+            self._remove_if_possible(victim)
 
     def _is_of_use(self, variant: Variant) -> bool:
         """
-        Whether a load may find it: here, or in an environment with another library.
+        Tells whether a load may find it: here, or in an environment with another
+        library.
         """
         return variant.state == "ready" or variant.engine not in ("?", self.engine)
 
     def _remove_if_possible(self, variant: Variant) -> None:
-        """
-        Delete one that is only in the way.
-        """
         try:
             remove(variant.directory)
         except OSError as error:
-            _log.warning("a variant that should leave stays: %s", error)
+            _log.warning("a variant cannot be removed: %s", error)
 
     # Look after ----------------------------------------------------------------------
 
     def list(self) -> list[Variant]:
         """
-        All variants on the disk, of whatever source.
+        Returns all variants on the disk, of whatever source.
 
-        Blocks: for system calls; where a seal is broken, to read the variant.
+        Blocks: for system calls.
         """
         if not self.directory.is_dir():
             return []
@@ -326,7 +317,7 @@ class Variants:
 
     def remove(self, variant: Variant) -> None:
         """
-        Delete one. A load from it goes on, where the system lets open files go.
+        Deletes one. A load from it goes on, where the system keeps open files.
 
         Raises:
             OSError: it cannot be deleted.
@@ -342,21 +333,23 @@ class Variants:
             if manifest is None:
                 return Variant(directory, n_bytes, 0.0, "broken")
             used_s = (directory / MANIFEST).stat().st_mtime
-        except FileNotFoundError:  # it is leaving just now
+            is_intact = manifest.is_intact(directory)
+        except FileNotFoundError:
+            # Another process is removing it.
             return None
         except OSError as error:
             _log.warning("a variant cannot be read: %s", error)
             return Variant(directory, 0, 0.0, "broken")
-        if not manifest.is_whole(directory):
-            state = "broken"
-        else:
-            state = "ready" if self._is_current(directory, manifest) else "stale"
         told = (manifest.model, manifest.source, manifest.kind, manifest.engine)
+        if not is_intact:
+            return Variant(directory, n_bytes, used_s, "broken", *told)
+        is_current = self._is_current(directory, manifest)
+        state: Literal["ready", "stale"] = "ready" if is_current else "stale"
         return Variant(directory, n_bytes, used_s, state, *told)
 
     def _is_current(self, directory: Path, manifest: Manifest) -> bool:
         """
-        Whether a load of its source would find it.
+        Tells whether a load of its source would find it.
         """
         try:
             source = Origin(manifest.model, read_header(manifest.source))
@@ -368,27 +361,22 @@ class Variants:
 
     def _name(self, source: Origin, kind: str) -> str:
         """
-        What the directory of a variant is called.
+        Returns the name of the directory of a variant.
         """
         changed_ns = source.header.path.stat().st_ctime_ns
-        place = (source.header.path, source.stamp, changed_ns)
-        with self._lock:
-            identity = self._identities.get(place) if source.stamp else None
-        if identity is None:
-            identity = _identity(source.header, self.engine)
-            if source.stamp:
-                with self._lock:
-                    self._identities[place] = identity
+        # Without a stamp nothing tells whether the small files are as they were.
+        identify = _known_identity if source.stamp else _identity
+        identity = identify(source.header, self.engine, source.stamp, changed_ns)
         return f"{identity}-{kind}"
 
 
 def _write(
     header: ModelHeader, kind: str, small: dict[str, bytes], directory: Path
-) -> dict[str, Sealed]:
+) -> dict[str, Stamp]:
     """
-    Write the files of a variant; what each of them is.
+    Writes the files of a variant; returns their stamps.
     """
-    files: dict[str, Sealed] = {}
+    files: dict[str, Stamp] = {}
     with writing(directory / "model.bin", files) as target:
         write_converted(header, kind, target)
     for name, content in small.items():
@@ -399,8 +387,8 @@ def _write(
 
 def _small_files(directory: Path) -> dict[str, bytes]:
     """
-    What a variant has beside its weights: the files of its source, but for a vocabulary
-    in JSON, which CTranslate2 takes twice as long to read as lines.
+    Returns the files beside a variant's weights: those of its source, but for a
+    vocabulary in JSON, which CTranslate2 takes twice as long to read as lines.
 
     Source: a third of a load of base as int8, 52 ms against 37 (CTranslate2 4.8.5).
     """
@@ -415,11 +403,13 @@ def _small_files(directory: Path) -> dict[str, bytes]:
 
 def _as_lines(vocabulary: bytes) -> bytes | None:
     """
-    A vocabulary in JSON with a line for each token; None if that would be another one.
+    Returns a vocabulary in JSON with a line for each token; None if that would be
+    another one.
     """
     try:
         tokens = json.loads(vocabulary)
-    except ValueError:  # nor would it be loaded as it is
+    except ValueError:
+        # A load fails with it in any form.
         return None
     # A line ends at its first line break, and may lose a carriage return.
     if not isinstance(tokens, list) or not all(
@@ -430,13 +420,16 @@ def _as_lines(vocabulary: bytes) -> bytes | None:
     return "".join(f"{each}\n" for each in tokens).encode()
 
 
-def _identity(header: ModelHeader, engine: str) -> str:
+def _identity(
+    header: ModelHeader, engine: str, _stamp: tuple[int, ...], _changed_ns: int
+) -> str:
     """
-    A digest of what a source is: its place and times, header and samples of its
+    Returns a digest of a source: its place and times, header and samples of its
     weights, and the small files whole.
 
-    Nobody can set the time of the last change, as one can that of the last writing:
-    files of one size, with a time that was set, may differ where there is no sample.
+    The time of the last change is among them, which cannot be set as that of the last
+    writing can: files of one size, with a time that was set, may differ where there is
+    no sample.
     """
     digest = hashlib.blake2b(digest_size=16)
     with header.path.open("rb", buffering=0) as file:
@@ -453,3 +446,7 @@ def _identity(header: ModelHeader, engine: str) -> str:
         if path.is_file():
             digest.update(name.encode() + hashlib.blake2b(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+# A switch between models looks for their variants each time.
+_known_identity = functools.lru_cache(maxsize=64)(_identity)

@@ -1,0 +1,61 @@
+"""
+The samples of whatever a caller gives as audio.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from whispercache.errors import AudioError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from whispercache.engine.api import AudioInput
+
+__all__ = ["samples_of"]
+
+_log = logging.getLogger("whispercache")
+
+
+def samples_of(audio: AudioInput) -> NDArray[np.float32]:
+    """
+    Returns the samples of a file, a binary stream, or an array that has them already:
+    float32 (samples,), mono, 16 kHz.
+
+    Blocks: for decoding. Damage is logged.
+
+    Raises:
+        AudioError: it cannot be decoded, or the array holds no samples.
+        OSError: it cannot be opened.
+    """
+    import numpy as np
+
+    if isinstance(audio, np.ndarray):
+        return _as_samples(audio)
+    # Imported late: PyAV takes longer than all else here.
+    from .decoder import name_of, read_audio
+
+    heard = read_audio(audio)
+    if heard.damage is not None:
+        _log.warning("%s is damaged: %s", name_of(audio), heard.damage)
+    return heard.samples
+
+
+def _as_samples(audio: NDArray[np.generic]) -> NDArray[np.float32]:
+    """
+    Returns an array that was given in place of a file, if it holds samples.
+
+    Raises:
+        AudioError: it does not.
+    """
+    if audio.ndim == 1 and audio.dtype.kind == "f":
+        return audio.astype("float32", copy=False)
+    got = f"an array of {audio.dtype}, shape {audio.shape}"
+    if audio.ndim == 1 and audio.dtype.kind == "i":
+        full = 2 ** (8 * audio.dtype.itemsize - 1)
+        cure = f"samples are floats in ±1: take audio.astype('float32') / {full}"
+        raise AudioError(got, cure)
+    raise AudioError(got, "samples are floats in one dimension")

@@ -1,0 +1,289 @@
+"""
+The construction of a WhisperModel, and of calls on it, over altered globals.
+
+faster-whisper has no hook for some of what is changed here: the tokenizer that its
+constructor parses, the number of mel bands that it assumes, and functions of voice
+activity detection that take much memory. Copies of its functions find other things
+behind those names; see `rebound`. A release of faster-whisper that no longer looks the
+names up would make that useless without an error, so this is checked and logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from whispercache.errors import LoadFailed
+
+from .api import LoadedModel
+from .audio.features import InBlocks
+from .audio.speech import bounded_names
+from .calls.languages import check_knowledge, knowledge_of
+from .calls.signatures import signature_of
+from .claims import check_tokens, unalignable, undetectable
+from .files import claims_of
+from .process import ctranslate2, versions
+from .rebound import rebound, swapped
+from .sizes.header import ModelHeader
+from .views import lending, lends
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from inspect import Signature
+
+    from faster_whisper import WhisperModel
+    from tokenizers import Tokenizer
+
+    from whispercache.errors import CorruptModel
+    from whispercache.keys import ModelKey
+
+    from .calls.languages import Knowledge
+    from .files import ModelFiles
+    from .kept import KeptModels
+    from .rebound import Swaps
+
+__all__ = ["batched", "build", "described", "signatures"]
+
+_log = logging.getLogger("whispercache")
+
+_HUB_OPTIONS = ("download_root", "revision")
+
+_signature = functools.cache(inspect.signature)
+
+
+def build(key: ModelKey, files: ModelFiles, kept: KeptModels) -> WhisperModel:
+    """
+    Returns the WhisperModel of *key*, built from *files*.
+
+    Methods for which the files lack something are replaced by ones that say so.
+
+    Blocks: for the load of the weights.
+
+    Raises:
+        CorruptModel: the tokenizer is broken, or of another model.
+        LoadFailed: there is no tokenizer, and the hub cannot be reached.
+    """
+    kind, _, index = key.device.partition(":")
+    # They are a matter of the download, which is over.
+    options = {name: value for name, value in key.options if name not in _HUB_OPTIONS}
+    whisper = _construct(
+        files,
+        kept,
+        device=kind,
+        device_index=int(index or 0),
+        compute_type=key.compute_type,
+        **options,
+    )
+    # Set afterwards: the constructor makes the plain one.
+    whisper.feature_extractor = InBlocks(whisper.feature_extractor)
+    claims, directory = claims_of(files), (files.original or files).directory
+    if problem := claims.alignment_problem:
+        _log.warning("%s cannot tell when words were said: %s", key, problem)
+        _refuse(whisper, "find_alignment", partial(unalignable, directory, problem))
+    if not claims.can_detect:
+        _log.warning("%s cannot detect languages: config.json names none", key)
+        _refuse(whisper, "detect_language", partial(undetectable, directory))
+    return whisper
+
+
+def described(key: ModelKey, files: ModelFiles, whisper: WhisperModel) -> LoadedModel:
+    """
+    Reads the properties of a model that was just loaded.
+    """
+    model = whisper.model
+    if model.compute_type != key.compute_type:
+        _log.warning("%s computes in %s", key, model.compute_type)
+    known = knowledge_of(files)
+    return LoadedModel(
+        key=key,
+        files=files,
+        whisper=whisper,
+        compute_type=str(model.compute_type),
+        is_multilingual=bool(model.is_multilingual),
+        supported_languages=_languages(whisper, known),
+        knowledge=known,
+        lend=lends(type(whisper), partial(check_knowledge, str(key), known=known)),
+    )
+
+
+def batched(whisper: WhisperModel) -> Callable[..., object]:
+    """
+    Returns the ``transcribe`` of a new batched pipeline, which keeps state from call to
+    call.
+    """
+    ctranslate2()
+    from faster_whisper import BatchedInferencePipeline
+
+    return swapped(BatchedInferencePipeline(whisper).transcribe, _swaps())
+
+
+def signatures() -> Mapping[str, Signature]:
+    """
+    Returns the signatures of the faster-whisper that is installed; see `Loader`.
+    """
+    ctranslate2()
+    from faster_whisper import BatchedInferencePipeline, WhisperModel
+    from faster_whisper.vad import VadOptions
+
+    return {
+        "transcribe": signature_of(WhisperModel.transcribe),
+        "batched": signature_of(BatchedInferencePipeline.transcribe),
+        "detect_language": signature_of(WhisperModel.detect_language),
+        "vad": _signature(VadOptions),
+    }
+
+
+def _construct(files: ModelFiles, kept: KeptModels, **options: object) -> WhisperModel:
+    """
+    Returns a WhisperModel of *files* that shares its tokenizer with equal ones.
+
+    Parsing a tokenizer takes a third of a small model's load and holds the GIL all the
+    while. Where a model has none, faster-whisper would fetch one that does not know
+    large-v3's tokens; and where no file gives the number of mel bands, it would take
+    80.
+
+    Source: the peak of loading base as int8 was 1.28 times what it leaves, and is 1.02
+    (tests/engine/test_variants.py, benchmarks/switch.py).
+    """
+    ctranslate2()
+    from faster_whisper import WhisperModel
+    from faster_whisper.feature_extractor import FeatureExtractor
+
+    assert isinstance(files.source, ModelHeader)
+    # Before the weights: what parsing takes would come on top of them.
+    tokenizer = _tokenizer_of(files, kept)
+    shared = types.SimpleNamespace(
+        Tokenizer=types.SimpleNamespace(
+            # Whichever way faster-whisper takes, the tokenizer is there already.
+            from_file=lambda _path: tokenizer,
+            from_pretrained=lambda _repository: tokenizer,
+        )
+    )
+    extractor = partial(FeatureExtractor, feature_size=files.source.architecture.mels)
+    names = {"tokenizers": shared, "FeatureExtractor": extractor}
+    _check_lookups(
+        (WhisperModel.__init__,),
+        tuple(names),
+        "each model parses a tokenizer of its own, or takes 80 mel bands",
+    )
+    init = rebound(WhisperModel.__init__, **names)
+    # Not by a call of the class, which would run the plain constructor.
+    whisper: WhisperModel = object.__new__(lending(WhisperModel, _swaps()))
+    init(whisper, files.directory, **options)
+    return whisper
+
+
+@functools.cache
+def _swaps() -> Swaps:
+    """
+    Returns the functions that calls find in place of those of faster-whisper that take
+    much memory.
+    """
+    ctranslate2()
+    from faster_whisper import BatchedInferencePipeline, WhisperModel, vad
+
+    def vad_model() -> object:
+        # Looked up now: programs put others in its place.
+        return vad.get_vad_model()
+
+    bounded = bounded_names(
+        vad.get_speech_timestamps,
+        vad_model,
+        vad.collect_chunks,
+        vad.VadOptions,
+    )
+    methods = (WhisperModel.transcribe, BatchedInferencePipeline.transcribe)
+    consequence = "voice activity detection takes more memory"
+    _check_lookups(methods, tuple(bounded), consequence)
+    _check_lookups((vad.get_speech_timestamps,), ("get_vad_model",), consequence)
+    return tuple((getattr(vad, name), other) for name, other in bounded.items())
+
+
+@functools.cache
+def _check_lookups(
+    functions: tuple[Callable[..., object], ...],
+    names: tuple[str, ...],
+    consequence: str,
+) -> None:
+    """
+    Warns, once, if one of faster-whisper's own *functions* no longer looks up one of
+    the *names* that are replaced for it.
+    """
+    missing = {
+        f"{name} in {function.__qualname__}"
+        for function in functions
+        # One that a program has put in its place says nothing of faster-whisper.
+        if str(function.__module__).startswith("faster_whisper.")
+        for name in names
+        if name not in function.__code__.co_names
+    }
+    if missing:
+        _log.warning(
+            "faster-whisper %s does not look up %s: %s. Please report this",
+            versions()["faster-whisper"],
+            ", ".join(sorted(missing)),
+            consequence,
+        )
+
+
+def _languages(whisper: WhisperModel, known: Knowledge | None) -> tuple[str, ...]:
+    """
+    Returns the languages that a model has tokens for; faster-whisper lists all.
+    """
+    every: list[str] = whisper.supported_languages
+    return tuple(code for code in every if known is None or code in known.languages)
+
+
+def _refuse(
+    whisper: WhisperModel, method: str, error: Callable[[], CorruptModel]
+) -> None:
+    """
+    Makes a method of *whisper* raise an *error* where CTranslate2 would end the process
+    or give no useful message.
+    """
+
+    def refused(*_: object, **__: object) -> None:
+        raise error()
+
+    # By its class: views of the model, which have its class, refuse it, too.
+    plain = type(whisper)
+    whisper.__class__ = type(plain.__name__, (plain,), {method: refused})
+
+
+def _tokenizer_of(files: ModelFiles, kept: KeptModels) -> Tokenizer:
+    """
+    Returns the tokenizer of a model: its own, or else OpenAI's with the same tokens.
+
+    Raises:
+        CorruptModel: it is broken, or numbers its tokens otherwise than the model.
+        LoadFailed: there is none, and the hub cannot be reached.
+    """
+    path = Path(files.directory, "tokenizer.json")
+    vocabulary = claims_of(files).vocabulary
+    if path.is_file():
+        found, origin = kept.tokenizer(str(path)), "tokenizer.json"
+    else:
+        repository = vocabulary.tokenizer
+        found = _tokenizer_from_hub(files.directory, repository)
+        origin = f"the tokenizer of {repository}"
+    check_tokens(files.directory, vocabulary, found, origin)
+    return found
+
+
+def _tokenizer_from_hub(directory: str, repository: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_pretrained(repository)
+    # tokenizers raises nothing narrower.
+    except Exception as error:
+        raise LoadFailed(
+            directory,
+            "it has no tokenizer.json and the model hub cannot be reached; put the "
+            f"tokenizer.json of {repository} beside its model.bin",
+        ) from error

@@ -1,0 +1,137 @@
+"""
+The process that models live in: its libraries, its forks, and its end.
+
+CTranslate2 is imported here and nowhere else. A model has threads that a forked child
+lacks, and a destructor that waits for them, or ends the process where CUDA has failed.
+Such a model is kept for ever instead of being freed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, cast
+
+from whispercache.errors import CacheClosed, CacheForked
+
+from . import telemetry
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from .api import LoadedModel
+
+__all__ = ["ctranslate2", "enter", "keep_for_ever", "quiesce", "versions"]
+
+QUIET_LOOKS = 10
+"""
+Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
+"""
+
+# The process that first had models; empty until one has.
+_models_of: list[int] = []
+
+
+@functools.cache
+def ctranslate2() -> ModuleType:
+    """
+    Returns CTranslate2, imported in such a way that its idle threads sleep.
+
+    GNU OpenMP's threads spin for a while after each piece of work. Where anything else
+    wants the cores, loads to int8 and transcriptions then take several times as long;
+    where nothing does, sleeping costs nothing that could be measured. A value that the
+    user has set stands.
+
+    Source: two busy cores, CTranslate2 4.8.5: base to int8 in 0.29 s against 1.12 s, a
+    transcription by base in 2.0 s against 6.0 s.
+    """
+    # faster-whisper, imported later, brings onnxruntime, which reads this.
+    telemetry.keep_off()
+    # Read once, by CTranslate2's own copy of OpenMP, when it is loaded.
+    name = "OMP_WAIT_POLICY"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, "PASSIVE")
+    try:
+        import ctranslate2 as module
+    finally:
+        # Other libraries of this process, and children, need not follow it.
+        if given is None:
+            del os.environ[name]
+    return cast("ModuleType", module)
+
+
+def versions() -> dict[str, str]:
+    """
+    Returns the versions of the libraries that run the models, by name.
+
+    Raises:
+        ImportError: one of them is missing, or cannot be loaded.
+    """
+    module = ctranslate2()
+    import faster_whisper
+
+    return {
+        "faster-whisper": str(faster_whisper.__version__),
+        "CTranslate2": str(module.__version__),
+    }
+
+
+def enter() -> None:
+    """
+    Notes that models live in this process.
+
+    Raises:
+        CacheForked: models lived in the process that forked this one. OpenMP's threads
+            are not there, and the first parallel work would wait for them for ever.
+    """
+    if not _models_of:
+        _models_of.append(os.getpid())
+    if _models_of[0] != os.getpid():
+        raise CacheForked
+
+
+def keep_for_ever(whisper: object) -> None:
+    """
+    Takes a reference to a model of CTranslate2 that is never given back.
+    """
+    # Not a list: the interpreter would empty that when it ends.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(whisper))
+
+
+class _Gone:
+    """
+    A model's stand-in once the interpreter ends. A daemon thread that touches it stops
+    there; any other thread gets an error.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        if threading.current_thread().daemon:
+            threading.Event().wait()
+        raise CacheClosed(f"the interpreter is ending; {name!r} of a model is gone")
+
+
+def quiesce(loaded: LoadedModel, timeout_s: float) -> bool:
+    """
+    Replaces a model by something that stops daemon threads, and waits for calls in
+    flight.
+
+    Returns:
+        True if they ended in time.
+
+    Source: a daemon thread in mid-transcription at exit was a SIGSEGV, 10 of 10 times
+    (CTranslate2 4.8.5, CPU).
+    """
+    model = loaded.whisper.model
+    loaded.whisper.model = _Gone()
+    give_up_s = time.monotonic() + timeout_s
+    quiet = 0
+    # A call may be on its way to the model that it looked up before.
+    while quiet < QUIET_LOOKS:
+        if time.monotonic() > give_up_s:
+            return False
+        quiet = 0 if model.num_active_batches else quiet + 1
+        time.sleep(0.002)
+    return True
