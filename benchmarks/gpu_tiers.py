@@ -15,13 +15,13 @@ from gpu_parts import Heard, plain_cache
 from gpu_records import Tier
 from page import make_cold, read
 
-from whispercache.cache import DEFAULT_VARIANTS_BYTES
 from whispercache.engine.process import versions
 from whispercache.engine.sizes.footprint import read_header, weights_bytes
 from whispercache.engine.variants.convert import Origin, kind_for
 from whispercache.engine.variants.store import Variants
 from whispercache.errors import WhisperCacheError
 from whispercache.events import ModelEvicted, ModelLoaded
+from whispercache.options import DEFAULT_VARIANTS_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -58,11 +58,11 @@ from switch import (
 )
 
 from whispercache import ModelCache
-from whispercache.cache import DEFAULT_VARIANTS_BYTES
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.process import versions
 from whispercache.engine.variants.build import Builder
 from whispercache.engine.variants.store import Variants
+from whispercache.options import DEFAULT_VARIANTS_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from whispercache.cache import PATIENCE_S
+from whispercache.options import PATIENCE_S
 from whispercache.planning import planner as admission
 from whispercache.planning.planner import POLICIES, Resident
 

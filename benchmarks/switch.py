@@ -52,13 +52,13 @@ from report import Table, machine, write
 
 from examples.weights import packaged_model
 from whispercache import ModelCache, Workload
-from whispercache.cache import DEFAULT_VARIANTS_BYTES, VARIANTS_VARIABLE
 from whispercache.devices.host import return_free_memory
 from whispercache.engine.process import versions
 from whispercache.engine.sizes.header import read_header
 from whispercache.engine.variants.convert import Origin
 from whispercache.engine.variants.store import Variants
 from whispercache.errors import format_bytes
+from whispercache.options import DEFAULT_VARIANTS_BYTES, VARIANTS_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from driver import Driver
     from typing_extensions import Unpack
 
-    from whispercache.cache import CacheOptions
+    from whispercache.options import CacheOptions
 
 # Examples that take long on a busy machine are no failures.
 settings.register_profile(

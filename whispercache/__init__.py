@@ -16,7 +16,8 @@ while, and their memory is really returned. See `ModelCache` for limits of your 
 
 from typing import TYPE_CHECKING
 
-from .cache import ModelCache, default_cache, get_model
+from .cache import ModelCache
+from .default import default_cache, get_model
 from .engine.sizes.footprint import Footprint, Workload, footprint
 from .errors import (
     AudioError,

@@ -1,9 +1,9 @@
 """
 AsyncModelCache: the same cache, awaited.
 
-It holds no state of its own: tasks and threads share one core, one queue, one set of
-books. Waiting for a model takes no thread; disk, downloads and the models' work run on
-a pool of threads, so the event loop is never blocked.
+Tasks and threads share one core and one queue; nothing here has a state of its own.
+Waiting for a model takes no thread. Disk, downloads and the models' work run on a pool
+of threads, so the event loop is never blocked.
 """
 
 from __future__ import annotations
@@ -11,50 +11,44 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import tracemalloc
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from .cache import (
-    CLOSED,
-    UNCHANGED,
-    Departure,
-    ModelCache,
-    ModelSource,
-    as_request,
-    as_requests,
-    log_held,
-    tell_own,
-)
+from .base import CacheBase, Departure, log_held
+from .cache import ModelCache
 from .core.fallback import Attempts
-from .core.threads import caller, current_owner, token_of
+from .core.threads import current_owner, token_of
 from .engine.calls.prepare import prepared, prepared_detection
 from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .errors import EvictionTimeout
 from .lease import Leases
 from .model import Handle, LeasedIterator, call_leased
+from .options import as_request, as_requests, parse_tier, parse_timeout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Sequence
     from types import TracebackType
 
     from faster_whisper import WhisperModel
     from faster_whisper.transcribe import Segment, TranscriptionInfo
     from typing_extensions import ParamSpec, Self, Unpack
 
-    from .cache import CacheOptions, ModelRequest
+    from .base import ModelSource
     from .core.fallback import Terms
     from .core.moves import Leaving
     from .core.resolver import Request
     from .engine.api import AudioInput
     from .engine.calls.languages import Knowledge
     from .engine.sizes.footprint import Workload
-    from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
+    from .events import Explanation
     from .keys import ModelKey
     from .lease import Lease
-    from .units import DurationValue, LimitValue
+    from .options import CacheOptions, ModelRequest, Tier
+    from .units import DurationValue
+    from .watch.live import Snapshot
 
     P = ParamSpec("P")
 
@@ -100,9 +94,9 @@ async def _in_thread(call: Callable[P, T], *args: P.args, **options: P.kwargs) -
     return await asyncio.get_running_loop().run_in_executor(_pool(), bound)
 
 
-class AsyncModelCache:
+class AsyncModelCache(CacheBase):
     """
-    A `ModelCache` for tasks, with the same words.
+    A `ModelCache` for tasks, with the same methods.
 
     Args:
         cache: A cache to share with threads; a new one if None.
@@ -114,7 +108,12 @@ class AsyncModelCache:
     ) -> None:
         if cache is not None and options:
             raise TypeError("give a cache, or the parameters of a new one; not both")
-        self._cache = cache or ModelCache(**options)
+        # Kept alive: without it, a fork would not reach what the two share.
+        self._cache: ModelCache = cache or ModelCache(**options)
+        shared = self._cache
+        super().__init__(
+            shared._core, shared._resolver, shared._limits, shared._usual_terms
+        )
 
     @property
     def cache(self) -> ModelCache:
@@ -123,31 +122,28 @@ class AsyncModelCache:
         """
         return self._cache
 
+    # Leases ---------------------------------------------------------------------------
+
     async def get_model(
         self,
         model_size_or_path: str | os.PathLike[str],
         device: str = "auto",
         compute_type: str = "default",
         *,
+        timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
-        timeout_s: float | None = None,
         fallback: Sequence[str] | None = None,
         **load_options: object,
     ) -> AsyncCachedModel:
         """
-        A model to await, in memory whenever it is used. See `ModelCache.get_model`.
+        Returns a model to await, in memory whenever it is used. See
+        `ModelCache.get_model`.
         """
         model = await _in_thread(anchored, model_size_or_path)
-        await _in_thread(
-            self._cache.get_model,
-            model,
-            device,
-            compute_type,
-            **load_options,  # type: ignore[arg-type]
-        )
         request = as_request(model, device, compute_type, load_options)
-        terms = self._cache._terms(timeout_s, keep_alive, fallback)
-        return AsyncCachedModel(self, ModelSource(self._cache, request, terms))
+        terms = self._terms(timeout_s, keep_alive, fallback)
+        source = await _in_thread(self._cache._source, request, terms)
+        return AsyncCachedModel(self, source)
 
     def lease(
         self,
@@ -155,19 +151,20 @@ class AsyncModelCache:
         device: str = "auto",
         compute_type: str = "default",
         *,
-        timeout_s: float | None = None,
+        timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         fallback: Sequence[str] | None = None,
         workload: Workload | None = None,
         **load_options: object,
     ) -> AsyncLease:
         """
-        The real WhisperModel, held for an ``async with`` block. See `ModelCache.lease`.
+        Returns the real WhisperModel, held for an ``async with`` block. See
+        `ModelCache.lease`.
 
         Its calls block: run them in a thread, or use `get_model`, which does.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        terms = self._cache._terms(timeout_s, keep_alive, fallback)
+        terms = self._terms(timeout_s, keep_alive, fallback)
         return self._lease(request, workload or DEFAULT_WORKLOAD, terms)
 
     def lease_many(
@@ -176,17 +173,17 @@ class AsyncModelCache:
         device: str = "auto",
         compute_type: str = "default",
         *,
-        timeout_s: float | None = None,
+        timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         workload: Workload | None = None,
         **load_options: object,
     ) -> AsyncLeases:
         """
-        Several models, held together for an ``async with`` block. See
+        Returns several models, held together for an ``async with`` block. See
         `ModelCache.lease_many`.
         """
         requests = as_requests(models, device, compute_type, load_options)
-        terms = self._cache._terms(timeout_s, keep_alive, ())
+        terms = self._terms(timeout_s, keep_alive, ())
         return AsyncLeases(
             self._acquire_many(requests, workload or DEFAULT_WORKLOAD, terms)
         )
@@ -197,16 +194,18 @@ class AsyncModelCache:
     async def _acquire(
         self, request: Request, workload: Workload, terms: Terms
     ) -> Lease:
-        cache = self._cache
-        lease = cache._hit(request, workload, terms, _current_task())
+        lease = self._hit(request, workload, terms, _current_task())
         if lease is None:
             lease = await self._climb(request, workload, terms)
-        if tracemalloc.is_tracing():
-            lease.taken_at = caller()
+        if self._is_tracing():
+            self._trace((lease,))
         return lease
 
     async def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
-        attempts = Attempts(self._cache._core, request, terms)
+        """
+        Returns a lease on the model, or on the first fallback that can be had.
+        """
+        attempts = Attempts(self._core, request, terms)
         for attempt, terms_left in attempts:
             with attempts.judging():
                 (lease,) = await self._wait([attempt], workload, terms_left)
@@ -217,24 +216,26 @@ class AsyncModelCache:
         self, requests: Sequence[Request], workload: Workload, terms: Terms
     ) -> Leases:
         leases = Leases(await self._wait(requests, workload, terms))
-        if tracemalloc.is_tracing():
-            for lease in leases:
-                lease.taken_at = caller()
+        if self._is_tracing():
+            self._trace(leases)
         return leases
 
     async def _wait(
         self, requests: Sequence[Request], workload: Workload, terms: Terms
     ) -> tuple[Lease, ...]:
-        core = self._cache._core
-        parts = await _in_thread(self._cache._locate, requests, workload)
+        core = self._core
+        parts = await _in_thread(self._locate, requests, workload)
         waiter = core.request(
             parts, terms.keep_alive_s, terms.timeout_s, _current_task()
         )
         try:
             return await asyncio.wrap_future(waiter.future)
         except BaseException:
+            # A task may be cancelled in the moment of its grant, which then goes back.
             core.abandon(waiter)
             raise
+
+    # Models ---------------------------------------------------------------------------
 
     async def download(
         self,
@@ -247,15 +248,8 @@ class AsyncModelCache:
         Downloads a model's files, if they are not on this disk. See
         `ModelCache.download`.
         """
-        await _in_thread(
-            functools.partial(
-                self._cache.download,
-                model_size_or_path,
-                device,
-                compute_type,
-                **load_options,
-            )
-        )
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        await _in_thread(self._locate, [request], DEFAULT_WORKLOAD)
 
     async def knowledge(
         self,
@@ -267,30 +261,8 @@ class AsyncModelCache:
         """
         Returns the languages and tokens of a model. See `ModelCache.knowledge`.
         """
-        return await _in_thread(
-            functools.partial(
-                self._cache.knowledge,
-                model_size_or_path,
-                device,
-                compute_type,
-                **load_options,
-            )
-        )
-
-    def known_key(
-        self,
-        model_size_or_path: str | os.PathLike[str],
-        device: str = "auto",
-        compute_type: str = "default",
-        **load_options: object,
-    ) -> ModelKey | None:
-        """
-        Returns the key that the last request with these parameters got. See
-        `ModelCache.known_key`.
-        """
-        return self._cache.known_key(
-            model_size_or_path, device, compute_type, **load_options
-        )
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        return await _in_thread(self._resolver.knowledge, request, download=False)
 
     async def preload(
         self,
@@ -298,20 +270,19 @@ class AsyncModelCache:
         device: str = "auto",
         compute_type: str = "default",
         *,
-        tier: str = "device",
-        timeout_s: float | None = None,
+        tier: Tier = "device",
+        timeout_s: DurationValue | None = None,
+        fallback: Sequence[str] | None = None,
         **load_options: object,
     ) -> None:
         """
-        Load a model now, or read its files. See `ModelCache.preload`.
+        Loads a model now, or reads its files. See `ModelCache.preload`.
         """
-        if tier != "device":
-            place = (model_size_or_path, device, compute_type)
-            preload = functools.partial(self._cache.preload, *place, tier=tier)
-            await _in_thread(preload, **load_options)
-            return
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        terms = self._cache._terms(timeout_s, None, None)
+        terms = self._terms(timeout_s, None, fallback)
+        if parse_tier(tier) == "page":
+            await _in_thread(self._read, request)
+            return
         async with self._lease(request, DEFAULT_WORKLOAD, terms):
             pass
 
@@ -321,28 +292,18 @@ class AsyncModelCache:
         device: str = "auto",
         compute_type: str = "default",
         *,
-        timeout_s: float | None = None,
+        timeout_s: DurationValue | None = None,
+        fallback: Sequence[str] | None = None,
         **load_options: object,
     ) -> None:
         """
-        Load a model now and keep it, idle or not. See `ModelCache.pin`.
+        Loads a model now and keeps it, idle or not. See `ModelCache.pin`.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        terms = self._cache._terms(timeout_s, None, None)
+        terms = self._terms(timeout_s, None, fallback)
         lease = await self._lease(request, DEFAULT_WORKLOAD, terms)
         with lease:
             lease.pin()
-
-    def unpin(
-        self,
-        model_size_or_path: str | os.PathLike[str] | None = None,
-        device: str | None = None,
-        compute_type: str | None = None,
-    ) -> int:
-        """
-        Let pinned models leave again; how many were. See `ModelCache.unpin`.
-        """
-        return self._cache.unpin(model_size_or_path, device, compute_type)
 
     async def evict(
         self,
@@ -350,64 +311,27 @@ class AsyncModelCache:
         device: str | None = None,
         compute_type: str | None = None,
         *,
-        timeout_s: float | None = None,
+        timeout_s: DurationValue | None = None,
     ) -> int:
         """
-        Unload models now; how many left. See `ModelCache.evict`.
+        Unloads models now; returns their number. See `ModelCache.evict`.
         """
-        matching = self._cache._resolver.matching
-        matches = matching(model_size_or_path, device, compute_type)
-        waits_for = _current_task() if timeout_s is None else None
-        leaving = self._cache._core.evict(matches, waits_for)
-        return await self._gone(leaving, timeout_s)
+        wait_s = parse_timeout(timeout_s)
+        matches = self._resolver.matching(model_size_or_path, device, compute_type)
+        waits_for = _current_task() if wait_s is None else None
+        return await self._await_gone(self._core.evict(matches, waits_for), wait_s)
 
-    async def _gone(self, leaving: list[Leaving], timeout_s: float | None) -> int:
-        departure = Departure(self._cache._core, leaving, timeout_s)
+    async def _await_gone(self, leaving: list[Leaving], timeout_s: float | None) -> int:
+        departure = Departure(self._core, leaving, timeout_s)
         try:
             if leaving:
                 await asyncio.wait([asyncio.wrap_future(gone) for _, gone in leaving])
         except asyncio.CancelledError:
             departure.give_up()
             for entry, gone in leaving:
-                self._cache._core.withdraw(entry, gone)
+                self._core.withdraw(entry, gone)
             raise
         return departure.result()
-
-    def resize(
-        self,
-        *,
-        vram: LimitValue | Mapping[str, LimitValue] = UNCHANGED,
-        ram: LimitValue = UNCHANGED,
-        max_models: int | None = cast("int", UNCHANGED),
-    ) -> None:
-        """
-        Set other limits. See `ModelCache.resize`.
-        """
-        self._cache.resize(vram=vram, ram=ram, max_models=max_models)
-
-    def stats(self) -> Stats:
-        """
-        Counters since the cache was made.
-        """
-        return self._cache.stats()
-
-    def models(self) -> tuple[ModelInfo, ...]:
-        """
-        The models in memory, or on their way in or out.
-        """
-        return self._cache.models()
-
-    def devices(self) -> tuple[DeviceInfo, ...]:
-        """
-        The devices that were used, and what the cache holds of them.
-        """
-        return self._cache.devices()
-
-    def waiting(self) -> tuple[WaitingInfo, ...]:
-        """
-        The requests that wait for their models, the oldest first.
-        """
-        return self._cache.waiting()
 
     async def explain(
         self,
@@ -419,42 +343,45 @@ class AsyncModelCache:
         **load_options: object,
     ) -> Explanation:
         """
-        What a lease on a model would do now. See `ModelCache.explain`.
+        Returns what a lease on a model would do now. See `ModelCache.explain`.
         """
-        return await _in_thread(
-            functools.partial(
-                self._cache.explain,
-                model_size_or_path,
-                device,
-                compute_type,
-                workload=workload,
-                **load_options,
-            )
-        )
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        return await _in_thread(self._explain, request, workload or DEFAULT_WORKLOAD)
 
-    def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+    async def top(self, interval_s: float = 1.0) -> None:
         """
-        Call *listener* with each event, on any thread. See `ModelCache.subscribe`.
+        Shows the cache live in the terminal, until it is cancelled. See
+        `ModelCache.top`.
         """
-        return self._cache.subscribe(listener)
+        from .watch.live import Watch
+        from .watch.top import watch
 
-    @property
-    def is_closed(self) -> bool:
-        """
-        True once the cache was closed. See `ModelCache.is_closed`.
-        """
-        return self._cache.is_closed
+        is_over = threading.Event()
+        with Watch(self) as seen:
 
-    async def close(self, timeout_s: float | None = 10.0) -> None:
+            def snapshot() -> Snapshot:
+                # A thread cannot be cancelled. This is the end that the view knows.
+                if is_over.is_set():
+                    raise KeyboardInterrupt
+                return seen.snapshot()
+
+            try:
+                await _in_thread(watch, snapshot, interval_s=interval_s)
+            finally:
+                is_over.set()
+
+    # Closing --------------------------------------------------------------------------
+
+    async def close(self, timeout_s: DurationValue | None = 10.0) -> None:
         """
-        Close the cache, for threads too. See `ModelCache.close`.
+        Closes the cache, for threads too. See `ModelCache.close`.
         """
-        core = self._cache._core
-        leaving = core.close()
+        wait_s = parse_timeout(timeout_s)
+        leaving = self._core.close()
         if leaving is not None:
-            tell_own(core.end_own((_current_task(),), CLOSED), timeout_s)
-            await self._gone(leaving, timeout_s)
-            await _in_thread(core.join, timeout_s)
+            self._end_own((_current_task(),), wait_s)
+            await self._await_gone(leaving, wait_s)
+            await _in_thread(self._core.join, wait_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -472,9 +399,6 @@ class AsyncModelCache:
             if error is None:
                 raise
             log_held(held)
-
-    def __repr__(self) -> str:
-        return repr(self._cache).replace("<ModelCache", "<AsyncModelCache", 1)
 
 
 class AsyncLease:

@@ -280,7 +280,7 @@ def by_the_cache(
     with ModelCache(
         vram=capacity,
         keep_alive=60,
-        policy=policy,
+        policy=policy,  # type: ignore[arg-type]
         loader=loader,
         probe=machine,
         clock=clock,

@@ -1379,7 +1379,7 @@ def test_nonsense_makes_no_cache(make_cache: MakeCache) -> None:
     The error says what would make sense.
     """
     with pytest.raises(ValueError, match="policy must be one of lru, gap, or a func"):
-        make_cache(policy="fifo")
+        make_cache(policy="fifo")  # type: ignore[arg-type]
     for patience_s in (-1, float("nan")):
         with pytest.raises(ValueError, match="patience_s must be 0 or more"):
             make_cache(patience_s=patience_s)

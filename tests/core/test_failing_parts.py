@@ -24,8 +24,8 @@ from whispercache import (
     LeaseTimeout,
     LoadFailed,
     ModelLoading,
+    lifetime,
 )
-from whispercache import cache as cache_module
 from whispercache.peers.ledger import Ledger
 from whispercache.testing import FakeLoader, settle, wait_until
 
@@ -330,8 +330,8 @@ def test_children_know_of_closed_and_forgotten_caches(
     if how == "closed":
         core.close()
     else:
-        assert core in cache_module._cores
-        cache_module._caches.discard(cache)
+        assert core in lifetime._cores
+        lifetime._caches.discard(cache)
 
     def check() -> str:
         try:

@@ -12,7 +12,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from driver import wait_waiting
@@ -193,7 +193,7 @@ class TestPreload:
 
     @pytest.mark.parametrize("tier", ["disk", "", "Page", None])
     def test_there_are_two_tiers(
-        self, make_cache: MakeCache, loader: FakeLoader, tier: str
+        self, make_cache: MakeCache, loader: FakeLoader, tier: Any
     ) -> None:
         """
         Any other is refused, blocking or awaited, before anything is looked up.

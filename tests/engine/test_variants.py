@@ -31,7 +31,6 @@ from real import (
 )
 
 from whispercache import LoadFailed, ModelCache
-from whispercache.cache import DEFAULT_VARIANTS_BYTES
 from whispercache.core.entries import State
 from whispercache.engine import construct
 from whispercache.engine.files import stamp_of
@@ -48,6 +47,7 @@ from whispercache.engine.variants.manifest import MANIFEST
 from whispercache.engine.variants.store import Variant, VariantRefused, Variants
 from whispercache.errors import CorruptModel
 from whispercache.events import ModelLoading
+from whispercache.options import DEFAULT_VARIANTS_BYTES
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:

@@ -212,7 +212,7 @@ def test_an_unknown_pressure_is_refused() -> None:
     With those that are known.
     """
     with pytest.raises(ValueError, match="pressure must be one of load, watch"):
-        ModelCache(pressure="high")
+        ModelCache(pressure="high")  # type: ignore[arg-type]
 
 
 def test_a_forgotten_cache_is_watched_no_more(

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from whispercache.cache import DEFAULT_VARIANTS_BYTES
 from whispercache.console import WRONG_USE, error_line, explain
 from whispercache.devices.memory import SystemProbe
 from whispercache.engine.loader import FasterWhisperLoader
@@ -24,6 +23,7 @@ from whispercache.engine.sizes.weights import DTYPES
 from whispercache.engine.variants.convert import KINDS, Origin, kind_for
 from whispercache.engine.variants.store import VariantRefused
 from whispercache.errors import UnknownModel, WhisperCacheError, format_bytes
+from whispercache.options import DEFAULT_VARIANTS_BYTES
 from whispercache.units import parse_limit
 
 if TYPE_CHECKING:

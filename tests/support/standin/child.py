@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from whispercache import Event
-    from whispercache.cache import CacheOptions
     from whispercache.events import DeviceInfo
+    from whispercache.options import CacheOptions
 
 __all__ = [
     "SILENCE",

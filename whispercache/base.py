@@ -1,0 +1,386 @@
+"""
+Base: the part of a cache that is the same for threads and tasks, since it never waits.
+
+`ModelCache` and `AsyncModelCache` add what waits. They share one core, so nothing here
+belongs to one of the two.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from .core.fallback import Terms, as_ladder
+from .core.threads import caller
+from .errors import EvictionTimeout, LeaseDeadlock
+from .options import (
+    UNCHANGED,
+    Unchanged,
+    as_request,
+    limits_by_device,
+    parse_count,
+    parse_timeout,
+)
+from .units import parse_duration
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from inspect import Signature
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .cache import ModelCache
+    from .core.core import Core, Own
+    from .core.entries import Part
+    from .core.moves import Leaving
+    from .core.resolver import Request, Resolver, Target
+    from .devices.memory import MemoryProbe
+    from .engine.api import AudioInput, Loader
+    from .engine.calls.languages import Knowledge
+    from .engine.sizes.footprint import Workload
+    from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
+    from .keys import ModelKey
+    from .lease import Lease
+    from .options import Limits
+    from .planning.deadlock import Owner
+    from .units import DurationValue, LimitValue
+
+__all__ = ["CLOSED", "CacheBase", "Departure", "log_held"]
+
+_log = logging.getLogger("whispercache")
+
+CLOSED = "the cache was closed"
+"""
+The reason that segments give when they ended early with their cache.
+"""
+
+
+class CacheBase:
+    """
+    A cache without the methods that wait.
+
+    Args:
+        core: The state, shared by all caches on it.
+        resolver: Finds the models that requests mean.
+        limits: The limits as they were last given.
+        terms: The terms of requests that name none.
+    """
+
+    def __init__(
+        self, core: Core, resolver: Resolver, limits: Limits, terms: Terms
+    ) -> None:
+        self._core = core
+        self._resolver = resolver
+        self._limits = limits
+        self._usual_terms = terms
+        # Imported by the first cache: `import whispercache` alone does without.
+        from tracemalloc import is_tracing
+
+        self._is_tracing: Callable[[], bool] = is_tracing
+
+    # Requests -------------------------------------------------------------------------
+
+    def _terms(
+        self,
+        timeout_s: DurationValue | None,
+        keep_alive: DurationValue | None,
+        fallback: Sequence[str] | None,
+    ) -> Terms:
+        # One object for the usual case, which every hit passes.
+        if timeout_s is None and keep_alive is None and fallback is None:
+            return self._usual_terms
+        return Terms(
+            parse_timeout(timeout_s),
+            None if keep_alive is None else parse_duration(keep_alive, "keep_alive"),
+            self._usual_terms.ladder if fallback is None else as_ladder(fallback),
+        )
+
+    def _hit(
+        self, request: Request, workload: Workload, terms: Terms, owner: Owner
+    ) -> Lease | None:
+        entry = self._resolver.known(request)
+        if entry is None:
+            return None
+        return self._core.hit(entry, workload, terms.keep_alive_s, owner)
+
+    def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Part]:
+        """
+        Returns the models of *requests*, with their files on this disk.
+
+        Blocks: for downloads, so tasks call it on a thread.
+        """
+        from .core.entries import Part
+
+        order = list(range(len(requests)))
+        if len(requests) > 1:
+            # All are resolved before the first download, so that nonsense costs none.
+            # The one with the least choice of a device is placed first.
+            alone = [self._resolver.resolve(request) for request in requests]
+            order.sort(key=lambda n: self._resolver.least_choice(alone[n]))
+        targets: dict[int, Target] = {}
+        for n in order:
+            target = self._resolver.resolve(requests[n], beside=targets.values())
+            self._resolver.locate(target, workload)
+            targets[n] = target
+        return [Part(targets[n].entry, workload) for n in range(len(requests))]
+
+    def _read(self, request: Request) -> None:
+        """
+        Reads the files of a model into the page cache. Blocks until they are read.
+        """
+        self._resolver.read(self._resolver.resolve(request))
+
+    def _explain(self, request: Request, workload: Workload) -> Explanation:
+        from .core import snapshots
+
+        target = self._resolver.resolve(request, download=False)
+        self._resolver.locate(target, workload, download=False)
+        return snapshots.explain(self._core, target.entry, workload)
+
+    def _trace(self, leases: Iterable[Lease]) -> None:
+        """
+        Notes where the caller took leases, for the warning if they are never released.
+        """
+        for lease in leases:
+            lease.taken_at = caller()
+
+    def known_key(
+        self,
+        model_size_or_path: str | os.PathLike[str],
+        device: str = "auto",
+        compute_type: str = "default",
+        **load_options: object,
+    ) -> ModelKey | None:
+        """
+        Returns the key that the last request with these parameters got.
+
+        None before the first one. Never touches the disk; `ModelCache.get_model` has
+        the parameters.
+        """
+        request = as_request(model_size_or_path, device, compute_type, load_options)
+        entry = self._resolver.known(request)
+        return None if entry is None else entry.key
+
+    def unpin(
+        self,
+        model_size_or_path: str | os.PathLike[str] | None = None,
+        device: str | None = None,
+        compute_type: str | None = None,
+    ) -> int:
+        """
+        Lets pinned models be evicted again; the parameters are those of `evict`.
+
+        Returns:
+            The number of models that were pinned.
+        """
+        matching = self._resolver.matching
+        return self._core.unpin(matching(model_size_or_path, device, compute_type))
+
+    # Limits ---------------------------------------------------------------------------
+
+    def resize(
+        self,
+        *,
+        vram: LimitValue | Mapping[str, LimitValue] | Unchanged = UNCHANGED,
+        ram: LimitValue | Unchanged = UNCHANGED,
+        max_models: int | Unchanged | None = UNCHANGED,
+    ) -> None:
+        """
+        Sets other limits. A limit that is not given stays.
+
+        Idle models beyond the new limits are evicted, leased ones once they are idle.
+        Returns without waiting for that.
+
+        Raises:
+            TypeError, ValueError: a limit is nonsense; none was changed.
+        """
+        limits = self._limits
+        vram = limits.vram if isinstance(vram, Unchanged) else vram
+        ram = limits.ram if isinstance(ram, Unchanged) else ram
+        limit_of = limits_by_device(vram, ram)
+        if isinstance(max_models, Unchanged):
+            max_models = self._core.max_models
+        else:
+            max_models = parse_count(max_models, "max_models")
+        limits.vram, limits.ram = vram, ram
+        self._core.resize(limit_of, max_models)
+
+    # Reports --------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """
+        Returns the counters since the cache was made.
+        """
+        from .core import snapshots
+
+        return snapshots.stats(self._core)
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """
+        Returns the models that are in memory, or being loaded or unloaded.
+        """
+        from .core import snapshots
+
+        return snapshots.models(self._core)
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """
+        Returns the devices that were used, and the memory that the cache holds there.
+        """
+        from .core import snapshots
+
+        return snapshots.devices(self._core)
+
+    def waiting(self) -> tuple[WaitingInfo, ...]:
+        """
+        Returns the requests that wait for their models, the oldest first.
+        """
+        from .core import snapshots
+
+        return snapshots.waiting(self._core)
+
+    def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """
+        Calls *listener* with each `Event` from now on, in order.
+
+        It runs on the thread that made the event, often a device's loader: it should be
+        quick, and must not wait for this cache. Errors that it raises are logged.
+
+        Returns:
+            A function that ends the subscription.
+        """
+        return self._core.outbox.subscribe(listener)
+
+    @property
+    def loader(self) -> Loader:
+        """
+        The loader of the models, as given to the constructor or the usual one.
+        """
+        return self._core.loader
+
+    @property
+    def probe(self) -> MemoryProbe:
+        """
+        The reader of the devices' memory, as given to the constructor or the usual one.
+        """
+        return self._core.probe
+
+    @property
+    def is_closed(self) -> bool:
+        """
+        True once the cache was closed: new requests are refused.
+        """
+        return self._core.is_closed
+
+    def __repr__(self) -> str:
+        from .core import snapshots
+
+        return snapshots.describe(self._core, type(self).__name__)
+
+    # Closing --------------------------------------------------------------------------
+
+    def _end_own(self, owners: tuple[Owner, ...], timeout_s: float | None) -> Own:
+        """
+        Ends the segments of a closing thread or task, and of those that have ended.
+
+        Raises:
+            LeaseDeadlock: without a time limit, it would wait for a lease of its own.
+        """
+        own = self._core.end_own(owners, CLOSED)
+        if own.held and timeout_s is None:
+            raise LeaseDeadlock("the end of the cache", own.held, own=True)
+        return own
+
+
+def log_held(held: EvictionTimeout) -> None:
+    """
+    Logs the models that are still held, where another error is raised instead.
+    """
+    _log.warning("closing: %s", held)
+
+
+class Departure:
+    """
+    The unloading of some models, as one caller waits for it.
+
+    Args:
+        core: The core that unloads them.
+        leaving: Each of them with a future that is done once it was unloaded.
+        timeout_s: Most seconds to wait; None for as long as it takes.
+    """
+
+    def __init__(
+        self, core: Core, leaving: list[Leaving], timeout_s: float | None
+    ) -> None:
+        self._core = core
+        self._leaving = leaving
+        self._started_s = core.clock.now()
+        if timeout_s is not None and leaving:
+            core.clock.call_at(self._started_s + timeout_s, self.give_up)
+
+    def give_up(self) -> None:
+        """
+        Gives up on the models whose unload has not begun.
+        """
+        for _, gone in self._leaving:
+            gone.cancel()
+
+    def result(self) -> int:
+        """
+        Returns the number of models that were unloaded, once all futures are done.
+
+        Raises:
+            EvictionTimeout: some were not, in time.
+        """
+        stayed = [(entry, gone) for entry, gone in self._leaving if gone.cancelled()]
+        for entry, gone in stayed:
+            self._core.withdraw(entry, gone)
+        if stayed:
+            names = ", ".join(str(entry.key) for entry, _ in stayed)
+            waited_s = self._core.clock.now() - self._started_s
+            raise EvictionTimeout(names, waited_s)
+        return len(self._leaving)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """
+    The source of a `CachedModel`: one model of a cache, and the terms of its leases.
+    """
+
+    cache: ModelCache
+    request: Request
+    terms: Terms
+
+    def __str__(self) -> str:
+        # The key only if it is known already: printing a model must not download it.
+        entry = self.cache._resolver.known(self.request)
+        return str(self.request[0] if entry is None else entry.key)
+
+    @property
+    def key(self) -> ModelKey:
+        return self.cache._resolver.entry(self.request).key
+
+    def lease(self, workload: Workload) -> Lease:
+        return self.cache._lease(self.request, workload, self.terms)
+
+    def transcriber(
+        self, lease: Lease, batch_size: int | None
+    ) -> Callable[..., object]:
+        if batch_size is None:
+            return lease.whisper.transcribe  # type: ignore[no-any-return]
+        batched = self.cache.loader.batched(lease.whisper)
+        return partial(batched, batch_size=batch_size)
+
+    def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
+        return self.cache.loader.decode_audio(audio)
+
+    def signatures(self) -> Mapping[str, Signature]:
+        return self.cache.loader.signatures()
+
+    def knowledge(self) -> Knowledge | None:
+        return self.cache._resolver.knowledge(self.request, download=True)

@@ -1,0 +1,79 @@
+"""
+Lifetime: the end of the process and its forks, for all caches in it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from .core.core import Core
+
+__all__ = ["EXIT_S", "Forkable", "register"]
+
+EXIT_S = 10.0
+"""
+Most seconds that the end of the interpreter waits for loads, unloads and calls.
+"""
+
+
+class Forkable(Protocol):
+    """
+    A cache, as a fork touches it.
+    """
+
+    def after_fork(self) -> None:
+        """
+        Starts afresh in a forked child, once its core has done so.
+        """
+
+
+_caches: weakref.WeakSet[Forkable] = weakref.WeakSet()
+# Kept apart: while a lease is out, a core outlives the cache that was forgotten.
+_cores: weakref.WeakSet[Core] = weakref.WeakSet()
+
+
+def register(cache: Forkable, core: Core) -> None:
+    """
+    Notes a new cache, without keeping it alive.
+    """
+    _caches.add(cache)
+    _cores.add(core)
+
+
+@atexit.register
+def _close_all() -> None:
+    """
+    Unloads all models before the interpreter ends, since later destructors can crash.
+
+    Leases are not waited for. Loads, unloads and calls in flight are: a thread that
+    returns from CTranslate2 into an interpreter that has ended aborts the process.
+    """
+    for core in list(_cores):
+        leaving = core.close() or []
+        wait([gone for entry, gone in leaving if not entry.leases], EXIT_S)
+        # Then what unloaded models have left on the host is dropped, too.
+        if core._is_over:
+            core.join(EXIT_S)
+        core.quiesce(EXIT_S)
+
+
+def _after_fork() -> None:
+    """
+    Makes all caches refuse work in a forked child, or start afresh if they can.
+    """
+    cores = list(_cores)
+    if cores:
+        from .devices import cuda
+    for core in cores:
+        core.forked(gpu_in_use=cuda.is_open())
+    for cache in list(_caches):
+        cache.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,325 @@
+"""
+Options: the parameters of a cache and of its requests, checked and parsed once.
+
+Everything here takes values as users write them and returns what the core computes
+with. Nonsense is refused where it is given, by the name of its parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast
+
+from .keys import frozen_compute_type
+from .units import Limit, parse_duration, parse_limit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from .core.resolver import Request
+    from .core.threads import Clock
+    from .devices.memory import MemoryProbe
+    from .engine.api import Engine
+    from .planning.planner import Policy
+    from .units import DurationValue, LimitValue
+
+__all__ = [
+    "DEFAULT_VARIANTS_BYTES",
+    "PATIENCE_S",
+    "UNCHANGED",
+    "VARIANTS_VARIABLE",
+    "CacheOptions",
+    "Limits",
+    "ModelName",
+    "ModelRequest",
+    "PolicyName",
+    "Pressure",
+    "Tier",
+    "Unchanged",
+    "as_request",
+    "as_requests",
+    "limits_by_device",
+    "parse_count",
+    "parse_park",
+    "parse_patience",
+    "parse_policy",
+    "parse_pressure",
+    "parse_tier",
+    "parse_timeout",
+    "parse_variants",
+]
+
+PATIENCE_S = 5.0
+"""
+Seconds for which hits may pass a request that waits for memory.
+"""
+
+VARIANTS_VARIABLE = "WHISPERCACHE_VARIANTS"
+"""
+Environment variable that turns variants off, for programs whose code one cannot change.
+"""
+
+_OFF = ("off", "0", "no", "none", "false")
+
+DEFAULT_VARIANTS_BYTES = 16 * 1024**3
+"""
+Most bytes that variants take on disk, unless a limit is given: ten of large-v3 in int8.
+"""
+
+PolicyName: TypeAlias = Literal["lru", "gap"]
+Pressure: TypeAlias = Literal["load", "watch"]
+Tier: TypeAlias = Literal["device", "page"]
+
+ModelName: TypeAlias = "str | os.PathLike[str]"
+ModelRequest: TypeAlias = (
+    "ModelName | tuple[ModelName] | tuple[ModelName, str] | tuple[ModelName, str, str]"
+)
+"""
+A name or path; or with its own device, and perhaps its own compute type.
+"""
+
+_PRESSURES = ("load", "watch")
+_TIERS = ("device", "page")
+
+
+class Unchanged(Enum):
+    """
+    The value of a parameter that was not given. None is a value of its own there.
+    """
+
+    UNCHANGED = "unchanged"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+UNCHANGED = Unchanged.UNCHANGED
+
+
+class CacheOptions(TypedDict, total=False):
+    """
+    The parameters of a `ModelCache`.
+    """
+
+    vram: LimitValue | Mapping[str, LimitValue]
+    ram: LimitValue
+    max_models: int | None
+    keep_alive: DurationValue
+    policy: PolicyName | Policy
+    patience_s: float
+    max_waiting: int | None
+    fallback: Sequence[str]
+    pressure: Pressure
+    coordinate: bool
+    park: bool | LimitValue
+    variants: bool | LimitValue
+    loader: Engine | None
+    probe: MemoryProbe | None
+    clock: Clock | None
+
+
+# Parameters of a cache ----------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Limits:
+    """
+    The limits of a cache as they were last given, for a change of only one of them.
+    """
+
+    vram: LimitValue | Mapping[str, LimitValue]
+    ram: LimitValue
+
+
+def limits_by_device(
+    vram: LimitValue | Mapping[str, LimitValue], ram: LimitValue
+) -> Callable[[str], Limit]:
+    """
+    Returns a function from a device to its limit.
+
+    Raises:
+        TypeError, ValueError: a limit is nonsense.
+    """
+    host = parse_limit(ram, "ram")
+    if isinstance(vram, (str, int, float)) or vram is None:
+        card = parse_limit(vram, "vram")
+        return lambda device: host if device == "cpu" else card
+    cards = {
+        name: parse_limit(value, f"vram[{name!r}]") for name, value in vram.items()
+    }
+    return lambda device: host if device == "cpu" else cards.get(device, Limit())
+
+
+def parse_count(value: int | None, name: str) -> int | None:
+    """
+    Returns a number of models or requests, 1 or more; None for no limit.
+
+    Raises:
+        TypeError, ValueError: it is no such number.
+    """
+    if value is None:
+        return None
+    # True is 1 to Python, but nobody means it.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number or None, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+    return value
+
+
+def parse_policy(policy: PolicyName | Policy) -> Policy:
+    """
+    Returns the function that scores idle models for eviction.
+
+    Raises:
+        ValueError: no policy has that name.
+    """
+    # Needed by those who make a cache, not by those who import the package.
+    from .planning.planner import POLICIES
+
+    if not isinstance(policy, str):
+        return policy
+    if policy not in POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, or a function")
+    return POLICIES[policy]
+
+
+def parse_patience(patience_s: float) -> float:
+    """
+    Returns seconds, 0 or more.
+
+    Raises:
+        ValueError: they are negative, or NaN.
+    """
+    if not patience_s >= 0:
+        raise ValueError(f"patience_s must be 0 or more seconds, not {patience_s!r}")
+    return patience_s
+
+
+def parse_pressure(pressure: Pressure) -> bool:
+    """
+    Returns True if free memory is to be watched between loads, too.
+
+    Raises:
+        ValueError: it is neither ``"load"`` nor ``"watch"``.
+    """
+    if pressure not in _PRESSURES:
+        raise ValueError(f"pressure must be one of {', '.join(_PRESSURES)}")
+    return pressure == "watch"
+
+
+def parse_park(value: bool | LimitValue) -> Limit | None:  # noqa: FBT001 - checked
+    """
+    Returns the limit of host copies; None for no copies at all.
+
+    Raises:
+        TypeError, ValueError: the limit is nonsense.
+    """
+    if value is False or value is None:
+        return None
+    return Limit() if value is True else parse_limit(value, "park")
+
+
+def parse_variants(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - checked
+    """
+    Returns the most bytes that variants may take on disk; None for no variants.
+
+    The environment variable `VARIANTS_VARIABLE` can turn them off, never on.
+
+    Raises:
+        TypeError, ValueError: the limit is nonsense, or a share of the disk.
+    """
+    variable = os.environ.get(VARIANTS_VARIABLE, "").lower()
+    if value is False or value is None or variable in _OFF:
+        return None
+    limit = Limit() if value is True else parse_limit(value, "variants")
+    if limit.fraction is not None:
+        raise ValueError(
+            f"variants must be bytes, such as '5GiB', or False, not {value!r}"
+        )
+    return limit.n_bytes or DEFAULT_VARIANTS_BYTES
+
+
+# Parameters of a request --------------------------------------------------------------
+
+
+def parse_timeout(value: DurationValue | None) -> float | None:
+    """
+    Returns seconds to wait at the most; None for as long as it takes.
+
+    Raises:
+        TypeError, ValueError: it is no duration.
+    """
+    if value is None:
+        return None
+    timeout_s = parse_duration(value, "timeout_s")
+    # For ever is the same word everywhere, so that a deadlock is looked for.
+    return None if timeout_s == math.inf else timeout_s
+
+
+def parse_tier(tier: Tier) -> Tier:
+    """
+    Returns *tier* itself.
+
+    Raises:
+        ValueError: there is no such tier.
+    """
+    if tier not in _TIERS:
+        raise ValueError(f"tier must be one of {', '.join(_TIERS)}, not {tier!r}")
+    return tier
+
+
+def as_request(
+    model: str | os.PathLike[str],
+    device: str,
+    compute_type: str,
+    load_options: dict[str, object],
+) -> Request:
+    """
+    Returns the parameters of a request as one value that can be looked up.
+    """
+    # Every hit passes here: a plain string, the usual case, is not looked at twice.
+    if type(compute_type) is not str:
+        compute_type = cast("str", frozen_compute_type(compute_type))
+    if not load_options:
+        return (model, device, compute_type)
+    return (model, device, compute_type, *sorted(load_options.items()))
+
+
+def as_requests(
+    models: Sequence[ModelRequest],
+    device: str,
+    compute_type: str,
+    load_options: dict[str, object],
+) -> list[Request]:
+    """
+    Returns a request for each of several models.
+
+    Args:
+        models: As for `ModelCache.lease_many`.
+        device: For those that name none.
+        compute_type: Likewise.
+        load_options: For all of them.
+
+    Raises:
+        TypeError, ValueError: they are no list of models, or the list is empty.
+    """
+    if isinstance(models, (str, os.PathLike)):
+        raise TypeError(f"models must be a list of models, not {models!r}")
+    requests = []
+    for model in models:
+        named: tuple[ModelName, ...] = (
+            tuple(model) if isinstance(model, (tuple, list)) else (model,)
+        )
+        defaults = (device, compute_type)
+        if not 1 <= len(named) <= len(defaults) + 1:
+            raise ValueError(f"{model!r} must be (model, device, compute_type)")
+        own = cast("tuple[str, ...]", named[1:])
+        where, kind = own + defaults[len(own) :]
+        requests.append(as_request(named[0], where, kind, load_options))
+    if not requests:
+        raise ValueError("lease_many takes at least one model")
+    return requests
