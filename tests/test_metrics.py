@@ -27,6 +27,7 @@ from whispercache import (
     ModelCache,
     TooManyWaiters,
 )
+from whispercache.base import CacheBase
 from whispercache.metrics import BUCKETS_S, CacheCollector
 from whispercache.peers.pressure import WATCH_S
 from whispercache.testing import FakeLoader, settle, wait_until
@@ -431,7 +432,7 @@ def test_to_register_asks_no_cache(
     described = {family.name for family in CacheCollector(world.cache).describe()}
     assert described == {family.name for family in world.registry.collect()}
     for method in ("stats", "models", "devices"):
-        monkeypatch.delattr(ModelCache, method)
+        monkeypatch.delattr(CacheBase, method)
     CollectorRegistry(auto_describe=True).register(CacheCollector(world.cache))
 
 
