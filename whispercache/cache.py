@@ -162,7 +162,7 @@ class ModelCache(CacheBase):
         terms = Terms(ladder=as_ladder(fallback))
         super().__init__(core, Resolver(core), Limits(vram, ram), terms)
         self._tend()
-        register(self, core)
+        register(self, core, type(self)._after_fork)
 
     def _tend(self) -> None:
         """
@@ -175,10 +175,9 @@ class ModelCache(CacheBase):
             self._core.peers = peers
             look_after(self._core, watches=self._watches, peers=peers)
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """
-        Starts afresh in a forked child, if the core is still of use there. Called by
-        the process itself, see lifetime.py.
+        Starts afresh in a forked child, if the core is still of use there.
         """
         self._resolver.forget()
         if not self._core.is_closed:

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,7 @@ __all__ = [
     "DeviceWarmingUp",
     "Event",
     "EvictionCause",
+    "ExplainedOutcome",
     "Explanation",
     "FellBack",
     "ModelEvicted",
@@ -31,6 +32,7 @@ __all__ = [
     "ModelLoadFailed",
     "ModelLoaded",
     "ModelLoading",
+    "ModelState",
     "ModelStillReferenced",
     "Outbox",
     "ReleaseUnconfirmed",
@@ -39,6 +41,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger("whispercache")
+
+ModelState: TypeAlias = Literal["loading", "resident", "unloading"]
+ExplainedOutcome: TypeAlias = Literal["hit", "load", "evict", "wait", "never"]
 
 
 class EvictionCause(str, Enum):
@@ -335,7 +340,7 @@ class ModelInfo:
     """
 
     key: ModelKey
-    state: str
+    state: ModelState
     device: str
     weights_bytes: int
     workspace_bytes: int
@@ -422,7 +427,7 @@ class Explanation:
     """
 
     key: ModelKey
-    outcome: str
+    outcome: ExplainedOutcome
     needed_bytes: int
     free_bytes: int
     capacity_bytes: int

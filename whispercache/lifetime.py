@@ -7,13 +7,16 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
+from collections.abc import Hashable
 from concurrent.futures import wait
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .core.core import Core
 
-__all__ = ["EXIT_S", "Forkable", "register"]
+__all__ = ["EXIT_S", "register"]
 
 EXIT_S = 10.0
 """
@@ -21,27 +24,26 @@ Most seconds that the end of the interpreter waits for loads, unloads and calls.
 """
 
 
-class Forkable(Protocol):
-    """
-    A cache, as a fork touches it.
-    """
+_T = TypeVar("_T", bound=Hashable)
 
-    def after_fork(self) -> None:
-        """
-        Starts afresh in a forked child, once its core has done so.
-        """
-
-
-_caches: weakref.WeakSet[Forkable] = weakref.WeakSet()
+# Each cache with the function that starts it afresh in a forked child.
+_caches: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = (
+    weakref.WeakKeyDictionary()
+)
 # Kept apart: while a lease is out, a core outlives the cache that was forgotten.
 _cores: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
-def register(cache: Forkable, core: Core) -> None:
+def register(cache: _T, core: Core, after_fork: Callable[[_T], None]) -> None:
     """
     Notes a new cache, without keeping it alive.
+
+    Args:
+        cache: The cache.
+        core: Its core.
+        after_fork: Called with the cache in a forked child, after its core was told.
     """
-    _caches.add(cache)
+    _caches[cache] = after_fork
     _cores.add(core)
 
 
@@ -71,8 +73,8 @@ def _after_fork() -> None:
         from .devices import cuda
     for core in cores:
         core.forked(gpu_in_use=cuda.is_open())
-    for cache in list(_caches):
-        cache.after_fork()
+    for cache, after_fork in list(_caches.items()):
+        after_fork(cache)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks

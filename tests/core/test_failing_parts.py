@@ -331,7 +331,7 @@ def test_children_know_of_closed_and_forgotten_caches(
         core.close()
     else:
         assert core in lifetime._cores
-        lifetime._caches.discard(cache)
+        del lifetime._caches[cache]
 
     def check() -> str:
         try:

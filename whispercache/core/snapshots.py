@@ -5,7 +5,7 @@ Report: snapshots of a core, for people and for metrics. Nothing here changes an
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from whispercache.errors import format_bytes
 from whispercache.events import DeviceInfo, Explanation, ModelInfo, Stats, WaitingInfo
@@ -15,6 +15,7 @@ from .entries import Part, State, Waiter, demands
 
 if TYPE_CHECKING:
     from whispercache.engine.sizes.footprint import Workload
+    from whispercache.events import ExplainedOutcome, ModelState
     from whispercache.planning.planner import Decision
 
     from .core import Core
@@ -56,7 +57,7 @@ def _model_info(entry: Entry, now_s: float) -> ModelInfo:
     idle_since_s = entry.last_used_s if is_idle else None
     return ModelInfo(
         key=entry.key,
-        state=entry.state.value,
+        state=cast("ModelState", entry.state.value),
         device=entry.device.name,
         weights_bytes=entry.weights_bytes,
         workspace_bytes=entry.workspace_bytes,
@@ -147,7 +148,9 @@ def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
         )
 
 
-def _outcome(core: Core, entry: Entry, decision: Decision) -> tuple[str, str]:
+def _outcome(
+    core: Core, entry: Entry, decision: Decision
+) -> tuple[ExplainedOutcome, str]:
     if (refusal := core.refusal_locked(entry)) is not None:
         return "never", str(refusal)
     if decision.lacking is not None:
