@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 CALL_THREADS = 64
 """
-Calls on models that tasks may have in flight at once. A model runs ``num_workers`` of
+Most calls on models that tasks have in flight at once. A model runs ``num_workers`` of
 its calls at a time; the others wait in it, each on its thread.
 """
 
@@ -73,7 +73,7 @@ _END = object()
 
 def _current_task() -> object:
     """
-    A token of the running task, as the owner of leases; it does not keep it alive.
+    Returns a token of the running task, as the owner of leases, without keeping it.
     """
     task = asyncio.current_task()
     return current_owner() if task is None else token_of(task)
@@ -403,7 +403,7 @@ class AsyncModelCache(CacheBase):
 
 class AsyncLease:
     """
-    A lease to come: to be awaited, or held for an ``async with`` block.
+    A lease that is still to be granted: await it, or hold it for an ``async with``.
     """
 
     def __init__(self, acquire: Coroutine[None, None, Lease]) -> None:
@@ -429,8 +429,8 @@ class AsyncLease:
 
 class AsyncLeases:
     """
-    Leases to come on several models: to be awaited, or held for an ``async with``
-    block, whose value are the models themselves.
+    Leases on several models that are still to be granted: await them, or hold them for
+    an ``async with`` block, whose value are the models themselves.
     """
 
     def __init__(self, acquire: Coroutine[None, None, Leases]) -> None:
@@ -467,13 +467,13 @@ class AsyncCachedModel(Handle):
     @property
     def key(self) -> ModelKey:
         """
-        Which model this is: canonical name, device, effective compute type.
+        The model: canonical name, device, effective compute type.
         """
         return self._source.key
 
     def lease(self) -> AsyncLease:
         """
-        The real model, held for an ``async with`` block.
+        Returns the real model, held for an ``async with`` block.
         """
         return self._hold(DEFAULT_WORKLOAD)
 
@@ -483,7 +483,7 @@ class AsyncCachedModel(Handle):
     @property
     def served_by(self) -> ModelKey | None:
         """
-        Which model the last call got. See `CachedModel.served_by`.
+        The model that the last call got. See `CachedModel.served_by`.
         """
         return self._served_by
 
@@ -500,7 +500,7 @@ class AsyncCachedModel(Handle):
         **options: object,
     ) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
         """
-        Transcribe; the segments are iterated over with ``async for``.
+        Transcribes; the segments are iterated over with ``async for``.
 
         Takes and raises what `CachedModel.transcribe` does.
         """
@@ -519,7 +519,7 @@ class AsyncCachedModel(Handle):
         self, audio: AudioInput | None = None, *args: object, **options: object
     ) -> tuple[str, float, list[tuple[str, float]]]:
         """
-        The language spoken. Takes and raises what `CachedModel.detect_language` does.
+        Detects the language. Takes and raises what `CachedModel.detect_language` does.
         """
         ready = await _in_thread(prepared_detection, self._source, audio, args, options)
         lease = await self._held(ready.workload)
@@ -545,6 +545,7 @@ class AsyncSegments(AsyncIterator[T]):
 
     async def __anext__(self) -> T:
         self._items.follow(_current_task())
+        # The step of a task that was cancelled may be in flight: its item is the next.
         if self._step is None:
             self._step = _pool().submit(_next, self._items)
         try:
@@ -562,21 +563,21 @@ class AsyncSegments(AsyncIterator[T]):
     @property
     def key(self) -> ModelKey:
         """
-        The model that makes these items. See `LeasedIterator.key`.
+        The model that computes these items. See `LeasedIterator.key`.
         """
         return self._items.key
 
     def hand_over(self) -> None:
         """
-        Say that another task will iterate. See `LeasedIterator.hand_over`.
+        Notes that another task will iterate. See `LeasedIterator.hand_over`.
         """
         self._items.hand_over()
 
     async def aclose(self) -> None:
         """
-        End early and let the model go, once the step in flight is over.
+        Ends early and releases the model, once the step in flight is over.
         """
-        # Whoever awaits it may be cancelled before a thread is free; it goes on.
+        # Shielded: a task that is cancelled before a thread is free closes them still.
         closing = _pool().submit(self._items.close)
         await asyncio.shield(asyncio.wrap_future(closing))
         self._step = None
@@ -599,7 +600,8 @@ async def _call(
     lease: Lease, call: Callable[..., object], *args: object, **options: object
 ) -> object:
     """
-    `call_leased` on a thread; the model is held until that ends, cancelled or not.
+    Awaits `call_leased` on a thread; the model is held until that ends, cancelled or
+    not.
     """
     lease.owned = True
     bound = functools.partial(call_leased, lease, call, *args, **options)
@@ -610,12 +612,16 @@ async def _call(
         if future.cancelled():  # before a thread was free for it
             lease.release()
         else:
+            # A call that runs cannot be stopped, and its task is about to end.
             lease.hand_over()
             future.add_done_callback(_close_result)
         raise
 
 
 def _close_result(future: Future[object]) -> None:
+    """
+    Closes the segments in the result of a call that is not awaited any more.
+    """
     if future.exception() is None:
         result = future.result()
         first = result[0] if isinstance(result, tuple) and result else result

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from .devices.faults import is_from_ctranslate2
 
 if TYPE_CHECKING:
+    from collections.abc import Container, Mapping
     from types import TracebackType
 
     from faster_whisper import WhisperModel
 
-    from .core.entries import Entry
     from .engine.api import LoadedModel
     from .keys import ModelKey
     from .planning.deadlock import Owner
@@ -25,56 +25,101 @@ __all__ = ["Holder", "Lease", "Leases"]
 
 class Holder(Protocol):
     """
-    Something of ours that holds a lease for a caller, and can end it in his stead.
+    An iterator of ours that holds a lease for a caller, and can end it early.
     """
 
     @property
     def has_moved(self) -> bool:
         """
-        True if it has had several owners, so that one who is over tells little.
+        True if it has had several owners, so that the end of one tells little.
         """
 
     def end(self, why: str, owner: Owner) -> bool:
         """
-        End the lease early, once a step in flight is over, unless somebody took it over
-        from *owner*; whether that needs nothing more of the calling thread.
+        Ends the lease early on behalf of *owner*, after a step that is in flight.
+
+        Does nothing if another thread or task took it over.
+
+        Returns:
+            False if the calling thread itself has yet to finish that step.
         """
 
 
-class _Lessor(Protocol):
-    def release(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
+class _Held(Protocol):
+    """
+    The core's entry of a model, as far as a lease on it looks.
+    """
+
+    @property
+    def key(self) -> ModelKey:
         """
-        End a lease.
+        The model.
         """
 
-    def drop(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
+    @property
+    def leases(self) -> Container[int]:
         """
-        End a lease from the garbage collector.
+        The serial numbers of the leases that are held on it.
         """
 
-    def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
+    @property
+    def owners(self) -> Mapping[int, Owner]:
         """
-        Note that somebody else will end a lease.
+        The thread or task that is to end each lease, by serial number.
+        """
+
+    @property
+    def loaded(self) -> LoadedModel | None:
+        """
+        The loaded model; None while it is not in memory.
+        """
+
+
+_Entry_contra = TypeVar("_Entry_contra", bound=_Held, contravariant=True)
+
+
+class _Lessor(Protocol[_Entry_contra]):
+    """
+    The core, as far as a lease talks to it.
+    """
+
+    def release(
+        self, entry: _Entry_contra, serial: int, keep_alive_s: float | None
+    ) -> None:
+        """
+        Ends a lease.
+        """
+
+    def drop(
+        self, entry: _Entry_contra, serial: int, keep_alive_s: float | None
+    ) -> None:
+        """
+        Ends a lease from the garbage collector.
+        """
+
+    def hand_over(self, entry: _Entry_contra, serial: int, owner: Owner) -> None:
+        """
+        Notes that another thread or task will end a lease.
         """
 
     def entrust(self, serial: int, holder: Holder) -> None:
         """
-        Note what holds a lease, without keeping it alive.
+        Notes the iterator that holds a lease, without keeping it alive.
         """
 
-    def pin(self, entry: Entry) -> None:
+    def pin(self, entry: _Entry_contra) -> None:
         """
         Keeps a model in memory, idle or not.
         """
 
-    def blame(self, entry: Entry, error: BaseException) -> None:
+    def blame(self, entry: _Entry_contra, error: BaseException) -> None:
         """
-        See whether an error means that the device is of no more use.
+        Gives up the model's device, if an error means that it cannot be used any more.
         """
 
-    def recover(self, entry: Entry, error: BaseException) -> bool:
+    def recover(self, entry: _Entry_contra, error: BaseException) -> bool:
         """
-        Make room after an error, if that may help; whether it was done.
+        Makes room after an error, if that may help; returns True if it was done.
         """
 
 
@@ -86,10 +131,11 @@ class Lease:
     model beyond the lease: to touch it once it was unloaded is memory-unsafe.
 
     A lease that is dropped without `release` is released when it is collected, with a
-    `ResourceWarning` that names, while tracemalloc traces, where it was taken.
+    `ResourceWarning`. The warning names the place where it was taken, while tracemalloc
+    traces.
 
     Attributes:
-        owned: Held by one of our own iterators, which may just be dropped.
+        owned: True if an iterator of ours holds it, which may just be dropped.
         taken_at: File and line of the caller that took it, while tracemalloc traces.
     """
 
@@ -99,10 +145,14 @@ class Lease:
     )
 
     def __init__(
-        self, lessor: _Lessor, entry: Entry, serial: int, keep_alive_s: float | None
+        self,
+        lessor: _Lessor[_Entry_contra],
+        entry: _Entry_contra,
+        serial: int,
+        keep_alive_s: float | None,
     ) -> None:
-        self._lessor = lessor
-        self._entry = entry
+        self._lessor: _Lessor[Any] = lessor
+        self._entry: Any = entry  # a `_Held`; the core knows more of it
         self._serial = serial
         self._keep_alive_s = keep_alive_s
         self._view: WhisperModel | None = None
@@ -114,12 +164,13 @@ class Lease:
         """
         The model that is held.
         """
-        return self._entry.key
+        key: ModelKey = self._entry.key
+        return key
 
     @property
     def is_released(self) -> bool:
         """
-        Whether the model may leave again, as far as this lease goes.
+        True once this lease keeps the model in memory no longer.
         """
         return self._serial not in self._entry.leases
 
@@ -131,7 +182,7 @@ class Lease:
         Raises:
             RuntimeError: the lease was released.
         """
-        loaded = self._entry.loaded
+        loaded: LoadedModel | None = self._entry.loaded
         if self.is_released or loaded is None:
             raise RuntimeError(f"the lease on {self.key} was released")
         return loaded
@@ -139,8 +190,8 @@ class Lease:
     @property
     def whisper(self) -> WhisperModel:
         """
-        The model itself, as the holder of this lease may use it: what is set on it, or
-        asked for in a call, is seen by nobody else.
+        The model itself, as a view of this lease's own: attributes that are set on it,
+        and parameters of calls, stay with this lease.
 
         Raises:
             RuntimeError: the lease was released.
@@ -152,7 +203,7 @@ class Lease:
 
     def release(self) -> None:
         """
-        Let the model go. A second call does nothing.
+        Ends the lease, so that the model may be evicted. A second call does nothing.
         """
         self._view = None
         self._lessor.release(self._entry, self._serial, self._keep_alive_s)
@@ -170,13 +221,13 @@ class Lease:
 
     def hand_over(self, owner: Owner = None) -> None:
         """
-        Say that another thread or task will end this lease.
+        Notes that another thread or task will end this lease.
 
-        One that waits for memory while it holds leases may get a `LeaseDeadlock`; a
-        lease that was handed over no longer counts as its own.
+        A thread that waits for memory while it holds leases may get a `LeaseDeadlock`;
+        a lease that was handed over no longer counts as its own.
 
         Args:
-            owner: Who it is, as `threads.current_owner` tells; None for anybody.
+            owner: The other one, as `threads.current_owner` returns it; None for any.
         """
         self._lessor.hand_over(self._entry, self._serial, owner)
 
@@ -189,18 +240,19 @@ class Lease:
 
     def entrust(self, holder: Holder) -> None:
         """
-        Hands this lease to *holder*: it may just be dropped, and ends with the cache
-        where its owner closes that, or has ended.
+        Hands this lease to *holder*, which may just be dropped.
+
+        It ends with the cache, where its owner closes that or has ended.
         """
         self.owned = True
         self._lessor.entrust(self._serial, holder)
 
     def recover(self, error: BaseException) -> bool:
         """
-        Make room after a call on the model ran out of memory. Blocks until it is made.
+        Makes room after a call on the model ran out of memory. Blocks until it is made.
 
         Returns:
-            Whether there is more room now, so that the call may be tried again.
+            True if there is more room now, so that the call may be tried again.
         """
         return self._lessor.recover(self._entry, error)
 
@@ -223,7 +275,8 @@ class Lease:
 
     def __del__(self) -> None:
         if self._serial in self._entry.leases:
-            self._view = None  # or it is seen to refer to the model as that leaves
+            # Before the drop, or the view counts as a reference that stayed behind.
+            self._view = None
             self._lessor.drop(self._entry, self._serial, self._keep_alive_s)
             if not self.owned:
                 place = f" (taken at {self.taken_at})" if self.taken_at else ""
@@ -238,8 +291,7 @@ class Lease:
 
 class Leases(Sequence[Lease]):
     """
-    Leases on several models, granted together, in the order in which they were asked
-    for.
+    Leases on several models, granted together, in the order of the request.
 
     A context manager whose value are the models themselves.
     """
@@ -263,7 +315,7 @@ class Leases(Sequence[Lease]):
 
     def release(self) -> None:
         """
-        Let all models go. A second call does nothing.
+        Ends all of them. A second call does nothing.
         """
         for lease in self._leases:
             lease.release()
@@ -277,7 +329,7 @@ class Leases(Sequence[Lease]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Which of them an error comes from cannot be told.
+        # An error does not tell which of the models it comes from, so none is blamed.
         self.release()
 
     def __repr__(self) -> str:

@@ -1,7 +1,8 @@
 """
-Use: `CachedModel`, a WhisperModel that leases itself.
+Model: `CachedModel`, a WhisperModel that takes a lease for each call.
 
-It knows the cache only as something that leases.
+It knows the cache only as a source of leases, and the same code serves the awaited
+model.
 """
 
 from __future__ import annotations
@@ -66,13 +67,13 @@ _METHODS = (
     "get_prompt",
 )
 """
-What a WhisperModel has besides; a test compares with the real one.
+The other attributes and methods of a WhisperModel; a test compares with the real one.
 """
 
 
 class Leases(Protocol):
     """
-    Something that leases one model.
+    A source of leases on one model.
     """
 
     @property
@@ -83,30 +84,30 @@ class Leases(Protocol):
 
     def lease(self, workload: Workload) -> Lease:
         """
-        Hold the model, loaded if need be. Blocks until it is granted.
+        Returns a lease on the model, loaded if need be. Blocks until it is granted.
         """
 
     def transcriber(
         self, lease: Lease, batch_size: int | None
     ) -> Callable[..., object]:
         """
-        The ``transcribe`` of a leased model, batched or not.
+        Returns the ``transcribe`` of a leased model, batched or not.
         """
 
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
         """
-        Samples of *audio*.
+        Returns the samples of *audio*.
         """
 
     def signatures(self) -> Mapping[str, Signature]:
         """
-        The parameters of calls; see `loading.Loader.signatures`.
+        Returns the parameters of calls; see `engine.api.Loader.signatures`.
         """
 
     def knowledge(self) -> Knowledge | None:
         """
-        The languages and tokens of the model, if they are known. Blocks for a download,
-        if it takes one to find out.
+        Returns the languages and tokens of the model, if they are known. Blocks for a
+        download, if it takes one to find out.
         """
 
 
@@ -114,11 +115,12 @@ class LeasedIterator(Iterator[T]):
     """
     A lazy result that holds its model until it is exhausted, closed or collected.
 
-    If memory runs out before the first item, room is made and the call made again.
+    If memory runs out before the first item, idle models are evicted and the call is
+    made again.
 
     Args:
         items: The result.
-        lease: On the model that it needs.
+        lease: The lease on the model that computes them.
         again: Makes the call again.
     """
 
@@ -134,9 +136,9 @@ class LeasedIterator(Iterator[T]):
         self._owner = lease.owner
         self._has_moved = False
         self._failure = ""
-        self._ending = ""  # why it ends as soon as no step is in flight
+        self._ending = ""  # the reason to end once no step is in flight
         # One step at a time: a close from another thread waits for the step in flight,
-        # since the model must not leave under it.
+        # since the model must not be unloaded under it.
         self._step = threading.Lock()
         self._stepper: int | None = None  # the thread of that step
         lease.entrust(self)
@@ -144,7 +146,7 @@ class LeasedIterator(Iterator[T]):
     @property
     def key(self) -> ModelKey:
         """
-        The model that makes these items; after a fallback not the one asked for.
+        The model that computes these items; after a fallback not the one asked for.
         """
         return self._lease.key
 
@@ -154,14 +156,15 @@ class LeasedIterator(Iterator[T]):
 
     def hand_over(self) -> None:
         """
-        Say that another thread will iterate and let the model go; see
-        `Lease.hand_over`. Whoever does iterate is noticed in any case.
+        Notes that another thread will iterate and end the lease; see `Lease.hand_over`.
+
+        A thread that does iterate is noticed in any case.
         """
         self.follow(None)
 
     def follow(self, owner: Owner) -> None:
         """
-        Note who iterates now: it is up to them to let the model go.
+        Notes the thread or task that iterates now, and hence will end the lease.
         """
         if owner != self._owner:
             self._owner = owner
@@ -172,13 +175,13 @@ class LeasedIterator(Iterator[T]):
     @property
     def has_moved(self) -> bool:
         """
-        True if others than the first owner have iterated, or were to.
+        True if others than the first owner have iterated, or were announced to.
         """
         return self._has_moved
 
     def step(self) -> T:
         """
-        The next item, on behalf of whoever iterates.
+        Returns the next item. Noting who iterates is up to the caller.
         """
         if self._was_forked():
             raise CacheForked
@@ -213,10 +216,11 @@ class LeasedIterator(Iterator[T]):
 
     def _was_forked(self) -> bool:
         """
-        Whether it was begun in the process that forked this one, so that its lock may
-        be held by a thread that is not here.
+        Returns True if it was begun in the process that forked this one.
+
+        Its lock may then be held by a thread that does not exist here.
         """
-        # It forgets its items before it ends its lease; only a fork ends that alone.
+        # Items are forgotten before the lease is ended; only a fork ends that alone.
         return self._lease.is_released and self._items is not None
 
     def _first(self) -> T:
@@ -234,7 +238,7 @@ class LeasedIterator(Iterator[T]):
 
     def close(self) -> None:
         """
-        End early and let the model go. Blocks while a step is in flight.
+        Ends early and releases the model. Blocks while a step is in flight.
         """
         if self._was_forked():
             return
@@ -243,12 +247,14 @@ class LeasedIterator(Iterator[T]):
 
     def end(self, why: str, owner: Owner) -> bool:
         """
-        End early on behalf of *owner*, after the step in flight if there is one, unless
-        somebody else has gone on to iterate. Who iterates afterwards is told *why*.
+        Ends early on behalf of *owner*, after the step in flight if there is one.
+
+        Does nothing if another thread or task has gone on to iterate. Iterating
+        afterwards raises an error that says *why*.
 
         Returns:
-            Whether that takes nothing more of this thread: it does where a signal
-            handler interrupted a step, which ends after the handler.
+            False if this thread itself has yet to finish a step, which a signal handler
+            interrupted and which ends after the handler.
         """
         if self._was_forked():
             return True
@@ -259,7 +265,7 @@ class LeasedIterator(Iterator[T]):
         return self._stepper != threading.get_ident()
 
     def _end_if_idle(self) -> None:
-        # Whoever has a step in flight comes here after it.
+        # If it is taken, the thread with the step in flight calls this after the step.
         if not self._step.acquire(blocking=False):
             return
         try:
@@ -295,10 +301,10 @@ def call_leased(
     lease: Lease, call: Callable[..., object], *args: object, **options: object
 ) -> object:
     """
-    Call a method of a leased model, and hold the lease as long as the result needs it.
+    Calls a method of a leased model; the lease is held as long as the result needs it.
 
     An iterator in the result, alone or first in a tuple, takes the lease with it. If
-    memory runs out, room is made and the call is made once more.
+    memory runs out, idle models are evicted and the call is made once more.
     """
     try:
         try:
@@ -306,6 +312,7 @@ def call_leased(
         except Exception as error:
             if not lease.recover(error):
                 raise
+            # The frames of the traceback hold what did not fit.
             traceback.clear_frames(error.__traceback__)
             result = call(*args, **options)
     except BaseException:
@@ -325,7 +332,7 @@ def call_leased(
 
 def _lazy(result: object) -> Iterator[object]:
     """
-    The iterator in a result.
+    Returns the iterator in a result.
     """
     first = result[0] if isinstance(result, tuple) else result
     return cast("Iterator[object]", first)
@@ -333,7 +340,7 @@ def _lazy(result: object) -> Iterator[object]:
 
 class Handle:
     """
-    Something that stands for a model of a cache, and has nothing of its own to change.
+    A name for a model of a cache, without anything of its own that could be changed.
     """
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -347,16 +354,16 @@ class Handle:
     def _refusal(self, name: str) -> AttributeError:
         return AttributeError(
             f"{name!r} of a {type(self).__name__} cannot be changed: others use the "
-            "same model, and it comes and goes. Give what you want to each call, as in "
+            "same model, and it is unloaded and reloaded. Pass it to each call, as in "
             "transcribe(audio, beam_size=1), or set it on the model of a lease ('with "
-            "model.lease() as whisper'), where nobody else sees it"
+            "model.lease() as whisper'), which no other call sees"
         )
 
     def __copy__(self) -> Self:
         return self
 
     def __deepcopy__(self, _memo: object) -> Self:
-        return self  # as with a function: it is a name, and not the model
+        return self  # like a function: it is a name, and not the model
 
     def __reduce_ex__(self, _protocol: object) -> NoReturn:
         raise TypeError(
@@ -371,7 +378,7 @@ class CachedModel(Handle):
 
     Each call takes a lease, and loads the model if it is not there. A lazy ``segments``
     holds the lease until it is exhausted, closed or collected. Between calls the model
-    may leave, and comes back by itself: hold as many of these as you like.
+    may be evicted, and the next call reloads it: hold as many of these as you like.
 
     Made by `ModelCache.get_model`; safe to share between threads. It has the methods
     and attributes of `faster_whisper.WhisperModel` except ``model``, which is not safe
@@ -385,15 +392,15 @@ class CachedModel(Handle):
     @property
     def key(self) -> ModelKey:
         """
-        Which model this is: canonical name, device, effective compute type.
+        The model: canonical name, device, effective compute type.
         """
         return self._source.key
 
     @property
     def served_by(self) -> ModelKey | None:
         """
-        Which model the last call got; not `key` after a fallback. None before the
-        first.
+        The model that the last call got; not `key` after a fallback. None before the
+        first call.
 
         With several threads, ask the ``segments`` of a call for their ``key`` instead.
         """
@@ -401,7 +408,7 @@ class CachedModel(Handle):
 
     def lease(self) -> Lease:
         """
-        The real model, held for a ``with`` block. Blocks until it is granted.
+        Returns the real model, held for a ``with`` block. Blocks until it is granted.
         """
         return self._lease(DEFAULT_WORKLOAD)
 
@@ -418,15 +425,16 @@ class CachedModel(Handle):
         **options: object,
     ) -> tuple[LeasedIterator[Segment], TranscriptionInfo]:
         """
-        Transcribe, as `faster_whisper.WhisperModel.transcribe` does.
+        Transcribes, as `faster_whisper.WhisperModel.transcribe` does.
 
         Args:
             audio: A path, a binary stream, or float32 samples (samples,), mono, 16 kHz.
             args: Further positional parameters of ``transcribe``, ``language`` first:
                 a code, a name or a locale (``"de"``, ``"german"``, ``"de-AT"``); None
                 or ``"auto"`` to detect it.
-            batch_size: Windows at once; given, the batched pipeline does the work, with
-                its own defaults (``vad_filter=True``, ``without_timestamps=True``).
+            batch_size: Number of windows at once. If given, the batched pipeline does
+                the work, with its own defaults (``vad_filter=True``,
+                ``without_timestamps=True``).
             options: All other parameters of ``transcribe``. With ``multilingual=True``
                 each window's language is detected, whatever *language* says.
 
@@ -453,15 +461,15 @@ class CachedModel(Handle):
         self, audio: AudioInput | None = None, *args: object, **options: object
     ) -> tuple[str, float, list[tuple[str, float]]]:
         """
-        The language spoken, as `faster_whisper.WhisperModel.detect_language` tells it.
+        Detects the language, as `faster_whisper.WhisperModel.detect_language` does.
 
         Args:
-            audio: Like that of `transcribe`, paths and streams included.
+            audio: As for `transcribe`, paths and streams included.
             args: Further positional parameters, ``features`` first.
             options: Further parameters.
 
         Returns:
-            Language code, its probability, and those of all languages.
+            The language code, its probability, and those of all languages.
         """
         ready = prepared_detection(self._source, audio, args, options)
         lease = self._lease(ready.workload)
@@ -474,7 +482,7 @@ class CachedModel(Handle):
     @property
     def supported_languages(self) -> list[str]:
         """
-        Codes of the languages that the model knows. Loads it if need be.
+        The codes of the languages that the model knows. Loads it if need be.
         """
         lease = self.lease()
         with lease:
@@ -483,7 +491,7 @@ class CachedModel(Handle):
     @property
     def is_multilingual(self) -> bool:
         """
-        Whether the model knows other languages than English. Loads it if need be.
+        True if the model knows other languages than English. Loads it if need be.
         """
         lease = self.lease()
         with lease:
@@ -493,11 +501,12 @@ class CachedModel(Handle):
         if name in _ATTRIBUTES:
             with self.lease() as whisper:
                 return getattr(whisper, name)
+        # Not methods of the class: faster-whisper's own signatures stay the truth.
         if name in _METHODS:
             return functools.partial(self._call, name)
         if name == "model":
             raise AttributeError(
-                "the CTranslate2 model may leave memory at any time; hold it with "
+                "the CTranslate2 model may be unloaded at any time; hold it with "
                 "'with cached_model.lease() as whisper: whisper.model'"
             )
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
