@@ -306,7 +306,7 @@ def test_closing_on_exit_raises_only_where_nothing_else_did(
         run(main(make_cache(), None))
     with pytest.raises(KeyError):
         run(main(make_cache(), KeyError("first")))
-    assert "closing: base/cuda:0/float16 did not leave" in caplog.text
+    assert "closing: base/cuda:0/float16 was not unloaded" in caplog.text
 
 
 def test_the_same_words_do_the_same(make_cache: MakeCache) -> None:

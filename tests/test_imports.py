@@ -81,19 +81,6 @@ def test_every_public_name_is_found_by_who_asks_for_it_first() -> None:
     assert seen == "[]"
 
 
-def test_the_function_footprint_is_not_hidden_by_its_module() -> None:
-    """
-    They share a name, and importing the module sets it anew.
-    """
-    seen = printed(
-        "import whispercache.engine.sizes.footprint\n"
-        "from whispercache.engine.sizes.footprint import estimate\n"
-        "import whispercache\n"
-        "print(whispercache.footprint('base').weights_bytes > 0)"
-    )
-    assert seen == "True"
-
-
 def test_a_name_that_came_later_is_the_one_in_its_module() -> None:
     """
     So that ``isinstance`` and ``except`` mean the same class everywhere.

@@ -10,8 +10,9 @@ whispercache: the faster-whisper models you name, in the memory there is.
     for segment in segments:
         print(segment.text)
 
-Each call finds its model in memory or loads it; idle models leave, for room or after a
-while, and their memory is really returned. See `ModelCache` for limits of your own.
+Each call finds its model in memory or loads it. Idle models are evicted after a while,
+or when their memory is needed, and it is really returned. See `ModelCache` for limits
+of your own.
 """
 
 from typing import TYPE_CHECKING
@@ -124,7 +125,8 @@ __all__ = [
 
 
 if not TYPE_CHECKING:  # or any name at all would pass a type checker
-    # What many programs never ask for, and all would wait for: asyncio, and classes.
+    # Names that few programs ask for, and whose imports would delay all: asyncio, the
+    # event classes.
     _LATER = {
         "AsyncCachedModel": "aio",
         "AsyncModelCache": "aio",

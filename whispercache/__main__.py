@@ -1,5 +1,5 @@
 """
-``python -m whispercache`` is the command ``whispercache``.
+The command ``whispercache``, as ``python -m whispercache``.
 """
 
 import sys

@@ -1,5 +1,5 @@
 """
-Every exception of whispercache.
+Errors: every exception of whispercache.
 
 ::
 
@@ -10,18 +10,19 @@ Every exception of whispercache.
     ├── ModelTooLarge(…, MemoryError)           admit: can never fit
     ├── LeaseTimeout(…, TimeoutError)           wait: not served in time
     │   ├── DownloadTimeout                     wait: for its files, in a server
-    │   └── EvictionTimeout                     evict, close: did not leave in time
+    │   └── EvictionTimeout                     evict, close: not unloaded in time
     ├── TooManyWaiters                          wait: refused at the door
     ├── LeaseDeadlock(…, RuntimeError)          wait: only the waiting could end it
     ├── LoadFailed                              load: the original error is its cause
-    │   ├── NotDownloaded                       resolve: nothing is known of it yet
+    │   ├── NotDownloaded                       resolve: its files are not on this disk
     │   └── CorruptModel                        load: the files themselves are broken
     ├── AudioError(…, ValueError)               use: the audio cannot be decoded
     └── CacheClosed(…, RuntimeError)            any time after close()
         └── CacheForked                         in a child, after os.fork()
 
-Each message is one line: what, for which model, the numbers with their units, what to
-do next. The same data are attributes, and every exception pickles.
+Each message is one line: the problem, the model, the numbers with their units, and the
+next step. The same data are attributes, and every exception pickles: all of them are
+passed to the base class by position, which the default pickle needs.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _GIB = 1024**3
 
 def format_bytes(n_bytes: int) -> str:
     """
-    *n_bytes* for people to read: ``"1.5 GiB"``, ``"144.1 MiB"``, ``"512 B"``.
+    Returns *n_bytes* for people to read: ``"1.5 GiB"``, ``"144.1 MiB"``, ``"512 B"``.
     """
     for unit, size in (("GiB", _GIB), ("MiB", _MIB), ("KiB", _KIB)):
         if abs(n_bytes) >= size:
@@ -63,7 +64,7 @@ def format_bytes(n_bytes: int) -> str:
 
 class WhisperCacheError(Exception):
     """
-    Base of everything that whispercache raises on purpose.
+    The base of all errors that whispercache raises on purpose.
     """
 
 
@@ -73,7 +74,7 @@ class UnknownModel(WhisperCacheError, LookupError):
 
     Attributes:
         model: The name or path that was asked for.
-        reason: What was looked for, and what to ask for instead.
+        reason: The places that were searched, and a name to try instead.
     """
 
     def __init__(self, model: str, reason: str) -> None:
@@ -90,9 +91,9 @@ class UnsupportedComputeType(WhisperCacheError, ValueError):
     The device has no arithmetic for this compute type, or no such type exists.
 
     Attributes:
-        compute_type: What was asked for.
+        compute_type: The type that was asked for.
         device: The device, for example ``"cpu"`` or ``"cuda:0"``.
-        supported: What that device does support, sorted.
+        supported: The types that the device does support, sorted.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class DeviceUnavailable(WhisperCacheError, RuntimeError):
 
     Attributes:
         device: The device that was asked for.
-        reason: What is missing, and how to mend it.
+        reason: The part that is missing, and how to mend it.
     """
 
     def __init__(self, device: str, reason: str) -> None:
@@ -135,9 +136,9 @@ class ModelTooLarge(WhisperCacheError, MemoryError):
     Attributes:
         model: The model, as text.
         device: The device whose memory is too small.
-        needed_bytes: What loading and one call would take there.
-        capacity_bytes: What the cache could use there at the most.
-        reason: What bounds the capacity, and what to do.
+        needed_bytes: Bytes that loading and one call would take there.
+        capacity_bytes: Most bytes that the cache could use there.
+        reason: The bound of the capacity, and the next step.
     """
 
     def __init__(
@@ -172,17 +173,21 @@ class LeaseTimeout(WhisperCacheError, TimeoutError):
     Attributes:
         model: The model, as text.
         waited_s: Seconds waited.
-        position: Place in the queue when time ran out; 1 was next, 0 is in none.
+        position: Place in the queue when time ran out, 1 for the next; None where it
+            waited in none.
     """
 
-    def __init__(self, model: str, waited_s: float, position: int = 0) -> None:
+    def __init__(
+        self, model: str, waited_s: float, position: int | None = None
+    ) -> None:
         super().__init__(model, waited_s, position)
         self.model = model
         self.waited_s = waited_s
         self.position = position
 
     def __str__(self) -> str:
-        place = f" (place {self.position} in the queue)" if self.position else ""
+        is_in_none = self.position is None
+        place = "" if is_in_none else f" (place {self.position} in the queue)"
         return (
             f"{self.model} could not be had within {self.waited_s:.2f} s{place}; "
             "release leases sooner, raise the limit, or wait longer with timeout_s"
@@ -205,12 +210,12 @@ class DownloadTimeout(LeaseTimeout):
 
 class EvictionTimeout(LeaseTimeout):
     """
-    The model did not leave within the ``timeout_s`` of an eviction or a close.
+    The model was not unloaded within the ``timeout_s`` of an eviction or a close.
     """
 
     def __str__(self) -> str:
         return (
-            f"{self.model} did not leave within {self.waited_s:.2f} s; release the "
+            f"{self.model} was not unloaded within {self.waited_s:.2f} s; release the "
             "leases on it, or consume or close its segments"
         )
 
@@ -221,7 +226,7 @@ class TooManyWaiters(WhisperCacheError):
 
     Attributes:
         model: The model, as text.
-        waiting: How many requests wait.
+        waiting: Number of requests that wait.
     """
 
     def __init__(self, model: str, waiting: int) -> None:
@@ -238,13 +243,13 @@ class TooManyWaiters(WhisperCacheError):
 
 class LeaseDeadlock(WhisperCacheError, RuntimeError):
     """
-    The lease waited for memory that only its own caller could free, or others who wait
-    in the same way. Nobody would ever have been served; the others go on.
+    The request waited for memory that only its own caller could free, or callers that
+    wait in the same way. None would ever have been served; the others go on.
 
     Attributes:
         model: The model, as text.
         held: The models on which the caller holds leases.
-        own: The caller waited for his own leases to end, and nothing else.
+        own: True if the caller waited for its own leases to end, and nothing else.
     """
 
     def __init__(self, model: str, held: tuple[str, ...], own: bool = False) -> None:  # noqa: FBT001, FBT002 - errors pickle with what is passed by position
@@ -274,7 +279,7 @@ class LoadFailed(WhisperCacheError):
 
     Attributes:
         model: The model, as text.
-        reason: What happened, and what to do.
+        reason: The problem, and the next step.
         retry_in_s: Seconds for which further requests fail at once, since loads failed
             again and again; None if the next one is tried.
     """
@@ -302,7 +307,7 @@ class NotDownloaded(LoadFailed):
 
     Attributes:
         model: The repository.
-        reason: What to do.
+        reason: The next step.
     """
 
 
@@ -312,8 +317,8 @@ class CorruptModel(LoadFailed):
 
     Attributes:
         model: Path of the file or directory.
-        reason: What is wrong with it.
-        cure: What to do.
+        reason: The problem with it.
+        cure: The next step.
     """
 
     def __init__(
@@ -324,6 +329,7 @@ class CorruptModel(LoadFailed):
         cure: str = "delete it and download or convert it again",
     ) -> None:
         super().__init__(model, reason, retry_in_s)
+        # Once more with *cure*, which the default pickle takes from here.
         WhisperCacheError.__init__(self, model, reason, retry_in_s, cure)
         self.cure = cure
 
@@ -339,8 +345,8 @@ class AudioError(WhisperCacheError, ValueError):
     The audio could not be opened or decoded. No model was loaded for it.
 
     Attributes:
-        audio: Path of the audio, or what kind of object it was.
-        reason: What the decoder said.
+        audio: Path of the audio, or the type of the object.
+        reason: The decoder's own words.
     """
 
     def __init__(self, audio: str, reason: str) -> None:

@@ -1,5 +1,5 @@
 """
-Report: what a cache tells of itself. Snapshots and events are frozen values.
+Events and snapshots: what a cache reports of itself, as frozen values.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ExplainedOutcome: TypeAlias = Literal["hit", "load", "evict", "wait", "never"]
 
 class EvictionCause(str, Enum):
     """
-    Why a model left memory.
+    The reason why a model was unloaded.
     """
 
     CAPACITY = "capacity"
@@ -61,8 +61,8 @@ class EvictionCause(str, Enum):
     @property
     def was_eviction(self) -> bool:
         """
-        Whether the cache decided it, for room, for idleness or for the sake of other
-        programs; not the caller.
+        True if the cache decided it, for memory, for idleness or for other programs;
+        False if the caller did.
         """
         return self not in (EvictionCause.EXPLICIT, EvictionCause.CLOSED)
 
@@ -70,7 +70,7 @@ class EvictionCause(str, Enum):
 @dataclass(frozen=True, slots=True)
 class Event:
     """
-    Something happened to a model.
+    An event in the life of a model.
 
     Attributes:
         key: The model.
@@ -82,10 +82,10 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class ModelLoading(Event):
     """
-    A load begins.
+    A load began.
 
     Attributes:
-        reserved_bytes: Charged on the model's device while it loads.
+        reserved_bytes: Bytes that are charged on the model's device while it loads.
     """
 
     reserved_bytes: int
@@ -94,18 +94,18 @@ class ModelLoading(Event):
 @dataclass(frozen=True, slots=True)
 class ModelLoaded(Event):
     """
-    The model is in memory.
+    A model was loaded.
 
     Attributes:
-        load_s: Seconds of the load itself, without any wait for room, and without what
-            its device did once (`DeviceWarmedUp`).
-        charged_bytes: What the cache counts for it from now on.
+        load_s: Seconds of the load itself, without any wait for memory, and without the
+            warm-up of its device (`DeviceWarmedUp`).
+        charged_bytes: Bytes that the cache counts for it from now on.
         measured_bytes: Growth of memory that was seen, or None where nothing is
-            measured. On a GPU that of this process's own memory pool, so that other
-            programs do not move it; other work in the process does.
-        reloaded: Only the weights were brought back; the rest had been kept.
-        from_variant: They came from a copy that was converted before.
-        restored: They came from a copy in host memory; nothing was read.
+            measured. On a GPU it is that of this process's own memory pool, which other
+            programs do not change; other work in the process does.
+        reloaded: Only the weights were reloaded; the rest had been kept.
+        from_variant: They came from a variant, which was converted before.
+        restored: They came from a host copy; nothing was read.
     """
 
     load_s: float
@@ -137,7 +137,7 @@ class ModelGranted(Event):
     their model in memory, and room for their work, make none.
 
     Attributes:
-        wait_s: Seconds since the request, through room, loads and other callers.
+        wait_s: Seconds since the request, through evictions, loads and other callers.
     """
 
     wait_s: float
@@ -146,15 +146,16 @@ class ModelGranted(Event):
 @dataclass(frozen=True, slots=True)
 class ModelEvicted(Event):
     """
-    The model left memory, and that it did was confirmed.
+    A model was unloaded, which was confirmed.
 
     Attributes:
-        cause: Why.
-        credited_bytes: What the cache stopped counting.
+        cause: The reason.
+        credited_bytes: Bytes that the cache stopped counting.
         returned_bytes: Fall of memory that was seen, or None where nothing is measured.
         unload_s: Seconds that it took, retries included.
-        unreturned_bytes: What it still counts, since too little was seen to come back;
-            until the gauge shows it. `DeviceInfo.unreturned_bytes` is their sum.
+        unreturned_bytes: Bytes that it still counts, since less memory was seen to
+            return, until the gauge shows them. `DeviceInfo.unreturned_bytes` is their
+            sum.
         parked: A copy of the weights stays in host memory.
     """
 
@@ -168,7 +169,7 @@ class ModelEvicted(Event):
     @property
     def predicted_bytes(self) -> int:
         """
-        What was counted for the model while it was there.
+        The bytes that were counted for the model while it was in memory.
         """
         return self.credited_bytes + self.unreturned_bytes
 
@@ -179,9 +180,9 @@ class ReleaseUnconfirmed(Event):
     An unload did not happen, or could not be confirmed. It will be tried again.
 
     Attributes:
-        charged_bytes: What stays counted until then.
+        charged_bytes: Bytes that stay counted until then.
         retry_s: Seconds until the next try.
-        reason: What was seen, in one line.
+        reason: What was seen instead, in one line.
     """
 
     charged_bytes: int
@@ -192,13 +193,13 @@ class ReleaseUnconfirmed(Event):
 @dataclass(frozen=True, slots=True)
 class ModelStillReferenced(Event):
     """
-    The model was unloaded, but somebody still refers to the object.
+    A model was unloaded, but the object is still referred to.
 
     A `WhisperModel` that was kept beyond its lease cannot be used any more, and to try
     is memory-unsafe; on a GPU it keeps some memory, too.
 
     Attributes:
-        references: How many references too many there are.
+        references: Number of references that are left over.
     """
 
     references: int
@@ -207,12 +208,12 @@ class ModelStillReferenced(Event):
 @dataclass(frozen=True, slots=True)
 class DeviceWarmingUp(Event):
     """
-    Before its first model in a compute type, a GPU does what it does once a process:
-    it starts CUDA and cuBLAS, and compiles kernels that were not built for it.
+    A GPU began the work that it does once, before its first model in a compute type: it
+    starts CUDA and cuBLAS, and compiles kernels that were not built for it.
 
     Attributes:
-        device: Which.
-        reason: What that is here, and how long it may take, in one line.
+        device: The GPU.
+        reason: The work that is needed here, and how long it may take, in one line.
     """
 
     device: str
@@ -222,12 +223,12 @@ class DeviceWarmingUp(Event):
 @dataclass(frozen=True, slots=True)
 class DeviceWarmedUp(Event):
     """
-    The device is ready; the load itself begins.
+    A GPU is ready, and the load itself begins.
 
     Attributes:
-        device: Which.
+        device: The GPU.
         warm_up_s: Seconds that it took. They count for no model's load.
-        floor_bytes: What the process will keep of it for its life, whatever is
+        floor_bytes: Bytes that the process keeps of it for its life, whatever is
             unloaded: the CUDA context and kernels. None if it was not measured now.
     """
 
@@ -239,11 +240,10 @@ class DeviceWarmedUp(Event):
 @dataclass(frozen=True, slots=True)
 class DeviceLost(Event):
     """
-    An error left the device unusable for this process; requests for it fail from now
-    on.
+    An error made a device unusable for this process; requests for it fail from now on.
 
     Attributes:
-        device: Which.
+        device: The device.
         reason: The error in one line.
     """
 
@@ -257,8 +257,8 @@ class FellBack(Event):
     A request got this model from its ``fallback`` ladder, and not the one it asked for.
 
     Attributes:
-        wanted: What it asked for.
-        reason: Why that could not be had, in one line.
+        wanted: The model that it asked for.
+        reason: The error that it would have got, in one line.
     """
 
     wanted: str
@@ -275,10 +275,10 @@ class Stats:
         hits: Requests that found their model in memory.
         misses: Requests that did not.
         loads: Loads that succeeded, whether of the whole model or of its weights alone.
-        reloads: Those of *loads* that brought only weights back.
-        restores: Those of *reloads* that took them from a copy in host memory.
+        reloads: Those of *loads* that loaded only weights.
+        restores: Those of *reloads* that took them from a host copy.
         load_failures: Loads that failed.
-        evictions: Models that left memory, whatever the cause.
+        evictions: Models that were unloaded, whatever the cause.
         unconfirmed: Unloads that did not happen at the first try.
         timeouts: Requests that were not served in time.
         refused: Requests that found ``max_waiting`` others in the queue.
@@ -319,24 +319,24 @@ class Stats:
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """
-    One model that is in memory, or on its way in or out.
+    A model that is in memory, or being loaded or unloaded.
 
     Attributes:
         key: The model.
         state: ``"loading"``, ``"resident"`` or ``"unloading"``.
-        device: Where.
-        weights_bytes: Counted for the model itself; while it loads, for the load.
-        workspace_bytes: Counted for the calls that its leases may make.
-        leases: How many hold it.
-        pinned: Whether it stays when idle.
+        device: Its device.
+        weights_bytes: Bytes counted for the model itself; while it loads, for the load.
+        workspace_bytes: Bytes counted for the calls that its leases may make.
+        leases: Number of leases on it.
+        pinned: True if it stays when idle.
         idle_s: Seconds since its last lease ended; None while one is held.
-        expires_in_s: Seconds until it leaves for idleness; None while it is leased,
+        expires_in_s: Seconds until it is evicted for idleness; None while it is leased,
             pinned, or kept for ever.
-        loads: How often it was loaded.
+        loads: Number of times that it was loaded.
         load_s: Seconds of its last load.
-        measured_bytes: By how much memory grew at its last load, beside *weights_bytes*
-            that were predicted; None where nothing was measured.
-        copy_bytes: What a copy of its weights takes of the host's memory.
+        measured_bytes: Growth of memory at its last load, to compare with the predicted
+            *weights_bytes*; None where nothing was measured.
+        copy_bytes: Host memory that a copy of its weights takes.
     """
 
     key: ModelKey
@@ -356,7 +356,7 @@ class ModelInfo:
     @property
     def bytes(self) -> int:
         """
-        All that is counted for it.
+        All bytes that are counted for it.
         """
         return self.weights_bytes + self.workspace_bytes
 
@@ -364,7 +364,7 @@ class ModelInfo:
 @dataclass(frozen=True, slots=True)
 class WaitingInfo:
     """
-    One request that waits for its models.
+    A request that waits for its models.
 
     Attributes:
         keys: The models that it wants, all or nothing.
@@ -378,24 +378,25 @@ class WaitingInfo:
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
     """
-    What the cache holds of one device's memory.
+    The memory of one device, as the cache uses it.
 
     Attributes:
         device: Its name.
         limit_bytes: The limit that was set, or None.
-        capacity_bytes: What the cache may use now, by the limit and by the gauge.
-        charged_bytes: What it counts for models and their work now.
+        capacity_bytes: Bytes that the cache may use now, by the limit and by the gauge.
+        charged_bytes: Bytes that it counts for models and their work now.
         peak_bytes: Largest that *charged_bytes* has been.
-        models: How many models are there, or on their way in or out.
-        shell_bytes: What models that have left keep of it so that they return faster,
-            such as their tokenizers, or on the host copies of weights
-            (``ModelCache(park=…)``). Not in *charged_bytes*: it gives way to anything.
+        models: Number of models that are there, or being loaded or unloaded.
+        shell_bytes: Bytes that unloaded models keep so that they are reloaded faster:
+            their tokenizers, and on the host copies of weights
+            (``ModelCache(park=…)``). Not in *charged_bytes*, since they give way to
+            anything else.
         copies_bytes: On the host, copies of weights that are on a GPU as well. In
             *charged_bytes*.
-        unreturned_bytes: What models that have left did not visibly give back. In
-            *charged_bytes*, until the gauge shows it.
-        floor_bytes: What the process keeps of a GPU for its life; None as long as it
-            was not measured. Not in *charged_bytes*.
+        unreturned_bytes: Bytes that unloads did not visibly give back. In
+            *charged_bytes*, until the gauge shows them.
+        floor_bytes: Bytes that the process keeps of a GPU for its life; None as long as
+            they were not measured. Not in *charged_bytes*.
     """
 
     device: str
@@ -413,16 +414,17 @@ class DeviceInfo:
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """
-    What a request would do now; nothing was changed to find out.
+    The outcome that a request would have now; nothing was changed to find out.
 
     Attributes:
         key: The model that would answer.
         outcome: ``"hit"``, ``"load"``, ``"evict"`` (then load), ``"wait"`` or
             ``"never"``.
-        needed_bytes: What the request would add on its device; for a load, its peak.
-        free_bytes: What the cache could still use there.
-        capacity_bytes: All that the cache can use there.
-        evicts: The idle models that would leave, in that order.
+        needed_bytes: Bytes that the request would add on its device; for a load, its
+            peak.
+        free_bytes: Bytes that the cache could still use there.
+        capacity_bytes: All bytes that the cache can use there.
+        evicts: The idle models that would be evicted, in that order.
         reason: The same in one sentence.
     """
 
@@ -437,7 +439,7 @@ class Explanation:
 
 class Outbox:
     """
-    Delivers events in the order in which they happened, whichever thread delivers.
+    A queue of events, delivered in the order in which they happened by any thread.
     """
 
     def __init__(self) -> None:
@@ -448,7 +450,7 @@ class Outbox:
 
     def append(self, event: Event) -> None:
         """
-        Note an event. Nothing is called; a cache does this under its lock.
+        Notes an event. Calls nothing, since a cache does this under its lock.
         """
         self._events.append(event)
 
@@ -457,7 +459,7 @@ class Outbox:
 
     def copy(self) -> Outbox:
         """
-        Another one with the same listeners, and no events.
+        Returns another one with the same listeners, and no events.
         """
         other = Outbox()
         other._listeners = self._listeners
@@ -465,7 +467,7 @@ class Outbox:
 
     def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """
-        Add a listener; returns how to remove it.
+        Adds a listener; returns a function that removes it.
         """
         with self._subscribing:
             self._listeners = (*self._listeners, listener)
@@ -480,11 +482,12 @@ class Outbox:
 
     def deliver(self) -> None:
         """
-        Call the listeners with all events so far.
+        Calls the listeners with all events so far.
 
-        If another thread is at it, or a listener caused this very event, that one goes
-        on with the new events and this call returns at once.
+        Returns at once if another thread is delivering, or if a listener caused this
+        very event: then that delivery goes on with the new events.
         """
+        # Looked at again after the release: an event may have come just before it.
         while self._events and self._delivering.acquire(blocking=False):
             try:
                 while self._events:

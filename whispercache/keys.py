@@ -1,5 +1,5 @@
 """
-Resolve: what was asked for becomes a `ModelKey`, one per model in memory.
+Keys: the names of models, devices and types, and the `ModelKey` of each model.
 
 ``"large"``, ``"large-v3"`` and ``"Systran/faster-whisper-large-v3"`` are one model,
 ``"cuda"`` is the best card, ``"int8"`` what the device really computes in, and a path
@@ -68,11 +68,11 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 
 def _other_names() -> dict[str, str]:
     """
-    The names that those who serve or publish the known models give them.
+    Returns the names under which others publish or serve the known models.
 
     The repositories of OpenAI and of Distil-Whisper hold weights that CTranslate2
     cannot read; their names mean the conversions of these. ``openai/whisper-large`` is
-    the first large model, and not the latest as is faster-whisper's ``"large"``.
+    the first large model, where faster-whisper's ``"large"`` is the latest.
     """
     found: dict[str, str] = {}
     for name, repository in MODELS.items():
@@ -89,7 +89,7 @@ def _other_names() -> dict[str, str]:
 
 OTHER_NAMES: Mapping[str, str] = MappingProxyType(_other_names())
 """
-Other names of the known models, such as ``"whisper-large-v3"``, and what they mean.
+Other names of the known models, such as ``"whisper-large-v3"``, and the canonical ones.
 
 Source: huggingface.co/openai and /distil-whisper; names of OpenAI-compatible servers.
 """
@@ -104,7 +104,7 @@ COMPUTE_TYPES = (
     "int8_bfloat16",
 )
 """
-The types that a loaded model can be in: the effective ones.
+The effective types: those that a loaded model can be in.
 """
 
 TYPICAL_COMPUTE_TYPES: Mapping[str, frozenset[str]] = MappingProxyType(
@@ -114,9 +114,9 @@ TYPICAL_COMPUTE_TYPES: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 """
-What an x86 CPU without MKL and a GPU since Ampere support, by kind of device.
+The types of an x86 CPU without MKL and of a GPU since Ampere, by kind of device.
 
-For tables about machines that are not here; a cache asks CTranslate2 instead.
+They are for tables about machines that are not here; a cache asks CTranslate2 instead.
 """
 
 _LOAD_DEFAULTS: dict[str, OptionValue] = {
@@ -141,7 +141,7 @@ Load options that say how to get the files, and do not change the model.
 @dataclass(frozen=True, slots=True)
 class ModelKey:
     """
-    What makes two requests the same model in memory.
+    The identity of a model in memory: two requests with one key share one model.
 
     Attributes:
         model: Canonical name, hub repository, or real path of a directory.
@@ -171,7 +171,7 @@ class ModelKey:
 
 def is_directory(model: str) -> bool:
     """
-    Whether a canonical model name is a directory, not a name on the model hub.
+    Returns True if a canonical model name is a directory, not a name on the model hub.
     """
     return os.path.isabs(model)
 
@@ -182,7 +182,7 @@ _DEVICE = re.compile(r"(auto|cpu)|cuda(?::(\d+))?")
 
 def _device_hint(device: object) -> str:
     """
-    A hint at the device that was probably meant.
+    Returns a hint at the device that was probably meant.
     """
     if device is None:
         return "; leave it out for 'auto'"
@@ -200,7 +200,7 @@ def frozen_compute_type(
     compute_type: str | Mapping[str, str],
 ) -> str | tuple[tuple[str, str], ...]:
     """
-    A compute type, or one for each kind of device, as a value that can be hashed.
+    Returns a compute type, or one for each kind of device, as a value to be hashed.
 
     Raises:
         TypeError, ValueError: it is neither.
@@ -221,7 +221,7 @@ def compute_type_on(
     compute_type: str | tuple[tuple[str, str], ...], device: str
 ) -> str:
     """
-    The compute type that was asked for on *device*; ``"default"`` if there is none.
+    Returns the type that was asked for on *device*; ``"default"`` if there is none.
 
     Args:
         compute_type: See `frozen_compute_type`.
@@ -234,8 +234,8 @@ def compute_type_on(
 
 def canonical_device(device: str, device_index: OptionValue = None) -> str:
     """
-    ``"auto"``, ``"cpu"``, ``"cuda:N"``, or ``"cuda"`` for whichever card is best. With
-    a *device_index*, ``"cuda"`` is that card.
+    Returns ``"auto"``, ``"cpu"``, ``"cuda:N"``, or ``"cuda"`` for the best card. With a
+    *device_index*, ``"cuda"`` is that card.
 
     Raises:
         TypeError: *device* is no text, or *device_index* not one number.
@@ -266,7 +266,7 @@ def canonical_options(
     model: str, options: Mapping[str, object]
 ) -> tuple[tuple[str, OptionValue], ...]:
     """
-    Load options that differ from faster-whisper's defaults, sorted by name.
+    Returns the load options that differ from faster-whisper's defaults, by name.
 
     Options that only say how to fetch the files (`FETCH_OPTIONS`) are left out, and the
     hub's are for a directory.
@@ -300,7 +300,9 @@ def canonical_options(
 
 def _checked(name: str, value: object) -> OptionValue:
     """
-    A load option of its type; CTranslate2 would print its constructor's signature.
+    Returns a load option of the right type, and refuses others in one line.
+
+    CTranslate2 itself would print its constructor's signature.
     """
     default = _LOAD_DEFAULTS[name]
     kind = str if default is None else type(default)
@@ -318,13 +320,13 @@ def effective_compute_type(
     requested: str, saved: str, device: str, supported: Collection[str]
 ) -> str:
     """
-    The type that CTranslate2 will really compute in.
+    Returns the type that CTranslate2 will really compute in.
 
     Args:
         requested: ``"default"``, ``"auto"``, ``"int8"`` or one of `COMPUTE_TYPES`.
         saved: The type of the weights in model.bin, one of `COMPUTE_TYPES`.
         device: ``"cpu"`` or ``"cuda:N"``.
-        supported: What ``ctranslate2.get_supported_compute_types(device)`` says.
+        supported: The result of ``ctranslate2.get_supported_compute_types(device)``.
 
     Raises:
         UnsupportedComputeType: no such type, or not on this device.
@@ -349,7 +351,7 @@ def effective_compute_type(
 
 def _fallback(compute_type: str, available: Collection[str]) -> str:
     """
-    What takes the place of a type that the device lacks.
+    Returns the type that CTranslate2 takes in place of one that the device lacks.
     """
     ladder = {
         "int8_float16": ("int8_float32", "float16"),

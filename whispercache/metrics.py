@@ -1,5 +1,5 @@
 """
-Metrics: what a cache does, for Prometheus. Needs the extra ``[metrics]``.
+Metrics: the figures of a cache for Prometheus. Needs the extra ``[metrics]``.
 
 ::
 
@@ -63,7 +63,7 @@ _COUNTERS = (
     ("hits", "hits", "Requests that found their model in memory."),
     ("misses", "misses", "Requests that did not find their model in memory."),
     ("loads", "loads", "Loads that succeeded, reloads included."),
-    ("reloads", "reloads", "Loads that brought only the weights back."),
+    ("reloads", "reloads", "Loads of the weights alone."),
     ("restores", "restores", "Those of them that took a copy in host memory."),
     ("load_failures", "load_failures", "Loads that failed."),
     ("timeouts", "timeouts", "Requests that were not served in time."),
@@ -78,13 +78,13 @@ _GAUGES = (
 )
 # From `DeviceInfo`; by device.
 _DEVICE_GAUGES = (
-    ("capacity_bytes", "What the cache may use now, by its limit and the gauge."),
-    ("charged_bytes", "What is counted for models, their work and loads under way."),
+    ("capacity_bytes", "Bytes that the cache may use now, by its limit and the gauge."),
+    ("charged_bytes", "Bytes counted for models, their work and loads under way."),
     ("peak_bytes", "Largest that the charged bytes have been."),
-    ("shell_bytes", "What models that have left keep so that they return faster."),
+    ("shell_bytes", "Bytes that unloaded models keep to be reloaded faster."),
     ("copies_bytes", "Copies on the host of weights that are on a GPU as well."),
-    ("unreturned_bytes", "What models that have left did not visibly give back."),
-    ("floor_bytes", "What the process keeps of a GPU; absent until measured."),
+    ("unreturned_bytes", "Bytes that unloads did not visibly give back."),
+    ("floor_bytes", "Bytes that the process keeps of a GPU; absent until measured."),
     ("limit_bytes", "The limit that was set; absent without one."),
 )
 _SINCE = "counted since the cache was added to the collector."
@@ -92,12 +92,12 @@ _SINCE = "counted since the cache was added to the collector."
 
 class CacheCollector:
     """
-    What one or several caches do, as a collector for a Prometheus registry.
+    A collector for a Prometheus registry, of one or several caches.
 
     Counters and gauges are the cache's own figures, as they are when they are asked
     for. Evictions by cause and the two histograms are counted from events, from `add`
     on. A cache is not kept alive: its metrics end when it is collected. A closed cache
-    keeps telling its last figures until then.
+    reports its last figures until then.
 
     A registry wants each name from one collector, so further caches are for `add`, each
     with its own ``cache`` label. With several worker processes, each has to be asked on
@@ -126,10 +126,10 @@ class CacheCollector:
         self, cache: ModelCache | AsyncModelCache, *, name: str
     ) -> Callable[[], None]:
         """
-        Tell of *cache* too, with *name* as its ``cache`` label.
+        Adds *cache*, with *name* as its ``cache`` label.
 
         Returns:
-            A function that ends it.
+            A function that removes it.
 
         Raises:
             ValueError: another cache goes by that name.
@@ -151,7 +151,7 @@ class CacheCollector:
 
     def close(self) -> None:
         """
-        Tell of no cache any more. The caches themselves go on.
+        Removes all caches. The caches themselves go on.
         """
         with self._adding:
             watched, self._watched = self._watched, ()
@@ -160,13 +160,13 @@ class CacheCollector:
 
     def describe(self) -> list[Metric]:
         """
-        The metrics without samples, so that to register asks no cache.
+        Returns the metrics without samples, so that registering asks no cache.
         """
         return _Page().families()
 
     def collect(self) -> list[Metric]:
         """
-        The metrics as they are now.
+        Returns the metrics as they are now.
         """
         page = _Page()
         for watched in self._watched:
@@ -179,10 +179,10 @@ class CacheCollector:
 @dataclass(frozen=True, slots=True)
 class _Histogram:
     """
-    Seconds by bucket; a further value makes a new one.
+    A count of seconds by bucket. A further value makes a new one.
 
     Attributes:
-        counts: How many fell in each of `BUCKETS_S`, and above the last.
+        counts: Number of values in each of `BUCKETS_S`, and above the last.
         sum_s: Their sum.
     """
 
@@ -191,7 +191,7 @@ class _Histogram:
 
     def plus(self, value_s: float) -> _Histogram:
         """
-        The same and one value more.
+        Returns the same with one value more.
         """
         counts = list(self.counts)
         counts[bisect_left(BUCKETS_S, value_s)] += 1
@@ -199,7 +199,8 @@ class _Histogram:
 
     def buckets(self) -> list[tuple[str, float]]:
         """
-        Bounds as text, and how many were at most that, as Prometheus wants them.
+        Returns bounds as text, each with the number of values up to it, as Prometheus
+        wants them.
         """
         bounds = [*map(str, BUCKETS_S), "+Inf"]
         return list(zip(bounds, itertools.accumulate(self.counts), strict=True))
@@ -208,7 +209,7 @@ class _Histogram:
 @dataclass(slots=True)
 class _Counts:
     """
-    What is counted from events.
+    The figures that are counted from events.
 
     An outbox delivers one event at a time, so there is one writer; readers see each
     field before an event or after it, never half of it.
@@ -222,7 +223,7 @@ class _Counts:
 
     def note(self, event: Event) -> None:
         """
-        Count one event, if it is of a kind that counts.
+        Counts one event, if it is of a kind that counts.
         """
         if isinstance(event, ModelLoaded):
             self.load_s = self.load_s.plus(event.load_s)
@@ -239,8 +240,8 @@ class _Watched:
 
     Attributes:
         name: Its label.
-        cache: A reference to it.
-        counts: What its events told.
+        cache: A weak reference to it.
+        counts: The figures from its events.
         end: Ends the subscription to them.
     """
 
@@ -265,7 +266,7 @@ class _Page:
         ]
         self._evictions = CounterMetricFamily(
             "whispercache_evictions",
-            f"Models that left memory, by cause; {_SINCE}",
+            f"Models that were unloaded, by cause; {_SINCE}",
             labels=["cache", "cause"],
         )
         self._load_s = _histogram(
@@ -284,13 +285,13 @@ class _Page:
         )
         model = ("model", "device", "compute_type")
         self._model_bytes = _gauge(
-            "model_bytes", "What is counted for a model and its calls.", *model
+            "model_bytes", "Bytes counted for a model and its calls.", *model
         )
         self._model_leases = _gauge("model_leases", "Leases held on a model.", *model)
 
     def families(self) -> list[Metric]:
         """
-        All of them, in order.
+        Returns all of them, in order.
         """
         return [
             *self._counters,
@@ -306,7 +307,7 @@ class _Page:
 
     def add(self, watched: _Watched, cache: ModelCache) -> None:
         """
-        Write down what is known of one cache.
+        Adds the figures of one cache.
         """
         stats, counts, name = cache.stats(), watched.counts, watched.name
         for counter, (_, attribute, _) in zip(self._counters, _COUNTERS, strict=True):
@@ -323,7 +324,7 @@ class _Page:
         self._add_models(name, cache)
 
     def _add_models(self, name: str, cache: ModelCache) -> None:
-        # Summed: models that differ only in what the labels do not tell are one series.
+        # Summed: models that differ only in load options have the same labels.
         n_bytes: Counter[tuple[str, ...]] = Counter()
         leases: Counter[tuple[str, ...]] = Counter()
         resident_bytes: Counter[str] = Counter()

@@ -1,7 +1,7 @@
 """
-Formats: a transcript as plain text, SubRip or WebVTT subtitles, or JSON.
+Transcripts: as plain text, SubRip or WebVTT subtitles, or JSON.
 
-Each format is a generator, so that what was heard can be written while the rest is
+Each format is a generator, so that the first words can be written while the rest is
 still being computed. Pure: no file, no model.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["FORMATS", "Cue", "Transcript"]
 @dataclass(frozen=True, slots=True)
 class Cue:
     """
-    Something that was said, and when: seconds since the audio began.
+    A piece of speech, with its start and end in seconds since the audio began.
     """
 
     start_s: float
@@ -33,14 +33,14 @@ class Cue:
 @dataclass(frozen=True, slots=True)
 class Transcript:
     """
-    What one model heard in one file.
+    The transcript of one file by one model.
 
     Attributes:
         file: The file, as it was named.
         model: The model's key, as text.
         language: Code of the language, given or detected.
         duration_s: Length of the audio in seconds.
-        cues: What was said; often a generator, to be consumed once.
+        cues: The speech; often a generator, to be consumed once.
     """
 
     file: str
@@ -52,7 +52,7 @@ class Transcript:
 
 def _txt(transcript: Transcript) -> Iterator[str]:
     """
-    One line a cue.
+    Yields one line for each cue.
     """
     for cue in transcript.cues:
         if text := " ".join(cue.text.split()):
@@ -61,8 +61,9 @@ def _txt(transcript: Transcript) -> Iterator[str]:
 
 def _srt(transcript: Transcript) -> Iterator[str]:
     """
-    SubRip. It knows no escape: an arrow would be read as the times of a cue.
+    Yields SubRip subtitles.
     """
+    # SubRip has no escape: an arrow in the text would be read as the times of a cue.
     for number, (start_ms, end_ms, text) in enumerate(_spans(transcript), 1):
         span = f"{_clock(start_ms, ',')} --> {_clock(end_ms, ',')}"
         yield f"{number}\n{span}\n{text.replace('-->', '->')}\n\n"
@@ -70,7 +71,7 @@ def _srt(transcript: Transcript) -> Iterator[str]:
 
 def _vtt(transcript: Transcript) -> Iterator[str]:
     """
-    WebVTT.
+    Yields WebVTT subtitles.
 
     Source: https://www.w3.org/TR/webvtt1/, sections 4.1 and 4.2.2.
     """
@@ -82,7 +83,7 @@ def _vtt(transcript: Transcript) -> Iterator[str]:
 
 def _json(transcript: Transcript) -> Iterator[str]:
     """
-    One object on one line, hence JSON Lines where there are several.
+    Yields one object on one line, hence JSON Lines where there are several.
     """
     cues = list(transcript.cues)
     document = {
@@ -113,20 +114,20 @@ The formats by name, which is also the ending of their files.
 
 def _spans(transcript: Transcript) -> Iterator[tuple[int, int, str]]:
     """
-    Start and end in milliseconds, and lines of text, of the cues that say something.
-
-    An empty line would end the cue, and one that ends when it starts is never shown.
+    Yields start and end in milliseconds, and lines of text, of the cues that have any.
     """
     for cue in transcript.cues:
         lines = (" ".join(line.split()) for line in cue.text.splitlines())
+        # An empty line would end the cue.
         if text := "\n".join(filter(None, lines)):
             start_ms = max(0, round(cue.start_s * 1000))
+            # A cue that ends when it starts is never shown.
             yield start_ms, max(round(cue.end_s * 1000), start_ms + 1), text
 
 
 def _clock(total_ms: int, point: str) -> str:
     """
-    ``"01:02:03,450"``; more than two digits of hours where there are so many.
+    Returns ``"01:02:03,450"``; more than two digits of hours where needed.
     """
     minutes, ms = divmod(total_ms, 60_000)
     hours, minutes = divmod(minutes, 60)

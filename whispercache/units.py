@@ -1,6 +1,8 @@
 """
-Amounts as people write them: memory limits (``"10GiB"``, ``0.8``, ``"80%"``) and
-durations (``300``, ``"5m"``, ``-1``). Pure: text and numbers in, numbers out.
+Units: amounts as people write them.
+
+Limits of memory are ``"10GiB"``, ``0.8`` or ``"80%"``, durations ``300``, ``"5m"`` or
+``-1``. Pure: text and numbers in, numbers out.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _BINARY = {"k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 _DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 # A whole number below this is far more often a misplaced fraction or a number of
-# gigabytes than a limit that somebody wants.
+# gigabytes than a limit that is meant.
 _SMALLEST_PLAIN_BYTES = 1024**2
 
 # At most 18 digits a side: int() and float() then never fail or overflow.
@@ -57,7 +59,7 @@ _SECONDS = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,18})?")
 @dataclass(frozen=True, slots=True)
 class Limit:
     """
-    How much of a device may be used: so many bytes, a fraction of it, or no limit.
+    The part of a device that may be used: bytes, a fraction of it, or all.
 
     Attributes:
         n_bytes: The limit in bytes, or None if it is not given in bytes.
@@ -69,7 +71,7 @@ class Limit:
 
     def of(self, total_bytes: int) -> int | None:
         """
-        The limit in bytes on a device of *total_bytes*, or None for no limit.
+        Returns the limit in bytes on a device of *total_bytes*, or None for no limit.
 
         Not clipped to the device: a limit above what it has bounds nothing.
         """
@@ -80,7 +82,7 @@ class Limit:
 
 def parse_limit(value: LimitValue, name: str = "limit") -> Limit:
     """
-    The `Limit` that *value* means; *name* is the parameter that errors speak of.
+    Returns the `Limit` that *value* means; *name* is the parameter in messages.
 
     None and ``"auto"`` set no limit. A whole number is bytes, a float is a fraction of
     the device: ``1.0`` is all of it. Text is a number with a unit (``"10GiB"``,
@@ -104,7 +106,8 @@ def limit_bytes(
     value: Limit | LimitValue, total_bytes: int, name: str = "limit"
 ) -> int | None:
     """
-    *value*, parsed or not, in bytes on a device of *total_bytes*; None for no limit.
+    Returns a limit, parsed or not, in bytes on a device of *total_bytes*; None for no
+    limit.
 
     Raises:
         TypeError: See `parse_limit`.
@@ -116,7 +119,7 @@ def limit_bytes(
 
 def parse_duration(value: DurationValue, name: str = "duration") -> float:
     """
-    Seconds in *value*; ``math.inf``, never, for anything negative.
+    Returns the seconds in *value*; ``math.inf``, never, for anything negative.
 
     Numbers are seconds. Text is a plain number of seconds or one in Go's notation:
     ``"5m"``, ``"1h30m"``, ``"1.5h"``, ``"250ms"``, ``"-1"``, ``"-1m"``.
@@ -143,7 +146,7 @@ def parse_duration(value: DurationValue, name: str = "duration") -> float:
 
 def _limit_from_text(text: str, name: str) -> Limit:
     """
-    The limit that *text* spells.
+    Returns the limit that *text* spells.
     """
     if text.strip().lower() == "auto":
         return Limit()
@@ -170,7 +173,8 @@ def _limit_from_text(text: str, name: str) -> Limit:
 
 def _unit_bytes(match: re.Match[str]) -> int:
     """
-    Bytes in the unit of a match of ``_SIZE``: decimal only for ``kB``, ``MB``, ….
+    Returns the bytes in the unit of a match of ``_SIZE``: decimal only for ``kB``,
+    ``MB``, ….
     """
     prefix, kind = match["prefix"], match["kind"]
     if prefix is None:
@@ -181,8 +185,9 @@ def _unit_bytes(match: re.Match[str]) -> int:
 
 def _fraction(value: float, name: str, given: object) -> Limit:
     """
-    *value* as a share of the device. NaN fails the comparison too.
+    Returns *value* as a share of the device.
     """
+    # NaN fails the comparison, too.
     if not 0 < value <= 1:
         msg = (
             f"{name} as a fraction must be above 0 and at most 1.0 (all of it), "
@@ -194,7 +199,7 @@ def _fraction(value: float, name: str, given: object) -> Limit:
 
 def _plain_bytes(n_bytes: int, name: str, given: object) -> Limit:
     """
-    A number without a unit as bytes.
+    Returns a number without a unit as bytes.
     """
     if n_bytes < _SMALLEST_PLAIN_BYTES:
         msg = (
@@ -207,7 +212,7 @@ def _plain_bytes(n_bytes: int, name: str, given: object) -> Limit:
 
 def _whole(value: object, name: str) -> int:
     """
-    *value* as an int. Any integer type will do, NumPy's too, but no bool.
+    Returns *value* as an int. Any integer type will do, NumPy's too, but no bool.
     """
     if not isinstance(value, bool) and hasattr(value, "__index__"):
         return operator.index(value)
@@ -217,7 +222,7 @@ def _whole(value: object, name: str) -> int:
 
 def _duration_from_text(text: str, name: str) -> float:
     """
-    Seconds that *text* spells.
+    Returns the seconds that *text* spells.
     """
     body = text.strip()
     sign, body = (body[:1], body[1:]) if body[:1] in {"+", "-"} else ("", body)
@@ -237,7 +242,7 @@ def _duration_from_text(text: str, name: str) -> float:
 
 def _shown(value: object) -> str:
     """
-    *value* for a one-line message: quoted, escaped and cut.
+    Returns *value* for a one-line message: quoted, escaped and cut.
     """
     longest = 40
     try:

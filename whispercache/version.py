@@ -1,5 +1,5 @@
 """
-Version: of this package, for all that tells it.
+The version of this package, for all places that show it.
 """
 
 from __future__ import annotations

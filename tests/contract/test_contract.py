@@ -376,7 +376,7 @@ def test_closing_with_a_timeout_names_what_is_held(
     wait_until(lambda: "tiny" not in names(cache), "the end of tiny")
     wait_until(lambda: clock._calls, "the timer")
     clock.tick(5)
-    with pytest.raises(LeaseTimeout, match=r"base/cuda:0/float16 did not leave"):
+    with pytest.raises(LeaseTimeout, match=r"base/cuda:0/float16 was not unloaded"):
         closing.result(10)
     assert lease.whisper
     lease.release()
@@ -949,7 +949,7 @@ def test_an_eviction_that_times_out_is_taken_back(
     wait_until(lambda: clock._calls, "the timer")
     asked = driver.waiting(cache, "base", "cuda:0")
     clock.tick(5)
-    with pytest.raises(LeaseTimeout, match="did not leave within"):
+    with pytest.raises(LeaseTimeout, match="was not unloaded within"):
         evicting.result(10)
     asked.result(10).release()
     lease.release()

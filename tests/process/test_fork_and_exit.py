@@ -133,7 +133,9 @@ def test_closing_names_what_is_still_held(make_cache: MakeCache) -> None:
     cache = make_cache(clock=None)
     cache.preload("tiny", "cuda:0")
     lease = cache.lease("base", "cuda:0")
-    with pytest.raises(LeaseTimeout, match=r"base/cuda:0/float16 did not leave") as e:
+    with pytest.raises(
+        LeaseTimeout, match=r"base/cuda:0/float16 was not unloaded"
+    ) as e:
         cache.close(timeout_s=0.05)
     assert e.value.waited_s >= 0.05
     assert [info.key.model for info in cache.models()] == ["base"]
