@@ -160,6 +160,7 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
+        # Kept, so that this function is called once for each name.
         found = getattr(import_module(f".{module}", __name__), name)
         globals()[name] = found
         return found

@@ -111,9 +111,8 @@ class AsyncModelCache(CacheBase):
         # Kept alive: without it, a fork would not reach what the two share.
         self._cache: ModelCache = cache or ModelCache(**options)
         shared = self._cache
-        super().__init__(
-            shared._core, shared._resolver, shared._limits, shared._usual_terms
-        )
+        ladder = shared._usual_terms.ladder
+        super().__init__(shared._core, shared._resolver, shared._limits, ladder)
 
     @property
     def cache(self) -> ModelCache:
@@ -139,6 +138,7 @@ class AsyncModelCache(CacheBase):
         Returns a model to await, in memory whenever it is used. See
         `ModelCache.get_model`.
         """
+        # Both touch the disk.
         model = await _in_thread(anchored, model_size_or_path)
         request = as_request(model, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, fallback)
@@ -194,6 +194,7 @@ class AsyncModelCache(CacheBase):
     async def _acquire(
         self, request: Request, workload: Workload, terms: Terms
     ) -> Lease:
+        # Without a thread: a model in memory is had within microseconds.
         lease = self._hit(request, workload, terms, _current_task())
         if lease is None:
             lease = await self._climb(request, workload, terms)
@@ -283,6 +284,7 @@ class AsyncModelCache(CacheBase):
         if parse_tier(tier) == "page":
             await _in_thread(self._read, request)
             return
+        # Not `ModelCache.preload` on a thread: its wait would hold one.
         async with self._lease(request, DEFAULT_WORKLOAD, terms):
             pass
 
@@ -302,6 +304,7 @@ class AsyncModelCache(CacheBase):
         request = as_request(model_size_or_path, device, compute_type, load_options)
         terms = self._terms(timeout_s, None, fallback)
         lease = await self._lease(request, DEFAULT_WORKLOAD, terms)
+        # Under the lease, or the model might be evicted before it is pinned.
         with lease:
             lease.pin()
 
@@ -324,9 +327,11 @@ class AsyncModelCache(CacheBase):
     async def _await_gone(self, leaving: list[Leaving], timeout_s: float | None) -> int:
         departure = Departure(self._core, leaving, timeout_s)
         try:
+            # asyncio.wait() takes no empty list.
             if leaving:
                 await asyncio.wait([asyncio.wrap_future(gone) for _, gone in leaving])
         except asyncio.CancelledError:
+            # A task that is gone evicts nothing: what has not begun is taken back.
             departure.give_up()
             for entry, gone in leaving:
                 self._core.withdraw(entry, gone)
@@ -379,6 +384,7 @@ class AsyncModelCache(CacheBase):
         wait_s = parse_timeout(timeout_s)
         leaving = self._core.close()
         if leaving is not None:
+            # Only the task's own segments: its loop's thread runs other tasks, too.
             self._end_own((_current_task(),), wait_s)
             await self._await_gone(leaving, wait_s)
             await _in_thread(self._core.join, wait_s)
@@ -504,6 +510,7 @@ class AsyncCachedModel(Handle):
 
         Takes and raises what `CachedModel.transcribe` does.
         """
+        # Audio is decoded before the lease, so that the model does not wait for it.
         ready = await _in_thread(
             prepared, self._source, audio, args, options, batch_size
         )
@@ -551,6 +558,7 @@ class AsyncSegments(AsyncIterator[T]):
         try:
             item = await asyncio.shield(asyncio.wrap_future(self._step))
         except asyncio.CancelledError:
+            # Kept: the step goes on, and its item is the next one.
             raise
         except BaseException:
             self._step = None
@@ -603,6 +611,7 @@ async def _call(
     Awaits `call_leased` on a thread; the model is held until that ends, cancelled or
     not.
     """
+    # If the loop ends with this call in flight, its lease is no leak to be warned of.
     lease.owned = True
     bound = functools.partial(call_leased, lease, call, *args, **options)
     future = _pool().submit(bound)

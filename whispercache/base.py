@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .cache import ModelCache
     from .core.core import Core, Own
     from .core.entries import Part
+    from .core.fallback import Rung
     from .core.moves import Leaving
     from .core.resolver import Request, Resolver, Target
     from .devices.memory import MemoryProbe
@@ -67,16 +68,16 @@ class CacheBase:
         core: The state, shared by all caches on it.
         resolver: Finds the models that requests mean.
         limits: The limits as they were last given.
-        terms: The terms of requests that name none.
+        ladder: The fallbacks of requests that name none.
     """
 
     def __init__(
-        self, core: Core, resolver: Resolver, limits: Limits, terms: Terms
+        self, core: Core, resolver: Resolver, limits: Limits, ladder: tuple[Rung, ...]
     ) -> None:
         self._core = core
         self._resolver = resolver
         self._limits = limits
-        self._usual_terms = terms
+        self._usual_terms = Terms(ladder=ladder)
         # Imported by the first cache: `import whispercache` alone does without.
         from tracemalloc import is_tracing
 
@@ -103,6 +104,7 @@ class CacheBase:
         self, request: Request, workload: Workload, terms: Terms, owner: Owner
     ) -> Lease | None:
         entry = self._resolver.known(request)
+        # Resolving may touch the disk, which a task must not do on its loop.
         if entry is None:
             return None
         return self._core.hit(entry, workload, terms.keep_alive_s, owner)
@@ -162,6 +164,7 @@ class CacheBase:
         the parameters.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
+        # A server asks for each model of each snapshot, so this is one look-up.
         entry = self._resolver.known(request)
         return None if entry is None else entry.key
 
@@ -201,6 +204,7 @@ class CacheBase:
         limits = self._limits
         vram = limits.vram if isinstance(vram, Unchanged) else vram
         ram = limits.ram if isinstance(ram, Unchanged) else ram
+        # All is parsed before anything is changed.
         limit_of = limits_by_device(vram, ram)
         if isinstance(max_models, Unchanged):
             max_models = self._core.max_models
@@ -215,6 +219,7 @@ class CacheBase:
         """
         Returns the counters since the cache was made.
         """
+        # Here and below: only programs that ask for reports import them.
         from .core import snapshots
 
         return snapshots.stats(self._core)
@@ -319,12 +324,13 @@ class Departure:
         self._core = core
         self._leaving = leaving
         self._started_s = core.clock.now()
+        # On the cache's own clock, which tests tick.
         if timeout_s is not None and leaving:
             core.clock.call_at(self._started_s + timeout_s, self.give_up)
 
     def give_up(self) -> None:
         """
-        Gives up on the models whose unload has not begun.
+        Stops waiting. Unloads that have begun go on.
         """
         for _, gone in self._leaving:
             gone.cancel()
@@ -337,6 +343,8 @@ class Departure:
             EvictionTimeout: some were not, in time.
         """
         stayed = [(entry, gone) for entry, gone in self._leaving if gone.cancelled()]
+        # Those whose unload has not begun may be leased again, unless another caller
+        # waits for it as well.
         for entry, gone in stayed:
             self._core.withdraw(entry, gone)
         if stayed:
@@ -371,6 +379,7 @@ class ModelSource:
     def transcriber(
         self, lease: Lease, batch_size: int | None
     ) -> Callable[..., object]:
+        # Of the lease's own view, where each call's parameters stay.
         if batch_size is None:
             return lease.whisper.transcribe  # type: ignore[no-any-return]
         batched = self.cache.loader.batched(lease.whisper)

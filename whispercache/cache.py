@@ -140,7 +140,6 @@ class ModelCache(CacheBase):
         probe: MemoryProbe | None = None,
         clock: Clock | None = None,
     ) -> None:
-        # Imported by the first cache: `import whispercache` alone does without.
         from .core.core import Core
         from .core.resolver import Resolver
 
@@ -159,8 +158,7 @@ class ModelCache(CacheBase):
             max_waiting=parse_count(max_waiting, "max_waiting"),
         )
         core.park_limit = parse_park(park)
-        terms = Terms(ladder=as_ladder(fallback))
-        super().__init__(core, Resolver(core), Limits(vram, ram), terms)
+        super().__init__(core, Resolver(core), Limits(vram, ram), as_ladder(fallback))
         self._tend()
         register(self, core, type(self)._after_fork)
 
@@ -168,6 +166,7 @@ class ModelCache(CacheBase):
         """
         Starts the regular look at the devices, if one was asked for.
         """
+        # A cache that needs none of this makes no timer and no file.
         if self._coordinates or self._watches or self._core.park_limit is not None:
             from .peers.pressure import LedgerPeers, look_after
 
@@ -179,6 +178,7 @@ class ModelCache(CacheBase):
         """
         Starts afresh in a forked child, if the core is still of use there.
         """
+        # Known requests refer to entries of the parent.
         self._resolver.forget()
         if not self._core.is_closed:
             self._tend()
@@ -224,6 +224,7 @@ class ModelCache(CacheBase):
             DeviceUnavailable: there is no such device.
             CacheClosed: the cache was closed.
         """
+        # A relative path means the same directory after os.chdir().
         model = anchored(model_size_or_path)
         request = as_request(model, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, fallback)
@@ -322,6 +323,7 @@ class ModelCache(CacheBase):
         return leases
 
     def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
+        # A model in memory costs one look-up and one critical section.
         lease = self._hit(request, workload, terms, current_owner())
         if lease is None:
             lease = self._climb(request, workload, terms)
@@ -333,6 +335,7 @@ class ModelCache(CacheBase):
         """
         Returns a lease on the model, or on the first fallback that can be had.
         """
+        # Each attempt has the rest of the time. The first error is the one that counts.
         attempts = Attempts(self._core, request, terms)
         for attempt, terms_left in attempts:
             with attempts.judging():
@@ -438,6 +441,7 @@ class ModelCache(CacheBase):
         if parse_tier(tier) == "page":
             self._read(request)
         else:
+            # The lease ends at once, and the model stays for its keep_alive.
             self._lease(request, DEFAULT_WORKLOAD, terms).release()
 
     def pin(
@@ -458,6 +462,7 @@ class ModelCache(CacheBase):
         request = as_request(model_size_or_path, device, compute_type, load_options)
         terms = self._terms(timeout_s, None, fallback)
         lease = self._lease(request, DEFAULT_WORKLOAD, terms)
+        # Under the lease, or the model might be evicted before it is pinned.
         with lease:
             lease.pin()
 
@@ -492,6 +497,7 @@ class ModelCache(CacheBase):
         """
         wait_s = parse_timeout(timeout_s)
         matches = self._resolver.matching(model_size_or_path, device, compute_type)
+        # With a time limit, a wait for a lease of one's own ends by itself.
         waits_for = current_owner() if wait_s is None else None
         return self._await_gone(self._core.evict(matches, waits_for), wait_s)
 
@@ -556,12 +562,14 @@ class ModelCache(CacheBase):
         """
         wait_s = parse_timeout(timeout_s)
         leaving = self._core.close()
+        # None if a signal handler interrupted the core itself: a thread closes it then.
         if leaving is None:
             return
         own = self._end_own(current_owners(), wait_s)
         # A step that this very call interrupted ends after it, and is not waited for.
         awaited = [(entry, gone) for entry, gone in leaving if entry not in own.stuck]
         self._await_gone(awaited, wait_s)
+        # A device's thread ends after its last model.
         if not own.stuck:
             self._core.join(wait_s)
 

@@ -31,6 +31,7 @@ def default_cache() -> ModelCache:
     """
     global _default
     with _lock:
+        # A program that closes it, as tests do, gets a new one.
         if _default is None or _default.is_closed:
             _default = ModelCache()
         return _default
@@ -65,7 +66,7 @@ def get_model(
 
 def _new_lock() -> None:
     """
-    Replaces the lock in a forked child, where nobody may be left to release it.
+    Replaces the lock in a forked child, where the thread that held it does not exist.
     """
     global _lock
     _lock = threading.Lock()

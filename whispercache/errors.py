@@ -56,6 +56,7 @@ def format_bytes(n_bytes: int) -> str:
     """
     Returns *n_bytes* for people to read: ``"1.5 GiB"``, ``"144.1 MiB"``, ``"512 B"``.
     """
+    # Differences are shown as well, so the size decides, not the sign.
     for unit, size in (("GiB", _GIB), ("MiB", _MIB), ("KiB", _KIB)):
         if abs(n_bytes) >= size:
             return f"{n_bytes / size:.1f} {unit}"
@@ -186,6 +187,7 @@ class LeaseTimeout(WhisperCacheError, TimeoutError):
         self.position = position
 
     def __str__(self) -> str:
+        # Downloads and evictions have no queue.
         is_in_none = self.position is None
         place = "" if is_in_none else f" (place {self.position} in the queue)"
         return (
@@ -329,7 +331,7 @@ class CorruptModel(LoadFailed):
         cure: str = "delete it and download or convert it again",
     ) -> None:
         super().__init__(model, reason, retry_in_s)
-        # Once more with *cure*, which the default pickle takes from here.
+        # Once more with *cure*: the default pickle takes the arguments from here.
         WhisperCacheError.__init__(self, model, reason, retry_in_s, cure)
         self.cure = cure
 

@@ -461,6 +461,7 @@ class Outbox:
         """
         Returns another one with the same listeners, and no events.
         """
+        # After a fork, locks may be held by threads that do not exist in the child.
         other = Outbox()
         other._listeners = self._listeners
         return other
@@ -469,6 +470,7 @@ class Outbox:
         """
         Adds a listener; returns a function that removes it.
         """
+        # A new tuple: a delivery in progress goes over the old one.
         with self._subscribing:
             self._listeners = (*self._listeners, listener)
 
@@ -496,6 +498,7 @@ class Outbox:
                 self._delivering.release()
 
     def _tell(self, event: Event) -> None:
+        # Here and not in append(), which runs under the cache's lock.
         _log.debug("%s", event)
         for listener in self._listeners:
             try:

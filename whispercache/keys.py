@@ -75,12 +75,14 @@ def _other_names() -> dict[str, str]:
     the first large model, where faster-whisper's ``"large"`` is the latest.
     """
     found: dict[str, str] = {}
+    # Four spellings of each: the repository, its last part, the publisher's, a short.
     for name, repository in MODELS.items():
         is_openai = not name.startswith("distil-")
         published = f"openai/whisper-{name}" if is_openai else f"distil-whisper/{name}"
         short = f"whisper-{name}" if is_openai else name.replace("-", "-whisper-", 1)
         last = repository.partition("/")[2]
         found |= dict.fromkeys((repository, last, published, short), name)
+    # Aliases are sizes to their users, so they have the same prefixes.
     for alias, name in ALIASES.items():
         prefixes = ("whisper-", "faster-whisper-", "openai/whisper-")
         found |= {f"{prefix}{alias}": name for prefix in prefixes}
@@ -156,6 +158,7 @@ class ModelKey:
     options: tuple[tuple[str, OptionValue], ...] = ()
 
     def __str__(self) -> str:
+        # Unique: logs, errors and the records of comparisons name models by it.
         text = f"{self.model}/{self.device}/{self.compute_type}"
         if self.options:
             text += "?" + "&".join(f"{name}={value}" for name, value in self.options)
@@ -241,6 +244,7 @@ def canonical_device(device: str, device_index: OptionValue = None) -> str:
         TypeError: *device* is no text, or *device_index* not one number.
         ValueError: the device is none of these.
     """
+    # A list is faster-whisper's way to run one model on several cards.
     if isinstance(device_index, bool) or not isinstance(device_index, int | None):
         raise TypeError(
             f"device_index must be one integer, not {device_index!r}: one model over "
@@ -253,8 +257,10 @@ def canonical_device(device: str, device_index: OptionValue = None) -> str:
         raise ValueError(f"{_DEVICES}, not {device!r}{_device_hint(device)}")
     if match[1]:
         return match[1]
+    # The card is chosen later, when it is known where the model is.
     if match[2] is None and device_index is None:
         return "cuda"
+    # WhisperModel's default of device_index is 0, which need not contradict "cuda:1".
     if match[2] and device_index not in (None, 0, int(match[2])):
         raise ValueError(
             f"device {device!r} and device_index={device_index} name two cards"
@@ -278,6 +284,7 @@ def canonical_options(
     kept: list[tuple[str, OptionValue]] = []
     for name, given in sorted(options.items()):
         value = os.fspath(given) if isinstance(given, os.PathLike) else given
+        # None is what WhisperModel takes for no files.
         if name == "files":
             if value is None:
                 continue
@@ -290,6 +297,7 @@ def canonical_options(
         if name not in _LOAD_DEFAULTS:
             raise TypeError(f"WhisperModel has no load option {name!r}")
         plain = _checked(name, value)
+        # A default that is spelled out must not make another model.
         if plain == _LOAD_DEFAULTS[name] or (
             name in _HUB_OPTIONS and is_directory(model)
         ):
@@ -305,6 +313,7 @@ def _checked(name: str, value: object) -> OptionValue:
     CTranslate2 itself would print its constructor's signature.
     """
     default = _LOAD_DEFAULTS[name]
+    # Those without a default are the hub's, which are text.
     kind = str if default is None else type(default)
     is_kind = isinstance(value, kind) and isinstance(value, bool) is (kind is bool)
     if is_kind and isinstance(value, OptionValue):
@@ -334,7 +343,9 @@ def effective_compute_type(
     Source: CTranslate2 src/types.cc:156-295 @ 0d8bcd3; compared with what real models
     report, for every pair of types, by a test.
     """
+    # float32 always works, whatever the list of a backend says.
     available = frozenset(supported) & frozenset(COMPUTE_TYPES) | {"float32"}
+    # As CTranslate2 decides it, in its order.
     if requested == "default":
         return saved if saved in available else _fallback(saved, available)
     if requested == "auto":
@@ -344,6 +355,7 @@ def effective_compute_type(
         float_type = re.sub(r"^int8_", "", saved)
         named = f"int8_{float_type if 'float' in float_type else 'float32'}"
         return named if named in available else _fallback(named, available)
+    # A named type is never replaced without a word; a fallback is there for that.
     if requested not in available:
         raise UnsupportedComputeType(requested, device, tuple(sorted(available)))
     return requested

@@ -205,6 +205,7 @@ class Lease:
         """
         Ends the lease, so that the model may be evicted. A second call does nothing.
         """
+        # First: the view counts as a reference to the model, which may go with this.
         self._view = None
         self._lessor.release(self._entry, self._serial, self._keep_alive_s)
 
@@ -266,6 +267,7 @@ class Lease:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+        # An error of the caller's own says nothing of the device.
         if error is not None and is_from_ctranslate2(error):
             self._lessor.blame(self._entry, error)
 
@@ -274,6 +276,7 @@ class Lease:
         return f"<Lease {self.key} {state}>"
 
     def __del__(self) -> None:
+        # May run inside any other code, the core's own critical sections included.
         if self._serial in self._entry.leases:
             # Before the drop, or the view counts as a reference that stayed behind.
             self._view = None

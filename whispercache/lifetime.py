@@ -56,6 +56,7 @@ def _close_all() -> None:
     returns from CTranslate2 into an interpreter that has ended aborts the process.
     """
     for core in list(_cores):
+        # A second close is allowed, and returns what is still held.
         leaving = core.close() or []
         wait([gone for entry, gone in leaving if not entry.leases], EXIT_S)
         # Then what unloaded models have left on the host is dropped, too.
@@ -69,6 +70,7 @@ def _after_fork() -> None:
     Makes all caches refuse work in a forked child, or start afresh if they can.
     """
     cores = list(_cores)
+    # Not imported for the sake of a fork: then no GPU was looked for, either.
     if cores:
         from .devices import cuda
     for core in cores:

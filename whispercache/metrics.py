@@ -135,6 +135,7 @@ class CacheCollector:
             ValueError: another cache goes by that name.
         """
         with self._adding:
+            # A name is free again once its cache was collected.
             present = [other for other in self._watched if other.cache() is not None]
             if any(other.name == name for other in present):
                 raise ValueError(f"there is a cache named {name!r} already")
@@ -155,6 +156,7 @@ class CacheCollector:
         """
         with self._adding:
             watched, self._watched = self._watched, ()
+        # Without the lock: a subscription's end takes one of the cache's.
         for one in watched:
             one.end()
 
@@ -309,6 +311,7 @@ class _Page:
         """
         Adds the figures of one cache.
         """
+        # One snapshot for all of them, so that hits and misses add up to requests.
         stats, counts, name = cache.stats(), watched.counts, watched.name
         for counter, (_, attribute, _) in zip(self._counters, _COUNTERS, strict=True):
             counter.add_metric([name], getattr(stats, attribute))
@@ -333,17 +336,20 @@ class _Page:
             labels = (name, short_name(key.model), model.device, key.compute_type)
             n_bytes[labels] += model.bytes
             leases[labels] += model.leases
+            # While it loads, its bytes are those of the load.
             if model.state != "loading":
                 resident_bytes[model.device] += model.weights_bytes
         for series, total in n_bytes.items():
             self._model_bytes.add_metric(series, total)
             self._model_leases.add_metric(series, leases[series])
+        # Devices without a model, too, so that their series do not end.
         for device in cache.devices():
             series = (name, device.device)
             self._resident.add_metric(series, resident_bytes[device.device])
             for gauge, (field_name, _) in zip(
                 self._device_gauges, _DEVICE_GAUGES, strict=True
             ):
+                # Unknown is absent: 0 would be a figure.
                 if (value := getattr(device, field_name)) is not None:
                     gauge.add_metric(series, value)
 

@@ -193,6 +193,7 @@ class LeasedIterator(Iterator[T]):
                 finally:
                     self._stepper = None
         finally:
+            # A close of the cache that came during the step left the end to it.
             if self._ending:
                 self._end_if_idle()
 
@@ -205,6 +206,7 @@ class LeasedIterator(Iterator[T]):
         try:
             item = self._first() if self._again else next(self._items)
         except StopIteration:
+            # The lease ends with the last item, not when the iterator is collected.
             self._finish()
             raise
         except BaseException as error:
@@ -258,6 +260,7 @@ class LeasedIterator(Iterator[T]):
         """
         if self._was_forked():
             return True
+        # Set before the look at the owner, who may begin a step at this moment.
         self._ending = why
         if self._owner != owner:
             self._ending = ""
@@ -276,6 +279,7 @@ class LeasedIterator(Iterator[T]):
             self._step.release()
 
     def _finish(self) -> None:
+        # Forgotten before the lease ends: they refer to the model.
         items, self._items = self._items, None
         self._again = None
         try:
@@ -319,6 +323,7 @@ def call_leased(
         lease.release()
         raise
 
+    # For a lazy result, the memory is needed by its first item, not by this call.
     def again() -> Iterator[object]:
         return _lazy(call(*args, **options))
 
@@ -344,6 +349,7 @@ class Handle:
     """
 
     def __setattr__(self, name: str, value: object) -> None:
+        # Set on the handle, an attribute would never reach the model that computes.
         if name not in ("_cache", "_served_by", "_source"):
             raise self._refusal(name)
         object.__setattr__(self, name, value)
@@ -450,6 +456,7 @@ class CachedModel(Handle):
         Blocks: for decoding, the lease, and the language detection if none is given.
         """
         ready = prepared(self._source, audio, args, options, batch_size)
+        # All that can be refused was refused before this: no model is loaded for it.
         lease = self._lease(ready.workload)
         call = self._source.transcriber(lease, ready.batch_size)
         return cast(
@@ -498,6 +505,7 @@ class CachedModel(Handle):
             return lease.loaded.is_multilingual
 
     def __getattr__(self, name: str) -> object:
+        # Called only for names that are not here, so those of the model.
         if name in _ATTRIBUTES:
             with self.lease() as whisper:
                 return getattr(whisper, name)

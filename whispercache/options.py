@@ -143,10 +143,13 @@ def limits_by_device(
     Raises:
         TypeError, ValueError: a limit is nonsense.
     """
+    # Parsed here, once: the function is called under the core's lock.
     host = parse_limit(ram, "ram")
+    # A number or text is for every card.
     if isinstance(vram, (str, int, float)) or vram is None:
         card = parse_limit(vram, "vram")
         return lambda device: host if device == "cpu" else card
+    # A card that is not in the mapping has no limit of its own.
     cards = {
         name: parse_limit(value, f"vram[{name!r}]") for name, value in vram.items()
     }
@@ -162,7 +165,7 @@ def parse_count(value: int | None, name: str) -> int | None:
     """
     if value is None:
         return None
-    # True is 1 to Python, but nobody means it.
+    # True counts as 1 in Python, but is never meant as one.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number or None, not {value!r}")
     if value < 1:
@@ -194,6 +197,7 @@ def parse_patience(patience_s: float) -> float:
     Raises:
         ValueError: they are negative, or NaN.
     """
+    # NaN fails this comparison, too.
     if not patience_s >= 0:
         raise ValueError(f"patience_s must be 0 or more seconds, not {patience_s!r}")
     return patience_s
@@ -218,6 +222,7 @@ def parse_park(value: bool | LimitValue) -> Limit | None:  # noqa: FBT001 - chec
     Raises:
         TypeError, ValueError: the limit is nonsense.
     """
+    # Not `not value`: 0 is nonsense, as it is for every limit, and is refused as such.
     if value is False or value is None:
         return None
     return Limit() if value is True else parse_limit(value, "park")
@@ -236,6 +241,7 @@ def parse_variants(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - ch
     if value is False or value is None or variable in _OFF:
         return None
     limit = Limit() if value is True else parse_limit(value, "variants")
+    # A share of a disk would change with all that is written there.
     if limit.fraction is not None:
         raise ValueError(
             f"variants must be bytes, such as '5GiB', or False, not {value!r}"
@@ -286,6 +292,7 @@ def as_request(
         compute_type = cast("str", frozen_compute_type(compute_type))
     if not load_options:
         return (model, device, compute_type)
+    # Sorted, so that the order in which they were given does not matter.
     return (model, device, compute_type, *sorted(load_options.items()))
 
 
@@ -307,6 +314,7 @@ def as_requests(
     Raises:
         TypeError, ValueError: they are no list of models, or the list is empty.
     """
+    # A text is a sequence, too, of letters.
     if isinstance(models, (str, os.PathLike)):
         raise TypeError(f"models must be a list of models, not {models!r}")
     requests = []
@@ -317,6 +325,7 @@ def as_requests(
         defaults = (device, compute_type)
         if not 1 <= len(named) <= len(defaults) + 1:
             raise ValueError(f"{model!r} must be (model, device, compute_type)")
+        # Each tuple is completed by the defaults: first the device, then the type.
         own = cast("tuple[str, ...]", named[1:])
         where, kind = own + defaults[len(own) :]
         requests.append(as_request(named[0], where, kind, load_options))

@@ -85,6 +85,7 @@ def _json(transcript: Transcript) -> Iterator[str]:
     """
     Yields one object on one line, hence JSON Lines where there are several.
     """
+    # The text stands before the segments, so all of them are needed first.
     cues = list(transcript.cues)
     document = {
         "file": transcript.file,
@@ -120,6 +121,7 @@ def _spans(transcript: Transcript) -> Iterator[tuple[int, int, str]]:
         lines = (" ".join(line.split()) for line in cue.text.splitlines())
         # An empty line would end the cue.
         if text := "\n".join(filter(None, lines)):
+            # Subtitles have no times before the start.
             start_ms = max(0, round(cue.start_s * 1000))
             # A cue that ends when it starts is never shown.
             yield start_ms, max(round(cue.end_s * 1000), start_ms + 1), text

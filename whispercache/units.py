@@ -97,6 +97,7 @@ def parse_limit(value: LimitValue, name: str = "limit") -> Limit:
         return Limit()
     if isinstance(value, str):
         return _limit_from_text(value, name)
+    # 1.0 is all of a device, and 1 a byte, so the type decides.
     if isinstance(value, float):
         return _fraction(value, name, value)
     return _plain_bytes(_whole(value, name), name, value)
@@ -141,6 +142,7 @@ def parse_duration(value: DurationValue, name: str = "duration") -> float:
     if math.isnan(seconds):
         msg = f"{name} must be a number of seconds, not NaN"
         raise ValueError(msg)
+    # abs() makes 0.0 of -0.0, which else would print as "-0".
     return math.inf if seconds < 0 else abs(seconds)
 
 
@@ -157,6 +159,7 @@ def _limit_from_text(text: str, name: str) -> Limit:
             f"not {_shown(text)}"
         )
         raise ValueError(msg)
+    # Digits are computed with as integers, so that "0.1GiB" is exact.
     whole, part, unit = match["whole"], match["part"] or "", match["unit"]
     if unit == "%":
         return _fraction(float(f"{whole}.{part or 0}") / 100, name, text)
@@ -224,6 +227,7 @@ def _duration_from_text(text: str, name: str) -> float:
     """
     Returns the seconds that *text* spells.
     """
+    # One sign for the whole, as in Go: "-1h30m" is negative.
     body = text.strip()
     sign, body = (body[:1], body[1:]) if body[:1] in {"+", "-"} else ("", body)
     if _SECONDS.fullmatch(body):

@@ -70,6 +70,7 @@ class FakeWhisper:
         return self._speak(), info
 
     def _speak(self) -> Iterator[FakeSegment]:
+        # Each step is a use of the model, which may have been unloaded meanwhile.
         for second in range(self.segments):
             self._check()
             yield FakeSegment(str(self.key), second, second + 1)
@@ -247,6 +248,7 @@ class FakeLoader:
         Returns files that are here, or are "downloaded" now; None if they may not be.
         """
         del options
+        # Several threads may ask at once, and only one of them downloads.
         with self._lock:
             if model in self.missing:
                 if not download:
@@ -312,6 +314,7 @@ class FakeLoader:
             BaseException: the next one of `fail_loads`.
             RuntimeError: there is too little memory.
         """
+        # Before anything is taken, so that a test sees the reservation alone.
         if gate := self._load_gates.get(key.model):
             gate.pass_through()
         if self.clock is not None and self.load_s:
@@ -320,6 +323,7 @@ class FakeLoader:
             raise errors.pop(0)
         assert key not in self.resident, f"{key} was loaded twice"
         n_bytes = self._weights_bytes(key)
+        # A host copy stays beside the model; what else was kept is used up by the load.
         copy_bytes = self._parked.pop(key, 0)
         if shell_bytes := self.shells.pop(key, 0):
             self.machine.give_back("cpu", shell_bytes)
@@ -337,7 +341,7 @@ class FakeLoader:
             compute_type=key.compute_type,
             is_multilingual=not key.model.endswith(".en"),
             supported_languages=("en",),
-            measured_bytes=n_bytes,
+            measured_bytes=n_bytes,  # exactly as predicted
             restored=copy_bytes > 0,
             copy_bytes=copy_bytes,
         )
@@ -362,6 +366,7 @@ class FakeLoader:
         if not is_first:
             return None
         floor_bytes = as_bytes(self.floor_size) if self.floor_size else 0
+        # Other programs', to the cache: no unload gives it back.
         self.machine.others_bytes[key.device] += floor_bytes
         return floor_bytes
 
@@ -394,6 +399,7 @@ class FakeLoader:
         """
         Drops what unloaded models keep, the oldest first.
         """
+        # Those that are spared do not count.
         most_bytes += sum(self.shells.get(each, 0) for each in but)
         for key in [each for each in self.shells if each not in but]:
             if self.shell_bytes() > most_bytes:
@@ -445,9 +451,11 @@ class FakeLoader:
         key = loaded.key
         if gate := self._unload_gates.get(key.model):
             gate.pass_through()
+        # As CTranslate2 does while a call is ending: nothing, without an error.
         if self.refuse_unloads > 0:
             self.refuse_unloads -= 1
             return Released(confirmed=False, reason="1 batch is still active")
+        # From now on any use of it raises.
         whisper = self.resident.pop(key)
         whisper.is_loaded = False
         n_bytes = self._weights_bytes(key)
@@ -455,6 +463,7 @@ class FakeLoader:
         self.machine.give_back(key.device, n_bytes - kept_bytes)
         self.unloads[key.model] += 1
         copy_bytes = self.copies.pop(key, 0)
+        # A copy that was kept while the model was on the card serves again.
         if parks and not copy_bytes:
             copy_bytes = n_bytes
             self.machine.take("cpu", copy_bytes)

@@ -41,6 +41,7 @@ class FakeMachine:
         self.held_bytes: Counter[str] = Counter()
         self.others_bytes: Counter[str] = Counter()
         self.peak_bytes: Counter[str] = Counter()
+        # Set by tests of gauges that fail.
         self.reading_fails: Exception | None = None
         self._lock = threading.Lock()
 
@@ -103,6 +104,7 @@ class FakeMachine:
         Raises:
             RuntimeError: there is too little; CTranslate2's own message.
         """
+        # Threads of several devices take host memory at the same time.
         with self._lock:
             if n_bytes > self.free_bytes(device):
                 raise RuntimeError("CUDA failed with error out of memory")
