@@ -15,14 +15,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, cast
 
 from .core.threads import current_owner
-from .engine.calls.prepare import prepared, prepared_detection, workload_of
+from .engine.calls.prepare import (
+    Callee,
+    prepared,
+    prepared_detection,
+    workload_of,
+)
 from .engine.sizes.footprint import DEFAULT_WORKLOAD, Workload
 from .errors import CacheForked
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
-    from inspect import Signature
+    from collections.abc import Callable
     from typing import BinaryIO
 
     import numpy as np
@@ -30,7 +34,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from .engine.calls.languages import Knowledge
     from .keys import ModelKey
     from .lease import Lease
     from .planning.deadlock import Owner
@@ -71,7 +74,7 @@ The other attributes and methods of a WhisperModel; a test compares with the rea
 """
 
 
-class Leases(Protocol):
+class Source(Callee, Protocol):
     """
     A source of leases on one model.
     """
@@ -92,22 +95,6 @@ class Leases(Protocol):
     ) -> Callable[..., object]:
         """
         Returns the ``transcribe`` of a leased model, batched or not.
-        """
-
-    def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
-        """
-        Returns the samples of *audio*.
-        """
-
-    def signatures(self) -> Mapping[str, Signature]:
-        """
-        Returns the parameters of calls; see `engine.api.Loader.signatures`.
-        """
-
-    def knowledge(self) -> Knowledge | None:
-        """
-        Returns the languages and tokens of the model, if they are known. Blocks for a
-        download, if it takes one to find out.
         """
 
 
@@ -391,7 +378,7 @@ class CachedModel(Handle):
     to touch without a lease: use `lease` for that.
     """
 
-    def __init__(self, source: Leases) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
         self._served_by: ModelKey | None = None
 

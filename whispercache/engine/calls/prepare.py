@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from whispercache.engine.sizes.footprint import (
     DEFAULT_WORKLOAD,
@@ -22,14 +22,17 @@ from .signatures import bound
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from inspect import Signature
 
     import numpy as np
     from numpy.typing import NDArray
 
     from whispercache.engine.api import AudioInput
-    from whispercache.model import Leases
+
+    from .languages import Knowledge
 
 __all__ = [
+    "Callee",
     "Prepared",
     "check_knowledge",
     "prepared",
@@ -38,6 +41,28 @@ __all__ = [
 ]
 
 _RATE_HZ = 16_000
+
+
+class Callee(Protocol):
+    """
+    A model, as far as calls on it are prepared. Its text is its name.
+    """
+
+    def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
+        """
+        Returns the samples of *audio*.
+        """
+
+    def signatures(self) -> Mapping[str, Signature]:
+        """
+        Returns the parameters of calls; see `engine.api.Loader.signatures`.
+        """
+
+    def knowledge(self) -> Knowledge | None:
+        """
+        Returns the languages and tokens of the model, if they are known. Blocks for a
+        download, if it takes one to find out.
+        """
 
 
 def workload_of(
@@ -83,7 +108,7 @@ class Prepared:
 
 
 def prepared(
-    source: Leases,
+    source: Callee,
     audio: AudioInput,
     args: tuple[object, ...],
     options: Mapping[str, object],
@@ -149,7 +174,7 @@ def _check_position(audio: AudioInput) -> None:
         raise AudioError(type(audio).__name__, reason)
 
 
-def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
+def check_knowledge(source: Callee, values: Mapping[str, object]) -> None:
     """
     Refuses a call in a language or with tokens that the model does not know, or for
     word timestamps that it cannot give.
@@ -173,7 +198,7 @@ def check_knowledge(source: Leases, values: Mapping[str, object]) -> None:
 
 
 def prepared_detection(
-    source: Leases,
+    source: Callee,
     audio: AudioInput | None,
     args: tuple[object, ...],
     options: Mapping[str, object],
