@@ -25,20 +25,15 @@ from .engine.sizes.footprint import DEFAULT_WORKLOAD, Workload
 from .errors import CacheForked
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
-    from typing import BinaryIO
 
-    import numpy as np
     from faster_whisper.transcribe import Segment, TranscriptionInfo
-    from numpy.typing import NDArray
     from typing_extensions import Self
 
+    from .engine.api import AudioInput
     from .keys import ModelKey
     from .lease import Lease
     from .planning.deadlock import Owner
-
-    AudioInput = str | os.PathLike[str] | BinaryIO | NDArray[np.float32]
 
 __all__ = [
     "CachedModel",
