@@ -30,7 +30,7 @@ AUDIO = cast("NDArray[np.float32]", "audio")
 
 async def until(condition: Callable[[], object]) -> None:
     """
-    Let other tasks run until *condition* holds.
+    Lets other tasks run until *condition* holds.
     """
     await asyncio.get_running_loop().run_in_executor(None, wait_until, condition)
 
@@ -230,7 +230,7 @@ def test_a_loop_that_ended_with_a_waiting_task_strands_nothing(
     make_cache: MakeCache, loader: FakeLoader
 ) -> None:
     """
-    What was granted to the task that will never run comes back when it is collected.
+    The grant to a task that will never run is released when the task is collected.
     """
     inner = make_cache()
 
@@ -311,7 +311,7 @@ def test_closing_on_exit_raises_only_where_nothing_else_did(
 
 def test_the_same_words_do_the_same(make_cache: MakeCache) -> None:
     """
-    What needs no wait is not awaited.
+    Methods that do not wait are not awaited.
     """
     inner = make_cache()
     cache = AsyncModelCache(inner)
@@ -357,7 +357,7 @@ def test_segments_hold_their_model_until_they_are_exhausted(
     make_cache: MakeCache,
 ) -> None:
     """
-    Then it leaves, as its keep-alive says.
+    Then it is evicted, as its keep-alive says.
     """
     inner = make_cache()
 
@@ -406,7 +406,7 @@ def step_by_step(
     loader: FakeLoader, monkeypatch: pytest.MonkeyPatch, steps: Stepwise
 ) -> None:
     """
-    Let the fake's segments wait for *steps*.
+    Makes the fake's segments wait for *steps*.
     """
     from whispercache.testing import FakeWhisper
 
@@ -427,7 +427,7 @@ def test_a_cancelled_step_loses_nothing(
     make_cache: MakeCache, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    What the step in flight finds is what the next one returns.
+    The next step returns the item of the one in flight.
     """
     steps = Stepwise()
     step_by_step(loader, monkeypatch, steps)
@@ -473,7 +473,7 @@ def test_a_step_that_fails_ends_the_segments(
 
 def held_call(monkeypatch: pytest.MonkeyPatch, name: str) -> Stepwise:
     """
-    Let a method of the fake wait for a signal.
+    Makes a method of the fake wait for a signal.
     """
     from whispercache.testing import FakeWhisper
 
@@ -495,7 +495,7 @@ def test_a_cancelled_call_holds_its_model_until_its_thread_ended(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch, word: str
 ) -> None:
     """
-    The model is at work still, whoever lost interest.
+    The model is still at work, although its task is gone.
     """
     steps = held_call(monkeypatch, word)
     inner = make_cache()
@@ -560,7 +560,7 @@ def test_a_close_cancelled_before_its_thread_began_goes_on(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    As a web framework does when its client leaves: the model goes all the same.
+    As a web framework does when its client hangs up: the lease ends all the same.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -640,7 +640,7 @@ def test_a_model_may_be_batched(make_cache: MakeCache) -> None:
 
 def test_segments_that_are_dropped_let_their_model_go(make_cache: MakeCache) -> None:
     """
-    Without a warning: nobody must close what Python collects.
+    Without a warning: objects that Python collects need no close.
     """
     inner = make_cache()
 

@@ -108,7 +108,7 @@ def test_a_cache_tells_what_it_was_given(
     make_cache: MakeCache, loader: FakeLoader, machine: FakeMachine
 ) -> None:
     """
-    Its loader and its probe, for whoever needs the same.
+    Its loader and its probe, for code that needs the same ones.
     """
     cache = make_cache()
     assert cache.loader is loader

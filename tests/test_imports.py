@@ -1,5 +1,5 @@
 """
-What ``import whispercache`` imports, and what it leaves for later.
+The imports of ``import whispercache``, and those that come later.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LATER = {
 
 def printed(program: str) -> str:
     """
-    What a fresh interpreter prints that runs *program*.
+    Returns the output of a fresh interpreter that runs *program*.
     """
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -96,7 +96,7 @@ def test_a_name_that_came_later_is_the_one_in_its_module() -> None:
 
 def test_the_command_answers_before_audio_could_be_decoded() -> None:
     """
-    PyAV is there for who listens; ``--help`` does not wait for it.
+    PyAV decodes audio; ``--help`` does not wait for it.
     """
     seen = printed(
         "import sys, whispercache.cli.main; "

@@ -1,5 +1,5 @@
 """
-Leases: what ends them, and what happens if nobody does.
+Leases: how they end, and what happens if they do not.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def test_a_grant_under_way_is_given_back(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    The caller leaves between the decision and its lease.
+    The caller gives up between the decision and its lease.
     """
     cache = make_cache()
     cache.preload("base", "cuda:0")

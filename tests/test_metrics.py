@@ -554,7 +554,7 @@ def test_a_closed_cache_tells_its_last_figures(world: World) -> None:
 
 def test_a_registry_keeps_no_cache_alive(machine: FakeMachine) -> None:
     """
-    A cache that nobody else has is collected; its series end, and its name is free.
+    A cache that is not referred to is collected; its series end, its name is free.
     """
     cache = ModelCache(loader=FakeLoader(machine), probe=machine)
     collector = CacheCollector(cache)

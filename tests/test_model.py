@@ -399,7 +399,7 @@ class TestSegments:
 
 class TestComingAndGoing:
     """
-    Models leave and come back under their CachedModels.
+    Models are evicted and reloaded under their CachedModels.
     """
 
     def test_an_evicted_model_comes_back_by_itself(self, cache: ModelCache) -> None:

@@ -94,7 +94,7 @@ class TestLimit:
         self, value: float | str
     ) -> None:
         """
-        What is not positive, too small to be meant, or unreadable is a ValueError.
+        A value that is not positive, too small, or unreadable is a ValueError.
         """
         with pytest.raises(ValueError, match=r"^vram\b") as caught:
             parse_limit(value, "vram")
@@ -118,7 +118,7 @@ class TestLimit:
 
     def test_a_misplaced_whole_number_is_told_what_to_write(self) -> None:
         """
-        ``vram=1`` means one byte, which nobody wants.
+        ``vram=1`` means one byte, which is never meant.
         """
         with pytest.raises(
             ValueError,
@@ -220,7 +220,7 @@ class TestDuration:
         self, value: float | str
     ) -> None:
         """
-        What cannot be read, or is no number, is a ValueError.
+        A value that cannot be read, or is no number, is a ValueError.
         """
         with pytest.raises(ValueError, match=r"^keep_alive must be ") as caught:
             parse_duration(value, "keep_alive")
@@ -229,7 +229,7 @@ class TestDuration:
     @pytest.mark.parametrize("value", [None, True, b"5m", [5], object()])
     def test_other_types_are_refused(self, value: Any) -> None:
         """
-        None too: who wants no limit writes -1.
+        None too: -1 means no limit.
         """
         with pytest.raises(TypeError, match=r"^keep_alive must be a number or text"):
             parse_duration(value, "keep_alive")
