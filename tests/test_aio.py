@@ -654,3 +654,34 @@ def test_segments_that_are_dropped_let_their_model_go(make_cache: MakeCache) -> 
 
     run(main())
     check(inner)
+
+
+def test_a_view_ends_when_its_task_is_cancelled(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Its thread is told by the way that it knows: as if Ctrl-C had been pressed.
+    """
+    cache = AsyncModelCache(make_cache())
+    seen, ended = threading.Event(), threading.Event()
+
+    def watch(source: Callable[[], object], *, interval_s: float) -> None:
+        assert interval_s == 0.5
+        try:
+            while True:
+                source()
+                seen.set()
+        except KeyboardInterrupt:
+            ended.set()
+
+    monkeypatch.setattr("whispercache.watch.top.watch", watch)
+
+    async def main() -> None:
+        task = asyncio.create_task(cache.top(0.5))
+        await until(seen.is_set)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(main())
+    assert ended.wait(10)

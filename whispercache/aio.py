@@ -68,6 +68,7 @@ Most calls on models that tasks have in flight at once. A model runs ``num_worke
 its calls at a time; the others wait in it, each on its thread.
 """
 
+# The end of segments, for futures: they cannot carry a StopIteration.
 _END = object()
 
 
@@ -420,6 +421,7 @@ class AsyncLease:
         return self._acquire.__await__()
 
     async def __aenter__(self) -> WhisperModel:
+        # Kept for the end of the block, unlike a lease that is awaited.
         self._lease = await self
         return self._lease.whisper
 
@@ -586,6 +588,7 @@ class AsyncSegments(AsyncIterator[T]):
         Ends early and releases the model, once the step in flight is over.
         """
         # Shielded: a task that is cancelled before a thread is free closes them still.
+        # On a thread, since a step in flight may take seconds.
         closing = _pool().submit(self._items.close)
         await asyncio.shield(asyncio.wrap_future(closing))
         self._step = None
@@ -600,7 +603,7 @@ class AsyncSegments(AsyncIterator[T]):
 def _next(items: LeasedIterator[T]) -> T | object:
     try:
         return items.step()
-    except StopIteration:  # which no future can carry
+    except StopIteration:
         return _END
 
 

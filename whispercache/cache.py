@@ -167,6 +167,7 @@ class ModelCache(CacheBase):
         Starts the regular look at the devices, if one was asked for.
         """
         # A cache that needs none of this makes no timer and no file.
+        # Host copies are looked after as well: other programs may need their memory.
         if self._coordinates or self._watches or self._core.park_limit is not None:
             from .peers.pressure import LedgerPeers, look_after
 
@@ -597,10 +598,15 @@ def _usual_parts(
     """
     Returns the probe and the loader, the usual ones where none was given.
     """
-    from .devices.memory import SystemProbe
     from .engine.adapter import completed
-    from .engine.loader import FasterWhisperLoader
 
-    probe = probe or SystemProbe()
-    loader = loader or FasterWhisperLoader(probe, variants_bytes=variants_bytes)
+    # Imported when they are needed: a cache on fakes opens no driver's library.
+    if probe is None:
+        from .devices.memory import SystemProbe
+
+        probe = SystemProbe()
+    if loader is None:
+        from .engine.loader import FasterWhisperLoader
+
+        loader = FasterWhisperLoader(probe, variants_bytes=variants_bytes)
     return probe, completed(loader)

@@ -43,6 +43,7 @@ def register(cache: _T, core: Core, after_fork: Callable[[_T], None]) -> None:
         core: Its core.
         after_fork: Called with the cache in a forked child, after its core was told.
     """
+    # *after_fork* is a plain function: a bound method would keep the cache alive.
     _caches[cache] = after_fork
     _cores.add(core)
 

@@ -151,6 +151,7 @@ class LeasedIterator(Iterator[T]):
         if owner != self._owner:
             self._owner = owner
             self._has_moved = True
+            # An end that was meant for the owner before does not concern this one.
             self._ending = ""
             self._lease.hand_over(owner)
 
@@ -192,6 +193,7 @@ class LeasedIterator(Iterator[T]):
             self._finish()
             raise
         except BaseException as error:
+            # Ctrl-C, too: a generator that raised is finished, and so is this.
             self._failure = f"{type(error).__name__}: {error}"
             self._finish()
             raise
@@ -226,6 +228,7 @@ class LeasedIterator(Iterator[T]):
         """
         if self._was_forked():
             return
+        # A generator cannot be closed by one thread while another runs it.
         with self._step:
             self._finish()
 
@@ -265,6 +268,7 @@ class LeasedIterator(Iterator[T]):
         items, self._items = self._items, None
         self._again = None
         try:
+            # Iterators of other loaders may have no close().
             if isinstance(items, types.GeneratorType):
                 items.close()
         finally:
@@ -302,6 +306,7 @@ def call_leased(
             traceback.clear_frames(error.__traceback__)
             result = call(*args, **options)
     except BaseException:
+        # No result, so nothing else would release it.
         lease.release()
         raise
 
@@ -402,6 +407,7 @@ class CachedModel(Handle):
 
     def _lease(self, workload: Workload) -> Lease:
         lease = self._source.lease(workload)
+        # Not under a lock: with several threads it is any of their last ones.
         self._served_by = lease.key
         return lease
 
