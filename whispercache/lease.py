@@ -51,28 +51,17 @@ class _Held(Protocol):
     """
 
     @property
-    def key(self) -> ModelKey:
-        """
-        The model.
-        """
+    def key(self) -> ModelKey: ...
 
     @property
-    def leases(self) -> Container[int]:
-        """
-        The serial numbers of the leases that are held on it.
-        """
+    def loaded(self) -> LoadedModel | None: ...
+
+    # Both by the serial number of a lease.
+    @property
+    def leases(self) -> Container[int]: ...
 
     @property
-    def owners(self) -> Mapping[int, Owner]:
-        """
-        The thread or task that is to end each lease, by serial number.
-        """
-
-    @property
-    def loaded(self) -> LoadedModel | None:
-        """
-        The loaded model; None while it is not in memory.
-        """
+    def owners(self) -> Mapping[int, Owner]: ...
 
 
 _Entry_contra = TypeVar("_Entry_contra", bound=_Held, contravariant=True)

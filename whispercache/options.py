@@ -2,7 +2,7 @@
 Options: the parameters of a cache and of its requests, checked and parsed once.
 
 Everything here takes values as users write them and returns what the core computes
-with. Nonsense is refused where it is given, by the name of its parameter.
+with. Nonsense is a TypeError or ValueError that names its parameter.
 """
 
 from __future__ import annotations
@@ -139,9 +139,6 @@ def limits_by_device(
 ) -> Callable[[str], Limit]:
     """
     Returns a function from a device to its limit.
-
-    Raises:
-        TypeError, ValueError: a limit is nonsense.
     """
     # Parsed here, once: the function is called under the core's lock.
     host = parse_limit(ram, "ram")
@@ -159,9 +156,6 @@ def limits_by_device(
 def parse_count(value: int | None, name: str) -> int | None:
     """
     Returns a number of models or requests, 1 or more; None for no limit.
-
-    Raises:
-        TypeError, ValueError: it is no such number.
     """
     if value is None:
         return None
@@ -176,11 +170,8 @@ def parse_count(value: int | None, name: str) -> int | None:
 def parse_policy(policy: PolicyName | Policy) -> Policy:
     """
     Returns the function that scores idle models for eviction.
-
-    Raises:
-        ValueError: no policy has that name.
     """
-    # Needed by those who make a cache, not by those who import the package.
+    # A program that only imports the package needs no planner.
     from .planning.planner import POLICIES
 
     if not isinstance(policy, str):
@@ -193,9 +184,6 @@ def parse_policy(policy: PolicyName | Policy) -> Policy:
 def parse_patience(patience_s: float) -> float:
     """
     Returns seconds, 0 or more.
-
-    Raises:
-        ValueError: they are negative, or NaN.
     """
     # NaN fails this comparison, too.
     if not patience_s >= 0:
@@ -206,9 +194,6 @@ def parse_patience(patience_s: float) -> float:
 def parse_pressure(pressure: Pressure) -> bool:
     """
     Returns True if free memory is to be watched between loads, too.
-
-    Raises:
-        ValueError: it is neither ``"load"`` nor ``"watch"``.
     """
     if pressure not in _PRESSURES:
         raise ValueError(f"pressure must be one of {', '.join(_PRESSURES)}")
@@ -218,9 +203,6 @@ def parse_pressure(pressure: Pressure) -> bool:
 def parse_park(value: bool | LimitValue) -> Limit | None:  # noqa: FBT001 - checked
     """
     Returns the limit of host copies; None for no copies at all.
-
-    Raises:
-        TypeError, ValueError: the limit is nonsense.
     """
     # Not `not value`: 0 is nonsense, as it is for every limit, and is refused as such.
     if value is False or value is None:
@@ -233,9 +215,6 @@ def parse_variants(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - ch
     Returns the most bytes that variants may take on disk; None for no variants.
 
     The environment variable `VARIANTS_VARIABLE` can turn them off, never on.
-
-    Raises:
-        TypeError, ValueError: the limit is nonsense, or a share of the disk.
     """
     variable = os.environ.get(VARIANTS_VARIABLE, "").lower()
     if value is False or value is None or variable in _OFF:
@@ -255,9 +234,6 @@ def parse_variants(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - ch
 def parse_timeout(value: DurationValue | None) -> float | None:
     """
     Returns seconds to wait at the most; None for as long as it takes.
-
-    Raises:
-        TypeError, ValueError: it is no duration.
     """
     if value is None:
         return None
@@ -268,10 +244,7 @@ def parse_timeout(value: DurationValue | None) -> float | None:
 
 def parse_tier(tier: Tier) -> Tier:
     """
-    Returns *tier* itself.
-
-    Raises:
-        ValueError: there is no such tier.
+    Returns *tier*, if there is such a tier.
     """
     if tier not in _TIERS:
         raise ValueError(f"tier must be one of {', '.join(_TIERS)}, not {tier!r}")
@@ -310,9 +283,6 @@ def as_requests(
         device: For those that name none.
         compute_type: Likewise.
         load_options: For all of them.
-
-    Raises:
-        TypeError, ValueError: they are no list of models, or the list is empty.
     """
     # A text is a sequence, too, of letters.
     if isinstance(models, (str, os.PathLike)):
