@@ -234,10 +234,21 @@ def parse_variants(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - ch
 def parse_timeout(value: DurationValue | None) -> float | None:
     """
     Returns seconds to wait at the most; None for as long as it takes.
+
+    Raises:
+        TypeError, ValueError: As for `parse_duration`, or the text is negative.
     """
     if value is None:
         return None
     timeout_s = parse_duration(value, "timeout_s")
+    if isinstance(value, str):
+        if timeout_s == math.inf:
+            raise ValueError(
+                f"timeout_s must be a duration, not {value!r}; None waits for ever"
+            )
+    elif value < 0:
+        # What is left of a deadline that has passed: no more waiting, not for ever.
+        return 0.0
     # For ever is the same word everywhere, so that a deadlock is looked for.
     return None if timeout_s == math.inf else timeout_s
 

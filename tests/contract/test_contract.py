@@ -214,18 +214,20 @@ def test_a_failed_load_is_told_even_if_cleaning_up_fails_too(
 # Waiting ------------------------------------------------------------------------------
 
 
-def test_a_timeout_of_zero_never_waits(
-    make_cache: MakeCache, loader: FakeLoader, driver: Driver
+@pytest.mark.parametrize("timeout_s", [0, -1, -0.5, float("-inf")])
+def test_a_timeout_that_is_over_never_waits(
+    make_cache: MakeCache, loader: FakeLoader, driver: Driver, timeout_s: float
 ) -> None:
     """
     An absent model is refused at once, and not loaded for that; one in memory is not.
+    A negative timeout is what is left of a deadline that has passed.
     """
     cache = make_cache()
     with pytest.raises(LeaseTimeout):
-        driver.lease(cache, "base", "cuda:0", timeout_s=0)
+        driver.lease(cache, "base", "cuda:0", timeout_s=timeout_s)
     assert not loader.loads
     use(driver, cache, "base")
-    driver.lease(cache, "base", "cuda:0", timeout_s=0).release()
+    driver.lease(cache, "base", "cuda:0", timeout_s=timeout_s).release()
     assert cache.stats().timeouts == 1
 
 
