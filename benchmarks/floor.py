@@ -53,8 +53,8 @@ from switch import (
 )
 
 from whispercache.core.core import Core
-from whispercache.devices import memory
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices import host
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine import construct, files, loader
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.process import versions
@@ -97,8 +97,8 @@ def timed() -> list[Timed]:
         Timed("builds a WhisperModel", construct, "build"),
         Timed("load: the rest", mine, "load"),
         Timed("unload: the rest", mine, "unload"),
-        Timed("returns memory: malloc_trim", memory, "return_free_memory"),
-        Timed("reads its own memory: /proc/self/status", memory, "anonymous_bytes"),
+        Timed("returns memory: malloc_trim", host, "return_free_memory"),
+        Timed("reads its own memory: /proc/self/status", host, "anonymous_bytes"),
         Timed("reads the machine's memory", SystemProbe, "read"),
         Timed("looks for the model", mine, "locate"),
         Timed("looks for the variant", mine, "choose"),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from gpu_records import Crossing, Held
 
 from whispercache.devices.cuda import CudaError, open_driver
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

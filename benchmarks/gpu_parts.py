@@ -17,7 +17,8 @@ from gpu_records import Cycle, Look, Machine, Size, WarmUp, Work
 import whispercache
 from whispercache import ModelCache
 from whispercache.devices.host import anonymous_bytes, cpu_name, host_room
-from whispercache.devices.memory import SystemProbe, driver_version
+from whispercache.devices.nvml import driver_version
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine.process import versions
 from whispercache.engine.sizes.architecture import TEXT_POSITIONS
 from whispercache.engine.sizes.footprint import (

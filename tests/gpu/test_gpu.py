@@ -33,7 +33,7 @@ from gpu_targets import LEAST_RETURNED, MOST_ASTRAY, MOST_GROWTH, growth
 from gpu_trials import out_of_memory, two_cards
 from real import at_once, child
 
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 from whispercache.errors import LeaseTimeout
 from whispercache.events import ModelEvicted, ModelLoaded
 from whispercache.testing import check
@@ -181,7 +181,7 @@ def test_a_context_is_made_by_the_first_load_and_by_nothing_before(
     To ask for devices, models, memory and explanations takes nothing of the card.
     """
     code = """
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 card = Card(device)
 with plain_cache() as cache:
     SystemProbe().read(device)

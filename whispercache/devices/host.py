@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["anonymous_bytes", "cpu_name", "host_room", "return_free_memory"]
+__all__ = [
+    "anonymous_bytes",
+    "cpu_name",
+    "host_room",
+    "return_free_memory",
+    "user_cache",
+]
 
 
 class _Flavour(NamedTuple):
