@@ -24,6 +24,7 @@ __all__ = [
 
 _MIB = 1024**2
 
+# Sources are text for people; this one is compared with, too.
 TOTAL_ONLY = "cuda driver (total only)"
 """
 Source of a reading that measured nothing but the size of the device.
@@ -124,7 +125,9 @@ def headroom_bytes(device: str, total_bytes: int, floor_bytes: int = 0) -> int:
         floor_bytes: What this process is known to hold of it for life. The gauge no
             longer shows that as free, so the headroom need not hold room for it.
     """
+    # A GPU's is a fixed sum: contexts and handles do not grow with the card.
     if device != "cpu":
         return max(CUDA_HEADROOM_BYTES - floor_bytes, CUDA_HEADROOM_MIN_BYTES)
+    # The host's is a share, for the programs beside this one.
     share_bytes = int(total_bytes * HOST_HEADROOM_FRACTION)
     return min(max(share_bytes, HOST_HEADROOM_MIN_BYTES), HOST_HEADROOM_MAX_BYTES)

@@ -48,7 +48,7 @@ class SystemProbe:
         """
         try:
             return _names(open_driver())
-        except CudaError:
+        except CudaError:  # a machine without GPUs is no error here
             return ()
 
     def read(self, device: str) -> MemoryReading:
@@ -105,12 +105,14 @@ class SystemProbe:
             return MemoryReading(
                 total_bytes, min(total_bytes, host.available), "psutil"
             )
+        # NVML first: it sees all processes, and needs no context.
         reading = self._read_nvml(driver, ordinal, total_bytes)
         if reading is not None:
             return reading
         free_bytes = driver.free_bytes(ordinal)
         if free_bytes is not None:
             return MemoryReading(total_bytes, free_bytes, "cuda driver")
+        # Too much, but nothing better is known.
         return MemoryReading(total_bytes, total_bytes, TOTAL_ONLY)
 
     def _read_nvml(
@@ -153,6 +155,7 @@ def _find(device: str) -> tuple[Driver, int]:
     """
     Returns the driver, and its number of *device*.
     """
+    # At most nine digits, so that the number fits what the driver takes.
     match = re.fullmatch(r"cuda:([0-9]{1,9})", device)
     if match is None:
         reason = "there is no such kind of device; use 'cpu' or for example 'cuda:0'"
