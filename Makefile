@@ -55,8 +55,6 @@ bench: .venv/bench
 	$(RUN) benchmarks/imports.py
 	$(RUN) benchmarks/hit_path.py
 	$(RUN) benchmarks/switch.py
-	$(RUN) benchmarks/floor.py
-	$(RUN) benchmarks/page.py
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/audio_memory.py 5 30
 	$(RUN) benchmarks/overlap.py
@@ -71,7 +69,7 @@ soak: .venv/test
 # Its results are for the repository: the card and the date are in their names.
 gpu: .venv/test .venv/cublas
 	$(BIN)/pytest tests/gpu/test_gpu.py -rs
-	$(BIN)/python benchmarks/gpu.py --write
+	$(BIN)/python benchmarks/gpu --write
 
 clean:
 	rm -rf .venv .coverage .coverage.* .hypothesis .import_linter_cache \

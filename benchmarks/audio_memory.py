@@ -1,6 +1,6 @@
 """
-Memory of audio: what a call takes beside the samples, with and without voice activity
-detection, and what was predicted for it.
+Memory of audio: the bytes that a call takes beside the samples, with and without voice
+activity detection, and those predicted for it.
 
 Each figure is from a process of its own: the growth of resident memory, at its peak
 while the call begins and while its segments are iterated over. A micro model takes next
@@ -17,7 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
+
+from micro import build_micro
+from real import clip
+from report import Table, machine, write
 
 MIB = 1024**2
 CALLS = {
@@ -33,7 +37,7 @@ from faster_whisper import decode_audio
 from faster_whisper.vad import get_vad_model
 from whispercache import ModelCache
 from whispercache.engine.sizes.footprint import Workload, audio_bytes, read_header
-from whispercache.model import workload_of
+from whispercache.engine.calls.prepare import workload_of
 
 directory, minutes, options, clip, is_ours = map(json.loads, sys.argv[1:])
 
@@ -75,34 +79,37 @@ print(json.dumps([making, keeping, *audio_bytes(architecture, workload)]))
 """
 
 
+def figures(model: str, name: str, minutes: int, *, is_ours: bool) -> list[str]:
+    """
+    Measures a call in a process of its own; returns MiB, and those predicted for ours.
+    """
+    arguments = [model, minutes, CALLS[name], clip("en-harbour-long"), is_ours]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *map(json.dumps, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = [f"{each / MIB:.0f}" for each in json.loads(done.stdout)]
+    return found if is_ours else [*found[:2], "", ""]
+
+
 def main() -> None:
     """
-    Measure, and print a table.
+    Measures, and prints a table.
     """
-    from micro import build_micro
-    from real import clip
-
     lengths = [int(text) for text in sys.argv[1:]] or [10, 30]
-    print("call     min  whose           making keeping  MiB; predicted")
+    head = ["", "minutes", "making, MiB", "keeping, MiB", "predicted", "predicted"]
+    table = Table("Memory of a call, beside its samples", head)
     with tempfile.TemporaryDirectory() as folder:
         model = str(build_micro(Path(folder, "micro"), "hello world"))
-        for name, options in CALLS.items():
+        for name in CALLS:
             for minutes in lengths:
-                for whose in ("faster-whisper", "ours"):
-                    arguments = [model, minutes, options, clip("en-harbour-long")]
-                    arguments.append(whose == "ours")
-                    done = subprocess.run(
-                        [sys.executable, "-c", CHILD, *map(json.dumps, arguments)],
-                        capture_output=True,
-                        text=True,
-                        check=True,
-                    )
-                    found = [each / MIB for each in json.loads(done.stdout)]
-                    making, keeping, *predicted = (f"{each:7.0f}" for each in found)
-                    told = " ".join(predicted) if whose == "ours" else ""
-                    print(
-                        f"{name:8} {minutes:3}  {whose:14} {making} {keeping}  {told}"
-                    )
+                for whose in ("faster-whisper", "whispercache"):
+                    is_ours = whose == "whispercache"
+                    cells = figures(model, name, minutes, is_ours=is_ours)
+                    table.add(f"{name}, {whose}", str(minutes), *cells)
+    write("audio_memory", [machine(), table], to_file=False)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ __all__ = ["tokenizer", "visible", "vocabulary"]
 
 def _characters() -> list[str]:
     """
-    The character of each byte in byte-level BPE: itself, or one from 256 on.
+    Returns the character of each byte in byte-level BPE: itself, or one from 256 on.
     """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -27,7 +27,7 @@ _CHARACTERS = _characters()
 
 def visible(text: str) -> str:
     """
-    *text* as byte-level BPE writes it: each byte a printable character.
+    Writes *text* as byte-level BPE does: each byte as a printable character.
     """
     return "".join(_CHARACTERS[byte] for byte in text.encode())
 
@@ -36,7 +36,7 @@ def vocabulary(
     words: Iterable[str], languages: Iterable[str], *, english: bool
 ) -> tuple[list[str], list[str]]:
     """
-    All tokens in Whisper's order, and the special ones among them.
+    Returns all tokens in Whisper's order, and the special ones among them.
     """
     tokens = list(dict.fromkeys([*_CHARACTERS, *map(visible, words)]))
     # CTranslate2 takes a model for multilingual if it has the empty token.
@@ -51,7 +51,7 @@ def vocabulary(
 
 def tokenizer(tokens: list[str], special: list[str]) -> dict[str, object]:
     """
-    A tokenizer.json without merges.
+    Returns the content of a tokenizer.json without merges.
     """
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

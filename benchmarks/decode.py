@@ -11,7 +11,6 @@ process of its own for each, above what it has once all is imported, for an hour
 
 from __future__ import annotations
 
-import argparse
 import io
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import av
 import numpy as np
 from faster_whisper import decode_audio
-from report import Table, machine, write
+from report import Table, machine, parsed, write
 
 from whispercache import read_audio
 
@@ -73,7 +72,7 @@ print(peak() - before)
 
 def speech(seconds: float) -> Samples:
     """
-    The clips, again and again, for so long.
+    Repeats the clips for so long.
     """
     parts = [decode_audio(str(path)) for path in sorted(CLIPS.glob("*.flac"))]
     once = np.concatenate(parts)
@@ -82,7 +81,7 @@ def speech(seconds: float) -> Samples:
 
 def encoded(samples: Samples, container: str, codec: str, rate_hz: int) -> bytes:
     """
-    A file of *samples*.
+    Encodes *samples* as a file.
     """
     target = io.BytesIO()
     with av.open(target, "w", format=container) as file:
@@ -102,7 +101,7 @@ def encoded(samples: Samples, container: str, codec: str, rate_hz: int) -> bytes
 
 def turns(path: str, rounds: int) -> dict[str, list[float]]:
     """
-    Seconds of each decoder, turn by turn.
+    Returns the seconds of each decoder, turn by turn.
     """
     results = [decode(path) for decode in DECODERS.values()]
     first, second = results
@@ -119,7 +118,7 @@ def turns(path: str, rounds: int) -> dict[str, list[float]]:
 
 def peak_mib(decoder: str, path: Path, short: Path) -> float:
     """
-    What decoding *path* takes at its peak.
+    Returns the MiB that decoding *path* takes at its peak.
     """
     done = subprocess.run(
         [sys.executable, "-c", PEAK, decoder, str(path), str(short)],
@@ -133,13 +132,9 @@ def peak_mib(decoder: str, path: Path, short: Path) -> float:
 
 def main() -> None:
     """
-    Measure, print, and write if asked to.
+    Measures, prints, and writes if asked to.
     """
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
-    options = parser.parse_args()
+    options = parsed(__doc__, rounds=15, minutes=2.0)
     columns = ["", *(f"{name}, ms" for name in DECODERS), "ratio"]
     table = Table(f"{options.minutes:g} minutes of speech", columns)
     memory = Table(

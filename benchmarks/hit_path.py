@@ -4,37 +4,32 @@ What a lease on a model in memory costs, beside other ways to hand out something
     python benchmarks/hit_path.py [--seconds 0.3] [--write]
 
 Contenders, each asked for keys in random order, by 1 to 16 threads, at 10 and at 10,000
-keys: a bare ``functools.lru_cache``; a ``cachetools.LRUCache`` under a lock, as the
-recipes have it; SQLAlchemy's ``QueuePool``, one per key, checked out and in (a real
-resource pool: whoever holds a connection has it alone); and whispercache's ``lease()``
-+ ``release()``, over fake models, since the model takes no part in it. The first two
-pin nothing. A second table has what finds the books of a request on each hit, a plain
-``dict``, beside the bounded maps that `cachetools` has for it.
+keys: a bare ``functools.lru_cache``, which pins nothing; SQLAlchemy's ``QueuePool``,
+one per key, checked out and in (a real resource pool, which gives a connection to one
+user); and whispercache's ``lease()`` + ``release()``, over fake models, since the model
+takes no part in it.
 
 All in one run, in turns, medians of several rounds: machines are noisy, ratios less so.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import random
 import sqlite3
 import statistics
 import threading
 import time
-import timeit
 from typing import TYPE_CHECKING, cast
 
-from cachetools import FIFOCache, LRUCache
-from report import Table, machine, write
+from report import Table, machine, parsed, write
 from sqlalchemy.pool import QueuePool
 
 from whispercache import ModelCache
 from whispercache.testing import FakeLoader, FakeMachine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableMapping
+    from collections.abc import Callable
 
     from sqlalchemy.engine.interfaces import DBAPIConnection
 
@@ -61,22 +56,6 @@ def bare_lru_cache(keys: list[str]) -> Callable[[str], None]:
     return use
 
 
-def locked_lru_cache(keys: list[str]) -> Callable[[str], None]:
-    """
-    The usual recipe with limits: a `cachetools.LRUCache` under one lock.
-    """
-    lock = threading.Lock()
-    cache: LRUCache[tuple[str, str, str], object] = LRUCache(len(keys))
-    for key in keys:
-        cache[key, "cpu", "int8"] = object()
-
-    def use(key: str) -> None:
-        with lock:
-            cache[key, "cpu", "int8"]
-
-    return use
-
-
 def queue_pool(keys: list[str]) -> Callable[[str], None]:
     """
     SQLAlchemy's pool of connections, one pool for each key.
@@ -86,7 +65,7 @@ def queue_pool(keys: list[str]) -> Callable[[str], None]:
         connection = sqlite3.connect(":memory:", check_same_thread=False)
         return cast("DBAPIConnection", connection)
 
-    # Made when they are needed; nobody waits for one.
+    # Connections are made when they are needed, and there is one for each thread.
     pools = {key: QueuePool(connect, pool_size=max(THREADS)) for key in keys}
 
     def use(key: str) -> None:
@@ -113,45 +92,16 @@ def whispercache_lease(keys: list[str]) -> Callable[[str], None]:
 
 CONTENDERS = {
     "functools.lru_cache": bare_lru_cache,
-    "cachetools.LRUCache + lock": locked_lru_cache,
     "SQLAlchemy QueuePool": queue_pool,
     "whispercache lease": whispercache_lease,
 }
-
-
-def look_ups(n_keys: int) -> dict[str, float]:
-    """
-    Microseconds to find one request among *n_keys*, by the map that has them.
-    """
-    requests = [(f"bench/model-{i}", "cpu", "int8") for i in range(n_keys)]
-    order = random.Random(0).choices(requests, k=1000)
-    maps: dict[str, MutableMapping[tuple[str, str, str], int]] = {
-        "dict": {},
-        "cachetools.FIFOCache": FIFOCache(n_keys),
-        "cachetools.LRUCache": LRUCache(n_keys),
-    }
-    taken: dict[str, float] = {}
-    for name, known in maps.items():
-        known.update((request, place) for place, request in enumerate(requests))
-        find = functools.partial(_find_all, known.get, order)
-        times_s = timeit.repeat(find, number=20, repeat=ROUNDS)
-        taken[name] = statistics.median(times_s) / 20 / len(order) * 1e6
-    return taken
-
-
-def _find_all(
-    find: Callable[[tuple[str, str, str]], int | None],
-    order: list[tuple[str, str, str]],
-) -> None:
-    for request in order:
-        find(request)
 
 
 def microseconds(
     use: Callable[[str], None], keys: list[str], threads: int, seconds: float
 ) -> float:
     """
-    Elapsed microseconds over the uses of all threads together.
+    Returns the elapsed microseconds over the uses of all threads together.
     """
     stop = threading.Event()
     done = [0] * threads
@@ -179,12 +129,9 @@ def microseconds(
 
 def main() -> None:
     """
-    Measure, print, and write if asked to.
+    Measures, prints, and writes if asked to.
     """
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each number")
-    parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
-    options = parser.parse_args()
+    options = parsed(__doc__, seconds=0.3)
     measured: dict[tuple[str, int, int], list[float]] = {}
     for n_keys in KEYS:
         keys = [f"bench/model-{i}" for i in range(n_keys)]
@@ -201,10 +148,6 @@ def main() -> None:
         for n_keys in KEYS:
             row = [f"{median[name, n_keys, threads]:.2f}" for threads in THREADS]
             table.add(name, f"{n_keys:,}", *row)
-    found = {n_keys: look_ups(n_keys) for n_keys in KEYS}
-    maps = Table("µs to find a request", ["", *(f"{n:,} keys" for n in KEYS)])
-    for name in found[KEYS[0]]:
-        maps.add(name, *(f"{found[n_keys][name]:.2f}" for n_keys in KEYS))
     ours = "whispercache lease"
     one_thread = median[ours, 10, 1]
     to_many = median[ours, 10_000, 1] / one_thread
@@ -217,7 +160,7 @@ def main() -> None:
         f"against SQLAlchemy's QueuePool: × {to_pool:.2f}",
         f"the same, {most} threads: × {crowd:.2f}",
     ]
-    write("hit_path", [machine(), table, maps, *lines], to_file=options.write)
+    write("hit_path", [machine(), table, *lines], to_file=options.write)
 
 
 if __name__ == "__main__":

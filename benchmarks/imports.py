@@ -4,17 +4,16 @@ What ``import whispercache`` costs, beside ``import faster_whisper``.
     python benchmarks/imports.py [--rounds 25] [--write]
 
 Each program is a fresh interpreter, in turns with the others; an empty one is taken
-off. The last rows tell what the import leaves for later, when a first cache is made,
+off. The last rows show what the import leaves for later, when a first cache is made,
 and what all of it adds to a program that imports faster-whisper in any case.
 
 Byte code is kept, as it is wherever packages are installed, in a directory of its own:
-without it most of the time goes to compiling. What takes the time is told by
-``-X importtime``, which adds some of its own.
+without it most of the time goes to compiling. ``python -X importtime`` shows which
+modules take the time.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from report import Table, machine, write
+from report import Table, machine, parsed, write
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,12 +37,11 @@ PROGRAMS = {
     "that, and ModelCache()": f"{NAMES}; ModelCache()",
     BESIDE: f"{YARDSTICK}; {NAMES}; ModelCache()",
 }
-LARGEST = 10
 
 
 def environment(directory: str) -> dict[str, str]:
     """
-    One in which byte code is kept in *directory*, and this checkout comes first.
+    Returns an environment that keeps byte code in *directory*, with this checkout.
     """
     kept = {**os.environ, "PYTHONPYCACHEPREFIX": directory, "PYTHONPATH": str(ROOT)}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -52,7 +50,7 @@ def environment(directory: str) -> dict[str, str]:
 
 def seconds(program: str, env: dict[str, str]) -> float:
     """
-    Elapsed seconds of a fresh interpreter that runs *program*.
+    Returns the elapsed seconds of a fresh interpreter that runs *program*.
     """
     started_s = time.perf_counter()
     subprocess.run([sys.executable, "-c", program], env=env, check=True)
@@ -61,7 +59,7 @@ def seconds(program: str, env: dict[str, str]) -> float:
 
 def medians(rounds: int, env: dict[str, str]) -> dict[str, float]:
     """
-    Median seconds of each program, less those of what it comes on top of.
+    Returns median seconds of each program, without those of what it comes on top of.
     """
     programs = {"": "", **PROGRAMS}
     for program in programs.values():
@@ -76,54 +74,19 @@ def medians(rounds: int, env: dict[str, str]) -> dict[str, float]:
     return net
 
 
-def own_ms(program: str, rounds: int, env: dict[str, str]) -> dict[str, float]:
-    """
-    Median milliseconds that each module takes, without those that it imports.
-    """
-    taken: defaultdict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-c", program],
-            env=env,
-            check=True,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for line in done.stderr.splitlines():
-            own, _, module = line.removeprefix("import time:").split("|")
-            if own.strip().isdecimal():
-                taken[module.strip()].append(int(own) / 1000)
-    return {module: statistics.median(all_) for module, all_ in taken.items()}
-
-
 def main() -> None:
     """
-    Measure, print, and write if asked to.
+    Measures, prints, and writes if asked to.
     """
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
-    options = parser.parse_args()
+    options = parsed(__doc__, rounds=25)
     with tempfile.TemporaryDirectory() as directory:
         env = environment(directory)
         median = medians(options.rounds, env)
-        modules = own_ms(NAMES, options.rounds, env)
-        # What every interpreter imports is not of our making.
-        empty = own_ms("", 1, env)
-    largest = [each for each in modules.items() if each[0] not in empty]
-    largest.sort(key=lambda each: -each[1])
-
     table = Table("Median of fresh interpreters", ["", "ms", "ratio"])
     whole_s = median[YARDSTICK]
     for name, taken_s in median.items():
         table.add(name, f"{taken_s * 1e3:.1f}", f"{taken_s / whole_s:.2f}")
-    total_ms = sum(taken_ms for _, taken_ms in largest)
-    title = f"{NAMES}: the {LARGEST} largest of {len(largest)} modules"
-    parts = Table(title, ["", "ms"])
-    for module, taken_ms in largest[:LARGEST]:
-        parts.add(module, f"{taken_ms:.2f}")
-    parts.add("all", f"{total_ms:.2f}")
-    write("imports", [machine(), table, parts], to_file=options.write)
+    write("imports", [machine(), table], to_file=options.write)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Tables and results of the benchmarks, on the terminal and as Markdown files.
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import os
 import platform
@@ -29,13 +30,15 @@ class Table:
 
     def add(self, *cells: str) -> None:
         """
-        Add a row.
+        Adds a row.
         """
         self.rows.append(list(cells))
 
     def __str__(self) -> str:
         table = [self.head, *self.rows]
-        widths = [max(len(row[i]) for row in table) for i in range(len(self.head))]
+        widths = [
+            max(1, *(len(row[i]) for row in table)) for i in range(len(self.head))
+        ]
 
         def line(cells: list[str]) -> str:
             first, *rest = (
@@ -49,31 +52,52 @@ class Table:
         return "\n".join([f"**{self.title}**", "", *body])
 
 
+def parsed(doc: str | None, **defaults: float) -> argparse.Namespace:
+    """
+    Parses the command line of a benchmark.
+
+    Args:
+        doc: Its docstring.
+        defaults: Its numbers, by the names of their options.
+    """
+    assert doc is not None
+    parser = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
+    for name, value in defaults.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(value), default=value)
+    parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # this is a process of it
+    return parser.parse_args()
+
+
 def machine() -> str:
     """
-    Where and with what the numbers were made.
+    Describes where and with what the numbers were made.
     """
     others = [f"{name} {version(name)}" for name in ("faster-whisper", "ctranslate2")]
     packages = [f"whispercache {whispercache.__version__}", *others]
     return (
-        f"{_today()}, {cpu_name()}, {os.cpu_count()} cores, "
+        f"{today()}, {cpu_name()}, {os.cpu_count()} cores, "
         f"load {os.getloadavg()[0]:.1f}; "
         f"Python {platform.python_version()}, {', '.join(packages)}"
     )
 
 
-def _today() -> dt.date:
+def today() -> dt.date:
+    """
+    Returns the date in the names of results.
+    """
     return dt.datetime.now(dt.timezone.utc).date()
 
 
 def write(name: str, parts: list[object], *, to_file: bool) -> None:
     """
-    Print a result, and keep it under ``results/`` if asked to.
+    Prints a result, and keeps it under ``results/`` if asked to.
     """
     text = "\n\n".join(map(str, parts)) + "\n"
     print(text)
     if to_file:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{name}-{_today()}.md"
+        path = RESULTS / f"{name}-{today()}.md"
         path.write_text(f"# {name}\n\n{text}", encoding="utf-8")
         print(f"written to {path}")

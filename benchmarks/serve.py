@@ -15,7 +15,6 @@ again, and SIGTERM in the middle of it.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import os
@@ -39,14 +38,14 @@ import av
 import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
-from report import Table, machine, write
+from report import Table, machine, parsed, write
 
 from examples.weights import packaged_model
 from whispercache import footprint
 from whispercache.errors import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Mapping
 
 MODELS = {"tiny.en": "default", "base": "default", "base:int8": "int8"}
 CLIPS = ("en-bread", "en-garden", "en-library", "en-weather", "de-zug", "es-casa")
@@ -69,68 +68,25 @@ QUANTILES = ("p50", "p90", "p99")
 
 class HangUpError(Exception):
     """
-    The client leaves in the middle of its upload.
+    A client that hangs up in the middle of its upload.
     """
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """
-    Speech to be sent.
-    """
-
-    content: bytes
-    seconds: float
 
 
 @dataclass
 class Tally:
     """
-    What all clients saw.
-
-    Attributes:
-        outcomes: Status codes, hang-ups, and names of errors.
-        latencies: Seconds of each success, by model.
-        audio_s: Seconds of audio that came back as text.
+    The answers that all clients got.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    latencies: dict[str, list[float]] = field(default_factory=dict)
-    audio_s: float = 0.0
-
-    def add(self, outcome: str, model: str, took_s: float, audio_s: float) -> None:
-        """
-        Note what became of a request.
-        """
-        self.outcomes[outcome] += 1
-        if outcome == SUCCESS:
-            self.latencies.setdefault(model, []).append(took_s)
-            self.audio_s += audio_s
-
-
-@dataclass
-class Peaks:
-    """
-    The most that was seen of the server.
-    """
-
-    main_bytes: int = 0
-    decoders_bytes: int = 0
-    waiting: int = 0
-    leases: int = 0
-    models: int = 0
+    latencies: dict[str, list[float]] = field(default_factory=dict)  # by model
+    audio_s: float = 0.0  # that came back as text
 
 
 @dataclass
 class Server:
     """
-    A server that runs.
-
-    Attributes:
-        process: Its process.
-        url: Where it is.
-        temporary: Its directory for temporary files.
-        log: What it writes.
+    A running server, its directory for temporary files, and its log.
     """
 
     process: psutil.Popen
@@ -140,7 +96,7 @@ class Server:
 
     def memory(self) -> tuple[int, int]:
         """
-        Resident bytes of the process, and of those that decode for it.
+        Returns the resident bytes of the process, and of those that decode for it.
         """
         decoders = 0
         for child in self.process.children(recursive=True):
@@ -150,14 +106,14 @@ class Server:
 
     def files(self) -> int:
         """
-        How many temporary files there are.
+        Returns how many temporary files there are.
         """
         return len(list(self.temporary.iterdir()))
 
 
 def limit_bytes() -> int:
     """
-    A limit that any two models keep while each answers one request, but not all three.
+    Returns a limit for any two models and a request of each, but not for all three.
     """
     sizes = [
         footprint(packaged_model(name.partition(":")[0]), kind, DEVICE)
@@ -172,13 +128,14 @@ def limit_bytes() -> int:
 @contextmanager
 def serving(limit: int) -> Iterator[Server]:
     """
-    A server with that limit, ready.
+    Starts a server with that limit, and waits until it is ready.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    models = [f"{name}={packaged_model(name.partition(':')[0])}" for name in MODELS]
-    kinds = [name.partition(":")[2] for name in MODELS]
-    places = [f"{m}:{k}" if k else m for m, k in zip(models, kinds, strict=True)]
+    places = []
+    for name, kind in MODELS.items():
+        place = f"{name}={packaged_model(name.partition(':')[0])}"
+        places.append(f"{place}:{kind}" if ":" in name else place)
     options = {
         "--device": DEVICE,
         "--ram": limit,
@@ -187,23 +144,13 @@ def serving(limit: int) -> Iterator[Server]:
         "--drain": DRAIN_S,
     }
     line = [str(each) for option in options.items() for each in option]
+    command = [sys.executable, "-m", "whispercache", "serve", *places, *line]
     with tempfile.TemporaryDirectory() as directory:
         temporary, log = Path(directory, "temporary"), Path(directory, "log")
         temporary.mkdir()
         with log.open("wb") as file:
-            process = psutil.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "whispercache.cli.main",
-                    "serve",
-                    *places,
-                    *line,
-                ],
-                env={**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(temporary)},
-                stdout=file,
-                stderr=file,
-            )
+            environment = {**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(temporary)}
+            process = psutil.Popen(command, env=environment, stdout=file, stderr=file)
         try:
             server = Server(process, f"http://127.0.0.1:{port}", temporary, log)
             wait_until_ready(server)
@@ -216,7 +163,7 @@ def serving(limit: int) -> Iterator[Server]:
 
 def wait_until_ready(server: Server) -> None:
     """
-    Wait until it answers.
+    Waits until it answers.
     """
     for _ in range(300):
         with suppress(httpx.TransportError):
@@ -226,27 +173,21 @@ def wait_until_ready(server: Server) -> None:
     raise SystemExit(f"the server does not start:\n{server.log.read_text()}")
 
 
-def clips() -> list[Clip]:
+def clips() -> list[tuple[bytes, float]]:
     """
-    Example clips of a few seconds.
+    Reads example clips of a few seconds, and how long they are.
     """
     read = []
     for name in CLIPS:
         path = Path(ROOT, "examples", "clips", f"{name}.flac")
         with av.open(str(path)) as container:
-            seconds = (container.duration or 0) / 1e6
-        read.append(Clip(path.read_bytes(), seconds))
+            read.append((path.read_bytes(), (container.duration or 0) / 1e6))
     return read
 
 
 class Load:
     """
-    Clients that ask until they are told to stop.
-
-    Args:
-        server: Whom they ask.
-        seed: Of their dice.
-        hang_ups: Share of requests that nobody waits for.
+    Clients that send requests until `is_over`, of which some share hangs up.
     """
 
     def __init__(self, server: Server, seed: int, hang_ups: float) -> None:
@@ -258,7 +199,7 @@ class Load:
 
     async def run(self, clients: int, seconds: float) -> Tally:
         """
-        Ask for so long; what has begun is waited for.
+        Sends requests for so long, and waits for those that have begun.
         """
         tally = Tally()
         limits = httpx.Limits(max_connections=None)
@@ -276,25 +217,28 @@ class Load:
     async def _client(self, http: httpx.AsyncClient, number: int, tally: Tally) -> None:
         dice = random.Random(f"{self._seed} {number}")
         while not self.is_over:
-            model, clip = dice.choice(list(MODELS)), dice.choice(self._clips)
+            model, (clip, audio_s) = dice.choice([*MODELS]), dice.choice(self._clips)
             asked_s = time.perf_counter()
             outcome, retry_s = await self._ask(http, dice, model, clip)
-            took_s = time.perf_counter() - asked_s
-            tally.add(outcome, model, took_s, clip.seconds)
+            tally.outcomes[outcome] += 1
+            if outcome == SUCCESS:
+                took_s = time.perf_counter() - asked_s
+                tally.latencies.setdefault(model, []).append(took_s)
+                tally.audio_s += audio_s
             for _ in range(round(retry_s * dice.uniform(1, 2) * 10)):
                 if self.is_over:
                     return
                 await asyncio.sleep(0.1)
 
     async def _ask(
-        self, http: httpx.AsyncClient, dice: random.Random, model: str, clip: Clip
+        self, http: httpx.AsyncClient, dice: random.Random, model: str, clip: bytes
     ) -> tuple[str, float]:
         """
-        What became of one request, and seconds to wait before the next.
+        Sends a request; returns its outcome, and seconds to wait before the next.
         """
         streams, leaves = dice.random() < 1 / 4, dice.random() < self._hang_ups
         fields = {"model": model, "stream": str(streams).lower()}
-        files = {"file": ("clip.flac", clip.content)}
+        files = {"file": ("clip.flac", clip)}
         request = http.build_request("POST", URL, data=fields, files=files)
         try:
             if leaves and not streams:
@@ -319,7 +263,7 @@ class Load:
 
 async def leave_in_mid_upload(http: httpx.AsyncClient, request: httpx.Request) -> None:
     """
-    Send half of *request*, and hang up.
+    Sends half of *request*, and hangs up.
     """
     body = request.read()
 
@@ -332,30 +276,33 @@ async def leave_in_mid_upload(http: httpx.AsyncClient, request: httpx.Request) -
         await http.send(broken)
 
 
-async def watch(server: Server, peaks: Peaks) -> None:
+async def watch(server: Server, peaks: Counter[str]) -> None:
     """
-    Look at the server again and again, until cancelled.
+    Watches the server until cancelled.
     """
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
         while True:
             main_bytes, decoders_bytes = server.memory()
             seen = (await http.get("/api/ps")).json()
             models = [each for each in seen["models"] if each["state"] == "resident"]
-            peaks.main_bytes = max(peaks.main_bytes, main_bytes)
-            peaks.decoders_bytes = max(peaks.decoders_bytes, decoders_bytes)
-            peaks.waiting = max(peaks.waiting, len(seen["waiting"]))
-            peaks.leases = max(peaks.leases, sum(each["leases"] for each in models))
-            peaks.models = max(peaks.models, len(models))
+            now = {
+                "process, most": main_bytes,
+                "decoders, most": decoders_bytes,
+                "most models resident": len(models),
+                "most leases": sum(each["leases"] for each in models),
+                "most requests waiting": len(seen["waiting"]),
+            }
+            peaks |= Counter(now)  # which takes the larger of each two
             await asyncio.sleep(SAMPLE_S)
 
 
 async def under_load(
     server: Server, load: Load, clients: int, seconds: float
-) -> tuple[Tally, Peaks, float]:
+) -> tuple[Tally, Counter[str], float]:
     """
-    What clients and watcher saw, and how many seconds it went on.
+    Runs clients and a watcher; returns what they saw, and the seconds.
     """
-    peaks = Peaks()
+    peaks: Counter[str] = Counter()
     watching = asyncio.create_task(watch(server, peaks))
     begin_s = time.perf_counter()
     try:
@@ -368,43 +315,28 @@ async def under_load(
     return tally, peaks, took_s
 
 
-@dataclass(frozen=True, slots=True)
-class Left:
+def left(server: Server) -> dict[str, int]:
     """
-    What a server holds while nobody asks.
+    Returns what it holds idle, once that no longer changes, or after ten seconds.
     """
-
-    leases: int
-    waiting: int
-    files: int
-    descriptors: int
-
-
-def left(server: Server) -> Left:
-    """
-    What it holds, once it has come to rest or ten seconds are over.
-    """
-    found = Left(-1, -1, -1, -1)
+    found: dict[str, int] = {}
     for _ in range(100):
         seen = httpx.get(f"{server.url}/api/ps").json()
-        before, found = (
-            found,
-            Left(
-                sum(each["leases"] for each in seen["models"]),
-                len(seen["waiting"]),
-                server.files(),
-                server.process.num_fds(),
-            ),
-        )
-        if found == before and not (found.leases or found.waiting or found.files):
+        before = found
+        found = {
+            "leases": sum(each["leases"] for each in seen["models"]),
+            "waiting": len(seen["waiting"]),
+            "files": server.files(),
+        }
+        if found == before and not any(found.values()):
             break
         time.sleep(0.1)
-    return found
+    return found | {"descriptors": server.process.num_fds()}
 
 
 async def terminate(server: Server, load: Load, clients: int) -> list[str]:
     """
-    SIGTERM in the middle of load; cells that tell how it ended.
+    Sends SIGTERM in the middle of load; returns cells that show how it ended.
     """
     asking = asyncio.create_task(load.run(clients, AFTER_S))
     await asyncio.sleep(AFTER_S)
@@ -416,18 +348,13 @@ async def terminate(server: Server, load: Load, clients: int) -> list[str]:
     tally = await asking
     outcomes = ", ".join(f"{n} × {what}" for what, n in tally.outcomes.most_common())
     log = server.log.read_text(encoding="utf-8")
-    return [
-        f"{took_s:.1f} s",
-        str(code),
-        outcomes,
-        str(server.files()),
-        str(log.count("Traceback")),
-    ]
+    files, tracebacks = str(server.files()), str(log.count("Traceback"))
+    return [f"{took_s:.1f} s", str(code), outcomes, files, tracebacks]
 
 
 def counters(server: Server) -> dict[str, int]:
     """
-    What the cache has counted since the start.
+    Reads the counters of the cache.
     """
     text = httpx.get(f"{server.url}/metrics").text
     found: Counter[str] = Counter()
@@ -441,7 +368,7 @@ def counters(server: Server) -> dict[str, int]:
 
 def latency_table(tally: Tally) -> Table:
     """
-    Seconds from asking to the last byte of the answer.
+    Shows the seconds from the request to the last byte of the answer.
     """
     table = Table("Seconds to the whole answer", ["", "answers", *QUANTILES, "most"])
     everything = [s for times in tally.latencies.values() for s in times]
@@ -452,10 +379,11 @@ def latency_table(tally: Tally) -> Table:
     return table
 
 
-def measure(options: argparse.Namespace) -> list[object]:
+def main() -> None:
     """
-    All that is to be told.
+    Measures, prints, and writes if asked to.
     """
+    options = parsed(__doc__, seconds=120.0, clients=64, seed=1, hang_ups=0.05)
     limit = limit_bytes()
     with serving(limit) as server:
         load = Load(server, options.seed, options.hang_ups)
@@ -464,8 +392,7 @@ def measure(options: argparse.Namespace) -> list[object]:
         for name in MODELS:
             httpx.delete(f"{server.url}/api/models/{name}", timeout=60)
         idle_bytes, _ = server.memory()
-        before = left(server)
-        begun = counters(server)
+        before, begun = left(server), counters(server)
         tally, peaks, took_s = asyncio.run(
             under_load(server, load, options.clients, options.seconds)
         )
@@ -473,47 +400,51 @@ def measure(options: argparse.Namespace) -> list[object]:
         counted = {n: value - begun[n] for n, value in counters(server).items()}
         again = Load(server, options.seed + 1, options.hang_ups)
         ended = asyncio.run(terminate(server, again, options.clients))
-    requests = Table("Requests", ["", "requests"])
-    for outcome, n in sorted(tally.outcomes.items()):
-        requests.add(outcome, str(n))
-    memory = Table("Memory", ["", "bytes"])
-    memory.add("limit of the cache (--ram)", format_bytes(limit))
-    memory.add("process, no model", format_bytes(idle_bytes))
-    memory.add("process, most", format_bytes(peaks.main_bytes))
-    memory.add("its growth", format_bytes(peaks.main_bytes - idle_bytes))
-    memory.add("decoders, most", format_bytes(peaks.decoders_bytes))
-    cache = Table("Cache", ["", ""])
-    for name in ("hits", "misses", "loads", "evictions", "timeouts"):
-        cache.add(name, str(counted[name]))
-    cache.add("most models resident", str(peaks.models))
-    cache.add("most leases", str(peaks.leases))
-    cache.add("most requests waiting", str(peaks.waiting))
     rest = Table("Left behind", ["", "before", "after"])
-    for name in Left.__dataclass_fields__:
-        rest.add(name, str(getattr(before, name)), str(getattr(after, name)))
+    for name, number in before.items():
+        rest.add(name, str(number), str(after[name]))
     heads = ["", "took", "exit code", "its clients", "files left", "tracebacks"]
     end = Table("SIGTERM under load", heads)
     end.add("", *ended)
-    speed = tally.audio_s / took_s
-    told = (
+    shown = (
         f"{options.clients} clients for {options.seconds:g} s, seed {options.seed}, "
-        f"{options.hang_ups:.0%} hang up; {speed:.2f} s of audio heard in a second"
+        f"{options.hang_ups:.0%} hang up; {tally.audio_s / took_s:.2f} s of audio "
+        "heard in a second"
     )
-    return [machine(), told, requests, latency_table(tally), memory, cache, rest, end]
+    requests = pairs("Requests", "requests", dict(sorted(tally.outcomes.items())))
+    used = usage(limit, idle_bytes, peaks, counted)
+    tables = [requests, latency_table(tally), *used, rest, end]
+    write("serve", [machine(), shown, *tables], to_file=options.write)
 
 
-def main() -> None:
+def usage(
+    limit: int, idle_bytes: int, peaks: Counter[str], counted: Mapping[str, int]
+) -> tuple[Table, Table]:
     """
-    Measure, print, and write if asked to.
+    Shows the memory of the server, and what its cache did.
     """
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--hang-ups", type=float, default=0.05, help="share of them")
-    parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
-    options = parser.parse_args()
-    write("serve", measure(options), to_file=options.write)
+    most_bytes = peaks.pop("process, most", 0)
+    memory = {
+        "limit of the cache (--ram)": limit,
+        "process, no model": idle_bytes,
+        "process, most": most_bytes,
+        "its growth": most_bytes - idle_bytes,
+        "decoders, most": peaks.pop("decoders, most", 0),
+    }
+    names = ("hits", "misses", "loads", "evictions", "timeouts")
+    cache = {name: counted[name] for name in names} | peaks
+    shown = {name: format_bytes(n_bytes) for name, n_bytes in memory.items()}
+    return pairs("Memory", "bytes", shown), pairs("Cache", "", cache)
+
+
+def pairs(title: str, head: str, values: Mapping[str, object]) -> Table:
+    """
+    Makes a table of names and values.
+    """
+    table = Table(title, ["", head])
+    for name, value in values.items():
+        table.add(name, str(value))
+    return table
 
 
 if __name__ == "__main__":

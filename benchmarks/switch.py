@@ -24,12 +24,16 @@ resets, above the resident set before the first load, with all libraries importe
 nothing is missed between two looks. Linux only.
 
 The models are copies in a temporary directory, and so is the user's cache directory.
-``benchmarks/floor.py`` tells where the time goes that is left.
+
+The last tables say where the time of a switch to base goes, from its variant, warm:
+what CTranslate2's own load and unload take, what is left for whispercache and the
+kernel, and the floor, which is ``readinto`` of model.bin into memory that was used
+before, and one copy from there. "Into fresh memory" is the same into memory that the
+kernel has to find and clear first, which a load that cannot reuse any has to do.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -40,6 +44,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,8 +52,8 @@ from typing import TYPE_CHECKING, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from chart import Panel, draw
-from page import make_cold, read
-from report import Table, machine, write
+from page_cache import make_cold, read
+from report import Table, machine, parsed, write
 
 from examples.weights import packaged_model
 from whispercache import ModelCache, Workload
@@ -61,7 +66,7 @@ from whispercache.errors import format_bytes
 from whispercache.options import DEFAULT_VARIANTS_BYTES, VARIANTS_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
 MODELS = ("tiny.en", "base")
 TYPES = ("float32", "int8")
@@ -74,47 +79,29 @@ CONSTRUCT, LRU_CACHE, PLAIN, WHISPERCACHE = CONTENDERS = (
 )
 WORK = Workload(beam_size=1, fallback=False)
 
-MOST_INT8, MOST_FLOAT32, MOST_PEAK = 0.25, 0.7, 1.15
-"""
-What was promised: a switch to base as a share of constructing it, and the peak of a
-load to int8 as a multiple of what it leaves.
-"""
-
 
 class Turn(NamedTuple):
     """
-    What one process measures.
-
-    Attributes:
-        contender: One of `CONTENDERS`.
-        compute_type: One of `TYPES`.
-        home: Directory with the models.
-        limit_bytes: What the cache may take.
-        switches: How many; the first to each model does not count.
-        alone: Load only this model, once, for the memory that it takes.
+    The task of one process.
     """
 
     contender: str
     compute_type: str
-    home: str
+    home: str  # directory with the models
     limit_bytes: int
-    switches: int = 0
-    alone: str = ""
+    switches: int = 0  # the first to each model does not count
+    alone: str = ""  # load only this model, once, for the memory that it takes
 
 
 class Taken(NamedTuple):
     """
-    What it found.
-
-    Attributes:
-        seconds: Of each switch.
-        peak_bytes: Growth of the resident set, at the worst moment.
-        left_bytes: Its growth at the end.
+    The result of one process.
     """
 
-    seconds: list[float]
-    peak_bytes: int
-    left_bytes: int
+    seconds: list[float]  # of each switch
+    peak_bytes: int  # growth of the resident set at the worst moment
+    left_bytes: int  # its growth at the end
+    engine_s: list[tuple[float, float]]  # of each switch: CTranslate2's load and unload
 
 
 # Models and variants -----------------------------------------------------------------
@@ -123,8 +110,9 @@ class Taken(NamedTuple):
 @contextmanager
 def prepared() -> Iterator[Path]:
     """
-    A directory with copies of the models. The user's cache directory, of this process
-    and its children, is a new one in it, with a variant of each model and type.
+    Makes a directory with copies of the models, and a variant of each in each type.
+
+    The user's cache directory, of this process and its children, is in it as well.
     """
     sources = {name: packaged_model(name) for name in MODELS}
     with tempfile.TemporaryDirectory(prefix="whispercache-switch-") as temporary:
@@ -140,7 +128,7 @@ def prepared() -> Iterator[Path]:
 
 def user_variants() -> Variants:
     """
-    The variants that a cache uses.
+    Returns the variants that a cache uses.
     """
     engine = f"CTranslate2 {versions()['CTranslate2']}"
     return Variants(engine, DEFAULT_VARIANTS_BYTES)
@@ -148,17 +136,17 @@ def user_variants() -> Variants:
 
 def origin(model: Path) -> Origin:
     """
-    What a variant of *model* is made of.
+    Returns the origin of a variant of *model*.
     """
     return Origin(model.name, read_header(str(model)))
 
 
 def files_of(contender: str, model: Path, compute_type: str) -> list[Path]:
     """
-    The files that a contender reads to load *model*.
+    Returns the files that a contender reads to load *model*.
 
     Raises:
-        LookupError: its variant is not there.
+        LookupError: Its variant is not there.
     """
     directory: Path | None = model
     if contender == WHISPERCACHE:
@@ -171,7 +159,7 @@ def files_of(contender: str, model: Path, compute_type: str) -> list[Path]:
 
 def limit_bytes(home: Path, compute_type: str) -> int:
     """
-    A limit that holds either model and the work of one greedy call, with 5 % to spare.
+    Returns a limit that holds either model and one greedy call, with 5 % to spare.
     """
     with ModelCache(variants=False) as cache:
         asked = [
@@ -186,7 +174,7 @@ def limit_bytes(home: Path, compute_type: str) -> int:
 
 def switcher(turn: Turn) -> Callable[[str], object]:
     """
-    A function that makes a model usable.
+    Returns a function that makes a model usable.
     """
     versions()  # imports CTranslate2 the cache's way, before memory is looked at
     compute_type = turn.compute_type
@@ -218,7 +206,7 @@ def switcher(turn: Turn) -> Callable[[str], object]:
 
 def resident_bytes(line: str) -> int:
     """
-    The resident set of this process: now (``"VmRSS"``), or at most (``"VmHWM"``).
+    Reads the resident set of this process: now (``"VmRSS"``), or at most (``"VmHWM"``).
     """
     found = re.search(rf"^{line}:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     assert found is not None
@@ -230,12 +218,13 @@ _STATUS = Path("/proc/self/status")
 
 def child(turn: Turn) -> Taken:
     """
-    Take a turn.
+    Takes a turn in this process.
     """
     models = [Path(turn.home, name) for name in MODELS if turn.alone in ("", name)]
     files = [files_of(turn.contender, each, turn.compute_type) for each in models]
     use = switcher(turn)
-    seconds = []
+    engine = {name: timed(name) for name in ("load_model", "unload_model")}
+    seconds, engine_s = [], []
     Path("/proc/self/clear_refs").write_text("5")
     before_bytes = resident_bytes("VmRSS")
     for number in range(turn.switches or 1):
@@ -248,15 +237,40 @@ def child(turn: Turn) -> Taken:
         started_s = time.perf_counter()
         use(str(models[place]))
         seconds.append(time.perf_counter() - started_s)
+        load_s, unload_s = (sum(each) for each in engine.values())
+        engine_s.append((load_s, unload_s))
+        for each in engine.values():
+            each.clear()
     peak_bytes = resident_bytes("VmHWM")
     return_free_memory()
     after_bytes = resident_bytes("VmRSS")
-    return Taken(seconds, peak_bytes - before_bytes, after_bytes - before_bytes)
+    grown = peak_bytes - before_bytes, after_bytes - before_bytes
+    return Taken(seconds, *grown, engine_s)
+
+
+def timed(name: str) -> list[float]:
+    """
+    Returns a list to which each call of a method of CTranslate2's adds its seconds.
+    """
+    from ctranslate2.models import Whisper
+
+    plain, seconds = getattr(Whisper, name), list[float]()
+
+    @functools.wraps(plain)
+    def measured(*arguments: object, **named: object) -> object:
+        started_s = time.perf_counter()
+        try:
+            return plain(*arguments, **named)
+        finally:
+            seconds.append(time.perf_counter() - started_s)
+
+    setattr(Whisper, name, measured)
+    return seconds
 
 
 def take(turn: Turn) -> Taken:
     """
-    Have a fresh process take a turn.
+    Takes a turn in a fresh process.
     """
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(turn)],
@@ -272,81 +286,118 @@ def take(turn: Turn) -> Taken:
 
 class Results:
     """
-    What the turns found, by contender and compute type.
+    The seconds and peaks that the turns found.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, str, str, str], list[float]] = {}
-        self._peaks: dict[tuple[str, str], int] = {}
+        self.peaks: dict[tuple[str, str], int] = {}
+        # Of warm switches to base from variants: whole, load, unload; by type.
+        self.pieces: dict[str, list[tuple[float, float, float]]] = {}
 
     def add(self, turn: Turn, taken: Taken) -> None:
         """
-        Add those of a turn, but for the first switch to each model.
+        Adds those of a turn, but for the first switch to each model.
         """
         whose = (turn.contender, turn.compute_type)
         for number, second in enumerate(taken.seconds[2:], 2):
             place = (*whose, STATES[number // 2 % 2], MODELS[number % 2])
             self._seconds.setdefault(place, []).append(second)
-        self._peaks[whose] = max(taken.peak_bytes, self._peaks.get(whose, 0))
+            if (turn.contender, *place[2:]) == (WHISPERCACHE, "warm", "base"):
+                pieces = (second, *taken.engine_s[number])
+                self.pieces.setdefault(turn.compute_type, []).append(pieces)
+        self.peaks[whose] = max(taken.peak_bytes, self.peaks.get(whose, 0))
 
     def seconds(self, contender: str, kind: str, state: str) -> list[float]:
         """
-        Median seconds of a switch to each of the models.
+        Returns the median seconds of a switch to each of the models.
         """
         return [
             statistics.median(self._seconds[contender, kind, state, name])
             for name in MODELS
         ]
 
-    def ratios(self, contender: str, kind: str, state: str) -> list[float]:
-        """
-        The same as shares of constructing, and the mean switch as a share of it.
-        """
-        own = self.seconds(contender, kind, state)
-        plain = self.seconds(CONSTRUCT, kind, state)
-        each = [one / other for one, other in zip(own, plain, strict=True)]
-        return [*each, sum(own) / sum(plain)]
-
-    def peak_bytes(self, contender: str, kind: str) -> int:
-        """
-        The highest peak.
-        """
-        return self._peaks[contender, kind]
-
 
 def switch_table(results: Results, kind: str, state: str) -> Table:
     """
-    Seconds of each contender, beside constructing.
+    Shows the seconds of each contender, beside constructing.
     """
     heads = [head for name in MODELS for head in (f"to {name}, s", "× construct")]
     table = Table(f"{kind}, {state} files", ["", *heads, "mean, × construct"])
+    plain = results.seconds(CONSTRUCT, kind, state)
     for contender in CONTENDERS:
-        seconds = results.seconds(contender, kind, state)
-        *each, mean = results.ratios(contender, kind, state)
-        cells = [
-            cell
-            for second, ratio in zip(seconds, each, strict=True)
-            for cell in (f"{second:.3f}", f"{ratio:.2f}")
-        ]
-        table.add(contender, *cells, f"{mean:.2f}")
+        own = results.seconds(contender, kind, state)
+        cells = []
+        for second, other in zip(own, plain, strict=True):
+            cells += [f"{second:.3f}", f"{second / other:.2f}"]
+        table.add(contender, *cells, f"{sum(own) / sum(plain):.2f}")
     return table
 
 
 def peak_table(results: Results, limits: dict[str, int]) -> Table:
     """
-    The most memory that each contender held.
+    Shows the most memory that each contender held.
     """
     table = Table("Peak of memory while switching", ["", *TYPES])
     for contender in CONTENDERS:
-        peaks = (results.peak_bytes(contender, kind) for kind in TYPES)
+        peaks = (results.peaks[contender, kind] for kind in TYPES)
         table.add(contender, *map(format_bytes, peaks))
     table.add("the limit", *(format_bytes(limits[kind]) for kind in TYPES))
     return table
 
 
+def floor(file: Path) -> dict[str, float]:
+    """
+    Returns the seconds to read and to copy the bytes of a file in the page cache.
+    """
+    n_bytes = file.stat().st_size
+    first, second = bytearray(n_bytes), bytearray(n_bytes)
+
+    def fill(target: bytearray) -> None:
+        with file.open("rb", buffering=0) as opened:
+            opened.readinto(target)
+
+    def copy() -> None:
+        memoryview(second)[:] = first
+
+    def median_s(work: Callable[[], object]) -> float:
+        times_s = timeit.repeat(work, number=1, repeat=16)
+        return statistics.median(times_s[1:])
+
+    read_s, copy_s = median_s(lambda: fill(first)), median_s(copy)
+    return {
+        "floor: reads model.bin": read_s,
+        "floor: copies it": copy_s,
+        "floor": read_s + copy_s,
+        "(reads it into fresh memory)": median_s(lambda: fill(bytearray(n_bytes))),
+    }
+
+
+def floor_table(results: Results, home: Path, kind: str) -> Table:
+    """
+    Shows the pieces of a warm switch to base from its variant.
+    """
+    found = results.pieces[kind]
+    whole_s, load_s, unload_s = map(statistics.median, zip(*found, strict=True))
+    own_s = statistics.median(whole - load - unload for whole, load, unload in found)
+    files = files_of(WHISPERCACHE, home / "base", kind)
+    pieces = {
+        "the whole": whole_s,
+        "CTranslate2: load_model": load_s,
+        "CTranslate2: unload_model": unload_s,
+        "all but CTranslate2": own_s,
+        **floor(next(file for file in files if file.suffix == ".bin")),
+    }
+    title = f"Where a switch to base goes, {kind}, from its variant, warm"
+    table = Table(title, ["", "ms", "share"])
+    for label, seconds in pieces.items():
+        table.add(label, f"{seconds * 1e3:.2f}", f"{seconds / whole_s:.0%}")
+    return table
+
+
 def load_table(loads: dict[tuple[str, str, str], Taken]) -> Table:
     """
-    What one load holds at most, and leaves, in a fresh process.
+    Shows what one load holds at most, and leaves, in a fresh process.
     """
     heads = ["", "left", "peak", "peak ÷ left"]
     table = Table("Memory of one load, in a fresh process", heads)
@@ -357,27 +408,9 @@ def load_table(loads: dict[tuple[str, str, str], Taken]) -> Table:
     return table
 
 
-def promises(results: Results, loads: dict[tuple[str, str, str], Taken]) -> Table:
-    """
-    What was promised, and what came of it, with warm files.
-    """
-    table = Table("Promised and found, warm files", ["", "at most", "found"])
-    for kind, most in (("int8", MOST_INT8), ("float32", MOST_FLOAT32)):
-        _, base, mean = results.ratios(WHISPERCACHE, kind, "warm")
-        table.add(f"switch to base, {kind}, × construct", f"{most}", f"{base:.2f}")
-        table.add(f"mean switch, {kind}, × construct", f"{most}", f"{mean:.2f}")
-    for name in MODELS:
-        taken = loads["int8", name, WHISPERCACHE]
-        ratio = taken.peak_bytes / taken.left_bytes
-        table.add(
-            f"peak of a load, {name} int8, × left", f"{MOST_PEAK}", f"{ratio:.2f}"
-        )
-    return table
-
-
 def chart(results: Results) -> Path:
     """
-    Seconds of all switches as bars.
+    Draws the seconds of all switches as bars.
     """
     names = ("construct each time", "lru_cache(maxsize=1)", "whispercache, no variants")
     labels = dict(zip(CONTENDERS, (*names, "whispercache"), strict=True))
@@ -405,7 +438,7 @@ def measure(
     home: Path, limits: dict[str, int], rounds: int, switches: int
 ) -> tuple[Results, dict[tuple[str, str, str], Taken]]:
     """
-    All turns; and single loads by type, model and contender.
+    Takes all turns, and single loads by type, model and contender.
     """
     results = Results()
     for _ in range(rounds):
@@ -424,25 +457,21 @@ def measure(
     return results, loads
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """
-    Measure, print, and write if asked to.
+    Measures, prints, and writes if asked to.
     """
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--switches", type=int, default=18, help="in one process")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parsed(__doc__, switches=18, rounds=3)
     if options.child:
         print(json.dumps(child(Turn(*json.loads(options.child)))))
         return
     with prepared() as home:
         limits = {kind: limit_bytes(home, kind) for kind in TYPES}
         results, loads = measure(home, limits, options.rounds, options.switches)
+        floors = [floor_table(results, home, kind) for kind in TYPES]
     tables = [switch_table(results, kind, each) for each in STATES for kind in TYPES]
-    more = [peak_table(results, limits), load_table(loads), promises(results, loads)]
-    write("switch", [machine(), *tables, *more], to_file=options.write)
+    tables += [peak_table(results, limits), load_table(loads), *floors]
+    write("switch", [machine(), *tables], to_file=options.write)
     if options.write:
         print(f"drawn to {chart(results)}")
 

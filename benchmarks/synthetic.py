@@ -1,10 +1,7 @@
 """
 Models of random weights in the exact sizes of real ones, for machines without network.
 
-    python benchmarks/synthetic.py SIZE DIRECTORY
-
-SIZE is one of `whispercache.engine.sizes.architecture.ARCHITECTURES`, ``large-v3`` for
-example. The files have the names, the shapes and the bytes of real ones in float16 that
+The files have the names, the shapes and the bytes of real ones in float16 that
 the same CTranslate2 converted, so loads and memory are theirs. What such a model hears
 means nothing, but it is the same each time, 30 tokens a window: random layers make the
 text, sure enough of each token that faster-whisper does not try again at another
@@ -13,12 +10,10 @@ temperature, until the positions from there on lead to its end.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import struct
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,12 +56,12 @@ _COUNT = struct.calcsize("I")
 
 def write(size: str, directory: Path) -> Path:
     """
-    Write a model of a known *size* to *directory*, made if missing, and return it.
+    Writes a model of a known *size* to *directory*, made if missing, and returns it.
 
     Blocks: for as long as the disk takes; no more than one tensor is in memory.
 
     Raises:
-        KeyError: there is no such size.
+        KeyError: There is no such size; see `ARCHITECTURES`.
     """
     tokens, special = _vocabulary(size)
     spec = _specification(size, tokens)
@@ -83,7 +78,7 @@ def write(size: str, directory: Path) -> Path:
 
 def model_bytes(size: str) -> int:
     """
-    Bytes of the model.bin that `write` makes.
+    Returns the bytes of the model.bin that `write` makes.
     """
     spec = _specification(size, _vocabulary(size)[0])
     total = 4 * _COUNT + _string_bytes(spec.name)
@@ -118,7 +113,7 @@ def _specification(size: str, tokens: list[str]) -> WhisperSpec:
 
 def _vocabulary(size: str) -> tuple[list[str], list[str]]:
     """
-    All tokens of a size, and the special ones among them.
+    Returns all tokens of a size, and the special ones among them.
     """
     from faster_whisper.tokenizer import _LANGUAGE_CODES
 
@@ -138,7 +133,7 @@ def _word(number: int) -> str:
 
 class _Weights:
     """
-    The numbers of each tensor: views of one pool, which take no memory of their own.
+    The numbers of each tensor: views of one pool, without memory of their own.
     """
 
     def __init__(self, architecture: Architecture, end: int) -> None:
@@ -166,7 +161,7 @@ class _Weights:
 
     def _view(self, shape: tuple[int, ...]) -> Array:
         """
-        Rows of the pool, from a random place on; they overlap.
+        Returns overlapping rows of the pool, from a random place on.
         """
         columns = math.prod(shape[1:])
         needed = (shape[0] - 1) * _ROW_STEP + columns
@@ -175,22 +170,3 @@ class _Weights:
             self._pool[start : start + needed], columns
         )[::_ROW_STEP]
         return windows.reshape(shape)
-
-
-def main() -> None:
-    """
-    Write the model that the command line asks for.
-    """
-    parser = argparse.ArgumentParser(description="Write a model of random weights.")
-    parser.add_argument("size", choices=sorted(ARCHITECTURES))
-    parser.add_argument("directory", type=Path)
-    arguments = parser.parse_args()
-    started_s = time.perf_counter()
-    write(arguments.size, arguments.directory)
-    took_s = time.perf_counter() - started_s
-    print(f"{arguments.directory}: {model_bytes(arguments.size):,} bytes", end=" ")
-    print(f"in {took_s:.1f} s")
-
-
-if __name__ == "__main__":
-    main()

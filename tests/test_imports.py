@@ -25,6 +25,7 @@ LATER = {
     "whispercache.events",
     "whispercache.engine.loader",
     "whispercache.devices.memory",
+    "whispercache.devices.probe",
     "whispercache.core.snapshots",
 }
 

@@ -31,7 +31,7 @@ from whispercache.cli.doctor import Finding, examine
 from whispercache.cli.main import main
 from whispercache.cli.models import survey
 from whispercache.cli.progress import remaining_s
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.errors import DeviceUnavailable
 from whispercache.keys import MODELS

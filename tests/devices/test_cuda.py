@@ -29,7 +29,7 @@ from fakes import (
     run_child,
 )
 
-from whispercache.devices import cublas, cuda, memory
+from whispercache.devices import cublas, cuda
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -466,7 +466,7 @@ class TestCublas:
         """
         loaded: list[str] = []
         monkeypatch.setattr(ctypes, "CDLL", loaded.append)
-        assert memory.cublas_problem() is None
+        assert cublas.cublas_problem() is None
         cublas.load_cublas()
         assert loaded == [cublas._LIBRARY]
 
@@ -478,7 +478,7 @@ class TestCublas:
         """
         monkeypatch.setattr(ctypes, "CDLL", without())
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
-        problem = str(memory.cublas_problem())
+        problem = str(cublas.cublas_problem())
         assert "was not found: pip install nvidia-cublas-cu12" in problem
         assert f"({cublas._LIBRARY}: cannot open" in problem
 
@@ -493,7 +493,7 @@ class TestCublas:
         cublas.load_cublas()
         monkeypatch.undo()
         monkeypatch.setattr(ctypes, "CDLL", without(""))
-        assert memory.cublas_problem() is None
+        assert cublas.cublas_problem() is None
 
     def test_an_installed_library_that_cannot_be_loaded_is_to_be_installed_again(
         self, monkeypatch: pytest.MonkeyPatch, package: Path
@@ -502,7 +502,7 @@ class TestCublas:
         Its folder is named, and what the loader had to say of it.
         """
         monkeypatch.setattr(ctypes, "CDLL", without())
-        problem = str(memory.cublas_problem())
+        problem = str(cublas.cublas_problem())
         assert f"is in {package} but cannot be loaded: pip install --force" in problem
         assert f"{package / cublas._PACKAGED[0]}: cannot open" in problem
 

@@ -285,7 +285,7 @@ with open_cache() as cache:
         answer = _run(
             gpus,
             """
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 
 class Probe(SystemProbe):
     def read(self, device):
@@ -355,7 +355,7 @@ with open_cache() as cache:
         answer = _run(
             gpus,
             """
-from whispercache.devices.memory import anonymous_bytes
+from whispercache.devices.host import anonymous_bytes
 
 with open_cache() as cache:
     answer["host"], answer["card"] = [], []
@@ -857,7 +857,7 @@ answer["end"] = standin.books().context, standin.books().used
             gpus,
             """
 from pathlib import Path
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 
 def lives(before_it_leaves=lambda cache: None, **options):
     start = len(standin.CALLS)

@@ -27,6 +27,7 @@ from fakes import (
 )
 
 from whispercache.devices import host, memory
+from whispercache.devices.probe import SystemProbe
 from whispercache.errors import DeviceUnavailable
 
 if TYPE_CHECKING:
@@ -246,9 +247,7 @@ class TestGpus:
         The doctor can name the driver's version, and knows no problem with NVML.
         """
         gpus.set_state(ONE_CARD)
-        answer = gpus.answer(
-            "answer = [memory.driver_version(), memory.nvml_problem()]"
-        )
+        answer = gpus.answer("answer = [nvml.driver_version(), nvml.nvml_problem()]")
         assert answer == ["580.00.01", None]
 
     def test_a_driver_without_a_version_is_no_error(self, gpus: FakeGpus) -> None:
@@ -256,7 +255,7 @@ class TestGpus:
         Where NVML will not tell the version there is none.
         """
         gpus.set_state(f"fail nvmlSystemGetDriverVersion {NVML_UNKNOWN}")
-        assert gpus.answer("answer = memory.driver_version()") is None
+        assert gpus.answer("answer = nvml.driver_version()") is None
 
 
 @needs_linux
@@ -327,8 +326,8 @@ class TestGpusWithoutNvml:
             """
             import sys
             sys.modules["pynvml"] = None
-            version = memory.driver_version()
-            answer = [reading("cuda:0")[2], memory.nvml_problem(), version]
+            version = nvml.driver_version()
+            answer = [reading("cuda:0")[2], nvml.nvml_problem(), version]
             """
         )
         assert answer == [
@@ -374,7 +373,7 @@ class TestNoGpu:
             logging.basicConfig(level=logging.DEBUG)
             host = probe.read("cpu")
             devices = [probe.cuda_devices(), probe.cuda_devices()]
-            answer = [*devices, host.free_bytes > 0, memory.driver_version()]
+            answer = [*devices, host.free_bytes > 0, nvml.driver_version()]
             """,
             without=("cuda", "nvml"),
         )
@@ -399,7 +398,8 @@ class TestNoGpu:
         answer = gpus.answer(
             """
             import sys
-            probe.read("cpu"), probe.device_name("cpu"), memory.anonymous_bytes()
+            from whispercache.devices import host
+            probe.read("cpu"), probe.device_name("cpu"), host.anonymous_bytes()
             answer = "pynvml" in sys.modules
             """
         )
@@ -410,7 +410,7 @@ class TestNoGpu:
         """
         Neither the processor nor a GPU by number: the error says what could be.
         """
-        probe = memory.SystemProbe()
+        probe = SystemProbe()
         with pytest.raises(
             DeviceUnavailable, match=r"use 'cpu' or for example 'cuda:0'"
         ):
@@ -444,7 +444,7 @@ class FakeHost:
         """
         Total, free and source, as the probe reads them.
         """
-        reading = memory.SystemProbe(self.root).read("cpu")
+        reading = SystemProbe(self.root).read("cpu")
         return reading.total_bytes, reading.free_bytes, reading.source
 
 
@@ -581,7 +581,7 @@ class TestHost:
         """
         Here and now there is some memory, and not more is free than there is.
         """
-        reading = memory.SystemProbe().read("cpu")
+        reading = SystemProbe().read("cpu")
         assert 0 < reading.free_bytes <= reading.total_bytes
         assert reading.source in {"psutil", "cgroup"}
 
@@ -589,9 +589,9 @@ class TestHost:
         """
         The model where Linux tells it, else at least something.
         """
-        assert memory.SystemProbe(machine.root).device_name("cpu") != ""
+        assert SystemProbe(machine.root).device_name("cpu") != ""
         machine.write("proc/cpuinfo", "processor : 0\nmodel name\t: Zeta 9000 @ 3GHz")
-        assert memory.SystemProbe(machine.root).device_name("cpu") == "Zeta 9000 @ 3GHz"
+        assert SystemProbe(machine.root).device_name("cpu") == "Zeta 9000 @ 3GHz"
 
 
 class TestProcess:
@@ -603,12 +603,12 @@ class TestProcess:
         """
         64 MiB written to are 64 MiB more, give or take 16.
         """
-        before = memory.anonymous_bytes()
+        before = host.anonymous_bytes()
         # Not from the heap, which may have room left by other tests.
         with mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
             for start in range(0, len(block), MIB):
                 block[start : start + MIB] = b"x" * MIB
-            after = memory.anonymous_bytes()
+            after = host.anonymous_bytes()
         assert before is not None
         assert after is not None
         assert abs(after - before - 64 * MIB) < 16 * MIB
@@ -621,7 +621,7 @@ class TestProcess:
         """
         monkeypatch.setattr(host, "_text", lambda _: "")
         rss = psutil.Process().memory_info().rss
-        found = memory.anonymous_bytes()
+        found = host.anonymous_bytes()
         assert found is not None
         assert abs(found - rss) < 64 * MIB
 
@@ -629,7 +629,7 @@ class TestProcess:
             raise psutil.AccessDenied
 
         monkeypatch.setattr(psutil, "Process", refuse)
-        assert memory.anonymous_bytes() is None
+        assert host.anonymous_bytes() is None
 
     @pytest.mark.skipif(
         host._malloc_trim() is None,
@@ -641,7 +641,7 @@ class TestProcess:
         """
         child = run_child(
             """
-            from whispercache.devices.memory import anonymous_bytes, return_free_memory
+            from whispercache.devices.host import anonymous_bytes, return_free_memory
 
             start = anonymous_bytes()
             blocks = [bytes(1000) + bytes([n % 256]) for n in range(64_000)]
@@ -667,7 +667,7 @@ class TestProcess:
         """
         host._malloc_trim.cache_clear()
         monkeypatch.setattr(ctypes, "CDLL", _no_library)
-        memory.return_free_memory()
+        host.return_free_memory()
         monkeypatch.undo()
         host._malloc_trim.cache_clear()
 

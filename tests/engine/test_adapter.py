@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from whispercache import AudioError, ModelCache
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine.adapter import completed
 from whispercache.engine.api import LoadedModel, Loader, Released
 from whispercache.engine.loader import FasterWhisperLoader

@@ -23,7 +23,7 @@ from whispercache import (
 )
 from whispercache.cli.main import main
 from whispercache.console import WRONG_USE
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine.files import downloaded, is_whole, local_files
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.naming import canonical_model, short_name

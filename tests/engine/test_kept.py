@@ -275,7 +275,7 @@ class TestComingBack:
 MEASURE = """
 import gc, sys
 from whispercache import ModelCache
-from whispercache.devices.memory import anonymous_bytes, return_free_memory
+from whispercache.devices.host import anonymous_bytes, return_free_memory
 
 def held_bytes():
     gc.collect()

@@ -29,7 +29,7 @@ from whispercache import (
     UnknownModel,
     WhisperCacheError,
 )
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine.files import ModelFiles
 from whispercache.engine.kept import MOST_KEPT
 from whispercache.engine.loader import FasterWhisperLoader

@@ -97,7 +97,7 @@ import gc, json, sys
 import numpy as np
 from faster_whisper import WhisperModel
 from whispercache import ModelCache
-from whispercache.devices.memory import anonymous_bytes, return_free_memory
+from whispercache.devices.host import anonymous_bytes, return_free_memory
 
 def settled():
     gc.collect()

@@ -30,7 +30,7 @@ from whispercache import (
     ModelKey,
     WhisperCacheError,
 )
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine import claims as claims_module
 from whispercache.engine import construct
 from whispercache.engine.calls import languages

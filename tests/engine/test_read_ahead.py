@@ -26,7 +26,7 @@ from whispercache import (
     ModelCache,
     ModelTooLarge,
 )
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine import store as store_module
 from whispercache.engine.files import ModelFiles
 from whispercache.engine.loader import FasterWhisperLoader

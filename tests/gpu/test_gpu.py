@@ -21,19 +21,17 @@ from typing import TYPE_CHECKING
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import gpu
-import gpu_pretend
 import pytest
 from fakes import GIB, MIB
-from gpu_card import Card
-from gpu_parts import Heard, look, noise, plain_cache, say
-from gpu_records import Look, Pair, Survival
-from gpu_run import Setup
-from gpu_targets import LEAST_RETURNED, MOST_ASTRAY, MOST_GROWTH, growth
-from gpu_trials import out_of_memory, two_cards
+from gpu import command, pretend
+from gpu.card import Card
+from gpu.parts import Heard, look, noise, plain_cache, say
+from gpu.report import LEAST_RETURNED, MOST_ASTRAY, MOST_GROWTH, growth
+from gpu.run import Setup
+from gpu.trials import out_of_memory, two_cards
 from real import at_once, child
 
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 from whispercache.errors import LeaseTimeout
 from whispercache.events import ModelEvicted, ModelLoaded
 from whispercache.testing import check
@@ -58,12 +56,12 @@ PRETENDS = "FAKE_GPU_STATE" in os.environ
 
 _PROLOGUE = f"""
 import json, os, sys
-sys.path.append({str(Path(gpu_pretend.__file__).parent)!r})
+sys.path.append({str(Path(pretend.__file__).parents[1])!r})
 if {PRETENDS}:
-    import gpu_pretend
-    gpu_pretend.install("suite")
-from gpu_card import Card
-from gpu_parts import Heard, plain_cache, say
+    from gpu import pretend
+    pretend.install("suite")
+from gpu.card import Card
+from gpu.parts import Heard, plain_cache, say
 from whispercache.events import DeviceWarmedUp, ModelEvicted
 
 path, device = sys.argv[1], {DEVICE!r}
@@ -75,10 +73,9 @@ def problem() -> str:
     Why there is no card, in one line; empty if there is one.
     """
     if PRETENDS:
-        gpu_pretend.install("out of memory")
+        pretend.install("out of memory")
     (found,) = look(Setup("", ""), "")
-    assert isinstance(found, Look)
-    return found.problem
+    return str(found.cells["problem"])
 
 
 if reason := problem():
@@ -97,7 +94,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     setup = Setup(str(home), models, sizes, pretends=PRETENDS)
     if PRETENDS:
         setup = replace(setup, full_bytes=64 << 10)
-    problem = gpu.write_models(setup)
+    problem = command.write_models(setup)
     assert not problem, problem
     return setup
 
@@ -181,7 +178,7 @@ def test_a_context_is_made_by_the_first_load_and_by_nothing_before(
     To ask for devices, models, memory and explanations takes nothing of the card.
     """
     code = """
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 card = Card(device)
 with plain_cache() as cache:
     SystemProbe().read(device)
@@ -370,12 +367,12 @@ def test_a_full_card_is_survived(setup: Setup) -> None:
     Idle models leave for a load and for a call that find too little; where none is, the
     caller is told. Afterwards everything works, and next to nothing stays in the pool.
     """
-    found = [each for each in out_of_memory(setup, "") if isinstance(each, Survival)]
-    assert [each.worked for each in found] == [True, False, True, False]
-    assert [each.evicted > 0 for each in found] == [True, False, True, False]
-    assert all("out of memory" in each.raised for each in found if not each.worked)
-    assert all(each.works_after for each in found)
-    assert all((each.idle_bytes or 0) <= MOST_IDLE_BYTES for each in found)
+    found = [row.cells for row in out_of_memory(setup, "")]
+    assert [each["got it"] for each in found] == [True, False, True, False]
+    assert [each["evicted"] != "0" for each in found] == [True, False, True, False]
+    assert all("out of memory" in e["raised"] for e in found if not e["got it"])
+    assert all(each["works after"] for each in found)
+    assert all((e["idle in the pool"] or 0) <= MOST_IDLE_BYTES for e in found)
 
 
 @pytest.mark.parametrize("allocator", ["cuda_malloc_async", "cub_caching"])
@@ -407,6 +404,6 @@ def test_two_cards_load_and_work_at_the_same_time(setup: Setup, card: Card) -> N
     """
     if card.driver.device_count < 2:
         pytest.skip("it takes two cards, CUDA sees one")
-    pairs = [each for each in two_cards(setup, "") if isinstance(each, Pair)]
-    assert [pair.device for pair in pairs] == ["cuda:0", "cuda:1"]
-    assert [pair.differing for pair in pairs] == [0, 0]
+    pairs = [row.cells for row in two_cards(setup, "")]
+    assert [pair[""] for pair in pairs] == ["cuda:0", "cuda:1"]
+    assert [pair["differing"] for pair in pairs] == ["0", "0"]

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
-from whispercache.devices.cublas import cublas_version
+from whispercache.devices.cublas import cublas_problem, cublas_version
 from whispercache.devices.cuda import DRIVER_LIBRARY
-from whispercache.devices.memory import cublas_problem, driver_version, nvml_problem
+from whispercache.devices.nvml import driver_version, nvml_problem
 from whispercache.devices.release import compile_reason, cublas_reason
 from whispercache.engine import telemetry
 from whispercache.engine.process import versions

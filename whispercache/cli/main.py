@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from whispercache import __version__
 from whispercache.comparison import command as compare
 from whispercache.console import INTERRUPTED, WRONG_USE, add_limits, error_line, explain
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine.calls.languages import language_code
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.errors import WhisperCacheError

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whispercache.console import WRONG_USE, error_line, explain
-from whispercache.devices.memory import SystemProbe
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.naming import canonical_model, parse_spec, short_name
 from whispercache.engine.sizes.header import ModelHeader

@@ -8,7 +8,7 @@ import gc
 import threading
 from typing import TYPE_CHECKING
 
-from whispercache.devices import memory
+from whispercache.devices import host
 from whispercache.errors import DeviceUnavailable
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Gauge:
         if self._device == "cpu":
             # A model that moves into the heap's holes would seem to take nothing.
             gc.collect()
-            memory.return_free_memory()
+            host.return_free_memory()
         # Other programs' memory on a card counts as before, too.
         self._before_bytes = self._held_bytes()
         if self._before_bytes is not None:
@@ -96,7 +96,7 @@ class Gauge:
 
     def _held_bytes(self) -> int | None:
         if self._device == "cpu":
-            return memory.anonymous_bytes()
+            return host.anonymous_bytes()
         try:
             reading = self._probe.read(self._device)
         except DeviceUnavailable:

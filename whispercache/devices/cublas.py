@@ -1,8 +1,8 @@
 """
 cuBLAS 12, which CTranslate2 opens by name at its first computation on a GPU.
 
-Its pip package puts it where the dynamic loader does not look. Once loaded from there
-by whomever, CTranslate2 gets it by its bare name, without ``LD_LIBRARY_PATH``.
+Its pip package puts it where the dynamic loader does not look. After it was loaded from
+there once, CTranslate2 finds it by its bare name, without ``LD_LIBRARY_PATH``.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _INSIDE = "nvidia/cublas/bin" if _IS_WINDOWS else "nvidia/cublas/lib"
 
 def load_cublas() -> None:
     """
-    Make cuBLAS known by its name, from its pip package where it is in no other place.
+    Makes cuBLAS known by its name, from its pip package if it is in no other place.
 
-    Where it cannot be loaded nothing happens: CTranslate2 says that at its first
-    computation, and `cublas_problem` says why. Found once, it is not looked for again.
+    Does nothing where it cannot be loaded: CTranslate2 reports that at its first
+    computation, and `cublas_problem` says why. Once found, it is not looked for again.
     """
     with contextlib.suppress(OSError):
         _load()
@@ -38,7 +38,7 @@ def load_cublas() -> None:
 
 def cublas_problem() -> str | None:
     """
-    What keeps CTranslate2 from finding cuBLAS 12, and how to mend it; None if nothing.
+    Returns why CTranslate2 cannot find cuBLAS 12, and how to mend that; None if it can.
 
     Loads the library into this process, some 800 MiB of address space, for good.
     """
@@ -51,10 +51,10 @@ def cublas_problem() -> str | None:
 
 def cublas_version() -> tuple[int, int] | None:
     """
-    Major and minor version of the library, which are those of its CUDA; None where it
-    is missing or does not tell.
+    Returns the library's major and minor version, which are those of its CUDA.
 
-    Loads it for good, as `cublas_problem` does. No GPU is touched.
+    None where it is missing or does not tell. Loads it for good, as `cublas_problem`
+    does. No GPU is touched.
     """
     numbers = []
     try:
@@ -75,10 +75,10 @@ def cublas_version() -> tuple[int, int] | None:
 @functools.cache
 def _load() -> None:
     """
-    Load the library, for good.
+    Loads the library for good. A failure is not remembered.
 
     Raises:
-        OSError: It is missing or broken; the text says how to mend that. Not cached.
+        OSError: It is missing or broken; the text says how to mend that.
     """
     try:
         ctypes.CDLL(_LIBRARY)
@@ -100,8 +100,8 @@ def _load_from(folder: Path) -> None:
         os.add_dll_directory(str(folder))
     try:
         for library in _PACKAGED:
-            # Its symbols stay its own: another library here may use another cuBLAS.
-            # Who opens it by name gets this one all the same, by its soname.
+            # Its symbols stay local: another library here may use another cuBLAS. A
+            # library that opens it by name gets this one all the same, by its soname.
             ctypes.CDLL(str(folder / library))
     except OSError as error:
         msg = (
@@ -113,7 +113,7 @@ def _load_from(folder: Path) -> None:
 
 def _packaged_folder() -> Path | None:
     """
-    The first folder of an installed nvidia-cublas-cu12 that holds the library.
+    Returns the first folder of an installed nvidia-cublas-cu12 with the library.
     """
     for entry in sys.path:
         folder = Path(entry) / _INSIDE

@@ -1,12 +1,12 @@
 """
 The NVIDIA driver through ctypes: which GPUs CUDA sees, and what it knows of them.
 
-Needs no toolkit. Never creates a context, which would cost a few hundred MiB of the
-card: what only a context can tell is told only if somebody else made one already.
+It needs no toolkit. It never creates a context, which would cost a few hundred MiB of
+the card. What only a context can tell is unknown until another library has made one.
 
 Opening the driver calls ``cuInit``, which reads ``CUDA_VISIBLE_DEVICES`` for the last
-time and makes CUDA unusable in processes forked later: only the first question about a
-GPU does it.
+time and makes CUDA unusable in processes forked later. Therefore the driver is opened
+by the first question about a GPU, and not before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _POOL_USED_HIGH = 8
 
 class CudaError(RuntimeError):
     """
-    The driver is missing or refused a call; the text says what, and how to mend it.
+    A driver that is missing or refused a call; the text says how to mend that.
     """
 
 
@@ -49,8 +49,8 @@ class Pool:
     The pool that this process's CUDA allocates a GPU's memory from, at one moment.
 
     CTranslate2 allocates from it (``cudaMallocAsync``), as other libraries here may.
-    Other processes have their own. The numbers are read one after the other, so that
-    they may not match while another thread allocates.
+    Other processes have their own. The numbers are read one after the other and may
+    disagree while another thread allocates.
 
     Attributes:
         used_bytes: Allocated and not freed.
@@ -65,7 +65,7 @@ class Pool:
     @property
     def idle_bytes(self) -> int:
         """
-        Held of the card without being in use: what a trim gives back.
+        Bytes held of the card without being in use, which a trim gives back.
         """
         return max(self.reserved_bytes - self.used_bytes, 0)
 
@@ -79,6 +79,7 @@ class Driver:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        # Allowed more than once, and by other libraries of the process as well.
         self._call("cuInit", 0)
         count = ctypes.c_int()
         self._call("cuDeviceGetCount", ctypes.byref(count))
@@ -86,17 +87,18 @@ class Driver:
 
     def uuid(self, ordinal: int) -> str:
         """
-        The GPU's UUID without prefix, or that of the MIG slice where it is one.
+        Returns the UUID of the GPU, or of the MIG slice where it is one, unprefixed.
         """
         raw = (ctypes.c_ubyte * 16)()
         self._call("cuDeviceGetUuid_v2", raw, self._device(ordinal))
         text = bytes(raw).hex()
+        # In groups, as NVML and nvidia-smi write it.
         cuts = ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32))
         return "-".join(text[start:end] for start, end in cuts)
 
     def pci_bus_id(self, ordinal: int) -> str:
         """
-        Where the card sits, for example ``"0000:3b:00.0"``.
+        Returns the card's slot, for example ``"0000:3b:00.0"``.
         """
         text = ctypes.create_string_buffer(32)
         self._call("cuDeviceGetPCIBusId", text, len(text), self._device(ordinal))
@@ -104,7 +106,7 @@ class Driver:
 
     def name(self, ordinal: int) -> str:
         """
-        The card's name, with the profile of a MIG slice.
+        Returns the card's name, with the profile of a MIG slice.
         """
         text = ctypes.create_string_buffer(256)
         self._call("cuDeviceGetName", text, len(text), self._device(ordinal))
@@ -112,7 +114,7 @@ class Driver:
 
     def total_bytes(self, ordinal: int) -> int:
         """
-        Memory of the GPU that CUDA programs can use, taken or not.
+        Returns the GPU's memory that CUDA programs can use, taken or not.
         """
         total = ctypes.c_size_t()
         device = self._device(ordinal)
@@ -121,13 +123,13 @@ class Driver:
 
     def is_integrated(self, ordinal: int) -> bool:
         """
-        Whether the GPU has no memory of its own but shares the host's.
+        Tests if the GPU has no memory of its own but shares the host's.
         """
         return bool(self._attribute(self._device(ordinal), _ATTRIBUTE_INTEGRATED))
 
     def compute_capability(self, ordinal: int) -> tuple[int, int]:
         """
-        Which code the GPU runs, for example ``(8, 6)``.
+        Returns the generation of code that the GPU runs, for example ``(8, 6)``.
         """
         device = self._device(ordinal)
         return (
@@ -137,8 +139,9 @@ class Driver:
 
     def is_active(self, ordinal: int) -> bool:
         """
-        Whether CUDA runs on the GPU in this process: whether it has a context there.
+        Tests if this process has a context on the GPU.
         """
+        # Of all threads: cuCtxGetCurrent would only tell of this one.
         flags, active = ctypes.c_uint(), ctypes.c_int()
         self._call(
             "cuDevicePrimaryCtxGetState",
@@ -150,9 +153,10 @@ class Driver:
 
     def free_bytes(self, ordinal: int) -> int | None:
         """
-        Free bytes of the GPU, or None while no context is active in this process.
+        Returns the GPU's free bytes; None while this process has no context there.
         """
         with self._context(ordinal) as device:
+            # The driver answers only with a context, and to create one takes memory.
             if device is None:
                 return None
             free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -161,9 +165,9 @@ class Driver:
 
     def synchronize(self, ordinal: int) -> bool:
         """
-        Wait for all of this process's work on the GPU; False where it has no context.
+        Waits for all of this process's work on the GPU; False where it has no context.
 
-        What that work broke, such as an illegal memory access, is raised here.
+        Errors of that work, such as an illegal memory access, are raised here.
 
         Blocks: until the work is done.
         """
@@ -174,7 +178,7 @@ class Driver:
 
     def pool(self, ordinal: int) -> Pool | None:
         """
-        The GPU's memory pool now; None without a context, or where it has no pools.
+        Reads the GPU's memory pool; None without a context, or where it has no pools.
         """
         with self._pool(ordinal) as pool:
             if pool is None:
@@ -187,24 +191,26 @@ class Driver:
 
     def trim(self, ordinal: int) -> bool:
         """
-        Give the pool's idle memory back to the card; False where there is no pool.
+        Gives the pool's idle memory back to the card; False where there is no pool.
 
-        What another library of this process set, to keep it, does not stop that.
+        A threshold that another library of this process set does not stop that.
 
-        Blocks: for all of this process's work on the GPU, whose frees count only then.
+        Blocks: until this process's work on the GPU is done.
         """
         with self._pool(ordinal) as pool:
             if pool is not None:
+                # Memory that was freed in stream order is idle only after that.
                 self._call("cuCtxSynchronize")
                 self._call("cuMemPoolTrimTo", pool, ctypes.c_size_t(0))
             return pool is not None
 
     def forget_peak(self, ordinal: int) -> None:
         """
-        Count the pool's peak from now on; nothing happens where there is no pool.
+        Counts the pool's peak from now on; does nothing where there is no pool.
         """
         with self._pool(ordinal) as pool:
             if pool is not None:
+                # Zero is the only value that a peak can be set to.
                 none = ctypes.c_uint64(0)
                 name = "cuMemPoolSetAttribute"
                 self._call(name, pool, _POOL_USED_HIGH, ctypes.byref(none))
@@ -212,14 +218,16 @@ class Driver:
     @contextmanager
     def _context(self, ordinal: int) -> Iterator[ctypes.c_int | None]:
         """
-        The device, its context current on this thread; None where it has no context.
+        Yields the device, its context current on this thread; None where it has none.
         """
+        # The primary context is the one that CTranslate2, by the CUDA runtime, uses.
         if not self.is_active(ordinal):
             yield None
             return
         device, context = self._device(ordinal), ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         try:
+            # The thread may have another context current, and gets that back.
             self._call("cuCtxPushCurrent_v2", context)
             try:
                 yield device
@@ -231,9 +239,10 @@ class Driver:
     @contextmanager
     def _pool(self, ordinal: int) -> Iterator[ctypes.c_void_p | None]:
         """
-        The pool in use on the GPU, its context current; None where there is none.
+        Yields the pool in use on the GPU, its context current; None without one.
         """
         with self._context(ordinal) as device:
+            # A driver without pools refuses the calls below.
             if device is None or not self._attribute(
                 device, _ATTRIBUTE_POOLS_SUPPORTED
             ):
@@ -260,13 +269,14 @@ class Driver:
 
     def _call(self, function: str, *arguments: object) -> None:
         """
-        Call *function*. The arguments are ctypes values already, or small integers.
+        Calls *function* with arguments that are ctypes values or small integers.
         """
         try:
             code = getattr(self._library, function)(*arguments)
         except AttributeError:
             msg = f"the NVIDIA driver is too old: it has no {function}; update it"
             raise CudaError(msg) from None
+        # The usual case in a container, so it gets an advice of its own.
         if code == _NO_DEVICE:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             msg = (
@@ -289,14 +299,17 @@ class Driver:
 
 def is_open() -> bool:
     """
-    Whether this process, or one that forked it, has opened the driver.
+    Tests if this process, or one that forked it, has opened the driver.
     """
+    # Asked by the count of the cache, since asking the function would open it.
     return _open_driver.cache_info().currsize > 0 and isinstance(_open_driver(), Driver)
 
 
 def open_driver() -> Driver:
     """
-    This process's `Driver`, opened by the first call; a failure is remembered too.
+    Returns this process's `Driver`, which the first call opens.
+
+    A failure is remembered, too.
 
     Raises:
         CudaError: There is no driver, or it sees no GPU.
@@ -311,8 +324,9 @@ def open_driver() -> Driver:
 @functools.cache
 def _open_driver() -> Driver | str:
     """
-    The driver, or why there is none. Two threads may both get here; cuInit allows it.
+    Opens the driver, or returns why there is none.
     """
+    # Two threads may both get here, which cuInit allows.
     try:
         return Driver(ctypes.CDLL(DRIVER_LIBRARY))
     except OSError as error:

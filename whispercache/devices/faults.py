@@ -1,8 +1,8 @@
 """
-Faults: what an error of CTranslate2 or CUDA means for the cache. Pure.
+The meaning of an error of CTranslate2 or CUDA for the cache. Pure.
 
-CTranslate2 raises RuntimeError for all that goes wrong on a device, with the text of
-the CUDA runtime in it; so the text is all there is to go by.
+CTranslate2 raises RuntimeError for every error on a device, with the text of the CUDA
+runtime in it. So errors can only be told apart by their text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Fault", "classify", "is_from_ctranslate2"]
 
 class Fault(Enum):
     """
-    What kind of error it is.
+    A kind of error.
     """
 
     OUT_OF_MEMORY = auto()
@@ -23,7 +23,7 @@ class Fault(Enum):
     """
     PERHAPS_OUT_OF_MEMORY = auto()
     """
-    A wording that means either that or something else: free memory decides.
+    A wording with two meanings, one of them that: free memory decides.
     """
     STICKY = auto()
     """
@@ -91,12 +91,14 @@ Source: OpenNMT/CTranslate2#1865, int8 on GeForce RTX 50xx; NVIDIA, cuBLAS, its 
 
 def is_from_ctranslate2(error: BaseException) -> bool:
     """
-    Whether an error that came out of a caller's block is CTranslate2's, by its wording:
-    another library's may be about another device.
+    Tests by its wording if an error that left a caller's block is CTranslate2's.
+
+    Another library's error may be about another device.
 
     Source: src/cuda/utils.h @ 0d8bcd3, CUDA_CHECK and CUBLAS_CHECK; what Thrust throws
     passes as it is.
     """
+    # Case matters: other libraries speak of CUDA failures in other words.
     text = str(error)
     return isinstance(error, RuntimeError) and any(
         words in text
@@ -110,13 +112,15 @@ def is_from_ctranslate2(error: BaseException) -> bool:
 
 def classify(error: BaseException) -> Fault:
     """
-    What *error* of a load, an unload or a call means.
+    Returns the kind of an error of a load, an unload or a call.
     """
+    # Python's own, from an array or a file that did not fit.
     if isinstance(error, MemoryError):
         return Fault.OUT_OF_MEMORY
     if not isinstance(error, RuntimeError):
         return Fault.OTHER
     text = str(error).lower()
+    # A broken context comes first: its texts may speak of memory as well.
     for wordings, fault in (
         (_STICKY, Fault.STICKY),
         (_OUT_OF_MEMORY, Fault.OUT_OF_MEMORY),

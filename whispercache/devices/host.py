@@ -1,8 +1,8 @@
 """
 Host memory: what this process may still take, what it holds, how to give it back.
 
-In a container the machine's free memory means little: the kernel kills whoever exceeds
-the limit of its control group. Both are read, and the tighter one counts.
+In a container the machine's free memory means little: the kernel kills a process that
+exceeds the limit of its control group. Both are read, and the tighter one counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["anonymous_bytes", "cpu_name", "host_room", "return_free_memory"]
+__all__ = [
+    "anonymous_bytes",
+    "cpu_name",
+    "host_room",
+    "return_free_memory",
+    "user_cache",
+]
 
 
 class _Flavour(NamedTuple):
@@ -30,7 +36,7 @@ class _Flavour(NamedTuple):
     mounted_at: str
 
 
-# memory.high does not kill, but a process above it is slowed to a crawl.
+# memory.high does not kill, but the kernel slows a process above it to a crawl.
 _V2 = _Flavour(
     ("memory.max", "memory.high"), "memory.current", "inactive_file", "sys/fs/cgroup"
 )
@@ -51,9 +57,10 @@ _MOUNT = re.compile(
 
 def host_room(root: Path = Path("/")) -> tuple[int, int, str]:
     """
-    Total bytes, free bytes, and who said so: ``"psutil"`` or ``"cgroup"``.
+    Returns total bytes, free bytes, and their source: ``"psutil"`` or ``"cgroup"``.
 
-    *root* is where ``proc`` and ``sys`` lie; only tests have another one.
+    Args:
+        root: Where ``proc`` and ``sys`` lie; only tests have another one.
 
     Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory and
     cgroup-v1/memory.html, section 4.
@@ -65,6 +72,7 @@ def host_room(root: Path = Path("/")) -> tuple[int, int, str]:
     for flavour, levels in _control_groups(root):
         for level in levels:
             limit_bytes = _limit_bytes(level, flavour)
+            # Version 1 shows "no limit" as a number far above any machine's memory.
             if limit_bytes is None or limit_bytes >= machine.total:
                 continue
             left_bytes = max(0, limit_bytes - _held_bytes(level, flavour))
@@ -76,10 +84,10 @@ def host_room(root: Path = Path("/")) -> tuple[int, int, str]:
 
 def anonymous_bytes() -> int | None:
     """
-    Resident bytes of this process that no file backs, or None if nobody can tell.
+    Returns the resident bytes of this process that no file backs; None if unknown.
 
-    Model weights are among them, and pages of files that the kernel can drop are not.
-    Where the system does not tell the two apart (all but Linux) it is the resident set.
+    Model weights are among them. Pages of files, which the kernel can drop, are not.
+    Only Linux tells the two apart; elsewhere this is the resident set.
     """
     status = _text(Path("/proc/self/status"))
     match = re.search(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)
@@ -95,11 +103,11 @@ def anonymous_bytes() -> int | None:
 
 def return_free_memory() -> None:
     """
-    Give the C library's free heap pages back to the system; nothing without glibc.
+    Returns the C library's free heap pages to the system; does nothing without glibc.
 
-    Freed weights stay in the process without it.
+    Freed weights would stay in the process without it.
 
-    Blocks: Other threads' allocations, arena by arena, for some milliseconds.
+    Blocks: other threads' allocations, arena by arena, for some milliseconds.
     Source: 107 MiB stayed of an unloaded model, 28 MiB (1 above the base line) after
     this; CTranslate2 4.8.5, base, CPU.
     """
@@ -110,22 +118,23 @@ def return_free_memory() -> None:
 
 def user_cache() -> Path:
     """
-    This program's directory in the cache directory of the user.
+    Returns this program's directory in the cache directory of the user.
 
     Raises:
-        OSError: the user has none.
+        OSError: The user has none.
     """
     from platformdirs import user_cache_dir
 
     path = Path(user_cache_dir("whispercache"))
-    if not path.is_absolute():  # no HOME, and a number for a user
+    # Without HOME, and with a user id that has no name, platformdirs starts with "~".
+    if not path.is_absolute():
         raise FileNotFoundError("the user has no home directory; set XDG_CACHE_HOME")
     return path
 
 
 def cpu_name(root: Path = Path("/")) -> str:
     """
-    The processor's model name, or at the least its architecture.
+    Returns the processor's model name, or at least its architecture.
     """
     match = re.search(
         r"^model name\s*:\s*(\S.*)$", _text(root / "proc/cpuinfo"), re.MULTILINE
@@ -140,7 +149,7 @@ def cpu_name(root: Path = Path("/")) -> str:
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
     """
-    Glibc's ``malloc_trim``, or None.
+    Returns glibc's ``malloc_trim``, or None.
     """
     try:
         trim = ctypes.CDLL(None).malloc_trim
@@ -155,7 +164,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 def _control_groups(root: Path) -> Iterator[tuple[_Flavour, list[Path]]]:
     """
-    The folders whose limits bind this process, by version, innermost first.
+    Yields the folders whose limits bind this process, by version, innermost first.
     """
     mounts = _mounts(root)
     for line in _text(root / "proc/self/cgroup").splitlines():
@@ -180,7 +189,7 @@ def _control_groups(root: Path) -> Iterator[tuple[_Flavour, list[Path]]]:
 
 def _mounts(root: Path) -> dict[_Flavour, tuple[str, Path]]:
     """
-    Where each version is mounted: which group is shown there, and the folder.
+    Returns the mount of each version: which group is shown there, and the folder.
     """
     found: dict[_Flavour, tuple[str, Path]] = {}
     for mount in _MOUNT.finditer(_text(root / "proc/self/mountinfo")):
@@ -194,15 +203,16 @@ def _mounts(root: Path) -> dict[_Flavour, tuple[str, Path]]:
 
 def _limit_bytes(level: Path, flavour: _Flavour) -> int | None:
     """
-    The tightest limit that one group sets. ``"max"`` is no number, hence no limit.
+    Returns the tightest limit that one group sets; None without one.
     """
+    # "max" is no number, hence no limit.
     texts = (_text(level / name).strip() for name in flavour.limits)
     return min((int(text) for text in texts if text.isdecimal()), default=None)
 
 
 def _held_bytes(level: Path, flavour: _Flavour) -> int:
     """
-    Bytes charged to a group, less the file pages that the kernel drops at need.
+    Returns the bytes charged to a group, without the file pages that can be dropped.
     """
     usage = _text(level / flavour.usage).strip()
     match = re.search(
@@ -214,7 +224,7 @@ def _held_bytes(level: Path, flavour: _Flavour) -> int:
 
 def _text(path: Path) -> str:
     """
-    The file's content, or nothing where it is missing or may not be read.
+    Returns the file's content, or nothing where it is missing or may not be read.
     """
     try:
         return path.read_text(encoding="utf-8", errors="replace")

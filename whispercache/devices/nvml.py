@@ -1,8 +1,8 @@
 """
-NVML through nvidia-ml-py: how much of a card is free, whoever holds the rest.
+NVML through nvidia-ml-py: the free memory of a card, among all processes.
 
-It needs no CUDA context and sees all processes. Nothing is imported or initialised
-before the first question, and where NVML cannot tell, the answer is None.
+NVML needs no CUDA context and sees all processes. Nothing is imported or initialised
+before the first question. Where NVML cannot tell, the answer is None.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class Card(NamedTuple):
 
 def find_card(driver: Driver, ordinal: int) -> Card | None:
     """
-    What NVML knows as the GPU that CUDA calls *ordinal*, or None.
+    Returns NVML's handle of the GPU that CUDA calls *ordinal*, or None.
 
-    The two count differently, so the UUID is the bridge; its prefix tells a card from a
-    slice of one, and NVML wants it exact. Where UUIDs fail (WSL2) the PCI slot serves.
+    The two count GPUs differently, so they are matched by UUID. Its prefix tells a card
+    from a slice of one, and NVML wants it exact. Where UUIDs fail (WSL2) the PCI slot
+    is used.
     """
     nvml = _nvml()
     if not isinstance(nvml, ModuleType):
@@ -57,15 +58,15 @@ def find_card(driver: Driver, ordinal: int) -> Card | None:
 
 def card_memory(card: Card) -> tuple[int, int] | None:
     """
-    Total and free bytes, or None where NVML does not support the question.
+    Returns total and free bytes, or None where NVML does not support the question.
 
     Raises:
-        CudaError: The card is gone: no other source could be trusted.
+        CudaError: The card is gone, so that no other source could be trusted.
     """
     nvml = card.nvml
     try:
-        # The first version of the structure: what the second calls used is unclear
-        # about the bytes that the driver keeps for itself.
+        # The first version of the structure: of the second it is unclear whether bytes
+        # that the driver reserves for itself count as used.
         memory = nvml.nvmlDeviceGetMemoryInfo(card.handle)
     except (nvml.NVMLError_GpuIsLost, nvml.NVMLError_ResetRequired) as error:
         msg = f"NVML says {error}; reset the card or restart the machine"
@@ -77,7 +78,7 @@ def card_memory(card: Card) -> tuple[int, int] | None:
 
 def driver_version() -> str | None:
     """
-    The NVIDIA driver's version, such as ``"580.95.05"``; None where NVML cannot tell.
+    Returns the NVIDIA driver's version, such as ``"580.95.05"``; None if unknown.
     """
     nvml = _nvml()
     if not isinstance(nvml, ModuleType):
@@ -90,7 +91,7 @@ def driver_version() -> str | None:
 
 def nvml_problem() -> str | None:
     """
-    Why NVML cannot be used here, in one line, or None if it can.
+    Returns why NVML cannot be used here, in one line; None if it can.
     """
     nvml = _nvml()
     return nvml if isinstance(nvml, str) else None
@@ -101,11 +102,12 @@ _starting = threading.Lock()
 
 def _nvml() -> ModuleType | str:
     """
-    The binding with NVML initialised, or why it cannot be used.
+    Returns the binding with NVML initialised, or why it cannot be used.
 
-    Initialised once, for the rest of the process: that costs milliseconds, a reading
-    some 10 µs.
+    NVML stays initialised for the rest of the process: starting it takes milliseconds,
+    a reading some 10 µs.
     """
+    # The cache of a function does not keep two threads from running it at once.
     with _starting:
         return _start()
 

@@ -1,10 +1,10 @@
 """
-VRAM: what this process holds of a card, and whether what it freed has come back.
+What this process holds of a card, and whether the card got back what was freed.
 
-Free memory of a card is everybody's: other programs take and give while a model leaves.
-What this process holds is its own, and CUDA's memory pool, which CTranslate2 allocates
-from, tells it to the byte. So the pool is believed where there is one, and the gauge
-only where there is none.
+The free memory of a card is shared: other programs take and free some while a model is
+unloaded. CUDA's memory pool, from which CTranslate2 allocates, is this process's own
+and exact to the byte. So the pool decides where there is one, and the gauge only where
+there is none.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _log = logging.getLogger("whispercache")
 
 ENOUGH_RETURNED = 0.75
 """
-Share of what was expected back that confirms its return: other programs blur the gauge.
+Share of the expected bytes that confirms a return: other programs blur the gauge.
 
 Source: Ollama's rule (FACTS, CUDA memory 6).
 """
 
 RETURN_WAIT_S = 2.0
 """
-Most seconds to wait for the gauge to show what was freed, where there is no pool.
+Most seconds to wait, without a pool, for the gauge to show what was freed.
 
 Source: typically 0.5 to 1.5 s (likewise).
 """
@@ -89,11 +89,11 @@ works (OpenNMT/CTranslate2#1865; McCloudS/subgen#332).
 @dataclass(frozen=True, slots=True)
 class Holdings:
     """
-    What is held of a card at one moment.
+    The memory of a card that is held at one moment.
 
     Attributes:
         pool: This process's memory pool there; None where there is none, or not yet.
-        used_bytes: What all programs hold together, by the gauge; None if unknown.
+        used_bytes: Held by all programs together, by the gauge; None if unknown.
     """
 
     pool: Pool | None
@@ -101,10 +101,12 @@ class Holdings:
 
     def growth_since(self, before: Holdings) -> int | None:
         """
-        How much more is held than *before*: by the pool, or by the gauge where the pool
-        did not grow, as where CTranslate2 allocates from elsewhere; None if unknown.
+        Returns how much more is held than *before*; None if unknown.
 
-        Source: ``CT2_CUDA_ALLOCATOR=cub_caching`` does; CTranslate2's default where
+        The pool decides. The gauge is asked where the pool did not grow, since
+        CTranslate2 may allocate from elsewhere.
+
+        Source: ``CT2_CUDA_ALLOCATOR=cub_caching`` does, and CTranslate2's default where
         a card has no pools.
         """
         if self.pool is not None:
@@ -120,12 +122,12 @@ class Holdings:
 @dataclass(frozen=True, slots=True)
 class Return:
     """
-    What came back of memory that was freed.
+    How much of the memory that was freed the card has again.
 
     Attributes:
-        returned_bytes: Fall that was seen, or None where nothing can be seen.
-        unreturned_bytes: What must be taken for still held.
-        used_bytes: What all programs hold afterwards, by the gauge; None if unknown.
+        returned_bytes: The fall that was seen; None where nothing can be seen.
+        unreturned_bytes: Bytes that have to count as still held.
+        used_bytes: Held by all programs afterwards, by the gauge; None if unknown.
     """
 
     returned_bytes: int | None
@@ -135,22 +137,22 @@ class Return:
 
 def holdings(device: str, probe: MemoryProbe) -> Holdings:
     """
-    What is held of *device* now.
+    Returns what is held of *device* now.
 
     Raises:
-        CudaError: an earlier error left the device unusable.
+        CudaError: An earlier error left the device unusable.
     """
     return Holdings(_pool(device), _used_bytes(device, probe))
 
 
 def synchronize(device: str) -> None:
     """
-    Wait for all of this process's work on *device*.
+    Waits for all of this process's work on *device*.
 
     Blocks: until it is done.
 
     Raises:
-        CudaError: some of it failed.
+        CudaError: Some of it failed.
     """
     if (found := _find(device)) is not None:
         driver, ordinal = found
@@ -166,40 +168,45 @@ def returned(
     is_quiet: bool = False,
 ) -> Return:
     """
-    Give freed memory back to the card, and see how much of it came back.
+    Gives freed memory back to the card, and checks how much the card has again.
 
-    Waits for the card's work, trims the pool, and reads again. What the pool no longer
-    holds is free, whatever the gauge shows meanwhile.
+    Waits for the card's work, trims the pool, and reads again. Memory that the pool no
+    longer holds is free, whatever the gauge shows meanwhile.
 
     Args:
         device: Where a model has just been unloaded.
         probe: The gauge.
-        before: What was held while the model was there.
+        before: What was held while the model was loaded.
         expected_bytes: What it is known to have taken.
-        is_quiet: Whether this process does nothing else on the device. Then what the
-            pool still has in use was left behind; else it may be others' work.
+        is_quiet: Whether this process does nothing else on the device. Then all that
+            the pool still has in use was left behind; else it may be others' work.
 
     Blocks: for the card's work; without a pool up to `RETURN_WAIT_S`.
 
     Raises:
-        CudaError: an error has left the device unusable.
+        CudaError: An error has left the device unusable.
     """
     settle(device)
     after = holdings(device, probe)
     enough_bytes = ENOUGH_RETURNED * expected_bytes
+    # A model that CTranslate2 allocated elsewhere does not show in the pool.
     was_pooled = before.pool is not None and before.pool.used_bytes >= enough_bytes
     if before.pool is not None and after.pool is not None and was_pooled:
         fallen_bytes = before.pool.reserved_bytes - after.pool.reserved_bytes
         missing_bytes = max(0, expected_bytes - fallen_bytes)
         left_bytes = missing_bytes
+        # Beside other work, only memory that the pool holds for nothing is surely ours.
         if not is_quiet:
             left_bytes = min(missing_bytes, after.pool.idle_bytes)
+        # The pool holds memory in large pieces, so a small rest proves nothing.
         if fallen_bytes >= enough_bytes:
             left_bytes = 0
         return Return(fallen_bytes, left_bytes, after.used_bytes)
     if before.used_bytes is None or after.used_bytes is None:
+        # Without any reading, the engine's word that it unloaded has to do.
         return Return(None, 0)
     used_bytes = after.used_bytes
+    # The lowest reading counts: a later rise is another program's.
     give_up_s = time.monotonic() + RETURN_WAIT_S
     while before.used_bytes - used_bytes < enough_bytes:
         if time.monotonic() > give_up_s:
@@ -216,8 +223,9 @@ def returned(
 
 def floor_bytes(device: str, probe: MemoryProbe, before: Holdings) -> int | None:
     """
-    What the first work on *device* left held for the process's life; None if that
-    cannot be told from what other programs did.
+    Returns the bytes that the first work on *device* holds for the process's life.
+
+    None if they cannot be told from what other programs did.
     """
     settle(device)
     after = holdings(device, probe)
@@ -225,20 +233,21 @@ def floor_bytes(device: str, probe: MemoryProbe, before: Holdings) -> int | None
         return None
     pools = (before.pool, after.pool)
     held_before, held_after = (0 if p is None else p.reserved_bytes for p in pools)
+    # Growth of the pool belongs to models, and ends with them.
     grown_bytes = after.used_bytes - before.used_bytes - (held_after - held_before)
     return grown_bytes if 0 < grown_bytes <= MOST_FLOOR_BYTES else None
 
 
 def warm_up_reason(device: str) -> str:
     """
-    What the first work on *device* does besides itself, and how long that may take.
+    Returns what the first work on *device* starts up, and how long that may take.
     """
     return compile_reason(device) or "CUDA and cuBLAS start, once a process"
 
 
 def is_integrated(device: str) -> bool:
     """
-    Whether *device* has no memory of its own but shares the host's.
+    Tests if *device* has no memory of its own but shares the host's.
     """
     found = _find(device)
     return found is not None and found[0].is_integrated(found[1])
@@ -246,14 +255,16 @@ def is_integrated(device: str) -> bool:
 
 def compile_reason(device: str) -> str:
     """
-    Why kernels have to be compiled for *device*, how long that takes, and where they
-    are kept; empty if CTranslate2 brings some that it can run.
+    Returns why kernels have to be compiled for *device*, and where they are kept.
+
+    Empty if CTranslate2 brings some that the card can run.
     """
     found = _find(device)
     if found is None:
         return ""
     driver, ordinal = found
     major, minor = driver.compute_capability(ordinal)
+    # A card runs the code of its own generation; that of a later one is compiled.
     if major <= _COMPILED_MAJOR:
         return ""
     kept = f"CUDA keeps the result in {_kernel_cache()}"
@@ -267,7 +278,7 @@ def compile_reason(device: str) -> str:
 
 def cublas_reason(device: str) -> str:
     """
-    Why cuBLAS does not know *device*; empty if it does, or if that cannot be told.
+    Returns why cuBLAS does not know *device*; empty if it does, or if unknown.
 
     Loads cuBLAS if the card is of Blackwell's generation or later.
     """
@@ -278,6 +289,7 @@ def cublas_reason(device: str) -> str:
     major, minor = driver.compute_capability(ordinal)
     if major < _BLACKWELL_MAJOR:
         return ""
+    # Only for these cards is it worth to load the library.
     version = cublas_version()
     if version is None or version >= _CUBLAS_OF_BLACKWELL:
         return ""
@@ -288,7 +300,7 @@ def cublas_reason(device: str) -> str:
 
 def _kernel_cache() -> str:
     """
-    Where CUDA keeps what it compiled.
+    Returns where CUDA keeps the kernels that it compiled.
 
     Source: NVIDIA, CUDA programming guide, environment variables.
     """
@@ -301,7 +313,7 @@ def _kernel_cache() -> str:
 
 def forget_peak(device: str) -> None:
     """
-    Count the peak of this process's pool on *device* from now on.
+    Counts the peak of this process's pool on *device* from now on.
     """
     if (found := _find(device)) is None:
         return
@@ -314,21 +326,24 @@ def forget_peak(device: str) -> None:
 
 def settle(device: str) -> None:
     """
-    Let the pool of *device* give back what it does not use, so that it holds models and
-    nothing else. A pool that refuses is told and left.
+    Makes the pool of *device* give back all that it does not use.
 
-    Blocks: for the card's work.
+    A refusal is logged, and the memory stays in the pool.
+
+    Blocks: until the card's work is done.
 
     Raises:
-        CudaError: an error has left the device unusable.
+        CudaError: An error has left the device unusable.
     """
     if (found := _find(device)) is None:
         return
     driver, ordinal = found
     try:
-        driver.synchronize(ordinal)  # also where there is no pool, or it cannot be had
+        # On its own, too, since a trim waits only where there is a pool.
+        driver.synchronize(ordinal)
         driver.trim(ordinal)
     except CudaError as error:
+        # After such an error each further call fails: the device is lost.
         if classify(error) is Fault.STICKY:
             raise
         _log.warning("idle memory of %s was not trimmed: %s", device, error)
@@ -350,9 +365,11 @@ def _pool(device: str) -> Pool | None:
 def _used_bytes(device: str, probe: MemoryProbe) -> int | None:
     try:
         reading = probe.read(device)
-    except Exception as error:  # a gauge that fails for a moment stops nothing
+    # A gauge that fails for a moment stops nothing, whatever it raises.
+    except Exception as error:
         _log.debug("memory of %s is unknown: %s", device, error)
         return None
+    # Such a reading is no measurement.
     if reading.source == TOTAL_ONLY:
         return None
     return reading.total_bytes - reading.free_bytes
@@ -360,11 +377,13 @@ def _used_bytes(device: str, probe: MemoryProbe) -> int | None:
 
 def _find(device: str) -> tuple[Driver, int] | None:
     """
-    The driver and its number of *device*; None without NVIDIA's driver, as with ROCm.
+    Returns the driver and its number of *device*; None without NVIDIA's driver.
     """
     try:
         driver = open_driver()
     except CudaError as error:
+        # An AMD card, under ROCm, is called "cuda" by CTranslate2 as well.
         _log.debug("%s is not asked about its memory: %s", device, error)
         return None
+    # Without a number it is the first card.
     return driver, int(device.partition(":")[2] or 0)

@@ -1,3 +1,3 @@
 """
-Peers: other processes on the same devices, and what they tell each other.
+Other processes on the same devices: what they tell each other, and how they yield.
 """

@@ -1,15 +1,15 @@
 """
-What processes that share one device's memory tell each other, through files.
+A ledger of accounts in files, through which processes share one device's memory.
 
-Each process replaces a small file of its own, so nobody needs a lock to tell, and a
-kernel's lock decides whose turn it is to load. Nobody has to tidy up: the lock vanishes
-with its holder, and whoever reads removes what the dead left behind.
+Each process replaces a small file of its own, which needs no lock. A lock of the kernel
+decides which process may load. Nothing has to be cleaned up: the lock ends with its
+holder, and readers remove the files of processes that have ended.
 
-The name of a file says who wrote it: process id, start time, place, and a number. The
-place is one boot of one machine and a namespace of process ids. In one's own place the
-kernel knows who lives. Elsewhere, as in another container that shares the directory,
-process ids mean nothing: there a file counts for `FRESH_S` after it was written, and
-`Ledger.publish` writes again every `HEARTBEAT_S` if it is called that often.
+The name of a file identifies its writer: process id, start time, place, and a number.
+The place is one boot of one machine and a namespace of process ids. Within it the
+kernel knows which processes live. Elsewhere, as in another container that shares the
+directory, process ids mean nothing. There a file counts for `FRESH_S` after it was
+written, and `Ledger.publish` writes again every `HEARTBEAT_S` if it is called as often.
 """
 
 from __future__ import annotations
@@ -50,14 +50,15 @@ _log = logging.getLogger("whispercache")
 
 HEARTBEAT_S: Final = 10.0
 """
-Seconds after which an account is written again although nothing in it changed.
+Seconds after which an unchanged account is written again.
 """
 
 FRESH_S: Final = 30.0
 """
 Seconds for which the account of a process that cannot be looked up counts as alive.
 
-Source: a choice. Two heartbeats may be late; whoever is gone blocks no longer.
+Source: a choice. Two heartbeats may be missed, and a process that has ended does not
+block the others for longer.
 """
 
 _POLL_S = 0.02
@@ -71,13 +72,13 @@ _inherited: list[object] = []
 @dataclass(frozen=True, slots=True, order=True)
 class Owner:
     """
-    Whose account it is.
+    The process and the cache that an account belongs to.
 
     Attributes:
-        pid: Its process.
-        started_s: When that began: on Linux in seconds since the machine did.
-        place: Where the process id means something.
-        number: Which of the process's ledgers: two caches in one process are peers.
+        pid: The process.
+        started_s: Its start; on Linux in seconds since that of the machine.
+        place: The boot and the namespace in which the process id is valid.
+        number: Of the ledger in the process: two caches in one process are peers.
     """
 
     pid: int
@@ -88,7 +89,7 @@ class Owner:
     @property
     def file_name(self) -> str:
         """
-        The name of its file, without the ending.
+        The name of the account's file, without suffix.
         """
         return f"{self.pid}-{self.started_s:.2f}-{self.place}-{self.number}"
 
@@ -96,18 +97,19 @@ class Owner:
 @dataclass(frozen=True, slots=True)
 class Account:
     """
-    What one process tells the others of a device.
+    One process's numbers for a device, as the others read them.
 
     Attributes:
         owner: The process.
-        promised_bytes: Charged, but not on the device's gauge yet: a load in flight,
-            the work of leases that have not begun.
-        held_bytes: Weights of models in memory that are not pinned, which the gauge
-            counts too.
-        idle_bytes: Those of ``held_bytes`` that could leave at once. Lower it when they
-            have left, not before: until then nobody else should make the same room.
-        wanted_bytes: What it waits for, less what its own idle models would give. What
-            happens to be free on the device is not taken off.
+        promised_bytes: Charged, but not on the device's gauge yet: loads in flight,
+            and workspace of leases that is reserved but not in use.
+        held_bytes: Weights of resident models that are not pinned. The gauge counts
+            them, too.
+        idle_bytes: The part of ``held_bytes`` that could be evicted at once. It shrinks
+            when they are unloaded, not before: until then no other process should make
+            the same room.
+        wanted_bytes: What the process waits for, less what its own idle models would
+            give. Free memory of the device is not taken off.
 
     Raises:
         ValueError: A number is negative, or more is idle than held.
@@ -131,16 +133,16 @@ _FIELDS = ("promised_bytes", "held_bytes", "idle_bytes", "wanted_bytes")
 
 class Ledger:
     """
-    One process's account of a device, and its sight of the others'. Thread-safe.
+    One process's account of a device, and its view of the others'. Thread-safe.
 
-    All processes must be one user's, and name the same directory and device. After a
-    fork, the parent keeps its account, and the child's first `publish` opens one of its
-    own. An account vanishes with `close`, with the ledger, and with the process.
+    All processes must belong to one user, and name the same directory and device. After
+    a fork the parent keeps its account, and the child's first `publish` opens another.
+    An account ends with `close`, with the ledger, or with the process.
 
     Args:
         directory: On this machine, not on a network's drive; made if missing.
-        device_id: What all processes call the device, whatever order they count in: a
-            GPU's UUID, or ``"cpu"``.
+        device_id: The same in all processes, however they count devices: a GPU's UUID,
+            or ``"cpu"``.
         clock: Seconds, for the heartbeat.
     """
 
@@ -166,13 +168,13 @@ class Ledger:
         wanted_bytes: int = 0,
     ) -> Account:
         """
-        Replace this process's account, whole; the meaning of the numbers: `Account`.
+        Replaces this process's account as a whole; `Account` explains the numbers.
 
-        Nothing is written if nothing changed within `HEARTBEAT_S`. Call it at least
-        that often, with what the account is now.
+        Within `HEARTBEAT_S` an unchanged account is not written again. Callers publish
+        at least that often.
 
         Raises:
-            OSError: It cannot be written; the others go on seeing the one before.
+            OSError: It cannot be written. The others go on seeing the previous one.
             ValueError: The numbers cannot be true.
         """
         pages = self._own()
@@ -188,17 +190,17 @@ class Ledger:
 
     def others(self) -> tuple[Account, ...]:
         """
-        The accounts of all who live, except this one, in the order of their owners.
+        Returns the other live processes' accounts, in the order of their owners.
 
-        What the dead left is removed. A file that is no account is ignored.
+        Files of processes that have ended are removed. Other files are ignored.
 
         Raises:
             OSError: The directory is there, but cannot be read.
         """
         own = self._own().owner
         accounts: list[Account] = []
-        # So short a listing is one system call, during which nobody can rename: a file
-        # that is being replaced is not missed.
+        # A listing this short is one system call, during which no file can be renamed.
+        # So a file that is being replaced is not missed.
         for path in self._files():
             owner = _owner(path)
             if owner is None or owner == own:
@@ -212,19 +214,19 @@ class Ledger:
     @contextlib.contextmanager
     def turn(self, timeout_s: float) -> Iterator[bool]:
         """
-        A block that one process at a time is in; False in it says that time ran out.
+        Admits one process at a time to a block; yields False if the time ran out.
 
-        The kernel ends the turn of a process that dies, but not of one that is stuck:
-        whoever gets False must go on without. Not reentrant.
+        The kernel ends the turn of a process that dies, but not of one that is stuck.
+        A caller that gets False must therefore go on without. Not reentrant.
 
         Args:
-            timeout_s: How long to wait; 0 tries once. There is no waiting for ever.
+            timeout_s: Seconds to wait; 0 tries once. There is no waiting forever.
 
         Raises:
             OSError: The lock file cannot be made.
             ValueError: *timeout_s* is negative or not finite.
 
-        Blocks: waits for other processes, looking every 20 ms.
+        Blocks: for other processes, with a look every 20 ms.
         """
         if not 0 <= timeout_s < math.inf:
             raise ValueError(f"timeout_s is {timeout_s}; give seconds, 0 or more")
@@ -256,7 +258,7 @@ class Ledger:
 
     def close(self) -> None:
         """
-        Remove this process's account. A later `publish` opens one again.
+        Removes this process's account. A later `publish` opens one again.
         """
         pages = self._pages.get(os.getpid())
         if pages is not None:
@@ -292,13 +294,14 @@ class Ledger:
             raise
 
     def _make_directory(self) -> None:
-        # Each time: the system may clear a temporary directory, or that of a session.
+        # Each time, since the system may clear directories of a session or for
+        # temporary files.
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 class _Pages:
     """
-    What a ledger remembers of the account that it wrote.
+    The account that a ledger wrote last, in one process.
     """
 
     def __init__(self, owner: Owner) -> None:
@@ -310,20 +313,22 @@ class _Pages:
 
 def bytes_to_free(own: Account, others: Sequence[Account], free_bytes: int) -> int:
     """
-    How many of *own*'s idle bytes should leave for what others wait for. Pure.
+    Returns how many of *own*'s idle bytes to evict for what others wait for. Pure.
 
-    All who see the same accounts divide the work alike: whoever has most idle goes
-    first, ties in the order of owners, and nobody makes room for himself. What is free
-    and promised to nobody is given out before anything has to leave.
+    All processes that see the same accounts divide the work alike: the one with most
+    idle bytes gives first, ties in the order of owners, and none makes room for itself.
+    Memory that is free and promised to no process is given out before.
 
     Args:
-        own: The account of whoever asks.
+        own: The account of the process that asks.
         others: All other accounts of the device.
-        free_bytes: What the device's gauge says is free, less headroom, now.
+        free_bytes: Free by the device's gauge now, less headroom.
     """
     accounts = sorted([own, *others], key=lambda each: (-each.idle_bytes, each.owner))
+    # What is promised is free on the gauge only because the load has not got that far.
     spare_bytes = max(0, free_bytes - sum(each.promised_bytes for each in accounts))
     idle_bytes = {each.owner: each.idle_bytes for each in accounts}
+    # Each process works the whole division out, and takes its own share from it.
     for wanter in sorted(accounts, key=lambda each: each.owner):
         missing_bytes = wanter.wanted_bytes
         given_bytes = min(spare_bytes, missing_bytes)
@@ -339,17 +344,17 @@ def bytes_to_free(own: Account, others: Sequence[Account], free_bytes: int) -> i
 
 def default_directory() -> Path:
     """
-    Where one user's processes on this machine find each other; private to the user.
+    Returns the directory through which one user's processes on this machine share.
 
-    It is in ``$XDG_RUNTIME_DIR`` if that is set and the user's own, else in the
-    directory for temporary files. Processes that see different environments, as a
-    service and a shell do, must be given the same directory.
+    It is private to the user: in ``$XDG_RUNTIME_DIR`` if that is set and the user's
+    own, else in the directory for temporary files. Processes with different
+    environments, such as a service and a shell, must be given the same directory.
 
     Raises:
         OSError: Neither can be used.
     """
-    # Not what platformdirs takes without the variable: /run/user/<uid> comes and goes
-    # with the user's logins, and a service's workers would part company.
+    # Not what platformdirs takes without the variable: /run/user/<uid> exists only
+    # while the user is logged in, and a service's workers would not find each other.
     session = os.environ.get("XDG_RUNTIME_DIR")
     if session and Path(session).is_absolute():
         try:
@@ -363,7 +368,7 @@ def default_directory() -> Path:
 
 def _private(path: Path) -> Path:
     """
-    *path*, made if missing, if only this user can look or write there.
+    Returns *path*, made if missing, if no other user can read or write there.
     """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
@@ -376,7 +381,7 @@ def _private(path: Path) -> Path:
 
 
 def _check_own(path: Path) -> os.stat_result:
-    # Not following a link: in a public directory, anybody could have made it.
+    # Without following a link, which in a public directory any user may have made.
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise NotADirectoryError(f"{path} is not a directory")
@@ -387,7 +392,7 @@ def _check_own(path: Path) -> os.stat_result:
 
 def _safe(device_id: str) -> str:
     """
-    A file name for *device_id*, different for each.
+    Returns a file name for *device_id*, different for each.
     """
     name = re.sub(r"[^A-Za-z0-9._-]", "_", device_id)[:64]
     if name == device_id and not name.startswith(".") and name:
@@ -405,7 +410,7 @@ def _own_identity(number: int) -> Owner:
 @functools.lru_cache(maxsize=1)
 def _place(pid: int) -> str:
     """
-    One boot of one machine and one namespace of process ids, of the process *pid*.
+    Identifies the boot of the machine and the namespace of the process *pid*.
     """
     del pid  # only so that a forked child asks again
     try:
@@ -418,7 +423,7 @@ def _place(pid: int) -> str:
 
 def _is_alive(owner: Owner, path: Path, place: str) -> bool:
     if owner.place == place:
-        # Where a system hides processes, their files have to tell.
+        # A system may hide processes of the same user; then the file's age decides.
         with contextlib.suppress(PermissionError):
             started_s = _started_s(owner.pid)
             if started_s is None:
@@ -429,7 +434,7 @@ def _is_alive(owner: Owner, path: Path, place: str) -> bool:
 
 def _is_fresh(path: Path) -> bool:
     try:
-        # From the future, too: clocks are set back.
+        # In either direction, since clocks are set back, too.
         return abs(time.time() - path.stat().st_mtime) < FRESH_S
     except OSError:
         return False
@@ -437,10 +442,10 @@ def _is_fresh(path: Path) -> bool:
 
 def _started_in_proc(pid: int) -> float | None:
     """
-    Seconds from the machine's start to that of *pid*; None if it does not live.
+    Returns seconds from the machine's start to that of *pid*; None if it has ended.
 
-    Not psutil's create_time, which adds the time of boot: that moves when the clock is
-    set, and two processes that looked before and after would think each other dead.
+    psutil's create_time adds the time of boot, which moves when the clock is set. Two
+    processes that looked before and after that would take each other for ended.
 
     Source: proc_pid_stat(5), fields 3 and 22.
     """
@@ -448,17 +453,17 @@ def _started_in_proc(pid: int) -> float | None:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The second field is a name in brackets, and may have spaces and brackets in it.
+    # The second field is a name in brackets, which may contain spaces and brackets.
     fields = text.rpartition(b")")[2].split()
     if fields[0] in b"ZX":
-        # A zombie's memory is gone, though its parent has not asked how it ended.
+        # A zombie holds no memory; only its parent has not asked how it ended.
         return None
     return round(int(fields[19]) / os.sysconf("SC_CLK_TCK"), 2)
 
 
 def _started_by_psutil(pid: int) -> float | None:
     """
-    Seconds from 1970 to the start of *pid*; None if it does not live.
+    Returns seconds from 1970 to the start of *pid*; None if it has ended.
     """
     import psutil
 
@@ -485,11 +490,12 @@ def _owner(path: Path) -> Owner | None:
 
 def _read(path: Path, owner: Owner) -> Account | None:
     """
-    The account in the file; None if there is none.
+    Reads the account in a file; None if there is none.
     """
     try:
         found = json.loads(path.read_bytes())
         values = [found[field] for field in _FIELDS]
+        # Exactly int: True is one, too, and would count as a byte.
         if any(type(value) is not int for value in values):
             return None
         return Account(owner, *values)
@@ -501,7 +507,7 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        _log.debug("%s stays, though nobody lives who wrote it: %s", path, error)
+        _log.debug("%s stays, though its process has ended: %s", path, error)
 
 
 def _remove_own(directory: Path, owner: Owner) -> None:

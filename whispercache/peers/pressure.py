@@ -1,9 +1,9 @@
 """
-Pressure: what a cache does for others on its devices, a look at a time.
+Memory pressure: a cache looks regularly at what others need on its devices.
 
-Other programs take memory and give it back without a word, so it reads the gauges now
-and then; other processes that keep models tell what they want in a ledger, and get it
-from what is idle here.
+Other programs allocate and free memory without notice, so the cache reads the gauges.
+Other caches publish in a ledger what they wait for, and this one evicts idle models for
+them.
 """
 
 from __future__ import annotations
@@ -33,35 +33,34 @@ _log = logging.getLogger("whispercache")
 
 WATCH_S = 1.0
 """
-Seconds between looks at the gauges; a look takes microseconds.
+Seconds between readings of the gauges; one takes microseconds.
 """
 
 LEDGER_S = 0.25
 """
-Seconds between looks at the ledgers, and most that a peer's request waits to be seen.
+Seconds between readings of the ledgers, and the longest that a request goes unseen.
 """
 
 TURN_S = 120.0
 """
 Most seconds to wait for another process that loads.
 
-A dead process's turn ends with it. One that lives and is stuck would stop all others;
-a first load that compiles kernels takes 30 seconds.
+The turn of a process ends with it, but one that is stuck would stop all others. A first
+load that compiles kernels takes 30 seconds.
 """
 
 
 NO_LEDGER = (OSError, WhisperCacheError)
 """
-What may keep a ledger from being used: its files, or a device that has no UUID.
+Errors that keep a ledger from being used: of its files, or a device without UUID.
 """
 
 
 class LedgerPeers:
     """
-    The other caches of this machine and user that coordinate, by way of `Ledger`.
+    The other caches of this machine and user that coordinate through `Ledger`.
 
-    Where the ledger cannot be read or written, the cache goes on without it, and says
-    so.
+    Where the ledger cannot be read or written, the cache logs that and goes on without.
     """
 
     def __init__(
@@ -74,22 +73,24 @@ class LedgerPeers:
 
     def promised_bytes(self, device: str) -> int:
         """
-        What the others will take that the gauge does not show yet.
+        Returns the bytes that others have reserved and the gauge does not show yet.
         """
         return sum(account.promised_bytes for account in self._others(device))
 
     def held_bytes(self, device: str) -> int:
         """
-        What the others hold, and would give up if asked.
+        Returns the bytes of models that others would evict if asked.
         """
         return sum(account.held_bytes for account in self._others(device))
 
     @contextlib.contextmanager
     def turn(self, device: str) -> Iterator[None]:
         """
-        Load while no other loads. Blocks for `TURN_S` at most.
+        Waits until no other process loads. Blocks for `TURN_S` at most.
         """
         with contextlib.ExitStack() as stack:
+            # Turns avoid two loads that both count on the same free bytes. A load
+            # without one may fail for lack of memory, and is then tried once more.
             try:
                 has_turn = stack.enter_context(self._ledger(device).turn(TURN_S))
             except NO_LEDGER as error:
@@ -105,7 +106,7 @@ class LedgerPeers:
 
     def publish(self, device: str, numbers: dict[str, int]) -> Account | None:
         """
-        Tell the others of our own; None if that fails.
+        Publishes this cache's account of a device; None if that fails.
         """
         try:
             account = self._ledger(device).publish(**numbers)
@@ -117,13 +118,13 @@ class LedgerPeers:
 
     def bytes_to_free(self, device: str, own: Account, free_bytes: int) -> int:
         """
-        How much of what is idle here should leave for the others.
+        Returns how many idle bytes should be evicted for the others.
         """
         return bytes_to_free(own, self._others(device), free_bytes)
 
     def close(self) -> None:
         """
-        Take our accounts back.
+        Removes this cache's accounts.
         """
         for ledger in list(self._ledgers.values()):
             try:
@@ -134,6 +135,7 @@ class LedgerPeers:
     def _ledger(self, device: str) -> Ledger:
         ledger = self._ledgers.get(device)
         if ledger is None:
+            # Processes may number their cards differently.
             device_id = self._probe.device_id(device)
             ledger = self._ledgers.setdefault(
                 device, Ledger(self._directory, device_id)
@@ -151,7 +153,7 @@ class LedgerPeers:
 
     def _tell_once(self, what: str, error: Exception) -> None:
         """
-        Log a trouble when it begins, not at every look.
+        Logs a problem when it begins, not at each look.
         """
         if what not in self._told:
             self._told.add(what)
@@ -160,15 +162,17 @@ class LedgerPeers:
 
 def look_after(core: Core, *, watches: bool, peers: LedgerPeers | None) -> None:
     """
-    Look at the devices of *core* now and then, until it is closed or forgotten.
+    Looks at the devices of *core* regularly, until it is closed or collected.
     """
     period_s = WATCH_S if peers is None else LEDGER_S
+    # A strong reference would keep a cache alive that its program has dropped.
     forgotten = weakref.ref(core)
 
     def look() -> None:
         core = forgotten()
         if core is None:
             return
+        # A closed cache may still hold leased models, which others wait for.
         if core.is_closed and not any(core.uses(each) for each in core.all_devices()):
             return
         try:
@@ -184,12 +188,14 @@ def _look(
     core: Core, device: Device, *, watches: bool, peers: LedgerPeers | None
 ) -> None:
     if not core.uses(device):
-        if peers is not None:  # or a wish that was given up would stay
+        # Published all the same, or a wish that was given up would stay.
+        if peers is not None:
             peers.publish(device.name, core.account(device))
         return
     try:
         reading = core.probe.read(device.name)
-    except Exception as error:  # a gauge that fails for a moment stops nothing
+    # A gauge that fails for a moment stops nothing, whatever it raises.
+    except Exception as error:
         _log.warning("free memory of %s is unknown: %s", device.name, error)
         return
     core.take_reading(device, reading)
@@ -198,8 +204,10 @@ def _look(
     if peers is not None:
         account = peers.publish(device.name, core.account(device))
         if account is not None:
+            # One eviction may serve both, hence the larger number and not the sum.
             asked_bytes = peers.bytes_to_free(device.name, account, spare_bytes)
             wanted_bytes = max(wanted_bytes, asked_bytes)
     core.make_room_for_others(device, wanted_bytes)
+    # Host copies yield to other programs without ``pressure="watch"``, too.
     if not watches and device.name == "cpu":
         core.drop_copies(-spare_bytes)

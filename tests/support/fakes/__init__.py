@@ -56,10 +56,11 @@ _HIDEABLE = {**_LIBRARIES, "cublas": "libcublas.so.12"}
 
 _PROLOGUE = """
 import json
-from whispercache.devices import memory
+from whispercache.devices import nvml
+from whispercache.devices.probe import SystemProbe
 from whispercache.errors import DeviceUnavailable
 
-probe = memory.SystemProbe()
+probe = SystemProbe()
 
 def reading(device):
     try:
@@ -168,7 +169,7 @@ class FakeGpus:
         """
         What *code* left in ``answer``, run in a child with these drivers but *without*.
 
-        It finds ``probe``, ``memory`` and ``reading(device)``: total, free and source,
+        It finds ``probe``, ``nvml`` and ``reading(device)``: total, free and source,
         or the text of the error. The child must succeed and print no other thing.
         """
         epilogue = "\nprint(json.dumps(answer))\n"

@@ -1,8 +1,8 @@
 #!/bin/sh
-# benchmarks/gpu.py and tests/gpu/test_gpu.py on a machine with a card, CUDA 13 and no
+# benchmarks/gpu and tests/gpu/test_gpu.py on a machine with a card, CUDA 13 and no
 # network: one line, which ends within LIMIT_S seconds (570). See docs/gpu.md.
 #
-#     sh benchmarks/gpu_offline.sh [all|benchmark|suite] [options of gpu.py]
+#     sh benchmarks/gpu/offline.sh [all|benchmark|suite] [the benchmark's options]
 #
 # WHEELS   directory with the wheels (wheels)
 # OUT      where results go (benchmarks/results)
@@ -12,7 +12,7 @@ set -u
 started=$(date +%s)
 what=all
 case ${1:-} in all | benchmark | suite) what=$1 && shift ;; esac
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 PYTHON=${PYTHON:-python3}
 LIMIT_S=${LIMIT_S:-570}
 SUITE_S=150 # what `all` leaves for the suite: a guess, no card has run it
@@ -26,7 +26,7 @@ left() {
 }
 
 fail() {
-    echo "gpu_offline.sh: $*" >&2
+    echo "offline.sh: $*" >&2
     exit 2
 }
 
@@ -73,7 +73,7 @@ fi
     "$PYTHON" -c '
 from whispercache.devices.cublas import cublas_problem
 print(cublas_problem() or "libcublas.so.12 can be loaded")
-import cachetools, ctranslate2, faster_whisper, filelock, platformdirs, psutil, pynvml
+import ctranslate2, faster_whisper, filelock, platformdirs, psutil, pynvml
 print("CTranslate2", ctranslate2.__version__, "sees", end=" ")
 print(ctranslate2.get_cuda_device_count(), "cards")
 '
@@ -90,7 +90,7 @@ worst=0
 if [ "$what" = all ] || [ "$what" = benchmark ]; then
     budget=$(($(left) - 15))
     [ "$what" = all ] && budget=$((budget - SUITE_S))
-    timeout -k 10 "$(left)" "$PYTHON" benchmarks/gpu.py --out "$OUT" \
+    timeout -k 10 "$(left)" "$PYTHON" benchmarks/gpu --out "$OUT" \
         --models "$WHISPERCACHE_GPU_MODELS" --budget "$budget" "$@" || worst=$?
 fi
 if [ "$what" = all ] || [ "$what" = suite ]; then

@@ -1,6 +1,5 @@
 """
-The parts of `gpu.py` in which something is in the way: a card that is full, a second
-card, and a process that is moved off the card from outside.
+Parts with something in the way: a full card, a second card, a process moved off it.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from gpu_card import Card, Parking
-from gpu_parts import Heard, noise, plain_cache, say
-from gpu_records import Pair, Said, Step, Survival
-from gpu_run import Child
-
+from gpu.card import Card, Parking
+from gpu.parts import Heard, noise, plain_cache, say
+from gpu.run import ASIDE, Child, Row
 from whispercache.devices.cuda import CudaError
 from whispercache.engine.sizes.footprint import read_header, weights_bytes
 from whispercache.errors import WhisperCacheError
@@ -28,15 +25,18 @@ from whispercache.events import EvictionCause, ModelEvicted, ModelLoaded, ModelL
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gpu_records import Record
-    from gpu_run import Setup
-
+    from gpu.run import Rows, Setup
     from whispercache import ModelCache
     from whispercache.events import Event
 
-__all__ = ["checkpoint", "holder", "out_of_memory", "parker", "two_cards"]
-
 _ANSWER_S = 120.0
+
+FULL = "A card that another tenant fills"
+PARKED = "A process with large-v3, parked by the driver from outside"
+PAIR = "Two cards at the same time"
+"""
+Tables.
+"""
 
 
 # Out of memory -----------------------------------------------------------------------
@@ -45,27 +45,20 @@ _ANSWER_S = 120.0
 class _Trial(NamedTuple):
     """
     One way to run out of memory.
-
-    Attributes:
-        case: In words.
-        there: Models that are loaded before.
-        leave_bytes: What the other tenant leaves.
-        is_call: It comes before a call of a model that is there; else after a load was
-            admitted.
     """
 
     case: str
-    there: tuple[Path, ...]
-    leave_bytes: int
-    is_call: bool
+    there: tuple[Path, ...]  # models that are loaded before
+    leave_bytes: int  # by the other tenant
+    is_call: bool  # it comes before a call; else after a load was admitted
 
 
-def out_of_memory(setup: Setup, argument: str) -> Iterator[Record]:
+def out_of_memory(setup: Setup, argument: str) -> Rows:
     """
-    Another tenant takes the card just after a load was admitted, or before a call.
+    Has another tenant take the card after a load was admitted, or before a call.
 
     Raises:
-        RuntimeError: there are no two models.
+        RuntimeError: There are no two models.
     """
     del argument
     card = Card(setup.device)
@@ -90,10 +83,10 @@ def out_of_memory(setup: Setup, argument: str) -> Iterator[Record]:
 
 def _try(
     setup: Setup, card: Card, trial: _Trial, wanted: Path, cache: ModelCache
-) -> Survival:
+) -> Row:
     def attempt() -> str:
         """
-        The error that it ends with, or nothing.
+        Returns the error that it ends with, or nothing.
         """
         try:
             if trial.is_call:
@@ -122,7 +115,15 @@ def _try(
     if held.reserved_bytes is not None and held.used_bytes is not None:
         idle_bytes = held.reserved_bytes - held.used_bytes
     left = sum(each.cause is EvictionCause.OUT_OF_MEMORY for each in gone)
-    return Survival(trial.case, raised, left, not raised, not after, idle_bytes)
+    cells = {
+        "": trial.case,
+        "evicted": str(left),
+        "got it": not raised,
+        "works after": not after,
+        "idle in the pool": idle_bytes,
+        "raised": raised or "nothing",
+    }
+    return Row(FULL, cells)
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def _another_tenant(
     cache: ModelCache, card: Card, leave_bytes: int, *, at_once: bool
 ) -> Iterator[None]:
     """
-    Take the card but for *leave_bytes*: now, or when the next load has been admitted.
+    Takes the card but for *leave_bytes*: now, or once the next load was admitted.
     """
     taken: list[int] = []
 
@@ -152,14 +153,14 @@ def _another_tenant(
 # Two cards ---------------------------------------------------------------------------
 
 
-def two_cards(setup: Setup, argument: str) -> Iterator[Record]:
+def two_cards(setup: Setup, argument: str) -> Rows:
     """
-    One model on each of two cards: loaded at the same time, working at the same time.
+    Loads one model on each of two cards at the same time, and has both work.
 
-    Watched for: illegal memory accesses (SYSTRAN/faster-whisper#946).
+    Illegal memory accesses were seen there (SYSTRAN/faster-whisper#946).
 
     Raises:
-        RuntimeError: there are no two cards.
+        RuntimeError: There are no two cards.
     """
     del argument
     card = Card(setup.device)
@@ -179,35 +180,34 @@ def two_cards(setup: Setup, argument: str) -> Iterator[Record]:
             cache.evict(path)
         start = threading.Barrier(len(devices))
 
-        def work(device: str) -> Pair:
+        def work(device: str) -> dict[str, object]:
             start.wait(_ANSWER_S)
             with cache.lease(path, device, "float16") as whisper:
                 texts = [say(whisper) for _ in range(setup.answers)]
             load_s, text = alone[device]
             differing = sum(each != text for each in texts)
-            return Pair(device, 0.0, load_s, len(texts), differing)
+            counts = {"answers": str(len(texts)), "differing": str(differing)}
+            return {"": device, "load alone, s": load_s, **counts}
 
         with ThreadPoolExecutor(len(devices)) as pool:
             pairs = list(pool.map(work, devices))
         seconds = {e.key.device: e.load_s for e in heard.all_of(ModelLoaded)}
         for pair in pairs:
-            yield Pair(
-                pair.device,
-                seconds[pair.device],
-                *(pair.alone_s, pair.answers, pair.differing),
-            )
+            device = str(pair.pop(""))
+            yield Row(PAIR, {"": device, "load, s": seconds[device], **pair})
 
 
 # Parked from outside -----------------------------------------------------------------
 
 
-def checkpoint(setup: Setup, argument: str) -> Iterator[Record]:
+def checkpoint(setup: Setup, argument: str) -> Rows:
     """
-    A process with a large model is moved off the card and back; by this user, and by
-    one without privileges.
+    Moves a process with a large model off the card and back.
+
+    It is done by this user, and by one without privileges.
 
     Raises:
-        RuntimeError: the one who should do it failed.
+        RuntimeError: It could not even be tried.
     """
     del argument
     users: list[int | None] = [None]
@@ -228,7 +228,7 @@ def checkpoint(setup: Setup, argument: str) -> Iterator[Record]:
             failed.append(f"as {_name(user)}: {error}")
             continue
         outcome = child.outcome()
-        yield from outcome.records
+        yield from outcome.rows
         if outcome.error:
             failed.append(f"as {_name(user)}: {outcome.error}")
     if failed:
@@ -237,7 +237,7 @@ def checkpoint(setup: Setup, argument: str) -> Iterator[Record]:
 
 def _home_of(user: int, home: Path, kernels: Path) -> Path:
     """
-    Caches that another user may write, with the kernels that are compiled already.
+    Makes caches that another user may write, with the kernels compiled so far.
     """
     own = home / f"of-{user}"
     if kernels.is_dir():
@@ -252,29 +252,35 @@ def _name(user: int | None) -> str:
     return str(os.geteuid() if user is None else user)
 
 
-def parker(setup: Setup, argument: str) -> Iterator[Record]:
+def parker(setup: Setup, argument: str) -> Rows:
     """
-    Starts a process with a model, moves it off the card and back, and hears it again.
+    Starts a process with a model, moves it off the card and back, and asks it again.
 
     Raises:
-        RuntimeError: that process failed.
+        RuntimeError: That process failed.
     """
     del argument
     card = Card(setup.device)
     before_bytes = card.gauge_bytes()
     child = Child("holder", setup)
-    answers = child.records()
+    answers = child.rows()
 
-    def step(name: str, call: Callable[[], object]) -> Step:
+    def step(name: str, call: Callable[[], object]) -> Row:
         started_s = time.perf_counter()
         try:
             problem = str(call() or "")
         except (RuntimeError, OSError) as error:  # or the process did not survive it
             problem = str(error)
         took_s = time.perf_counter() - started_s
-        taken_bytes = card.gauge_bytes() - before_bytes
-        state, host_bytes = _state_of(parking), _resident_bytes(child.pid)
-        return Step(_name(None), name, took_s, state, taken_bytes, host_bytes, problem)
+        cells = {
+            "": f"user {_name(None)}: {name}",
+            "s": took_s,
+            "state after": _state_of(parking),
+            "on the card": card.gauge_bytes() - before_bytes,
+            "on the host": _resident_bytes(child.pid),
+            "problem": problem or "none",
+        }
+        return Row(PARKED, cells)
 
     try:
         first = _next_answer(child, answers)
@@ -294,17 +300,16 @@ def parker(setup: Setup, argument: str) -> Iterator[Record]:
         ):
             done = step(name, call)
             yield done
-            if done.error:
+            if done.cells["problem"] != "none":
                 break
     finally:
         child.end()
 
 
-def _next_answer(child: Child, answers: Iterator[Record]) -> str:
+def _next_answer(child: Child, answers: Rows) -> str:
     # One that never comes is ended by the time limit of the part.
-    for said in answers:
-        if isinstance(said, Said):
-            return said.text
+    for answer in answers:
+        return str(answer.cells["text"])
     raise RuntimeError(f"the process with the model failed: {child.end()}")
 
 
@@ -324,13 +329,13 @@ def _resident_bytes(pid: int) -> int:
         return 0
 
 
-def holder(setup: Setup, argument: str) -> Iterator[Record]:
+def holder(setup: Setup, argument: str) -> Rows:
     """
-    Holds a large model, and answers once, and once more for each line that it reads.
+    Holds a large model; answers once, and once more for each line that it reads.
     """
     del argument
     path = setup.model(setup.nearest("large-v3"))
     with plain_cache() as cache, cache.lease(path, setup.device, "float16") as whisper:
-        yield Said(say(whisper))
+        yield Row(ASIDE, {"text": say(whisper)})
         for _ in sys.stdin:
-            yield Said(say(whisper))
+            yield Row(ASIDE, {"text": say(whisper)})

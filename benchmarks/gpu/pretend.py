@@ -1,6 +1,9 @@
+# ruff: noqa: N802 - the functions' names are CUDA's
 """
-`gpu.py --pretend`: the tests' fake drivers, their stand-in for CTranslate2 on a card,
-and what the drivers lack for it. No figure made on this means anything.
+A card that is made up, for ``--pretend``. No figure made on it means anything.
+
+It is the tests' fake drivers, their stand-in for CTranslate2 on a card, and the calls
+that only `gpu.card` makes.
 """
 
 from __future__ import annotations
@@ -10,20 +13,20 @@ import os
 import sys
 import threading
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from gpu_run import SIZES
+from gpu.run import SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from gpu_run import Setup
     from standin import CardBooks, CardMemory
 
-__all__ = ["install", "prepare", "smaller", "write_models"]
+    from gpu.run import Setup
 
-TESTS = Path(__file__).resolve().parents[1] / "tests" / "support"
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "support"
 GIB = 1024**3
 
 _OUT_OF_MEMORY = 2
@@ -39,22 +42,22 @@ _CARDS = "\n".join(
 )
 
 _CONDUCT: dict[str, dict[str, object]] = {
-    # More than a full card has left, less than the micro model that leaves for it.
+    # More than a full card has left, and less than the micro model that is evicted.
     "out of memory": {"work_bytes": 100 << 10, "handles_bytes": 0},
 }
 """
-How the cards behave, by role; fields of ``standin.Conduct``.
+Behaviour of the cards by role: fields of ``standin.Conduct``.
 """
 
 _ONLY_START_OTHERS = ("warm-up", "exit", "checkpoint", "switch")
 """
-Parts that do not look at a card themselves.
+Parts that leave the card to their own children.
 """
 
 
 def prepare(home: Path) -> None:
     """
-    Let this process's children find the fake drivers, and a machine with two cards.
+    Builds the fake drivers, and points this process's children to them and two cards.
     """
     sys.path.append(str(TESTS))
     from fakes import build_drivers
@@ -75,11 +78,11 @@ def prepare(home: Path) -> None:
 
 def smaller(setup: Setup) -> Setup:
     """
-    The same with so little of everything that it is over in seconds.
+    Returns a setup with so little of everything that it is over in seconds.
     """
     return replace(
         setup,
-        models=str(Path(setup.models, "pretended")),  # nobody takes them for real ones
+        models=str(Path(setup.models, "pretended")),  # not to be taken for real ones
         pretends=True,
         batch=2,
         cycles=10,
@@ -90,13 +93,13 @@ def smaller(setup: Setup) -> Setup:
         crossing_bytes=1 << 20,
         full_bytes=64 << 10,
         beside="",
-        nobody=None,  # who could not write the cards' files
+        nobody=None,  # another user could not write the cards' files
     )
 
 
 def write_models(directory: Path, sizes: Iterable[str]) -> None:
     """
-    Write a micro model in the place of each size, the larger the larger.
+    Writes a micro model in the place of each size, larger ones for larger ones.
     """
     sys.path.append(str(TESTS))
     from micro import build_micro
@@ -108,7 +111,7 @@ def write_models(directory: Path, sizes: Iterable[str]) -> None:
 
 def install(role: str) -> None:
     """
-    Let this process see the cards, on which nothing is held yet.
+    Shows the cards to this process, with nothing held of them.
     """
     if role in _ONLY_START_OTHERS:
         return
@@ -127,9 +130,9 @@ def install(role: str) -> None:
 
 class _Library:
     """
-    The fake driver, and the functions that only `gpu_card` calls.
+    The fake driver, and the functions that only `gpu.card` calls.
 
-    Copies copy nothing. What is allocated counts as the context's.
+    Copies copy nothing. Allocated memory counts as the context's.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -139,27 +142,29 @@ class _Library:
         self._pinned: dict[int, ctypes.Array[ctypes.c_char]] = {}
         self._states: dict[int, int] = {}
         self._parked: dict[str, int] = {}
+        for name in ("cuMemcpyHtoD_v2", "cuMemcpyDtoH_v2"):
+            setattr(self, name, lambda *_: 0)
+        for action, state in (("Lock", _LOCKED), ("Unlock", _RUNNING)):
+            setattr(self, f"cuCheckpointProcess{action}", partial(self._enter, state))
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._library, name)
 
-    def cuDriverGetVersion(self, version: _Reference) -> int:  # noqa: N802 - CUDA's
+    def cuDriverGetVersion(self, version: _Reference) -> int:
         version._obj.value = _CUDA_VERSION
         return 0
 
-    def cuDevicePrimaryCtxRetain(  # noqa: N802
+    def cuDevicePrimaryCtxRetain(
         self, context: _Reference, device: ctypes.c_int
     ) -> int:
         """
-        Create the context first, as a real driver would.
+        Creates the context first, as a real driver would.
         """
         self._current.card = _memory(device.value)
         self._current.card.start_context(200 << 20)
         return int(self._library.cuDevicePrimaryCtxRetain(context, device))
 
-    def cuMemAlloc_v2(  # noqa: N802
-        self, address: _Reference, n_bytes: ctypes.c_size_t
-    ) -> int:
+    def cuMemAlloc_v2(self, address: _Reference, n_bytes: ctypes.c_size_t) -> int:
         card: CardMemory = self._current.card
         try:
             card.grow_context(n_bytes.value)
@@ -169,63 +174,46 @@ class _Library:
         self._taken[address._obj.value] = (card, n_bytes.value)
         return 0
 
-    def cuMemFree_v2(self, address: ctypes.c_uint64) -> int:  # noqa: N802
+    def cuMemFree_v2(self, address: ctypes.c_uint64) -> int:
         card, n_bytes = self._taken.pop(address.value)
         card.grow_context(-n_bytes)
         return 0
 
-    def cuMemHostAlloc(  # noqa: N802
-        self, address: _Reference, n_bytes: ctypes.c_size_t, flags: int
+    def cuMemHostAlloc(
+        self, address: _Reference, n_bytes: ctypes.c_size_t, _: int
     ) -> int:
-        del flags
         memory = ctypes.create_string_buffer(n_bytes.value)
         address._obj.value = ctypes.addressof(memory)
         self._pinned[ctypes.addressof(memory)] = memory
         return 0
 
-    def cuMemFreeHost(self, address: ctypes.c_void_p) -> int:  # noqa: N802
+    def cuMemFreeHost(self, address: ctypes.c_void_p) -> int:
         del self._pinned[address.value or 0]
         return 0
 
-    def cuMemcpyHtoD_v2(self, *_: object) -> int:  # noqa: N802
-        return 0
-
-    def cuMemcpyDtoH_v2(self, *_: object) -> int:  # noqa: N802
-        return 0
-
-    def cuCheckpointProcessGetState(  # noqa: N802
-        self, pid: ctypes.c_int, state: _Reference
-    ) -> int:
+    def cuCheckpointProcessGetState(self, pid: ctypes.c_int, state: _Reference) -> int:
         state._obj.value = self._states.get(pid.value, _RUNNING)
         return 0
 
-    def cuCheckpointProcessLock(self, pid: ctypes.c_int, _: object) -> int:  # noqa: N802
-        self._states[pid.value] = _LOCKED
-        return 0
-
-    def cuCheckpointProcessCheckpoint(  # noqa: N802
-        self, pid: ctypes.c_int, _: object
-    ) -> int:
+    def cuCheckpointProcessCheckpoint(self, pid: ctypes.c_int, _: object) -> int:
         with _memory(0)._change() as books:
             self._parked = asdict(books)
             _set(books, dict.fromkeys(self._parked, 0))
-        self._states[pid.value] = _CHECKPOINTED
-        return 0
+        return self._enter(_CHECKPOINTED, pid)
 
-    def cuCheckpointProcessRestore(self, pid: ctypes.c_int, _: object) -> int:  # noqa: N802
+    def cuCheckpointProcessRestore(self, pid: ctypes.c_int, _: object) -> int:
         with _memory(0)._change() as books:
             _set(books, self._parked)
-        self._states[pid.value] = _LOCKED
-        return 0
+        return self._enter(_LOCKED, pid)
 
-    def cuCheckpointProcessUnlock(self, pid: ctypes.c_int, _: object) -> int:  # noqa: N802
-        self._states[pid.value] = _RUNNING
+    def _enter(self, state: int, pid: ctypes.c_int, *_: object) -> int:
+        self._states[pid.value] = state
         return 0
 
 
 class _Reference:
     """
-    What ``ctypes.byref`` makes.
+    The result of ``ctypes.byref``.
     """
 
     _obj: ctypes.c_uint64

@@ -1,9 +1,9 @@
 """
 What whispercache does on a GPU, measured there: one command, less than 8 minutes.
 
-    python benchmarks/gpu.py [--write] [--out DIRECTORY] [--only PART ...]
-                             [--sizes SIZE ...] [--models DIRECTORY]
-                             [--budget SECONDS] [--pretend]
+    python benchmarks/gpu [--write] [--out DIRECTORY] [--only PART ...]
+                          [--sizes SIZE ...] [--models DIRECTORY]
+                          [--budget SECONDS] [--pretend]
 
 The parts, in this order; each has a process of its own, and what one cannot do is told
 in the results while the others go on:
@@ -23,12 +23,9 @@ two cards      both load and work at the same time, where there are two
 ``--out`` into another directory; both are there from the first part on, and grow with
 each. What comes last is what a card can most easily be judged without.
 
-CUDA's kernels are compiled into the directory of CUDA_CACHE_PATH where that is empty,
-so that later programs have them, else into one of their own. The models are of random
-weights in the sizes of the real ones, written to a temporary directory (7 GB;
-``--models`` keeps them, or has real ones), so no network is needed. It takes numpy,
-CTranslate2, faster-whisper and whispercache; docs/gpu.md tells how to bring these to a
-machine that has no network, or only CUDA 13.
+The models are of random weights in the sizes of the real ones, written to a temporary
+directory (7 GB; ``--models`` keeps them, or has real ones), so no network is needed.
+docs/gpu.md tells what a machine must have.
 
 Without a card it says why in one line and ends with 2. ``--pretend`` runs every part
 over the tests' fake drivers and micro models instead: that shows that the program
@@ -38,6 +35,7 @@ works, and nothing else.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -48,24 +46,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import gpu_parts
-import gpu_tiers
-import gpu_trials
-import gpu_turns
-from gpu_records import Look, dump
-from gpu_run import SIZES, Outcome, Setup, spawn
 from report import RESULTS
+
+from gpu import parts, trials, ways
+from gpu.run import ASIDE, SIZES, Outcome, Setup, cells_of, spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from gpu_records import Record
+    from gpu.run import Rows
 
-    Role = Callable[[Setup, str], Iterator[Record]]
-
-__all__ = ["PARTS", "ROLES", "main"]
+    Role = Callable[[Setup, str], Rows]
 
 BUDGET_S = 450.0
 LEAST_S = 5.0
@@ -81,12 +72,7 @@ The user without privileges, by custom.
 
 class Part(NamedTuple):
     """
-    One part.
-
-    Attributes:
-        name: Of it.
-        role: What its process does; its argument is the seconds that this may take.
-        most_s: How long that may take.
+    One part. The argument of its role is the seconds that it may take.
     """
 
     name: str
@@ -94,52 +80,40 @@ class Part(NamedTuple):
     most_s: float
 
 
-def _warm_ups(setup: Setup, argument: str) -> Iterator[Record]:
-    del argument
-    for process in ("first", "second"):
-        outcome = spawn("warm", setup, process)
-        yield from outcome.records
-        if outcome.error:
-            raise RuntimeError(f"the {process} process: {outcome.error}")
-
-
-PARTS = tuple(
-    Part(*each)
-    for each in (
-        ("machine", gpu_parts.machine, 40.0),
-        ("warm-up", _warm_ups, 160.0),
-        ("sizes", gpu_parts.sizes, 100.0),
-        ("cycles", gpu_parts.cycles, 60.0),
-        ("tiers", gpu_tiers.tiers, 150.0),
-        ("exit", gpu_turns.exits, 60.0),
-        ("switch", gpu_turns.switch, 120.0),
-        ("out of memory", gpu_trials.out_of_memory, 60.0),
-        ("checkpoint", gpu_trials.checkpoint, 80.0),
-        ("two cards", gpu_trials.two_cards, 40.0),
-    )
+PARTS = (
+    Part("machine", parts.machine, 40.0),
+    Part("warm-up", parts.warm_ups, 160.0),
+    Part("sizes", parts.sizes, 100.0),
+    Part("cycles", parts.cycles, 60.0),
+    Part("tiers", ways.tiers, 150.0),
+    Part("exit", ways.exits, 60.0),
+    Part("switch", ways.switch, 120.0),
+    Part("out of memory", trials.out_of_memory, 60.0),
+    Part("checkpoint", trials.checkpoint, 80.0),
+    Part("two cards", trials.two_cards, 40.0),
 )
 
 ROLES: dict[str, Role] = {
     **{part.name: part.role for part in PARTS},
-    "look": gpu_parts.look,
-    "warm": gpu_parts.warm_up,
-    "switcher": gpu_turns.switcher,
-    "exit program": gpu_turns.exit_program,
-    "holder": gpu_trials.holder,
-    "parker": gpu_trials.parker,
+    "look": parts.look,
+    "warm": parts.warm_up,
+    "switcher": ways.switcher,
+    "exit program": ways.exit_program,
+    "holder": trials.holder,
+    "parker": trials.parker,
 }
 
 
 def play(role: str, setup: Setup, argument: str) -> None:
     """
-    What a child process does: print the records of a role as they are made.
+    Prints the rows of a role as they are made: the whole life of a child process.
     """
     if setup.pretends:
-        import gpu_pretend
+        from gpu import pretend
 
-        gpu_pretend.install(role)
-    for record in ROLES[role](setup, argument):
-        print(dump(record), flush=True)
+        pretend.install(role)
+    for row in ROLES[role](setup, argument):
+        print(json.dumps(row), flush=True)
 
 
 # Before the parts ---------------------------------------------------------------------
@@ -148,36 +122,35 @@ def play(role: str, setup: Setup, argument: str) -> None:
 @contextmanager
 def prepared(options: argparse.Namespace) -> Iterator[Setup]:
     """
-    A directory with caches that nobody has used; this process's children use them.
+    Makes a directory with empty caches, which this process's children use.
     """
     with tempfile.TemporaryDirectory(prefix="whispercache-gpu-") as temporary:
         home = Path(temporary)
         home.chmod(0o755)  # another user reads the models
-        kernels = _kernels(home, is_measured="warm-up" in options.only)
+        kernels = kernel_folder(home, is_measured="warm-up" in options.only)
         os.environ |= {
             "XDG_CACHE_HOME": str(home / "cache"),
             "CUDA_CACHE_PATH": str(kernels),
             "HF_HUB_OFFLINE": "1",
         }
-        is_root = os.geteuid() == 0
         setup = Setup(
             home=temporary,
             models=str(options.models or home / "models"),
             kernels=str(kernels),
             sizes=tuple(size for size in SIZES if size in options.sizes),
-            nobody=NOBODY if is_root else None,
+            nobody=NOBODY if os.geteuid() == 0 else None,
         )
         if options.pretend:
-            import gpu_pretend
+            from gpu import pretend
 
-            gpu_pretend.prepare(home)
-            setup = gpu_pretend.smaller(setup)
+            pretend.prepare(home)
+            setup = pretend.smaller(setup)
         yield setup
 
 
-def _kernels(home: Path, *, is_measured: bool) -> Path:
+def kernel_folder(home: Path, *, is_measured: bool) -> Path:
     """
-    Where CUDA keeps the kernels that it compiles: an empty place if that is measured.
+    Returns where CUDA keeps compiled kernels: an empty place if that is measured.
     """
     given = os.environ.get("CUDA_CACHE_PATH")
     if not given:
@@ -189,15 +162,15 @@ def _kernels(home: Path, *, is_measured: bool) -> Path:
 
 def write_models(setup: Setup) -> str:
     """
-    Write the models that are not there; why that cannot be, in one line, or nothing.
+    Writes the models that are not there; returns why it cannot, or nothing.
     """
     missing = [size for size in setup.sizes if not setup.model(size).is_dir()]
     directory = Path(setup.models)
     directory.mkdir(parents=True, exist_ok=True)
     if setup.pretends:
-        import gpu_pretend
+        from gpu import pretend
 
-        gpu_pretend.write_models(directory, missing)
+        pretend.write_models(directory, missing)
         return ""
     import synthetic
 
@@ -210,17 +183,18 @@ def write_models(setup: Setup) -> str:
         )
     for size in missing:
         part = synthetic.write(size, directory / f"{size}.part")
-        part.rename(directory / size)  # what is there is whole
+        part.rename(directory / size)  # a directory of that name is whole
     return ""
 
 
-def card_of(setup: Setup) -> Look:
+def card_of(setup: Setup) -> tuple[str, str]:
     """
-    The card, or why there is none.
+    Returns the name of the card, and why it cannot be used.
     """
     outcome = spawn("look", setup, timeout_s=60)
-    found = [record for record in outcome.records if isinstance(record, Look)]
-    return found[0] if found else Look("", 0, outcome.error or "nothing was found")
+    for found in cells_of(outcome.rows, ASIDE):
+        return found["card"], found["problem"]
+    return "", outcome.error or "nothing was found"
 
 
 # The parts ----------------------------------------------------------------------------
@@ -230,7 +204,7 @@ def measure(
     setup: Setup, names: Sequence[str], end_s: float
 ) -> Iterator[tuple[str, Outcome]]:
     """
-    What came of each part of those *names*, in the order of `PARTS`, as they end.
+    Runs the parts of those *names*, in the order of `PARTS`, until *end_s*.
     """
     for part in PARTS:
         if part.name not in names:
@@ -249,39 +223,39 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Measure, print, and write if asked to; the exit code.
+    Measures, prints, and writes if asked to; returns the exit code.
     """
     options = _options(arguments)
     if options.role:
         role, text, argument = options.role
         play(role, Setup.of(text), argument)
         return 0
-    # Who is asked to end takes the processes along that measure.
+    # An exception, so that the processes that measure are ended, too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    from gpu_report import keep, report
+    from gpu.report import keep, report
 
     end_s = time.monotonic() + options.budget
     folder: Path | None = options.out or (RESULTS if options.write else None)
     with prepared(options) as setup:
-        look = card_of(setup)
-        problem = look.problem or _not_writable(folder) or write_models(setup)
+        card, problem = card_of(setup)
+        problem = problem or _not_writable(folder) or write_models(setup)
         if problem:
-            print(f"gpu.py cannot run here: {problem}", file=sys.stderr)
+            print(f"the GPU benchmark cannot run here: {problem}", file=sys.stderr)
             return 2
         outcomes: dict[str, Outcome] = {}
         text, paths = "", list[Path]()
         for name, outcome in measure(setup, options.only, end_s):
             outcomes[name] = outcome
-            text = report(look.card, setup, outcomes, options.only)
+            text = report(card, setup, outcomes, options.only)
             if folder:
-                paths = keep(folder, text, look.card, setup, outcomes)
+                paths = keep(folder, text, card, setup, outcomes)
         print(text, *(f"written to {path}" for path in paths), sep="\n")
     return 0
 
 
 def _not_writable(folder: Path | None) -> str:
     """
-    Why results cannot be written there, in one line, or nothing.
+    Returns why results cannot be written to *folder*, in one line, or nothing.
     """
     if folder is None:
         return ""
@@ -295,7 +269,9 @@ def _not_writable(folder: Path | None) -> str:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu", description=__doc__.partition("\n\n")[0]
+    )
     names = [part.name for part in PARTS]
     add = parser.add_argument
     add("--write", action="store_true", help="to benchmarks/results/")
@@ -310,7 +286,3 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.pretend and options.write:
         parser.error("what is pretended is not written to benchmarks/results/")
     return options
-
-
-if __name__ == "__main__":
-    sys.exit(main())

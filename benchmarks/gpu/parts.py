@@ -1,5 +1,5 @@
 """
-The parts of `gpu.py` that one process measures alone, but for `gpu_tiers`.
+Parts about bytes: the machine, the first load, each size, many cycles.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
-from gpu_card import Card
-from gpu_records import Cycle, Look, Machine, Size, WarmUp, Work
-
 import whispercache
+from gpu.card import Card
+from gpu.run import ASIDE, Row, spawn
 from whispercache import ModelCache
 from whispercache.devices.host import anonymous_bytes, cpu_name, host_room
-from whispercache.devices.memory import SystemProbe, driver_version
+from whispercache.devices.nvml import driver_version
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine.process import versions
 from whispercache.engine.sizes.architecture import TEXT_POSITIONS
 from whispercache.engine.sizes.footprint import (
@@ -35,31 +35,26 @@ from whispercache.events import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy as np
     from faster_whisper import WhisperModel
-    from gpu_records import Record
-    from gpu_run import Setup
     from numpy.typing import NDArray
 
+    from gpu.run import Rows, Setup
     from whispercache.events import Event
-
-__all__ = [
-    "Heard",
-    "cycles",
-    "look",
-    "machine",
-    "noise",
-    "plain_cache",
-    "say",
-    "sizes",
-    "warm_up",
-]
 
 E = TypeVar("E", bound="Event")
 
 SAMPLE_RATE = 16_000
+
+MACHINE = "Machine"
+CROSSINGS = "Copies between host and card, by the driver alone"
+WARM_UPS = "The first load of a process (tiny, float16)"
+BYTES = "Bytes of models (float16): predicted, measured, returned, left behind"
+WORK = "Bytes of work (float16), texts as long as can be"
+CYCLES = "Loads and unloads of tiny, float16"
+"""
+Tables.
+"""
 
 
 class Heard:
@@ -73,10 +68,10 @@ class Heard:
 
     def until(self, kind: type[E], timeout_s: float = 120.0) -> E:
         """
-        The next event of that kind; those before it are passed over.
+        Returns the next event of a kind and drops those before it.
 
         Raises:
-            queue.Empty: none came in time.
+            queue.Empty: None came in time.
         """
         while True:
             event = self._events.get(timeout=timeout_s)
@@ -85,7 +80,7 @@ class Heard:
 
     def all_of(self, kind: type[E]) -> list[E]:
         """
-        Those of that kind that have come; all that have come are gone then.
+        Returns those of a kind that have come, and drops the others.
         """
         found = []
         while not self._events.empty():
@@ -97,7 +92,7 @@ class Heard:
 
 def noise(seconds: float = 1.0) -> NDArray[np.float32]:
     """
-    Audio that has something in it.
+    Returns audio that is not silent: float32 (samples,), mono, 16 kHz.
     """
     import numpy as np
 
@@ -107,7 +102,7 @@ def noise(seconds: float = 1.0) -> NDArray[np.float32]:
 
 def say(whisper: WhisperModel) -> str:
     """
-    What a model answers to `noise`, with one beam.
+    Returns a model's greedy answer to `noise`.
     """
     segments, _ = whisper.transcribe(
         noise(), language="en", beam_size=1, temperature=0.0, without_timestamps=True
@@ -117,7 +112,7 @@ def say(whisper: WhisperModel) -> str:
 
 def plain_cache(*, park: bool = False, variants: bool = False) -> ModelCache:
     """
-    A cache that lets no model go by itself, and loads their own files.
+    Returns a cache without keep-alive, which loads models from their own files.
     """
     return ModelCache(park=park, variants=variants, keep_alive=-1)
 
@@ -125,9 +120,9 @@ def plain_cache(*, park: bool = False, variants: bool = False) -> ModelCache:
 # The machine -------------------------------------------------------------------------
 
 
-def look(setup: Setup, argument: str) -> Iterator[Record]:
+def look(setup: Setup, argument: str) -> Rows:
     """
-    Whether there is a card, and what keeps us from it.
+    Looks for a card, and for what keeps the benchmark from it.
     """
     del argument
     import ctranslate2
@@ -138,15 +133,15 @@ def look(setup: Setup, argument: str) -> Iterator[Record]:
         probe.read(setup.device)
         name = probe.device_name(setup.device)
     except DeviceUnavailable as error:
-        yield Look("", cards, str(error))
+        yield Row(ASIDE, {"card": "", "problem": str(error)})
         return
     problem = "" if cards else "CTranslate2 sees no card; it may be built without CUDA"
-    yield Look(name, cards, problem)
+    yield Row(ASIDE, {"card": name, "problem": problem})
 
 
-def machine(setup: Setup, argument: str) -> Iterator[Record]:
+def machine(setup: Setup, argument: str) -> Rows:
     """
-    What the machine is, and its rates between host and card.
+    Describes the machine, and times copies between host and card.
     """
     del argument
     card = Card(setup.device)
@@ -167,17 +162,36 @@ def machine(setup: Setup, argument: str) -> Iterator[Record]:
         "allocator": os.environ.get("CT2_CUDA_ALLOCATOR", "CTranslate2's default"),
     }
     for name, value in facts.items():
-        yield Machine(name, value)
+        yield Row(MACHINE, {"": name, "value": value})
     n_bytes = min(setup.crossing_bytes, reading.free_bytes // 4)
-    yield from card.crossings(n_bytes)
+    for way, memory, seconds in card.crossings(n_bytes):
+        rate = f"{n_bytes / seconds / 1e9:.2f}"
+        name = f"{way}, {memory} memory"
+        cells = {"": name, "bytes": n_bytes, "s": seconds, "GB/s": rate}
+        yield Row(CROSSINGS, cells)
 
 
 # Warm-up -----------------------------------------------------------------------------
 
 
-def warm_up(setup: Setup, argument: str) -> Iterator[Record]:
+def warm_ups(setup: Setup, argument: str) -> Rows:
     """
-    The first load of a process, and its first answer.
+    Runs `warm_up` in a process, and in another with the first one's kernel cache.
+
+    Raises:
+        RuntimeError: One of them failed.
+    """
+    del argument
+    for process in ("first", "second"):
+        outcome = spawn("warm", setup, process)
+        yield from outcome.rows
+        if outcome.error:
+            raise RuntimeError(f"the {process} process: {outcome.error}")
+
+
+def warm_up(setup: Setup, argument: str) -> Rows:
+    """
+    Times the first load of a process, and its first answer.
     """
     size = setup.nearest("tiny")
     with plain_cache() as cache:
@@ -190,42 +204,42 @@ def warm_up(setup: Setup, argument: str) -> Iterator[Record]:
             say(whisper)
             answer_s = time.perf_counter() - started_s
     kernels = (file for file in Path(setup.kernels).rglob("*") if file.is_file())
-    yield WarmUp(
-        process=argument,
-        warm_up_s=warmed.warm_up_s,
-        load_s=loaded.load_s,
-        answer_s=answer_s,
-        floor_bytes=warmed.floor_bytes,
-        kernels_bytes=sum(file.stat().st_size for file in kernels),
-        reason=reason,
-    )
+    cells = {
+        "": f"{argument} process",
+        "warm-up, s": warmed.warm_up_s,
+        "load, s": loaded.load_s,
+        "first answer, s": answer_s,
+        "floor": warmed.floor_bytes,
+        "kernel cache": sum(file.stat().st_size for file in kernels),
+        "what it does": reason,
+    }
+    yield Row(WARM_UPS, cells)
 
 
 # Bytes -------------------------------------------------------------------------------
 
 
-def sizes(setup: Setup, argument: str) -> Iterator[Record]:
+def sizes(setup: Setup, argument: str) -> Rows:
     """
-    Each size, loaded, used in several ways, and unloaded.
+    Loads each size, uses it in several ways, and unloads it.
     """
     del argument
     card = Card(setup.device)
     with plain_cache() as cache:
         heard = Heard(cache)
+        # One load and unload first, for what comes once in a process.
         first = setup.model(setup.sizes[0])
-        cache.preload(first, setup.device, "float16")  # what comes once is over then
+        cache.preload(first, setup.device, "float16")
         cache.evict(first)
         heard.until(ModelEvicted)
         for size in setup.sizes:
             try:
                 yield from _size(setup, card, cache, heard, size)
             except (WhisperCacheError, RuntimeError) as error:
-                yield Size(size, "float16", error=str(error))
+                yield Row(BYTES, {"": f"{size}: {error}"})
 
 
-def _size(
-    setup: Setup, card: Card, cache: ModelCache, heard: Heard, size: str
-) -> Iterator[Record]:
+def _size(setup: Setup, card: Card, cache: ModelCache, heard: Heard, size: str) -> Rows:
     path, kind = setup.model(size), "float16"
     header = read_header(str(path))
     before = card.held()
@@ -242,29 +256,51 @@ def _size(
                 continue  # without a pool there is no peak to be read
             predicted = workspace_bytes(header.architecture, kind, setup.device, work)
             grown = held.peak_bytes - there.used_bytes
-            yield Work(size, kind, name, predicted, grown, took_s)
+            cells = {"": f"{size}, {name}", "predicted": predicted, "measured": grown}
+            yield Row(WORK, {**cells, "ratio": f"{grown / predicted:.2f}", "s": took_s})
     del whisper  # or its handles would stay on the card
     cache.evict(path)
     evicted = heard.until(ModelEvicted)
     after = card.held()
-    yield Size(
-        size,
-        kind,
-        weights_bytes=weights_bytes(header, kind, setup.device),
-        predicted_bytes=loaded.charged_bytes,
-        measured_bytes=loaded.measured_bytes,
-        load_s=loaded.load_s,
-        returned_bytes=evicted.returned_bytes,
-        pool_bytes=_difference(there.used_bytes, before.used_bytes),
-        pool_left_bytes=_difference(after.reserved_bytes, before.reserved_bytes),
-        gauge_bytes=there.gauge_bytes - before.gauge_bytes,
-        gauge_left_bytes=after.gauge_bytes - before.gauge_bytes,
-    )
+    weights = weights_bytes(header, kind, setup.device)
+    left = difference(after.reserved_bytes, before.reserved_bytes)
+    gauge_left = after.gauge_bytes - before.gauge_bytes
+    # The gauge counts only without a pool: it moves with other programs.
+    seen_left = gauge_left if left is None else left
+    cells = {
+        "": size,
+        "weights": weights,
+        "predicted": loaded.charged_bytes,
+        "measured": loaded.measured_bytes,
+        "load, s": loaded.load_s,
+        "returned": evicted.returned_bytes,
+        "pool": difference(there.used_bytes, before.used_bytes),
+        "left, pool": left,
+        "gauge": there.gauge_bytes - before.gauge_bytes,
+        "left, gauge": gauge_left,
+        "share returned": share(weights, evicted.returned_bytes, seen_left),
+    }
+    yield Row(BYTES, cells)
+
+
+def difference(one: int | None, other: int | None) -> int | None:
+    """
+    Returns how much more *one* is; None if either is unknown.
+    """
+    return None if one is None or other is None else one - other
+
+
+def share(weights: int, returned: int | None, left: int) -> float:
+    """
+    Returns the smallest share of the weights that was seen to return, at most 1.
+    """
+    shares = [1.0, 1 - max(0, left) / weights]
+    return min(shares if returned is None else [*shares, returned / weights])
 
 
 def workloads(batch: int) -> dict[str, Workload]:
     """
-    What is measured, by name.
+    Returns the workloads that are measured, by name.
     """
     return {
         "beam 1": Workload(1, 1, 1, fallback=False),
@@ -277,11 +313,11 @@ def workloads(batch: int) -> dict[str, Workload]:
 
 def _work(whisper: WhisperModel, work: Workload) -> None:
     """
-    Transcribe as many windows as there are in a batch, each with the longest text.
+    Transcribes as many windows as a batch has, each with the longest possible text.
 
-    The end of the text is suppressed, and nothing makes faster-whisper try again. A
-    text is half of what the decoder holds; a prompt, as the text before makes one, is
-    the other half.
+    The end of the text is suppressed, and faster-whisper has no reason to try again. A
+    text is half of what the decoder holds. The other half is a prompt, such as the text
+    before makes one.
     """
     from faster_whisper import BatchedInferencePipeline
 
@@ -314,13 +350,9 @@ def _work(whisper: WhisperModel, work: Workload) -> None:
         pass
 
 
-def _difference(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else one - other
-
-
-def cycles(setup: Setup, argument: str) -> Iterator[Record]:
+def cycles(setup: Setup, argument: str) -> Rows:
     """
-    Many loads and unloads of the smallest model.
+    Loads and unloads the smallest model many times.
     """
     del argument
     card, path = Card(setup.device), setup.model(setup.nearest("tiny"))
@@ -330,4 +362,12 @@ def cycles(setup: Setup, argument: str) -> Iterator[Record]:
             loaded = card.held()
             cache.evict(path)
             left = card.held()
-            yield Cycle(number, loaded, left, anonymous_bytes() or 0)
+            cells = {
+                "cycle": str(number),
+                "pool, loaded": loaded.reserved_bytes,
+                "pool, left": left.reserved_bytes,
+                "gauge, loaded": loaded.gauge_bytes,
+                "gauge, left": left.gauge_bytes,
+                "host": anonymous_bytes() or 0,
+            }
+            yield Row(CYCLES, cells)

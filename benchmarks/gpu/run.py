@@ -1,5 +1,9 @@
 """
-How `gpu.py` runs its parts: each in a process of its own, which prints records.
+Parts of the GPU benchmark run in processes of their own, which print rows.
+
+A crash, a leak or a broken CUDA context ends one part and no other. A process prints
+each row as a line of JSON as soon as it is measured, so that one which is killed keeps
+what it had.
 """
 
 from __future__ import annotations
@@ -13,117 +17,119 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
-
-from gpu_records import revive
-
-from whispercache.engine.sizes.architecture import ARCHITECTURES
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from gpu_records import Record
-
-__all__ = ["SIZES", "Child", "Outcome", "Setup", "spawn"]
+    from collections.abc import Iterable, Iterator, Mapping
 
 SIZES = ("tiny", "base", "small", "medium", "large-v3-turbo", "large-v3")
 """
 Models, the smallest first.
 """
 
-PROGRAM = Path(__file__).with_name("gpu.py")
+PROGRAM = Path(__file__).parent
+_SHOWN_CHARACTERS = 300
 
-_TOLD_CHARACTERS = 300
+# Rows ---------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """
+    A row of a table of the report, by the heads of its columns.
+
+    An int is bytes, a float is seconds, a bool a verdict, and None what nothing could
+    tell. Counts are text. Rows of the table `ASIDE` are messages between processes.
+    """
+
+    table: str
+    cells: dict[str, Any]
+
+
+Rows: TypeAlias = "Iterator[Row]"
+
+ASIDE = ""
+
+
+def revive(line: str) -> Row | None:
+    """
+    Returns the row in a line; None where libraries printed it, or it was cut off.
+    """
+    try:
+        table, cells = json.loads(line)
+    except (ValueError, TypeError):
+        return None
+    return Row(table, cells) if isinstance(cells, dict) else None
+
+
+def cells_of(rows: Iterable[Row], table: str) -> list[dict[str, Any]]:
+    """
+    Returns the cells of the rows of one table.
+    """
+    return [row.cells for row in rows if row.table == table]
+
+
+# Processes ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """
-    What all parts go by.
-
-    Attributes:
-        home: Directory for whispercache's caches, and those of other users.
-        models: Directory with a model for each size.
-        sizes: Which of `SIZES` there are, in that order.
-        device: The card.
-        pretends: There is none; everything is made up.
-        batch: Windows in a batch.
-        cycles: Loads and unloads in a row.
-        rounds: How often a way into the card is taken.
-        full_bytes: What is left of a card that counts as full: less than one window of
-            the smallest model takes.
-        beside: The device that exits are compared with; empty for none.
-        switches: In one process; the first to each model does not count.
-        turns: Most processes of each contender.
-        answers: How often each of two cards answers beside the other.
-        crossing_bytes: What is copied to learn the rates.
-        nobody: Another user, without privileges; None if this one is none either.
-        kernels: Where CUDA keeps the kernels that it has compiled.
+    The settings of all parts.
     """
 
-    home: str
-    models: str
+    home: str  # directory for caches
+    models: str  # directory with a model for each size
     sizes: tuple[str, ...] = SIZES
     device: str = "cuda:0"
     pretends: bool = False
-    batch: int = 8
+    batch: int = 8  # windows
     cycles: int = 100
-    rounds: int = 2
+    rounds: int = 2  # of each way into the card
+    # Left of a full card: less than what a window of the smallest model takes.
     full_bytes: int = 16 << 20
-    beside: str = "cpu"
-    switches: int = 6
-    turns: int = 2
-    answers: int = 20
+    beside: str = "cpu"  # device that exits are compared with, or ""
+    switches: int = 6  # in a process; the first to each model does not count
+    turns: int = 2  # most processes of a contender
+    answers: int = 20  # of each of two cards beside the other
     crossing_bytes: int = 1 << 30
-    nobody: int | None = None
-    kernels: str = ""
+    nobody: int | None = None  # a user without privileges, where this one has some
+    kernels: str = ""  # where CUDA keeps what it has compiled
 
     @classmethod
     def of(cls, text: str) -> Setup:
         """
-        The setup that `dump` wrote.
+        Returns the setup that `dump` wrote.
         """
         found = json.loads(text)
         return cls(**{**found, "sizes": tuple(found["sizes"])})
 
     def dump(self) -> str:
         """
-        The setup in a line.
+        Returns the setup as one line.
         """
         return json.dumps(asdict(self))
 
     def model(self, size: str) -> Path:
         """
-        Where the model of a size is.
+        Returns the directory of a model.
         """
         return Path(self.models, size)
 
     def nearest(self, size: str) -> str:
         """
-        *size*, or the one of ours that comes closest.
+        Returns *size*, or the closest one that there is.
         """
         place = SIZES.index(size)
         return min(self.sizes, key=lambda each: abs(SIZES.index(each) - place))
 
 
-assert set(SIZES) <= set(ARCHITECTURES)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """
-    What came of a process.
-
-    Attributes:
-        records: What it printed, up to its end.
-        error: What went wrong, in one line; empty if nothing.
-        started_s: When it began; of the system's monotonic clock.
-        ended_s: When it was over.
-        code: Its exit code.
+    The outcome of a process. Its times are of the system's monotonic clock.
     """
 
-    records: tuple[Record, ...]
-    error: str
+    rows: tuple[Row, ...]
+    error: str  # in one line
     started_s: float
     ended_s: float
     code: int
@@ -131,15 +137,14 @@ class Outcome:
 
 class Child:
     """
-    A process of ours that runs.
+    A running process of the benchmark.
 
     Args:
-        role: What it does; one of `gpu.ROLES`.
-        setup: What it goes by.
+        role: One of `gpu.command.ROLES`.
+        setup: The settings.
         argument: For the role.
-        user: Whom it belongs to, and the group of the same number; this process's if
-            None.
-        leads: Whether what it starts itself ends with it, if it has to be ended.
+        user: User and group number to run as; this process's if None.
+        leads: Whether its own children are ended with it.
         environment: More variables.
     """
 
@@ -169,18 +174,18 @@ class Child:
         )
         self.pid = self._process.pid
 
-    def records(self) -> Iterator[Record]:
+    def rows(self) -> Rows:
         """
-        What it prints, as it comes.
+        Yields what it prints, as it comes.
         """
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if (record := revive(line)) is not None:
-                yield record
+            if (row := revive(line)) is not None:
+                yield row
 
     def go_on(self) -> None:
         """
-        Write it a line.
+        Writes it a line.
         """
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
@@ -188,14 +193,14 @@ class Child:
 
     def end(self) -> str:
         """
-        End it, if it still runs; the end of what it said on the way.
+        Ends it, if it still runs, and returns the end of its standard error.
         """
         self._kill()
-        return self._process.communicate()[1][-_TOLD_CHARACTERS:].strip()
+        return self._process.communicate()[1][-_SHOWN_CHARACTERS:].strip()
 
     def outcome(self, timeout_s: float | None = None) -> Outcome:
         """
-        What comes of it, within so many seconds.
+        Waits for its end, or brings that about when the time is over.
         """
         problem = ""
         try:
@@ -209,11 +214,12 @@ class Child:
             raise
         code = self._process.returncode
         if code and not problem:
+            name = signal.Signals(-code).name if code < 0 else str(code)
             last = said.strip().splitlines()[-1:] or ["without a word"]
-            problem = f"it ended with {_name_of(code)}: {last[0][-_TOLD_CHARACTERS:]}"
+            problem = f"it ended with {name}: {last[0][-_SHOWN_CHARACTERS:]}"
         found = map(revive, output.splitlines())
-        records = tuple(record for record in found if record is not None)
-        return Outcome(records, problem, self.started_s, time.monotonic(), code)
+        rows = tuple(row for row in found if row is not None)
+        return Outcome(rows, problem, self.started_s, time.monotonic(), code)
 
     def _kill(self) -> None:
         if self._process.poll() is None:
@@ -232,12 +238,6 @@ def spawn(
     leads: bool = False,
 ) -> Outcome:
     """
-    Have a process play a role, to its end.
+    Runs a role in a process of its own, to its end.
     """
     return Child(role, setup, argument, leads=leads).outcome(timeout_s)
-
-
-def _name_of(code: int) -> str:
-    if code >= 0:
-        return str(code)
-    return signal.Signals(-code).name

@@ -1,0 +1,3 @@
+"""
+The benchmark of whispercache on a GPU; see `gpu.command`.
+"""
