@@ -602,7 +602,7 @@ def _usual_parts(
 
     # Imported when they are needed: a cache on fakes opens no driver's library.
     if probe is None:
-        from .devices.memory import SystemProbe
+        from .devices.probe import SystemProbe
 
         probe = SystemProbe()
     if loader is None:
