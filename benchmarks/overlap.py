@@ -37,11 +37,7 @@ from report import Table, machine, parsed, write
 from switch import TYPES, prepared
 
 from whispercache import ModelCache
-from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.process import versions
-from whispercache.engine.variants.build import Builder
-from whispercache.engine.variants.store import Variants
-from whispercache.options import DEFAULT_VARIANTS_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,13 +19,13 @@ from gpu.card import Card
 from gpu.parts import Heard, plain_cache, say
 from gpu.run import ASIDE, Row, cells_of, spawn
 from whispercache import ModelCache, Workload
-from whispercache.cache import DEFAULT_VARIANTS_BYTES
 from whispercache.engine.process import versions
 from whispercache.engine.sizes.footprint import read_header, weights_bytes
 from whispercache.engine.variants.convert import Origin, kind_for
 from whispercache.engine.variants.store import Variants
 from whispercache.errors import WhisperCacheError
 from whispercache.events import ModelEvicted, ModelLoaded
+from whispercache.options import DEFAULT_VARIANTS_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
