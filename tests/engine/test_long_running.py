@@ -36,6 +36,7 @@ from real import (
 )
 
 from whispercache import (
+    LeaseDeadlock,
     LeaseTimeout,
     ModelCache,
     ModelEvicted,
@@ -322,7 +323,8 @@ class TestLazySegments:
             segments, _ = model_of(cache, micro()).transcribe(LONG)
             next(segments)
             other = model_of(cache, micro("the other one"), timeout_s=0.01)
-            with pytest.raises(LeaseTimeout):
+            # The holder is this very thread, which a busy machine may see first.
+            with pytest.raises((LeaseTimeout, LeaseDeadlock)):
                 other.transcribe(SILENCE)
             assert text_of(segments) == TEXT * 2
             patient = model_of(cache, micro("the other one"))
