@@ -1106,3 +1106,47 @@ def test_a_limit_of_copies_spares_what_else_models_leave(
     visit(cache, "base")
     assert parked(loader) == ["base"]
     assert "tiny" in {key.model for key in loader.shells}
+
+
+def test_a_request_for_several_does_not_wait_for_a_copy_of_its_own(
+    make_cache: MakeCache, driver: Driver
+) -> None:
+    """
+    The copy of a model that it has already fills the host, where the other one goes:
+    the first is evicted, and loaded again without a copy.
+    """
+    cache = make_cache(park=True, ram="3GiB")
+    visit(cache, "base")
+    cache.lease("base", CARD).release()
+    assert host(cache).copies_bytes == GIB
+    leases = driver.call(cache, "lease_many", [("medium", "cpu"), ("base", CARD)])
+    assert [lease.key.model for lease in leases] == ["medium", "base"]
+    assert host(cache).copies_bytes == 0
+    leases.release()
+
+
+def test_pressure_spares_a_copy_that_a_load_will_use(
+    make_cache: MakeCache, loader: FakeLoader, driver: Driver
+) -> None:
+    """
+    It is charged to the load that waits for its turn, and so it must still be there.
+    """
+    loader.shell_size = 1  # something that may be dropped
+    cache = make_cache(park=True)
+    visit(cache, "base")
+    with loader.holding_loads("tiny") as gate:
+        busy = driver.start(cache, "lease", "tiny", CARD)
+        gate.wait_reached()
+        asked = driver.start(cache, "lease", "base", CARD)
+        wait_until(lambda: host(cache).copies_bytes)
+        core = cache._core
+        core.make_room_for_others(core.devices["cpu"], 64 * GIB)
+        idle = threading.Event()
+        core.devices["cpu"].thread.submit(idle.set)
+        assert idle.wait(10)
+        kept = parked(loader)
+        gate.open()
+        busy.result(10).release()
+    asked.result(10).release()
+    assert kept == ["base"]
+    assert cache.stats().restores == 1

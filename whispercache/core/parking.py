@@ -81,12 +81,12 @@ class Parking(Books):
             host.is_shedding = False
             left_bytes = host.left_bytes if most_bytes is None else most_bytes
             spared = set() if but is None else {but}
-            if most_bytes != 0:  # those that are about to be used are charged
-                spared |= {
-                    each.key
-                    for each in self._parked
-                    if each.state is State.LOADING and each.restores
-                }
+            # Copies that loads will use are charged, so they are in nobody's way.
+            spared |= {
+                each.key
+                for each in self._parked
+                if each.state is State.LOADING and each.restores
+            }
         self.loader.shrink_shells(max(0, left_bytes), spared)
         shells = self._shells()
         with self.changing():

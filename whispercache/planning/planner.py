@@ -64,6 +64,13 @@ class Resident:
     gap_s: float
     cost_s: float
 
+    @property
+    def is_copy(self) -> bool:
+        """
+        True for the copy of its weights that the host keeps beside those on a card.
+        """
+        return self.device != self.key.device
+
 
 Policy: TypeAlias = "Callable[[Resident, float], float]"
 """
@@ -414,11 +421,15 @@ def _victims_for(scratch: _Scratch, pending: Pending) -> tuple[Resident, ...] | 
     """
     victims: list[Resident] = []
     for demand in pending.demands:
-        candidates = (
+        idle = [
             resident
             for resident in scratch.idle(demand.device)
-            if resident.key not in scratch.chosen and resident.key not in pending.keys
-        )
+            if resident.key not in scratch.chosen
+        ]
+        candidates = [each for each in idle if each.key not in pending.keys]
+        # A model of its own is evicted only if its copy stands in another one's way:
+        # then it is loaded again, without a copy.
+        candidates += [r for r in idle if r.key in pending.keys and r.is_copy]
         missing = scratch.rooms[demand.device].shortfall(demand)
         found = choose_victims(candidates, *missing)
         if found is None:
@@ -445,7 +456,7 @@ def _stick(scratch: _Scratch, place: int, pending: Pending) -> Decision:
             leaving = [
                 resident
                 for resident in there
-                if resident.key not in pending.keys
+                if (resident.key not in pending.keys or resident.is_copy)
                 and resident.key not in scratch.chosen
                 and resident.key not in scratch.wanted
             ]
