@@ -45,6 +45,7 @@ from whispercache import (
     Workload,
 )
 from whispercache.core import entries
+from whispercache.core.budget import Use
 from whispercache.core.entries import Part, State
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine, check
 from whispercache.units import Limit
@@ -351,7 +352,7 @@ class CacheMachine(RuleBasedStateMachine):
         """
         # A device that was never read cannot be used at all, and says so.
         if len(self.core.devices) == len(DEVICES) and all(
-            device.total_bytes for device in self.core.devices.values()
+            device.budget.total_bytes for device in self.core.devices.values()
         ):
             self.machine.reading_fails = fails
 
@@ -379,7 +380,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.machine.others(device, 0)
         # Never so much that what was admitted before cannot be had.
         books = self.core.devices.get(device)
-        reserved_bytes = max(5 * GIB, books.charged_bytes if books else 0)
+        reserved_bytes = max(5 * GIB, books.budget.charged_bytes if books else 0)
         room_bytes = max(0, self.machine.total_bytes[device] - reserved_bytes)
         self.machine.others(device, min(gib * GIB, room_bytes))
 
@@ -532,8 +533,9 @@ class CacheMachine(RuleBasedStateMachine):
         """
         for name, device in self.core.devices.items():
             before_bytes = self.charged_bytes[name]
-            assert device.charged_bytes <= max(device.capacity_bytes, before_bytes)
-            self.charged_bytes[name] = device.charged_bytes
+            budget = device.budget
+            assert budget.charged_bytes <= max(budget.capacity_bytes, before_bytes)
+            self.charged_bytes[name] = budget.charged_bytes
 
     def turns(self) -> list[Turns]:
         """
@@ -614,7 +616,7 @@ class CacheMachine(RuleBasedStateMachine):
             held = [e for e in device.entries.values() if e.state in there]
             weights_bytes = sum(entry.weights_bytes for entry in held)
             held_bytes = weights_bytes + device.shell_bytes
-            held_bytes += device.copies_bytes
+            held_bytes += device.budget.sum_of(Use.COPY)
             assert self.machine.held_bytes[name] == held_bytes
             assert {entry.key for entry in held} == {
                 key for key in self.loader.resident if key.device == name

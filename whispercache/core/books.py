@@ -286,7 +286,7 @@ class Books:
             reading = self.probe.read(device.name)
         except Exception as error:
             # A gauge that fails for a moment must not stop who knows its limit.
-            if device.capacity_bytes:
+            if device.budget.capacity_bytes:
                 _log.warning("free memory of %s is unknown: %s", device.name, error)
                 return False
             if isinstance(error, WhisperCacheError):
@@ -308,8 +308,10 @@ class Books:
             promised_bytes = self.peers.promised_bytes(device.name)
             held_bytes = self.peers.held_bytes(device.name)
         with self.changing():
-            if is_still or not device.is_moving or not device.total_bytes:
-                device.observe(reading, promised_bytes, held_bytes)
+            if is_still or not device.is_moving or not device.budget.total_bytes:
+                device.is_stale = False
+                kept_bytes = device.shell_bytes
+                device.budget.observe(reading, kept_bytes, promised_bytes, held_bytes)
 
     def _look_again(self, device: Device) -> None:
         """

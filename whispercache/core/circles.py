@@ -129,14 +129,16 @@ def _ceilings(books: Books) -> dict[str, Ceiling]:
     there = (State.RESIDENT, State.LOADING)
     return {
         name: Ceiling(
-            math.inf if device.limit_bytes is None else device.limit_bytes,
+            math.inf
+            if device.budget.limit_bytes is None
+            else device.budget.limit_bytes,
             device.max_models,
             tuple(
                 _model(entry, entry.weights_bytes)
                 for entry in device.entries.values()
                 if entry.stays and entry.state in there
             ),
-            device.most_bytes,
+            device.budget.most_bytes,
         )
         for name, device in books.devices.items()
     }

@@ -52,6 +52,7 @@ from whispercache.planning.planner import Need, Outcome, Pending
 
 from . import circles
 from .books import LOOK_AGAIN_S
+from .budget import Use
 from .entries import Device, Entry, Part, State, Waiter, reservations
 from .moves import Moves
 from .threads import has_ended, take_turn
@@ -322,7 +323,7 @@ class Core(Moves):
             if device.is_stale and not device.is_moving:
                 device.is_stale = False
                 self._work.append(partial(self._look_again, device))
-            elif device.unreturned_bytes and not device.is_watched:
+            elif device.budget.sum_of(Use.UNRETURNED) and not device.is_watched:
                 device.is_watched = True  # nothing of ours will tell that it came back
                 look = partial(self._look_for_unreturned, device)
                 self.clock.call_at(self.clock.now() + LOOK_AGAIN_S, look)
@@ -409,7 +410,7 @@ class Core(Moves):
             return Candidate(
                 key.device,
                 needed_bytes,
-                free_bytes=device.left_bytes - coming_bytes,
+                free_bytes=device.budget.left_bytes - coming_bytes,
                 idle_bytes=sum(other.weights_bytes for other in idle),
                 ceiling_bytes=reachable_bytes if can_come else 0,
                 free_models=room.free_models - len(coming),
@@ -519,8 +520,8 @@ class Core(Moves):
                 reason += "are wanted at once"
         elif demand.n_bytes + demand.own_bytes <= room.ceiling_bytes:
             reason = f"{format_bytes(room.pinned_bytes)} are pinned; unpin a model"
-        elif device.limit_bytes is not None and (
-            demand.n_bytes + demand.own_bytes > device.limit_bytes
+        elif device.budget.limit_bytes is not None and (
+            demand.n_bytes + demand.own_bytes > device.budget.limit_bytes
         ):
             reason = "that is the limit; raise it, or choose a smaller model or type"
         else:
@@ -848,7 +849,9 @@ class Core(Moves):
         Whether anything is on *device*, or waited for.
         """
         with self.changing():
-            held = device.entries or device.shell_bytes or device.copies_bytes
+            held = (
+                device.entries or device.shell_bytes or device.budget.sum_of(Use.COPY)
+            )
             return bool(held) or any(
                 device in (entry.device, entry.host)
                 for waiter in self.queue
@@ -869,7 +872,7 @@ class Core(Moves):
             pinned_bytes = sum(entry.weights_bytes for entry in held if entry.stays)
             idle_bytes = sum(e.weights_bytes for e in device.shelf if not e.stays)
             return {
-                "promised_bytes": device.charged_bytes - device.held_bytes,
+                "promised_bytes": device.budget.to_come_bytes,
                 # What may be given up.
                 "held_bytes": held_bytes - pinned_bytes + device.shell_bytes,
                 "idle_bytes": idle_bytes + device.shell_bytes,
@@ -885,8 +888,11 @@ class Core(Moves):
             for demand in pending.demands:
                 if demand.device != device.name:
                     continue
-                after_bytes = device.charged_bytes - idle_bytes + demand.n_bytes
-                if device.limit_bytes is None or after_bytes <= device.limit_bytes:
+                after_bytes = device.budget.charged_bytes - idle_bytes + demand.n_bytes
+                if (
+                    device.budget.limit_bytes is None
+                    or after_bytes <= device.budget.limit_bytes
+                ):
                     return max(0, demand.n_bytes - idle_bytes)
         return 0
 
@@ -928,7 +934,7 @@ class Core(Moves):
             self.max_models = max_models
             for device in self.devices.values():
                 device.max_models = max_models
-                device.set_limit(limit_of(device.name))
+                device.budget.set_limit(limit_of(device.name))
             self._admit_locked()
 
     def close(self) -> list[Leaving] | None:
@@ -1065,17 +1071,7 @@ class Core(Moves):
                     assert not lease.is_released, f"{waiter} lost {lease}"
 
     def _check_device_locked(self, device: Device) -> None:
-        charged_bytes = sum(
-            entry.weights_bytes + entry.workspace_bytes
-            for entry in device.entries.values()
-        ) + sum(e.host_bytes for e in self.entries.values() if e.host is device)
-        charged_bytes += device.lost_bytes + device.unreturned_bytes
-        copies = [e.copy_bytes for e in self.entries.values() if e.host is device]
-        assert device.copies_bytes == sum(copies), f"{device.name}: copies"
-        charged_bytes += device.copies_bytes
-        assert charged_bytes == device.charged_bytes, (
-            f"{device.name}: {charged_bytes} B held, {device.charged_bytes} B charged"
-        )
+        device.budget.check()
         if device.is_over_limit:
             idle = self._idle_locked(device.name)
             excess = planner.shrink(self._room_locked(device), idle)

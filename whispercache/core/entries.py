@@ -10,12 +10,10 @@ from __future__ import annotations
 import math
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from whispercache.devices.memory import headroom_bytes
-from whispercache.devices.release import ENOUGH_RETURNED
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
 from whispercache.planning.planner import (
     Demand,
@@ -26,12 +24,12 @@ from whispercache.planning.planner import (
     next_gap_s,
 )
 
+from .budget import Budget, Use
 from .threads import DeviceThread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from whispercache.devices.memory import MemoryReading
     from whispercache.engine.api import LoadedModel
     from whispercache.engine.files import ModelFiles
     from whispercache.engine.sizes.footprint import Footprint, Workload
@@ -62,50 +60,19 @@ class Device:
 
     def __init__(self, name: str, limit: Limit, max_models: int | None) -> None:
         self.name: str = name
-        self.limit: Limit = limit
         self.max_models: int | None = max_models
         self.entries: dict[ModelKey, Entry] = {}  # all that are not absent
         # Idle models, as a set in order. A lease takes its model off, the last release
         # puts it back at the end: this is the order of release.
         self.shelf: dict[Entry, None] = {}
-        self.charged_bytes: int = 0
-        self.peak_bytes: int = 0
-        self.work_bytes: int = 0  # of them, for calls
-        self.work_peak_bytes: int = 0  # most of that since a load or unload
-        self.total_bytes: int | None = None
-        self.limit_bytes: int | None = None
-        self.capacity_bytes: int = 0  # what may be charged now
-        self.ceiling_bytes: int = 0  # what might be, if all leases ended
+        self.budget: Budget = Budget(name, limit)
         self.loads_begun: int = 0
         self.is_stale: bool = False  # whether the gauge would tell something new
         self.sick: str | None = None  # the error that made it unusable
         self.shell_bytes: int = 0  # of what models left behind; gives way to anything
         self.is_shedding: bool = False  # shells are about to go
-        self.lost_bytes: int = 0  # held by models that it does not give back any more
-        self.unreturned_bytes: int = 0  # freed, but not seen to be free; see `keep`
-        self.copies_bytes: int = 0  # of weights on the host that are on a card as well
-        self.floor_bytes: int | None = None  # what the process keeps of it for its life
         self.is_watched: bool = False  # its gauge will be read again
-        self._excess_bytes: int | None = None  # in use besides models, when last seen
         self.thread: DeviceThread = DeviceThread(name)
-        self.most_bytes: int | None = None  # by the gauge, if other processes give way
-        self._gauge_capacity_bytes: int | None = None
-        self._gauge_ceiling_bytes: int | None = None
-        self.set_limit(limit)
-
-    def set_limit(self, limit: Limit) -> None:
-        """
-        Set the most that may be charged; the gauge may allow less.
-        """
-        self.limit = limit
-        known = self.total_bytes is not None or limit.fraction is None
-        self.limit_bytes = limit.of(self.total_bytes or 0) if known else None
-        self.capacity_bytes = self._least(self._gauge_capacity_bytes)
-        self.ceiling_bytes = self._least(self._gauge_ceiling_bytes)
-
-    def _least(self, gauge_bytes: int | None) -> int:
-        known = [n for n in (self.limit_bytes, gauge_bytes) if n is not None]
-        return min(known, default=0)
 
     @property
     def is_over_limit(self) -> bool:
@@ -113,79 +80,14 @@ class Device:
         Whether a limit was lowered below what is held.
         """
         too_many = self.max_models is not None and len(self.entries) > self.max_models
-        return too_many or (
-            self.limit_bytes is not None and self.charged_bytes > self.limit_bytes
-        )
-
-    @property
-    def left_bytes(self) -> int:
-        """
-        What nothing is charged for. Shells may have it as long as nothing else does.
-        """
-        return self.capacity_bytes - self.charged_bytes
+        return too_many or self.budget.is_over_limit
 
     @property
     def has_too_many_shells(self) -> bool:
         """
         Whether they take more than what is left.
         """
-        return self.shell_bytes > max(0, self.left_bytes)
-
-    def charge(self, n_bytes: int) -> None:
-        """
-        Count *n_bytes* more; fewer if negative.
-        """
-        self.charged_bytes += n_bytes
-        self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
-
-    def work(self, n_bytes: int) -> None:
-        """
-        Count *n_bytes* more for calls; fewer if negative. Each hit does so twice.
-        """
-        self.charged_bytes += n_bytes
-        self.work_bytes += n_bytes
-        if n_bytes > 0:
-            self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
-            self.work_peak_bytes = max(self.work_peak_bytes, self.work_bytes)
-
-    def lose(self, n_bytes: int) -> None:
-        """
-        Count *n_bytes* that will never come back.
-        """
-        self.charge(n_bytes)
-        self.lost_bytes += n_bytes
-
-    def keep(self, unreturned_bytes: int, used_bytes: int | None) -> None:
-        """
-        Go on counting what a model freed but nobody saw come back, until the gauge
-        shows it; *used_bytes* is what it showed then.
-        """
-        if unreturned_bytes:
-            weights_bytes = self.held_bytes - self.unreturned_bytes
-            self.unreturned_bytes += unreturned_bytes
-            self.charge(unreturned_bytes)
-            self._excess_bytes = None
-            if used_bytes is not None:
-                self._excess_bytes = max(0, used_bytes - weights_bytes)
-
-    def _credit_late(self, reading: MemoryReading) -> None:
-        """
-        Stop counting what has come back since, or cannot have stayed: more than is in
-        use besides the models that are there.
-        """
-        if not self.unreturned_bytes:
-            return
-        weights_bytes = self.held_bytes - self.unreturned_bytes
-        used_bytes = reading.total_bytes - reading.free_bytes
-        excess_bytes = max(0, used_bytes - weights_bytes)
-        if self._excess_bytes is None:
-            self._excess_bytes = excess_bytes
-        left_bytes = min(self.unreturned_bytes, excess_bytes)
-        fallen_bytes = self._excess_bytes - excess_bytes
-        if fallen_bytes >= ENOUGH_RETURNED * self.unreturned_bytes:
-            left_bytes = 0
-        self.charge(left_bytes - self.unreturned_bytes)
-        self.unreturned_bytes = left_bytes
+        return self.shell_bytes > max(0, self.budget.left_bytes)
 
     @property
     def is_moving(self) -> bool:
@@ -199,70 +101,6 @@ class Device:
             for entry in self.entries.values()
         )
 
-    def observe(
-        self,
-        reading: MemoryReading,
-        promised_bytes: int = 0,
-        peers_bytes: int = 0,
-    ) -> None:
-        """
-        Take a reading of the gauge into account, of a time when nothing moved.
-
-        What is free does not show the work that leased models have not begun, so for
-        what may be charged only their weights are added to it.
-
-        Args:
-            reading: What the gauge shows.
-            promised_bytes: What other processes will take that it does not show yet.
-            peers_bytes: What other processes hold, and would give up if asked.
-        """
-        self.is_stale = False
-        self.total_bytes = reading.total_bytes
-        self._credit_late(reading)
-        # What shells take can be had.
-        usable_bytes = self.usable_bytes(reading) - promised_bytes + self.shell_bytes
-        self._gauge_capacity_bytes = max(0, usable_bytes + self.held_bytes)
-        # A load that has not begun takes nothing yet. One of another process may show
-        # on the gauge and be promised, too: what could be had errs upwards.
-        loads = (each for each in self.entries.values() if each.state is State.LOADING)
-        taken_bytes = self.charged_bytes - sum(entry.weights_bytes for entry in loads)
-        shared_bytes = 2 * promised_bytes + peers_bytes
-        whole_bytes = self.usable_bytes(
-            replace(reading, free_bytes=reading.total_bytes)
-        )
-        whole_bytes -= self.floor_bytes or 0
-        self._gauge_ceiling_bytes = max(
-            0, min(whole_bytes, usable_bytes + taken_bytes + shared_bytes)
-        )
-        self.most_bytes = self._gauge_capacity_bytes + shared_bytes
-        self.set_limit(self.limit)
-
-    def has_room(self, reading: MemoryReading, promised_bytes: int) -> bool:
-        """
-        Whether all that is charged and not in memory yet still fits, by *reading*.
-        """
-        to_come_bytes = self.charged_bytes - self.held_bytes
-        return to_come_bytes <= self.usable_bytes(reading) - promised_bytes
-
-    @property
-    def held_bytes(self) -> int:
-        """
-        What the gauge counts as taken: weights in memory, and what is left of others.
-        """
-        there = (State.RESIDENT, State.UNLOADING)
-        held = (each for each in self.entries.values() if each.state in there)
-        kept_bytes = self.lost_bytes + self.unreturned_bytes + self.copies_bytes
-        return kept_bytes + sum(entry.weights_bytes for entry in held)
-
-    def usable_bytes(self, reading: MemoryReading) -> int:
-        """
-        What models may take by a reading; negative if others have taken too much.
-        """
-        floor_bytes = self.floor_bytes or 0
-        return reading.free_bytes - headroom_bytes(
-            self.name, reading.total_bytes, floor_bytes
-        )
-
     def room(self) -> Room:
         """
         A scratch copy for `admission.plan`.
@@ -271,9 +109,9 @@ class Device:
         coming = [entry for entry in held if entry.state is State.UNLOADING]
         pinned = [entry for entry in held if entry.stays]
         return Room(
-            capacity_bytes=self.capacity_bytes,
-            ceiling_bytes=self.ceiling_bytes,
-            charged_bytes=self.charged_bytes,
+            capacity_bytes=self.budget.capacity_bytes,
+            ceiling_bytes=self.budget.ceiling_bytes,
+            charged_bytes=self.budget.charged_bytes,
             coming_bytes=sum(entry.weights_bytes for entry in coming),
             pinned_bytes=sum(entry.weights_bytes for entry in pinned),
             max_models=self.max_models,
@@ -290,7 +128,6 @@ class Entry:
 
     __slots__ = (
         "cause",
-        "copy_bytes",
         "default_workspace_bytes",
         "device",
         "drained_for",
@@ -303,7 +140,6 @@ class Entry:
         "gap_s",
         "gone",
         "host",
-        "host_bytes",
         "key",
         "last_used_s",
         "leases",
@@ -320,7 +156,6 @@ class Entry:
         "retry_at_s",
         "state",
         "unload_started_s",
-        "weights_bytes",
         "workspace_bytes",
     )
 
@@ -336,10 +171,7 @@ class Entry:
             threading.Lock()
         )  # one look at the disk, one download at a time
         self.loaded: LoadedModel | None = None
-        self.weights_bytes: int = 0
-        self.workspace_bytes: int = 0
-        self.host_bytes: int = 0  # for its load
-        self.copy_bytes: int = 0  # of weights that are on its card as well
+        self.workspace_bytes: int = 0  # the budget has it too; each hit asks
         self.parked_bytes: int = 0  # of weights that have left; in the host's shells
         self.restores: bool = False  # its load was admitted as one from that copy
         self.drops_copy: bool = False  # it leaves for the sake of the host
@@ -360,6 +192,35 @@ class Entry:
         self.unload_started_s: float = 0.0
         self.gone: list[Future[None]] = []
         self.num_workers: int = key.num_workers
+
+    @property
+    def weights_bytes(self) -> int:
+        """
+        Bytes charged for the model itself on its device, or reserved for its load.
+        """
+        budget = self.device.budget
+        return budget.of(self, Use.RESERVED) + budget.of(self, Use.WEIGHTS)
+
+    @property
+    def host_bytes(self) -> int:
+        """
+        Bytes charged on the host while its weights go to a card or come from it.
+        """
+        return self.host.budget.of(self, Use.STAGING)
+
+    @property
+    def copy_bytes(self) -> int:
+        """
+        Bytes charged on the host for a copy of weights that are on its card as well.
+        """
+        return self.host.budget.of(self, Use.COPY)
+
+    @property
+    def budgets(self) -> set[Budget]:
+        """
+        The budgets that it may be charged in.
+        """
+        return {self.device.budget, self.host.budget}
 
     @property
     def stays(self) -> bool:
@@ -422,28 +283,11 @@ class Entry:
         Whether one more lease with *n_bytes* of work can be granted at once.
         """
         extra_bytes = self.workspace_with(n_bytes) - self.workspace_bytes
-        device = self.device
+        budget = self.device.budget
         return (
             extra_bytes <= 0
-            or device.charged_bytes + extra_bytes <= device.capacity_bytes
+            or budget.charged_bytes + extra_bytes <= budget.capacity_bytes
         )
-
-    def charge(self, weights_bytes: int, *, host_bytes: int = 0) -> None:
-        """
-        Set what is counted for the model itself, and on the host while it loads.
-        """
-        self.device.charge(weights_bytes - self.weights_bytes)
-        self.host.charge(host_bytes - self.host_bytes)
-        self.weights_bytes = weights_bytes
-        self.host_bytes = host_bytes
-
-    def hold_copy(self, n_bytes: int) -> None:
-        """
-        Set what is counted on the host for a copy of weights that are on a card.
-        """
-        self.host.charge(n_bytes - self.copy_bytes)
-        self.host.copies_bytes += n_bytes - self.copy_bytes
-        self.copy_bytes = n_bytes
 
     def take(self, serial: int, owner: Owner, n_bytes: int, now_s: float) -> None:
         """
@@ -475,7 +319,7 @@ class Entry:
 
     def _set_workspace(self, n_bytes: int) -> None:
         if n_bytes != self.workspace_bytes:
-            self.device.work(n_bytes - self.workspace_bytes)
+            self.device.budget.set(self, Use.WORK, n_bytes)
             self.workspace_bytes = n_bytes
 
     def is_open_to(self, waiter: Waiter | None) -> bool:
@@ -520,6 +364,8 @@ class Entry:
         loaded = state in (State.RESIDENT, State.UNLOADING)
         assert (self.loaded is not None) is loaded, f"{key} is {state}"
         assert bool(self.leases) or not self.workspace_bytes, f"{key} works unleased"
+        work_bytes = self.device.budget.of(self, Use.WORK)
+        assert self.workspace_bytes == work_bytes, f"{key}: {work_bytes} B of work"
         assert self.owners.keys() == self.leases.keys(), f"{key}: owners"
         assert not self.copy_bytes or loaded or self.restores, f"{key}: a copy, {state}"
         is_there = state is State.RESIDENT
@@ -571,7 +417,7 @@ def reservations(parts: Sequence[Part]) -> dict[Entry, tuple[int, int]]:
         reserved[entry] = kept_bytes, 0
         last[device] = entry
         extra_bytes[device] = max(extra_bytes.get(device, 0), peak_bytes - kept_bytes)
-        left_bytes = entry.host.left_bytes - copies_bytes
+        left_bytes = entry.host.budget.left_bytes - copies_bytes
         if 0 < entry.parked_bytes <= left_bytes:
             # It is there already, and stays there beside the weights.
             reserved[entry] = kept_bytes, entry.parked_bytes

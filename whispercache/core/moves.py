@@ -35,6 +35,7 @@ from whispercache.events import (
 
 from . import books
 from .books import LAST_COOL_DOWN_S, lost, one_line
+from .budget import Use
 from .entries import Device, Entry, State
 from .parking import Parking
 
@@ -125,11 +126,12 @@ class Moves(Parking):
         entry.restores = 0 < entry.parked_bytes <= host_bytes
         if entry.restores:  # it is held already, and no longer gives way
             entry.host.shell_bytes -= entry.parked_bytes
-            entry.hold_copy(entry.parked_bytes)
+            entry.host.budget.set(entry, Use.COPY, entry.parked_bytes)
             host_bytes -= entry.parked_bytes
         entry.device.loads_begun += 1
         entry.device.entries[entry.key] = entry
-        entry.charge(n_bytes, host_bytes=host_bytes)
+        entry.device.budget.set(entry, Use.RESERVED, n_bytes)
+        entry.host.budget.set(entry, Use.STAGING, host_bytes)
         self._on_thread_locked(entry, partial(self._load, entry))
 
     def _load(self, entry: Entry) -> None:
@@ -165,7 +167,7 @@ class Moves(Parking):
         with self.changing():
             # Work of others in the process moves what the loader measured.
             is_quiet = quiet_since == self._grants
-            self._start_work_locked(entry.device)
+            entry.device.budget.restart_work()
             self._loaded_locked(entry, loaded, load_s)
             self._note_shells_locked(entry.host, *shells)
             self._admit_locked()
@@ -239,7 +241,7 @@ class Moves(Parking):
                 0 if self.peers is None else self.peers.promised_bytes(device.name)
             )
             with self.changing():
-                if device.has_room(reading, promised_bytes):
+                if device.budget.has_room(reading, promised_bytes):
                     return None
         return reading
 
@@ -258,6 +260,8 @@ class Moves(Parking):
         """
         Close the books of a load that has not begun; whoever waits for it waits again.
         """
+        for budget in entry.budgets:
+            budget.clear(entry)
         self._absent_locked(entry)
         for waiter in self.queue:
             if waiter.held is not None and waiter.wants(entry):
@@ -313,7 +317,7 @@ class Moves(Parking):
         warm_up_s = self.clock.now() - started_s
         with self.changing():
             if floor_bytes is not None:
-                device.floor_bytes = floor_bytes
+                device.budget.floor_bytes = floor_bytes
             warmed_up = DeviceWarmedUp(entry.key, device.name, warm_up_s, floor_bytes)
             self.outbox.append(warmed_up)
 
@@ -368,8 +372,10 @@ class Moves(Parking):
         # measured corrects the next one: nothing that was admitted can turn out too
         # large.
         weights_bytes = entry.footprints[DEFAULT_WORKLOAD].weights_bytes
-        entry.charge(weights_bytes)
-        entry.hold_copy(loaded.copy_bytes)
+        entry.device.budget.move(entry, Use.RESERVED, Use.WEIGHTS)
+        entry.device.budget.set(entry, Use.WEIGHTS, weights_bytes)
+        entry.host.budget.set(entry, Use.STAGING, 0)
+        entry.host.budget.set(entry, Use.COPY, loaded.copy_bytes)
         entry.loaded = loaded
         entry.state = State.RESIDENT
         entry.loads += 1
@@ -408,6 +414,8 @@ class Moves(Parking):
             _log.exception("memory of %s was not returned", entry.key)
         shells = self._shells()
         with self.changing():
+            for budget in entry.budgets:
+                budget.clear(entry)
             self._absent_locked(entry)
             self._note_shells_locked(entry.host, *shells)
             entry.failures += 1
@@ -447,7 +455,7 @@ class Moves(Parking):
         self.loader.lost(device.name)
         shells = self._shells()
         with self.changing():
-            host.lose(kept_bytes)
+            host.budget.set(device, Use.LOST, kept_bytes)
             self._note_shells_locked(host, *shells)
 
     # Unload --------------------------------------------------------------------------
@@ -510,7 +518,7 @@ class Moves(Parking):
         device, shells = entry.device, self._shells()
         with self.changing():
             assert entry.cause is not None
-            work_bytes = self._start_work_locked(device)
+            work_bytes = device.budget.restart_work()
             present = device.entries.values()
             weights_bytes = sum(other.weights_bytes for other in present)
             self.counts["evictions"] += 1
@@ -531,23 +539,17 @@ class Moves(Parking):
                 self.outbox.append(ModelStillReferenced(entry.key, released.references))
             self._note_shells_locked(entry.host, *shells)
             drops_copy = entry.drops_copy
+            for budget in entry.budgets:
+                budget.clear(entry)
             self._absent_locked(entry)
             if drops_copy and entry.parked_bytes:  # asked for at the last moment
                 entry.parked_bytes = 0
                 self._on_thread_locked(entry, partial(self._forget, entry))
-            device.keep(unreturned_bytes, released.used_bytes)
+            device.budget.keep(unreturned_bytes, released.used_bytes)
             self._admit_locked()
         if released.peak_bytes is not None and work_bytes:
             measured_bytes = released.peak_bytes - weights_bytes
             self.loader.remember_work(device.name, work_bytes, measured_bytes)
-
-    def _start_work_locked(self, device: Device) -> int:
-        """
-        Count the peak of what calls are charged anew; what it was.
-        """
-        peak_bytes = device.work_peak_bytes
-        device.work_peak_bytes = device.work_bytes
-        return peak_bytes
 
     def _refused(self, entry: Entry, reason: str) -> None:
         """
@@ -576,20 +578,18 @@ class Moves(Parking):
         self._work.append(partial(_log.warning, told, *of_what))
         if entry.loaded is not None:
             self._work.append(partial(self.loader.abandon, entry.loaded))
-        copy_bytes = entry.copy_bytes  # it is in the model
+        entry.device.budget.move(entry, Use.WEIGHTS, Use.LOST)
+        entry.host.budget.move(entry, Use.COPY, Use.LOST)  # it is in the model
+        entry.host.budget.set(entry, Use.STAGING, 0)
         self._absent_locked(entry)
-        entry.device.lose(lost_bytes)
-        entry.host.lose(copy_bytes)
         self._admit_locked()
 
     def _absent_locked(self, entry: Entry) -> None:
         """
         Close the books of a model that is not, or no longer, in memory.
         """
-        entry.charge(0)
         if entry.state is State.LOADING and entry.restores:  # a shell as before
             entry.host.shell_bytes += entry.parked_bytes  # if it still is one
-        entry.hold_copy(0)
         entry.restores = entry.drops_copy = False
         entry.device.is_stale = True
         entry.state = State.ABSENT

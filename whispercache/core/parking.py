@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from whispercache.events import EvictionCause
 
 from .books import Books
+from .budget import Use
 from .entries import State
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Parking(Books):
         """
         with self.changing():
             host.is_shedding = False
-            left_bytes = host.left_bytes if most_bytes is None else most_bytes
+            left_bytes = host.budget.left_bytes if most_bytes is None else most_bytes
             spared = set() if but is None else {but}
             # Copies that loads will use are charged, so they are in nobody's way.
             spared |= {
@@ -120,8 +121,8 @@ class Parking(Books):
             return True
         n_bytes = entry.weights_bytes
         with self.changing():
-            left_bytes = host.left_bytes
-            limit_bytes = self.park_limit.of(host.total_bytes or 0)
+            left_bytes = host.budget.left_bytes
+            limit_bytes = self.park_limit.of(host.budget.total_bytes or 0)
             if limit_bytes is None:
                 limit_bytes = left_bytes
         if n_bytes > min(left_bytes, limit_bytes):
@@ -135,11 +136,11 @@ class Parking(Books):
             return False
         with self.changing():
             # Another card's thread may have been faster.
-            left_bytes = min(host.left_bytes, host.usable_bytes(reading))
+            left_bytes = min(host.budget.left_bytes, host.budget.usable_bytes(reading))
             limit_bytes -= self._copies_bytes_locked(host)
             if n_bytes > min(left_bytes, limit_bytes):
                 return False
-            entry.charge(entry.weights_bytes, host_bytes=n_bytes)
+            host.budget.set(entry, Use.STAGING, n_bytes)
         return True
 
     def _copies_bytes_locked(self, host: Device) -> int:
@@ -150,7 +151,7 @@ class Parking(Books):
         present = (e for each in self.devices.values() for e in each.entries.values())
         making = (e.host_bytes for e in present if e.state is State.UNLOADING)
         parked = (e.parked_bytes for e in self._parked if not e.copy_bytes)
-        return host.copies_bytes + sum(making) + sum(parked)
+        return host.budget.sum_of(Use.COPY) + sum(making) + sum(parked)
 
     def _shrink_copies(self, host: Device, most_bytes: int) -> None:
         """
@@ -190,7 +191,7 @@ class Parking(Books):
         The models of cards that have copies on *device*, the host.
         """
         held = self.devices.get(device)
-        if held is None or not held.copies_bytes:
+        if held is None or not held.budget.sum_of(Use.COPY):
             return []
         return [entry for entry in self.entries.values() if entry.copy_bytes]
 

@@ -11,6 +11,7 @@ from whispercache.errors import format_bytes
 from whispercache.events import DeviceInfo, Explanation, ModelInfo, Stats, WaitingInfo
 from whispercache.planning.planner import Outcome
 
+from .budget import Use
 from .entries import Part, State, Waiter, demands
 
 if TYPE_CHECKING:
@@ -80,14 +81,14 @@ def devices(core: Core) -> tuple[DeviceInfo, ...]:
         return tuple(
             DeviceInfo(
                 device=device.name,
-                limit_bytes=device.limit_bytes,
-                capacity_bytes=device.capacity_bytes,
-                charged_bytes=device.charged_bytes,
+                limit_bytes=device.budget.limit_bytes,
+                capacity_bytes=device.budget.capacity_bytes,
+                charged_bytes=device.budget.charged_bytes,
                 shell_bytes=device.shell_bytes,
-                copies_bytes=device.copies_bytes,
-                unreturned_bytes=device.unreturned_bytes,
-                floor_bytes=device.floor_bytes,
-                peak_bytes=device.peak_bytes,
+                copies_bytes=device.budget.sum_of(Use.COPY),
+                unreturned_bytes=device.budget.sum_of(Use.UNRETURNED),
+                floor_bytes=device.budget.floor_bytes,
+                peak_bytes=device.budget.peak_bytes,
                 models=len(device.entries),
             )
             for device in core.devices.values()
@@ -141,8 +142,8 @@ def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
             key=entry.key,
             outcome=outcome,
             needed_bytes=demand.n_bytes,
-            free_bytes=max(0, device.capacity_bytes - device.charged_bytes),
-            capacity_bytes=device.capacity_bytes,
+            free_bytes=max(0, device.budget.left_bytes),
+            capacity_bytes=device.budget.capacity_bytes,
             evicts=tuple(victim.key for victim in decision.victims),
             reason=reason,
         )

@@ -199,7 +199,7 @@ def _look(
         _log.warning("free memory of %s is unknown: %s", device.name, error)
         return
     core.take_reading(device, reading)
-    spare_bytes = device.usable_bytes(reading)
+    spare_bytes = device.budget.usable_bytes(reading)
     wanted_bytes = max(0, -spare_bytes) if watches else 0
     if peers is not None:
         account = peers.publish(device.name, core.account(device))
