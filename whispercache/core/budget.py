@@ -76,14 +76,18 @@ class Budget:
         floor_bytes: What the process keeps of the device for its life; None before
             that was measured.
         charged_bytes: The sum of the table.
+        work_bytes: What of it is charged for work.
         peak_bytes: The most that sum has been.
         work_peak_bytes: The most that was charged for work since `restart_work`.
     """
 
     def __init__(self, name: str, limit: Limit) -> None:
         self._name = name
-        self._table: dict[object, list[int]] = {}
-        self._sums: list[int] = [0] * len(Use)
+        # By use, then by holder.
+        self._table: tuple[dict[object, int], ...] = tuple({} for _ in Use)
+        self._sums: list[int] = [0] * len(Use)  # but for work, which has its own:
+        self._work = self._table[Use.WORK]
+        self.work_bytes: int = 0
         self.charged_bytes: int = 0
         self.peak_bytes: int = 0
         self.work_peak_bytes: int = 0
@@ -103,20 +107,36 @@ class Budget:
 
     def set(self, holder: object, use: Use, n_bytes: int) -> None:
         """
-        Charges *holder* exactly *n_bytes* for *use*. Each hit does so twice.
+        Charges *holder* exactly *n_bytes* for *use*.
         """
-        row = self._table.get(holder)
-        if row is None:
-            if not n_bytes:
-                return
-            row = self._table[holder] = [0] * len(self._sums)
-        more_bytes = n_bytes - row[use]
-        row[use] = n_bytes
+        if use is Use.WORK:
+            self.work(holder, n_bytes)
+            return
+        column = self._table[use]
+        more_bytes = n_bytes - column.get(holder, 0)
+        if n_bytes:
+            column[holder] = n_bytes
+        else:
+            column.pop(holder, None)
         self._sums[use] += more_bytes
         self.charged_bytes += more_bytes
+        if self.charged_bytes > self.peak_bytes:
+            self.peak_bytes = self.charged_bytes
+
+    def work(self, holder: object, n_bytes: int) -> None:
+        """
+        Charges *holder* exactly *n_bytes* for work. Each hit does so twice.
+        """
+        column = self._work
+        more_bytes = n_bytes - column.get(holder, 0)
+        column[holder] = n_bytes
+        self.work_bytes += more_bytes
+        self.charged_bytes += more_bytes
         if more_bytes > 0:
-            self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
-            self.work_peak_bytes = max(self.work_peak_bytes, self._sums[Use.WORK])
+            if self.charged_bytes > self.peak_bytes:
+                self.peak_bytes = self.charged_bytes
+            if self.work_bytes > self.work_peak_bytes:
+                self.work_peak_bytes = self.work_bytes
 
     def move(self, holder: object, use: Use, to: Use) -> None:
         """
@@ -132,7 +152,7 @@ class Budget:
         """
         for use in Use:
             self.set(holder, use, 0)
-        self._table.pop(holder, None)
+        self._work.pop(holder, None)
 
     def keep(self, unreturned_bytes: int, used_bytes: int | None) -> None:
         """
@@ -177,14 +197,13 @@ class Budget:
         """
         Returns what *holder* is charged for *use*.
         """
-        row = self._table.get(holder)
-        return 0 if row is None else row[use]
+        return self._table[use].get(holder, 0)
 
     def sum_of(self, use: Use) -> int:
         """
         Returns what all holders are charged for *use*.
         """
-        return self._sums[use]
+        return self.work_bytes if use is Use.WORK else self._sums[use]
 
     @property
     def left_bytes(self) -> int:
@@ -214,7 +233,7 @@ class Budget:
         Measures the peak of work anew, and returns the one so far.
         """
         peak_bytes = self.work_peak_bytes
-        self.work_peak_bytes = self._sums[Use.WORK]
+        self.work_peak_bytes = self.work_bytes
         return peak_bytes
 
     # Limits and gauges ----------------------------------------------------------------
@@ -296,8 +315,8 @@ class Budget:
         Asserts that the sums are those of the table, and that nothing is negative.
         """
         for use in Use:
-            n_bytes = sum(row[use] for row in self._table.values())
-            assert n_bytes == self._sums[use], f"{self._name}: {use.name}"
-        assert sum(self._sums) == self.charged_bytes, f"{self._name}: the sum"
-        for holder, row in self._table.items():
-            assert min(row) >= 0, f"{self._name}: {holder} is charged {row}"
+            column = self._table[use]
+            assert sum(column.values()) == self.sum_of(use), f"{self._name}: {use.name}"
+            assert min(column.values(), default=0) >= 0, f"{self._name}: {column}"
+        total_bytes = sum(map(self.sum_of, Use))
+        assert total_bytes == self.charged_bytes, f"{self._name}: the sum"

@@ -319,7 +319,7 @@ class Entry:
 
     def _set_workspace(self, n_bytes: int) -> None:
         if n_bytes != self.workspace_bytes:
-            self.device.budget.set(self, Use.WORK, n_bytes)
+            self.device.budget.work(self, n_bytes)
             self.workspace_bytes = n_bytes
 
     def is_open_to(self, waiter: Waiter | None) -> bool:
