@@ -470,7 +470,11 @@ class FakeLoader:
         elif copy_bytes and not parks:
             self.machine.give_back("cpu", copy_bytes)
             copy_bytes = 0
-        if shell_bytes := as_bytes(self.shell_size):
+        shell_bytes = as_bytes(self.shell_size)
+        # An unload does not fail for want of room for what it would keep.
+        if shell_bytes > self.machine.free_bytes("cpu"):
+            shell_bytes = 0
+        if shell_bytes:
             self.machine.take("cpu", shell_bytes)
         if shell_bytes or copy_bytes:
             self.shells[key] = shell_bytes + copy_bytes
