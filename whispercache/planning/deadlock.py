@@ -1,11 +1,10 @@
 """
-Deadlock: which waiting requests could be served if all who do not wait let go. Pure.
+Deadlock: the waiting requests that no release of others can ever help.
 
-The classic reduction of a resource graph: take everybody who does not wait as done and
-their leases as ended, serve whoever fits then, take those as done too, and so on. Who
-is left when nothing moves any more waits for memory that only those can free who are
-left.
-Rules of fairness do not count here, only bytes and numbers of models.
+It is the classic reduction of a resource graph: the leases of all owners that do not
+wait are taken as ended; requests that fit then are taken as served, and their leases as
+ended too; and so on. The requests that are left wait for memory that only their own
+owners hold. Rules of fairness do not count here, only bytes and numbers of models.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ __all__ = ["Ceiling", "Claim", "Hold", "Model", "Owner", "culprit", "unserved"]
 
 Owner: TypeAlias = object
 """
-Who holds leases or waits for them: a token of a thread or of a task.
+A holder of leases, or one that waits for them: a token of a thread or of a task.
 """
 
 
@@ -32,10 +31,10 @@ class Model:
     A model that is held or wanted.
 
     Attributes:
-        key: Which.
-        device: Where.
-        weights_bytes: What it takes while it is in memory.
-        workers: How many calls it runs at a time.
+        key: The model.
+        device: The device where it is.
+        weights_bytes: Bytes that it takes while it is in memory.
+        workers: The number of calls that it runs at a time.
     """
 
     key: ModelKey
@@ -50,9 +49,9 @@ class Hold:
     A lease that is held.
 
     Attributes:
-        owner: By whom.
-        model: On which model.
-        workspace_bytes: What its calls take.
+        owner: Its holder.
+        model: The model that is leased.
+        workspace_bytes: Bytes that its calls take.
     """
 
     owner: Owner
@@ -66,10 +65,10 @@ class Claim:
     A request that waits.
 
     Attributes:
-        owner: Whose.
-        since_s: Since when.
+        owner: The one that waits.
+        since_s: The time when it began to wait.
         parts: The models that it wants together, with the bytes of work on each.
-        loading_bytes: What their loads take on top at the peak, by device.
+        loading_bytes: Bytes that their loads take on top at the peak, by device.
     """
 
     owner: Owner
@@ -81,14 +80,14 @@ class Claim:
 @dataclass(frozen=True, slots=True)
 class Ceiling:
     """
-    What a device can hold.
+    The most that a device can hold.
 
     Attributes:
-        n_bytes: By its limit.
-        max_models: In models; None for any number.
-        pinned: The models there that never leave by themselves.
-        gauge_bytes: By its gauge, which may count the work of leases as taken; None
-            where it cannot be read.
+        n_bytes: Bytes by its limit.
+        max_models: Models; None for any number.
+        pinned: The pinned models there, which are not evicted.
+        gauge_bytes: Bytes by its gauge, which may count the work of leases as taken;
+            None where it cannot be read.
     """
 
     n_bytes: float
@@ -104,13 +103,13 @@ def unserved(
     never: Collection[Owner] = (),
 ) -> tuple[Claim, ...]:
     """
-    The claims that can never be served while their owners wait.
+    Returns the claims that can never be served while their owners wait.
 
     Args:
         claims: All that wait.
         holds: All leases.
         ceilings: The devices.
-        never: Owners taken for such as never let go, for the sake of the question.
+        never: Owners that are assumed never to release anything.
     """
     left = [claim for claim in claims if claim.owner not in never]
     while left:
@@ -128,7 +127,8 @@ def culprit(
     claims: Sequence[Claim], holds: Sequence[Hold], ceilings: Mapping[str, Ceiling]
 ) -> Claim | None:
     """
-    The claim that closed a circle, the latest that did; None if there is no circle.
+    Returns the claim that completed a deadlock, the latest that did; None if there is
+    no deadlock.
     """
     left = unserved(claims, holds, ceilings)
     holders = {hold.owner for hold in holds}
@@ -151,26 +151,29 @@ def _fits(
     ceilings: Mapping[str, Ceiling],
 ) -> bool:
     """
-    Whether *claim* can be met while the leases in *kept* last, once others have ended.
+    Returns True if *claim* can be met while the leases in *kept* last, once those in
+    *ended* have ended.
     """
-    models: dict[ModelKey, Model] = {}
-    work: dict[ModelKey, list[int]] = {}
-    for hold in kept:
-        models[hold.model.key] = hold.model
-        work.setdefault(hold.model.key, []).append(hold.workspace_bytes)
-    for model, workspace_bytes in claim.parts:
-        models[model.key] = model
-        work.setdefault(model.key, []).append(workspace_bytes)
+    # By model and device: a leased model may have a copy on the host as well.
+    models: dict[tuple[ModelKey, str], Model] = {}
+    work: dict[tuple[ModelKey, str], list[int]] = {}
+    for model, workspace_bytes in (
+        *((hold.model, hold.workspace_bytes) for hold in kept),
+        *claim.parts,
+    ):
+        place = model.key, model.device
+        models[place] = model
+        work.setdefault(place, []).append(workspace_bytes)
     devices = {model.device for model, _ in claim.parts}.union(claim.loading_bytes)
     for device in devices:
         ceiling = ceilings[device]
         there = {
-            **{model.key: model for model in ceiling.pinned},
-            **{key: model for key, model in models.items() if model.device == device},
+            **{(model.key, device): model for model in ceiling.pinned},
+            **{place: each for place, each in models.items() if place[1] == device},
         }
         n_bytes = claim.loading_bytes.get(device, 0) + sum(
-            model.weights_bytes + _workspace(model, work.get(key, ()))
-            for key, model in there.items()
+            model.weights_bytes + _workspace(model, work.get(place, ()))
+            for place, model in there.items()
         )
         too_many = ceiling.max_models is not None and len(there) > ceiling.max_models
         most_bytes = ceiling.n_bytes
