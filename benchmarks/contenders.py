@@ -16,7 +16,8 @@ from whispercache.engine.sizes.architecture import ARCHITECTURES, layout
 from whispercache.engine.sizes.footprint import estimate
 from whispercache.keys import ModelKey
 from whispercache.planning import planner as admission
-from whispercache.planning.planner import MAX_OVERTAKES, POLICIES, Decision
+from whispercache.planning.planner import MAX_OVERTAKES, Decision
+from whispercache.planning.policies import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from pieces import Planner
     from traces import Request
 
-    from whispercache.planning.planner import Pending, Resident, Room
+    from whispercache.planning.planner import Pending, Room
+    from whispercache.planning.policies import Resident
 
 __all__ = [
     "CONTENDERS",

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from whispercache.options import PATIENCE_S
+from whispercache.cache import PATIENCE_S
 from whispercache.planning import planner as admission
-from whispercache.planning.planner import POLICIES, Resident
+from whispercache.planning.policies import POLICIES, Resident
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from traces import Request
 
     from whispercache.keys import ModelKey
-    from whispercache.planning.planner import Decision, Pending, Policy, Room
+    from whispercache.planning.planner import Decision, Pending, Room
+    from whispercache.planning.policies import Policy
 
     Planner: TypeAlias = Callable[
         [

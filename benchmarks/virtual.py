@@ -18,14 +18,8 @@ from typing import TYPE_CHECKING
 
 from pieces import CARD, NOTHING, Copies, Disk, Entry, Report, State, Waiter
 
-from whispercache.planning.planner import (
-    Demand,
-    Need,
-    Outcome,
-    Pending,
-    Room,
-    next_gap_s,
-)
+from whispercache.planning.planner import Demand, Need, Outcome, Pending, Room
+from whispercache.planning.policies import next_gap_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +27,8 @@ if TYPE_CHECKING:
     from pieces import Host, Model, Strategy
     from traces import Request
 
-    from whispercache.planning.planner import Decision, Resident
+    from whispercache.planning.planner import Decision
+    from whispercache.planning.policies import Resident
 
 __all__ = ["Simulation", "StrictFifo"]
 

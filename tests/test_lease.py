@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from driver import ThreadDriver
 
-from whispercache.core.entries import Part
+from whispercache.core.entries import Wanted
 from whispercache.core.resolver import Target
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
-from whispercache.planning.planner import POLICIES
+from whispercache.planning.policies import POLICIES
 from whispercache.testing import check, settle, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from conftest import MakeCache
 
     from whispercache import Lease, ModelCache
+    from whispercache.core.effects import Effect
     from whispercache.events import Event
-    from whispercache.planning.planner import Resident
+    from whispercache.planning.policies import Resident
     from whispercache.testing import FakeClock, FakeLoader, FakeMachine
 
 AUDIO = cast("Any", "audio")
@@ -217,7 +216,7 @@ def request(cache: ModelCache, entry: Any) -> Any:
     A request as `ModelCache.lease` makes it, without the wait.
     """
     cache._resolver.locate(Target(entry, {}), DEFAULT_WORKLOAD)
-    parts = [Part(entry, DEFAULT_WORKLOAD)]
+    parts = [Wanted(entry, DEFAULT_WORKLOAD)]
     return cache._core.request(parts, None, None, owner=None)
 
 
@@ -230,11 +229,11 @@ def test_a_grant_under_way_is_given_back(
     cache = make_cache()
     cache.preload("base", "cuda:0")
     entry = next(iter(cache._core.entries.values()))
-    perform = cache._core._perform
-    held: list[list[Callable[[], None]]] = []
-    monkeypatch.setattr(cache._core, "_perform", held.append)
+    perform = cache._core.lock.perform
+    held: list[list[Effect]] = []
+    monkeypatch.setattr(cache._core.lock, "perform", held.append)
     waiter = request(cache, entry)
-    monkeypatch.setattr(cache._core, "_perform", perform)
+    monkeypatch.setattr(cache._core.lock, "perform", perform)
     assert cache.stats().leases == 1
     cache._core.abandon(waiter)
     for work in held:

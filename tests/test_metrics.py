@@ -8,7 +8,7 @@ import gc
 import re
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -133,7 +133,9 @@ def _run_out_of_time(world: World) -> None:
 
 
 def _find_the_queue_full(world: World) -> None:
-    world.cache._core._max_waiting = 0
+    core = world.cache._core
+    core.rules = replace(core.rules, max_waiting=0)
+    core._put_together(core.state, core.clock, core.gauges.peers)
     with pytest.raises(TooManyWaiters):
         world.cache.preload("base", "cuda:0")
 

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from typing_extensions import ParamSpec, Self, Unpack
 
     from .base import ModelSource
+    from .core.evictions import Leaving
     from .core.fallback import Terms
-    from .core.moves import Leaving
     from .core.resolver import Request
     from .engine.api import AudioInput
     from .engine.calls.languages import Knowledge

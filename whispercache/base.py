@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from .cache import ModelCache
     from .core.core import Core, Own
-    from .core.entries import Part
+    from .core.entries import Wanted
+    from .core.evictions import Leaving
     from .core.fallback import Rung
-    from .core.moves import Leaving
     from .core.resolver import Request, Resolver, Target
     from .devices.memory import MemoryProbe
     from .engine.api import AudioInput, Loader
@@ -109,13 +109,13 @@ class CacheBase:
             return None
         return self._core.hit(entry, workload, terms.keep_alive_s, owner)
 
-    def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Part]:
+    def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Wanted]:
         """
         Returns the models of *requests*, with their files on this disk.
 
         Blocks: for downloads, so tasks call it on a thread.
         """
-        from .core.entries import Part
+        from .core.entries import Wanted
 
         order = list(range(len(requests)))
         if len(requests) > 1:
@@ -128,7 +128,7 @@ class CacheBase:
             target = self._resolver.resolve(requests[n], beside=targets.values())
             self._resolver.locate(target, workload)
             targets[n] = target
-        return [Part(targets[n].entry, workload) for n in range(len(requests))]
+        return [Wanted(targets[n].entry, workload) for n in range(len(requests))]
 
     def _read(self, request: Request) -> None:
         """
@@ -207,7 +207,7 @@ class CacheBase:
         # All is parsed before anything is changed.
         limit_of = limits_by_device(vram, ram)
         if isinstance(max_models, Unchanged):
-            max_models = self._core.max_models
+            max_models = self._core.state.max_models
         else:
             max_models = parse_count(max_models, "max_models")
         limits.vram, limits.ram = vram, ram

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from concurrent.futures import wait
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .base import CacheBase, Departure, ModelSource, log_held
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from .core.entries import Part
-    from .core.moves import Leaving
+    from .core.entries import Wanted
+    from .core.evictions import Leaving
+    from .core.gauges import Peers
     from .core.resolver import Request
     from .core.threads import Clock
     from .devices.memory import MemoryProbe
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from .events import Explanation
     from .lease import Lease
     from .options import ModelRequest, PolicyName, Pressure, Tier
-    from .planning.planner import Policy
+    from .planning.policies import Policy
     from .units import DurationValue, LimitValue
 
 __all__ = ["ModelCache"]
@@ -140,7 +142,9 @@ class ModelCache(CacheBase):
         probe: MemoryProbe | None = None,
         clock: Clock | None = None,
     ) -> None:
+        from .core.agenda import Rules
         from .core.core import Core
+        from .core.gauges import NoPeers
         from .core.resolver import Resolver
 
         self._watches: bool = parse_pressure(pressure)
@@ -150,14 +154,17 @@ class ModelCache(CacheBase):
             loader=loader,
             probe=probe,
             clock=clock or MonotonicClock(),
-            policy=parse_policy(policy),
+            rules=Rules(
+                policy=parse_policy(policy),
+                keep_alive_s=parse_duration(keep_alive, "keep_alive"),
+                patience_s=parse_patience(patience_s),
+                max_waiting=parse_count(max_waiting, "max_waiting"),
+            ),
             limit_of=limits_by_device(vram, ram),
             max_models=parse_count(max_models, "max_models"),
-            keep_alive_s=parse_duration(keep_alive, "keep_alive"),
-            patience_s=parse_patience(patience_s),
-            max_waiting=parse_count(max_waiting, "max_waiting"),
+            park_limit=parse_park(park),
+            make_peers=partial(_peers, probe) if coordinate else NoPeers,
         )
-        core.park_limit = parse_park(park)
         super().__init__(core, Resolver(core), Limits(vram, ram), as_ladder(fallback))
         self._tend()
         register(self, core, type(self)._after_fork)
@@ -168,11 +175,12 @@ class ModelCache(CacheBase):
         """
         # A cache that needs none of this makes no timer and no file.
         # Host copies are looked after as well: other programs may need their memory.
-        if self._coordinates or self._watches or self._core.park_limit is not None:
+        parks = self._core.copies.limit is not None
+        if self._coordinates or self._watches or parks:
             from .peers.pressure import LedgerPeers, look_after
 
-            peers = LedgerPeers(self._core.probe) if self._coordinates else None
-            self._core.peers = peers
+            known = self._core.gauges.peers
+            peers = known if isinstance(known, LedgerPeers) else None
             look_after(self._core, watches=self._watches, peers=peers)
 
     def _after_fork(self) -> None:
@@ -345,7 +353,7 @@ class ModelCache(CacheBase):
                 return attempts.succeed(lease)
         raise attempts.failure()
 
-    def _wait(self, parts: Sequence[Part], terms: Terms) -> tuple[Lease, ...]:
+    def _wait(self, parts: Sequence[Wanted], terms: Terms) -> tuple[Lease, ...]:
         core, owner = self._core, current_owner()
         waiter = core.request(parts, terms.keep_alive_s, terms.timeout_s, owner)
         try:
@@ -590,6 +598,15 @@ class ModelCache(CacheBase):
             if error is None:
                 raise
             log_held(held)
+
+
+def _peers(probe: MemoryProbe) -> Peers:
+    """
+    Makes what is known of the other processes that coordinate.
+    """
+    from .peers.pressure import LedgerPeers
+
+    return LedgerPeers(probe)
 
 
 def _usual_parts(

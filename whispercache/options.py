@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .core.threads import Clock
     from .devices.memory import MemoryProbe
     from .engine.api import Engine
-    from .planning.planner import Policy
+    from .planning.policies import Policy
     from .units import DurationValue, LimitValue
 
 __all__ = [
@@ -172,7 +172,7 @@ def parse_policy(policy: PolicyName | Policy) -> Policy:
     Returns the function that scores idle models for eviction.
     """
     # A program that only imports the package needs no planner.
-    from .planning.planner import POLICIES
+    from .planning.policies import POLICIES
 
     if not isinstance(policy, str):
         return policy

@@ -39,16 +39,8 @@ from virtual import Simulation, StrictFifo
 
 from whispercache import ModelCache, ModelEvicted, ModelLoaded
 from whispercache.planning import planner as admission
-from whispercache.planning.planner import (
-    POLICIES,
-    Decision,
-    Demand,
-    Need,
-    Outcome,
-    Pending,
-    Resident,
-    Room,
-)
+from whispercache.planning.planner import Decision, Demand, Need, Outcome, Pending, Room
+from whispercache.planning.policies import POLICIES, Resident
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine, settle
 
 if TYPE_CHECKING:
@@ -280,7 +272,7 @@ def by_the_cache(
     with ModelCache(
         vram=capacity,
         keep_alive=60,
-        policy=policy,  # type: ignore[arg-type]
+        policy=policy,
         loader=loader,
         probe=machine,
         clock=clock,

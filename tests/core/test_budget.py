@@ -147,4 +147,4 @@ def test_three_places_credit_what_a_model_was_charged() -> None:
         for call in ast.walk(function)
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "budget.clear"
     }
-    assert found == {"_unloaded", "_failed", "_take_back_locked"}
+    assert found == {"unloaded", "load_failed", "taken_back"}

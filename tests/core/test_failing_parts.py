@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tenants import Tenants
 
     from whispercache import Event
-    from whispercache.planning.planner import Resident
+    from whispercache.planning.policies import Resident
     from whispercache.testing import FakeClock, FakeMachine
 
 
@@ -340,7 +340,7 @@ def test_children_know_of_closed_and_forgotten_caches(
             return "forked"
         return "used"
 
-    with core._lock:
+    with core.lock.mutex:
         assert in_child(check) == "forked"
     assert len(list(segments)) == 3
     assert loader.loads["base"] == 1

@@ -227,14 +227,14 @@ def test_a_hit_waits_for_a_lock_that_stays_taken(make_cache: MakeCache) -> None:
     def use() -> None:
         lease = cache.lease("base", "cpu")
         done.append("lease")
-        with cache._core._lock:
+        with cache._core.lock.mutex:
             ending = threading.Thread(target=lease.release)
             ending.start()
             assert not lease.is_released
         ending.join()
         done.append("release")
 
-    with cache._core._lock:
+    with cache._core.lock.mutex:
         thread = threading.Thread(target=use)
         thread.start()
         thread.join(0.05)
@@ -296,7 +296,7 @@ for _ in range(300):
         for _ in range(1000):  # in a destructor it would be swallowed
             cache.lease("tiny", "cpu").release()
         signal.setitimer(signal.ITIMER_REAL, 0)
-    assert not cache._core._lock.locked()
+    assert not cache._core.lock.mutex.locked()
 print("free", flush=True)
 os._exit(0)  # the books of a model may be wrong, and the cache would not close
 """

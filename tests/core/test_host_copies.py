@@ -589,7 +589,7 @@ def test_other_programs_on_a_card_cost_no_copies_on_the_host(
     kept = parked(loader)
     machine.others(CARD, 0)
     lease.release()
-    cache._core._look_again(cache._core.device(CARD))
+    cache._core.gauges.look_again(cache._core.device(CARD))
     asked.result(10).release()
     assert kept == ["base", "small"]
 
@@ -620,12 +620,13 @@ def test_a_forked_child_has_no_copies(make_cache: MakeCache) -> None:
     cache = make_cache(park=True)
     visit(cache, "base")
     core = cache._core
-    lock, clock, devices = core._lock, core.clock, dict(core.devices)
+    state, clock, devices = core.state, core.clock, dict(core.devices)
     core.forked(gpu_in_use=False)
     with pytest.raises(CacheForked):
         cache.lease("base", CARD)
     # The parent goes on.
-    core._lock, core.clock, core._closed = lock, clock, None
+    state.closed = None
+    core._put_together(state, clock, core.gauges.peers)
     assert core.devices == devices
     check(cache)
 
@@ -888,7 +889,7 @@ def test_a_restore_that_is_put_back_invents_no_copy(
     told_bytes, kept_bytes = host(cache).shell_bytes, loader.shell_bytes()
     machine.others(CARD, 0)
     lease.release()
-    cache._core._look_again(cache._core.device(CARD))
+    cache._core.gauges.look_again(cache._core.device(CARD))
     asked.result(10).release()
     assert told_bytes == kept_bytes
 
@@ -1150,3 +1151,32 @@ def test_pressure_spares_a_copy_that_a_load_will_use(
     asked.result(10).release()
     assert kept == ["base"]
     assert cache.stats().restores == 1
+
+
+def test_a_copy_hides_no_deadlock_on_the_card(
+    make_cache: MakeCache, clock: FakeClock
+) -> None:
+    """
+    A leased model is on its card as well as, in part, on the host: both count.
+    """
+    cache = make_cache(park=True, vram="4GiB")
+    visit(cache, "small")
+    failures: list[type[BaseException]] = []
+
+    def use() -> None:
+        with cache.lease("small", CARD):
+            try:
+                cache.lease("medium", CARD, timeout_s=5).release()
+            except WhisperCacheError as error:
+                failures.append(type(error))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+
+    def has_failed() -> bool:
+        clock.tick(0.1)
+        return bool(failures)
+
+    wait_until(has_failed)
+    thread.join(10)
+    assert failures == [LeaseDeadlock]

@@ -469,8 +469,8 @@ with open_cache() as cache:
         answer = _run(
             gpus,
             """
-from whispercache.core import moves
-moves.SLOW_WARM_UP_S = 0.05
+from whispercache.core import loads
+loads.SLOW_WARM_UP_S = 0.05
 with open_cache() as cache:
     say(cache)
     answer["reason"] = last(events.DeviceWarmingUp).reason

@@ -16,19 +16,17 @@ from hypothesis import strategies as st
 from whispercache.keys import ModelKey
 from whispercache.planning.planner import (
     MAX_OVERTAKES,
-    POLICIES,
     Decision,
     Demand,
     Need,
     Outcome,
     Pending,
-    Resident,
     Room,
     choose_victims,
-    next_gap_s,
     plan,
     shrink,
 )
+from whispercache.planning.policies import POLICIES, Resident, next_gap_s
 
 pytestmark = pytest.mark.soak
 

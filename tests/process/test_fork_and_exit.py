@@ -247,7 +247,7 @@ def test_no_lock_is_inherited_in_a_locked_state(make_cache: MakeCache) -> None:
     locked, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with cache._core._lock, cache._core.outbox._delivering:
+        with cache._core.lock.mutex, cache._core.outbox._delivering:
             locked.set()
             go_on.wait(30)
 

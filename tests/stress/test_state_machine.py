@@ -44,9 +44,8 @@ from whispercache import (
     TooManyWaiters,
     Workload,
 )
-from whispercache.core import entries
-from whispercache.core.budget import Use
-from whispercache.core.entries import Part, State
+from whispercache.core import core, entries
+from whispercache.core.entries import State, Wanted
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine, check
 from whispercache.units import Limit
 
@@ -141,7 +140,7 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(entries, "DeviceThread", Turns)
+        self.patch.setattr(core, "DeviceThread", Turns)
         self.machine = FakeMachine(DEVICES)
         self.loader = FakeLoader(self.machine, sizes=SIZES)
         self.loader.workspace_bytes = GIB // 8
@@ -177,7 +176,7 @@ class CacheMachine(RuleBasedStateMachine):
         """
         Copies of weights may take some of the host.
         """
-        self.core.park_limit = Limit(n_bytes=4 * GIB) if parks else None
+        self.core.copies.limit = Limit(n_bytes=4 * GIB) if parks else None
 
     # Requests -------------------------------------------------------------------------
 
@@ -222,7 +221,7 @@ class CacheMachine(RuleBasedStateMachine):
         """
         return any(waiter.owner == owner for waiter in self.core.queue)
 
-    def part(self, asked: Asked) -> Part:
+    def part(self, asked: Asked) -> Wanted:
         """
         One model, located.
         """
@@ -232,9 +231,9 @@ class CacheMachine(RuleBasedStateMachine):
             (asked.model, asked.device, "default", *options)
         )
         self.cache._resolver.locate(target, workload)
-        return Part(target.entry, workload)
+        return Wanted(target.entry, workload)
 
-    def queue_up(self, parts: list[Part], asked: Asked) -> None:
+    def queue_up(self, parts: list[Wanted], asked: Asked) -> None:
         """
         One request for the queue.
         """
@@ -384,7 +383,7 @@ class CacheMachine(RuleBasedStateMachine):
         room_bytes = max(0, self.machine.total_bytes[device] - reserved_bytes)
         self.machine.others(device, min(gib * GIB, room_bytes))
 
-    @rule(model=models, word=st.sampled_from(["_load", "_unload"]))
+    @rule(model=models, word=st.sampled_from(["load", "unload"]))
     def hold(self, model: str, word: str) -> None:
         """
         Let loads, or unloads, of a model take their time.
@@ -615,8 +614,8 @@ class CacheMachine(RuleBasedStateMachine):
         for name, device in self.core.devices.items():
             held = [e for e in device.entries.values() if e.state in there]
             weights_bytes = sum(entry.weights_bytes for entry in held)
-            held_bytes = weights_bytes + device.shell_bytes
-            held_bytes += device.budget.sum_of(Use.COPY)
+            held_bytes = weights_bytes + device.kept_bytes
+            held_bytes += device.copies_bytes
             assert self.machine.held_bytes[name] == held_bytes
             assert {entry.key for entry in held} == {
                 key for key in self.loader.resident if key.device == name
@@ -624,7 +623,7 @@ class CacheMachine(RuleBasedStateMachine):
         if (host := self.core.devices.get("cpu")) is not None:
             coming = [e for e in self.core.entries.values() if e.state is State.LOADING]
             claimed_bytes = sum(entry.copy_bytes for entry in coming)
-            assert host.shell_bytes + claimed_bytes == self.loader.shell_bytes()
+            assert host.kept_bytes + claimed_bytes == self.loader.shell_bytes()
 
     @invariant()
     def lives_make_sense(self) -> None:

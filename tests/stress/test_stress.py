@@ -36,10 +36,12 @@ from whispercache import (
     ModelTooLarge,
     TooManyWaiters,
 )
-from whispercache.core import books
 from whispercache.core import core as core_module
+from whispercache.core import refusals, view
 from whispercache.core.core import Core
+from whispercache.core.reports import Reports
 from whispercache.core.threads import MonotonicClock
+from whispercache.core.unloads import Unloads
 from whispercache.engine.api import LoadedModel, Released
 from whispercache.testing import FakeLoader, FakeMachine, check
 
@@ -49,11 +51,12 @@ if TYPE_CHECKING:
     from typing import Any
 
     from whispercache import Event, Lease, ModelKey
+    from whispercache.core.effects import Effect
     from whispercache.core.entries import Entry
-    from whispercache.devices.faults import Fault
+    from whispercache.core.state import CacheState
     from whispercache.devices.memory import MemoryReading
     from whispercache.engine.files import ModelFiles
-    from whispercache.planning.planner import Resident
+    from whispercache.planning.policies import Policy, Resident
 
 pytestmark = [pytest.mark.process, pytest.mark.stress, pytest.mark.soak]
 
@@ -394,7 +397,7 @@ def _as_it_is_needed_here(
     A model that failed twice comes back while somebody still asks. No record of a
     listener's error keeps the frames, and leases, of those who happened to call it.
     """
-    monkeypatch.setattr(books, "FIRST_COOL_DOWN_S", 0.005)
+    monkeypatch.setattr(refusals, "FIRST_COOL_DOWN_S", 0.005)
     caplog.set_level("CRITICAL")
 
 
@@ -475,10 +478,10 @@ def keep_grants(patch: pytest.MonkeyPatch) -> None:
     kept: list[object] = []
     perform = Core._perform
 
-    def perform_late(self: Core, work: list[Callable[[], None]]) -> None:
-        if work:
+    def perform_late(self: Core, noted: list[Effect]) -> None:
+        if noted:
             time.sleep(0.002)
-        perform(self, work)
+        perform(self, noted)
 
     def keep(future: Future[tuple[Lease, ...]]) -> None:
         if not future.cancelled() and future.exception() is None:
@@ -495,10 +498,10 @@ def credit_early(patch: pytest.MonkeyPatch) -> None:
     Take an unload that did not happen for one that did.
     """
 
-    def credit(self: Core, entry: Entry, _reason: str) -> None:
+    def credit(self: Unloads, entry: Entry, _reason: str) -> None:
         self._unloaded(entry, Released(confirmed=True))
 
-    patch.setattr(Core, "_refused", credit)
+    patch.setattr(Unloads, "_refused", credit)
 
 
 def strand_waiters(patch: pytest.MonkeyPatch) -> None:
@@ -507,20 +510,21 @@ def strand_waiters(patch: pytest.MonkeyPatch) -> None:
     """
 
     def fail_first(
-        self: Core, entry: Entry, error: BaseException, _fault: Fault, _tried: str
+        self: Reports, entry: Entry, error: BaseException, *_: object, **__: object
     ) -> None:
-        with self.changing():
-            self._absent_locked(entry)
-            waiters = [waiter for waiter in self.queue if waiter.wants(entry)]
-            for place, waiter in enumerate(waiters):
-                own = LoadFailed(str(entry.key), "failed")
-                own.__cause__ = error
-                if place == 0:
-                    self._fail_locked(waiter, own)
-                else:
-                    self._leave_locked(waiter)
+        for budget in entry.budgets:
+            budget.clear(entry)
+        self._absent(entry)
+        waiters = [each for each in self._state.queue if each.wants(entry)]
+        for place, waiter in enumerate(waiters):
+            own = LoadFailed(str(entry.key), "failed")
+            own.__cause__ = error
+            if place == 0:
+                self._scheduler.fail(waiter, own)
+            else:
+                self._scheduler._leave_queue(waiter)
 
-    patch.setattr(Core, "_failed", fail_first)
+    patch.setattr(Reports, "load_failed", fail_first)
 
 
 def evict_leased(patch: pytest.MonkeyPatch) -> None:
@@ -528,11 +532,14 @@ def evict_leased(patch: pytest.MonkeyPatch) -> None:
     Take leased models for idle ones.
     """
 
-    def all_held(self: Core, device: str) -> list[Resident]:
-        held = self.devices[device].entries.values()
-        return self._ordered(entry for entry in held if entry.loaded)
+    def all_held(
+        state: CacheState, device: str, policy: Policy, now_s: float, *, idle: bool
+    ) -> list[Resident]:
+        del idle
+        held = [e for e in state.devices[device].entries.values() if e.loaded]
+        return view.ordered(held, policy, now_s)
 
-    patch.setattr(Core, "_idle_locked", all_held)
+    patch.setattr(view, "residents", all_held)
 
 
 def run_until_it_fails() -> None:

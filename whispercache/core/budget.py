@@ -120,8 +120,7 @@ class Budget:
             column.pop(holder, None)
         self._sums[use] += more_bytes
         self.charged_bytes += more_bytes
-        if self.charged_bytes > self.peak_bytes:
-            self.peak_bytes = self.charged_bytes
+        self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
 
     def work(self, holder: object, n_bytes: int) -> None:
         """
@@ -133,10 +132,8 @@ class Budget:
         self.work_bytes += more_bytes
         self.charged_bytes += more_bytes
         if more_bytes > 0:
-            if self.charged_bytes > self.peak_bytes:
-                self.peak_bytes = self.charged_bytes
-            if self.work_bytes > self.work_peak_bytes:
-                self.work_peak_bytes = self.work_bytes
+            self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
+            self.work_peak_bytes = max(self.work_peak_bytes, self.work_bytes)
 
     def move(self, holder: object, use: Use, to: Use) -> None:
         """
@@ -251,13 +248,6 @@ class Budget:
     def _least(self, gauge_bytes: int | None) -> int:
         known = [n for n in (self.limit_bytes, gauge_bytes) if n is not None]
         return min(known, default=0)
-
-    @property
-    def is_over_limit(self) -> bool:
-        """
-        True if the limit was lowered below what is charged.
-        """
-        return self.limit_bytes is not None and self.charged_bytes > self.limit_bytes
 
     def observe(
         self,

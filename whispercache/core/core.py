@@ -1,87 +1,82 @@
 """
-The path of a request: admit → load → grant → release → unload. One lock.
+The core of a cache: puts its parts together, performs effects, closes, survives a fork.
 
-Invariants, asserted by `Core.check`:
+Invariants, asserted by `Core.check` after every test; each has one home:
 
-1. Per device, reserved + resident bytes never exceed capacity, loads in flight
-   included. (A limit lowered later is met as soon as leases and loads allow.)
-2. A leased model is resident; it is never unloaded.
-3. At most one load per key is in flight; its waiters share it, its failure reaches all.
-4. Finding a model and pinning it are one critical section.
+1. Per device, what is charged never exceeds capacity, loads in flight included. A limit
+   lowered later is met as soon as leases and loads allow. (budget)
+2. A leased model is resident; it is never unloaded. (entries)
+3. At most one load per key is in flight; its waiters share it and its failure.
+   (entries)
+4. Finding a model and pinning it are one critical section. (scheduler)
 5. Each request ends once: granted, failed, timed out, cancelled or closed; a grant
-   offered to one who left comes back.
-6. No loader, probe, listener or log handler runs while the lock is held.
-7. Memory is credited only after the unload is confirmed; an unload that did not happen
-   keeps its bytes charged.
+   offered to a caller that left is given back. (effects.Settle)
+6. No loader, probe, listener or log handler runs while the lock is held. (setup.cfg)
+7. Memory is credited only after the unload is confirmed; an unload that did nothing
+   keeps its bytes charged. (`Budget.clear` has three callers)
 8. A request for several models gets their memory in one step, and holds none before.
+   (scheduler)
 
-`Core._admit_locked` is the only place that matches waiters to memory, and every
-arrival, departure, load and unload ends in it: there is no other notification. The
-state and the lock are in books.py, loads and unloads in moves.py, what models leave on
-the host in parking.py.
+The path of a request: `request` or `hit` → scheduler (decides) → effects (values) →
+loads, on a device's thread → scheduler → lease.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
 import threading
 import time
 import weakref
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from concurrent.futures import InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
-from whispercache.errors import (
-    CacheClosed,
-    CacheForked,
-    LeaseDeadlock,
-    LeaseTimeout,
-    ModelTooLarge,
-    TooManyWaiters,
-    format_bytes,
-)
-from whispercache.events import EvictionCause, ModelGranted
-from whispercache.lease import Lease
-from whispercache.planning import planner
-from whispercache.planning.placement import Candidate
-from whispercache.planning.planner import Need, Outcome, Pending
+from whispercache.errors import CacheForked, format_bytes
+from whispercache.events import Outbox
 
-from . import circles
-from .books import LOOK_AGAIN_S
-from .budget import Use
-from .entries import Device, Entry, Part, State, Waiter, reservations
-from .moves import Moves
-from .threads import has_ended, take_turn
+from . import effects, view
+from .agenda import Agenda
+from .entries import Device, Entry, State, Waiter
+from .evictions import Evictions
+from .gauges import Base, Gauges, NoPeers
+from .host_copies import HostCopies
+from .loads import Loads
+from .lock import StateLock
+from .refusals import refusal
+from .reports import Reports
+from .scheduler import Scheduler
+from .state import CacheState
+from .threads import DeviceThread, MonotonicClock, has_ended, take_turn
+from .unloads import Unloads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Sequence
+    from concurrent.futures import Future
+    from contextlib import AbstractContextManager
 
-    from whispercache.devices.memory import MemoryProbe
+    from whispercache.devices.memory import MemoryProbe, MemoryReading
     from whispercache.engine.api import Loader
     from whispercache.engine.sizes.footprint import Workload
+    from whispercache.errors import WhisperCacheError
     from whispercache.keys import ModelKey
-    from whispercache.lease import Holder
+    from whispercache.lease import Holder, Lease
     from whispercache.planning.deadlock import Owner
-    from whispercache.planning.planner import Decision, Demand, Policy, Resident, Room
+    from whispercache.planning.placement import Candidate
+    from whispercache.planning.planner import Decision
     from whispercache.units import Limit
 
-    from .moves import Leaving
+    from .agenda import Rules
+    from .effects import Effect
+    from .entries import Wanted
+    from .evictions import Leaving
+    from .gauges import Peers
     from .threads import Clock
 
 __all__ = ["Core", "Own"]
 
 _log = logging.getLogger("whispercache")
-
-DEADLOCK_S = 0.04
-"""
-Seconds from the suspicion of a circle to the check. A request must have waited for half
-of that: a lease may be on its way to another thread, which will end it. So whoever
-closes a circle gets the error 20 to 60 ms later.
-"""
 
 SIGNAL_S = 1.0
 """
@@ -105,12 +100,20 @@ class Own:
     stuck: frozenset[Entry]
 
 
-class Core(Moves):
+class Core:
     """
-    The state of one cache, shared by its blocking and its awaited face.
-    """
+    The core of one cache, shared by its blocking and its awaited face.
 
-    leases: int  # set in Books; pyright wants to hear it again
+    Args:
+        loader: Loads and unloads models.
+        probe: Reads the memory of devices.
+        clock: Tells the time, and calls at a later time.
+        rules: The parameters of the decisions.
+        limit_of: The limit of each device, by its name.
+        max_models: Most models on each device; None for any number.
+        park_limit: Most bytes of host copies; None for no copies.
+        make_peers: Makes what is known of other processes; again in a forked child.
+    """
 
     def __init__(
         self,
@@ -118,34 +121,263 @@ class Core(Moves):
         loader: Loader,
         probe: MemoryProbe,
         clock: Clock,
-        policy: Policy,
+        rules: Rules,
         limit_of: Callable[[str], Limit],
         max_models: int | None,
-        keep_alive_s: float,
-        patience_s: float,
-        max_waiting: int | None,
+        park_limit: Limit | None = None,
+        make_peers: Callable[[], Peers] = NoPeers,
     ) -> None:
-        super().__init__(
-            loader=loader,
-            probe=probe,
-            clock=clock,
-            limit_of=limit_of,
-            max_models=max_models,
-        )
-        self._policy = policy
-        self._patience_s = patience_s
-        self._max_waiting = max_waiting
-        self._keep_alive_s = keep_alive_s
+        self.loader: Loader = loader
+        self.probe: MemoryProbe = probe
+        self.rules: Rules = rules
+        self._park_limit = park_limit
+        self._make_peers = make_peers
         # By serial number. Whoever holds segments keeps them, not the cache.
         self._holders: weakref.WeakValueDictionary[int, Holder] = (
             weakref.WeakValueDictionary()
         )
-        # All that follows is guarded by the lock.
-        self._serials = itertools.count()
-        self._sweep_at_s = math.inf
-        self._is_suspicious = False
+        state = CacheState(limit_of, max_models, Outbox())
+        self._put_together(state, clock, make_peers())
 
-    # Admit ---------------------------------------------------------------------------
+    def _put_together(self, state: CacheState, clock: Clock, peers: Peers) -> None:
+        """
+        Makes the parts around *state*.
+        """
+        self.state: CacheState = state
+        self.clock: Clock = clock
+        lock = StateLock(self._perform)
+        self.lock: StateLock = lock
+        agenda = Agenda(state, self.rules, clock.now, lock.note)
+        evictions = Evictions(agenda)
+        self._evictions = evictions
+        self.scheduler: Scheduler = Scheduler(agenda, evictions, self)
+        reports = Reports(agenda, evictions, self.scheduler)
+        self.gauges: Gauges = Gauges(lock, state, reports, self.probe, peers)
+        base = Base(
+            lock, state, self.scheduler, evictions, reports, self.loader, self.gauges
+        )
+        self.copies: HostCopies = HostCopies(base, self._park_limit)
+        self._unloads = Unloads(base, self.copies)
+        self._loads = Loads(base, self.copies, self._unloads, clock)
+
+    # Effects --------------------------------------------------------------------------
+
+    def _perform(self, noted: list[Effect]) -> None:
+        """
+        Performs effects in their order, then tells the events so far.
+        """
+        for place, effect in enumerate(noted):
+            try:
+                self._perform_one(effect)
+            except BaseException:  # Ctrl-C, say: the rest is for others, and is done
+                self._perform(noted[place + 1 :])
+                raise
+        if self.state.outbox:
+            self.state.outbox.deliver()
+
+    def _perform_one(self, effect: Effect) -> None:
+        if (work := self._work_of(effect)) is not None:
+            device, call = work
+            device.thread.submit(call)
+            return
+        match effect:
+            case effects.Settle():
+                effect.settle()
+            case effects.LookAgain(device):
+                self.gauges.look_again(device)
+            case effects.WakeAt(at_s):
+                self.clock.call_at(at_s, partial(self._tick, at_s))
+            case effects.Gone(future):
+                _done(future)
+            case effects.KeepLost(device, host):
+                self.copies.keep_lost(device, host)
+            case effects.WriteOff(entry, loaded, lost_bytes):
+                told = "%s of %s stay on %s until the process ends"
+                of_what = format_bytes(lost_bytes), entry.key, entry.device.name
+                _log.warning(told, *of_what)
+                if loaded is not None:
+                    self.loader.abandon(loaded)
+            case effects.Stop():
+                self._stop()
+
+    def _work_of(self, effect: Effect) -> tuple[Device, Callable[[], None]] | None:
+        """
+        Returns what is done on the thread of a device; None if it is done at once.
+        """
+        match effect:
+            case effects.StartLoad(entry):
+                return entry.device, partial(self._loads.load, entry)
+            case effects.StartUnload(entry):
+                return entry.device, partial(self._unloads.unload, entry)
+            case effects.DropCopy(entry):
+                return entry.device, partial(self.copies.drop, entry)
+            case effects.ShrinkKept(host, most_bytes):
+                return host, partial(self.copies.shrink, host, most_bytes)
+        return None
+
+    def _tick(self, at_s: float) -> None:
+        with self.lock.changing():
+            self.scheduler.tick(at_s)
+
+    def _stop(self) -> None:
+        """
+        Ends all threads, and what is kept on the host.
+        """
+        self.clock.close()
+        host = self.devices.get("cpu")
+        if host is not None and host.kept_bytes:
+            host.thread.submit(partial(self.copies.shrink, host, 0))
+        self.gauges.peers.close()
+        for device in self.devices.values():
+            device.thread.stop()
+
+    # State ----------------------------------------------------------------------------
+
+    @property
+    def entries(self) -> dict[ModelKey, Entry]:
+        """
+        Every model that was asked for.
+        """
+        return self.state.entries
+
+    @property
+    def devices(self) -> dict[str, Device]:
+        """
+        Every device that was used.
+        """
+        return self.state.devices
+
+    @property
+    def queue(self) -> list[Waiter]:
+        """
+        The requests that wait, the oldest first.
+        """
+        return self.state.queue
+
+    @property
+    def leases(self) -> int:
+        """
+        How many leases are held.
+        """
+        return self.state.leases
+
+    @property
+    def outbox(self) -> Outbox:
+        """
+        Events, and those who listen to them.
+        """
+        return self.state.outbox
+
+    @property
+    def is_closed(self) -> bool:
+        """
+        True if new requests are refused.
+        """
+        return self.state.is_closed
+
+    @property
+    def is_over(self) -> bool:
+        """
+        True if it is closed and holds nothing any more.
+        """
+        return self.state.is_over
+
+    def changing(self) -> AbstractContextManager[None]:
+        """
+        Holds the lock, then performs the effects that were noted.
+        """
+        return self.lock.changing()
+
+    def entry(self, key: ModelKey) -> Entry:
+        """
+        Returns a model, known from now on.
+
+        Raises:
+            CacheClosed: the cache was closed.
+        """
+        with self.changing():
+            self.state.check_open()
+            entry = self.entries.get(key)
+            if entry is None:
+                device = self._device(key.device)
+                entry = self.entries[key] = Entry(key, device, self._device("cpu"))
+            return entry
+
+    def device(self, name: str) -> Device:
+        """
+        Returns a device, known from now on.
+
+        Raises:
+            CacheClosed: the cache was closed.
+        """
+        with self.changing():
+            self.state.check_open()
+            return self._device(name)
+
+    def _device(self, name: str) -> Device:
+        device = self.devices.get(name)
+        if device is None:
+            limit, max_models = self.state.limit_of(name), self.state.max_models
+            device = Device(name, limit, max_models, DeviceThread(name))
+            self.devices[name] = device
+        return device
+
+    def all_devices(self) -> list[Device]:
+        """
+        Returns the devices that were used so far.
+        """
+        with self.changing():
+            return list(self.devices.values())
+
+    def refusal(self, key: ModelKey) -> WhisperCacheError | None:
+        """
+        Returns why a request for *key* would fail at once; None if it would not.
+        """
+        with self.changing():
+            entry = self.entries.get(key)
+            return None if entry is None else refusal(entry, self.clock.now())
+
+    def candidate(
+        self, key: ModelKey, needed_bytes: int, beside: Collection[Entry]
+    ) -> Candidate:
+        """
+        Returns the device of *key* as a place for that model *beside* others of the
+        same request.
+        """
+        with self.changing():
+            self._device(key.device)
+            return view.candidate(self.state, key, needed_bytes, beside)
+
+    def uses(self, device: Device) -> bool:
+        """
+        Returns True if anything is on *device*, or waited for.
+        """
+        with self.changing():
+            return view.is_used(self.state, device)
+
+    def account(self, device: Device) -> dict[str, int]:
+        """
+        Returns what other processes should know of *device*.
+        """
+        with self.changing():
+            return view.account(self.state, device)
+
+    def observe(self, device: Device) -> bool:
+        """
+        Reads a device's gauge, and returns True if that worked.
+
+        Raises:
+            DeviceUnavailable: there is no reading, and no limit to go by either.
+        """
+        return self.gauges.observe(device)
+
+    def take_reading(self, device: Device, reading: MemoryReading) -> None:
+        """
+        Takes in a reading that was made elsewhere.
+        """
+        self.gauges.take_in(device, reading)
+
+    # Requests -------------------------------------------------------------------------
 
     def hit(
         self,
@@ -155,87 +387,51 @@ class Core(Moves):
         owner: Owner,
     ) -> Lease | None:
         """
-        A lease on a model that is in memory, if nobody waits; else None.
+        Returns a lease on a model that is in memory, if no request waits; else None.
         """
-        if self._lock.locked():
-            take_turn(self._lock)
+        lock = self.lock
+        noted: list[Effect] | None = None
+        if lock.mutex.locked():
+            take_turn(lock.mutex)
         try:
-            with self._lock:
-                if (
-                    self.queue
-                    or self._closed is not None
-                    or not entry.is_open_to(None)
-                    or entry.device.sick is not None
-                ):
-                    return None
-                workspace_bytes = entry.workspace_of(workload)
-                if workspace_bytes is None or not entry.fits(workspace_bytes):
-                    return None
-                self.counts["hits"] += 1
-                return self._grant_locked(entry, workspace_bytes, keep_alive_s, owner)
+            with lock.mutex:
+                lease = self.scheduler.hit(entry, workload, keep_alive_s, owner)
+                if lock.noted:
+                    noted = lock.take()
+                return lease
         finally:
-            if self._dropped:
-                self._perform([])
+            if noted:
+                self._perform(noted)
+            if lock.put_off:
+                lock.catch_up()
 
     def request(
         self,
-        parts: Sequence[Part],
+        wanted: Sequence[Wanted],
         keep_alive_s: float | None,
         timeout_s: float | None,
         owner: Owner,
     ) -> Waiter:
         """
-        Queue for leases on all *parts*. The waiter's future tells how it ends.
+        Queues a request for leases on all of *wanted*. Its future tells how it ends.
 
         The models must have been located for their workloads, and their devices
         observed.
 
         Raises:
-            CacheClosed: the cache was closed.
-            DeviceUnavailable: a device was lost.
-            LoadFailed: a model failed so often that it is not tried just now.
-            TooManyWaiters: ``max_waiting`` requests wait already.
-            LeaseTimeout: *timeout_s* is 0, and the models are not to be had at once.
+            CacheClosed, DeviceUnavailable, LoadFailed, TooManyWaiters, LeaseTimeout:
+                see `Scheduler.enqueue`.
         """
-        waiter = Waiter(tuple(parts), keep_alive_s, self.clock.now(), owner)
+        waiter = Waiter(tuple(wanted), keep_alive_s, self.clock.now(), owner)
         with self.changing():
-            self._check_open_locked()
-            for part in parts:
-                if (refusal := self.refusal_locked(part.entry)) is not None:
-                    raise refusal
-            waiting = len(self.queue)
-            for part in parts:
-                is_hit = part.entry.state is State.RESIDENT
-                self.counts["hits" if is_hit else "misses"] += 1
-            is_full = self._max_waiting is not None and waiting >= self._max_waiting
-            never_waits = timeout_s is not None and timeout_s <= 0
-            ends_now = (is_full or never_waits) and self._ends_now_locked(waiter)
-            if never_waits and not ends_now:
-                self.counts["timeouts"] += 1
-                raise LeaseTimeout(str(waiter), 0.0, waiting + 1)
-            if is_full and not ends_now:
-                self.counts["refused"] += 1
-                raise TooManyWaiters(str(waiter), waiting)
-            self.queue.append(waiter)
-            try:
-                self._admit_locked()
-                waiter.waits = waiter in self.queue
-            except BaseException:  # Ctrl-C, or a policy's: nobody will take the lease
-                if waiter in self.queue:
-                    self._leave_locked(waiter)
-                    self._let_go_locked(waiter)
-                raise
+            self.scheduler.enqueue(waiter, timeout_s)
         if waiter.waits:
             self._read_ahead(waiter)
-        if timeout_s is not None and not waiter.future.done():
-            # The timer outlives the wait, and must not keep a lease from collection.
-            expire = partial(self._expire, weakref.ref(waiter.future))
-            self.clock.call_at(waiter.since_s + timeout_s, expire)
         return waiter
 
     def _read_ahead(self, waiter: Waiter) -> None:
         """
-        Have what is wanted read from the disk while others leave memory for it.
+        Has what is wanted read from the disk while others are unloaded for it.
         """
         try:
             for entry in set(waiter.entries):
@@ -245,728 +441,167 @@ class Core(Moves):
             self.abandon(waiter)
             raise
 
-    def _ends_now_locked(self, waiter: Waiter) -> bool:
-        """
-        Whether a new request would not wait: its model is there, or can never be.
-        """
-        decision = self.plan_locked([*self.queue, waiter])[-1]
-        return decision.outcome in (Outcome.GRANT, Outcome.NEVER)
-
     def abandon(self, waiter: Waiter) -> None:
         """
-        Forget a request whose caller left; a grant that it was given comes back.
+        Forgets a request whose caller left; a grant that it was given is given back.
         """
         with self.changing():
-            if waiter in self.queue:
-                self._leave_locked(waiter)
-                self._let_go_locked(waiter)
-                self._admit_locked()
+            if self.scheduler.abandon(waiter):
+                self.scheduler.admit()
         if not waiter.future.cancel():
             waiter.future.add_done_callback(_give_back)
 
-    def _expire(self, future: weakref.ref[Future[tuple[Lease, ...]]]) -> None:
-        with self.changing():
-            waiter = next((w for w in self.queue if w.future is future()), None)
-            if waiter is None:
-                return
-            place = self.queue.index(waiter) + 1
-            waited_s = self.clock.now() - waiter.since_s
-            self.counts["timeouts"] += 1
-            self._fail_locked(waiter, LeaseTimeout(str(waiter), waited_s, place))
-            self._admit_locked()
+    def explain(self, waiter: Waiter) -> Decision:
+        """
+        Returns what would be decided on a request if it came now. Needs the lock.
+        """
+        return self.scheduler.plan([*self.queue, waiter])[-1]
 
-    def _admit_locked(self) -> None:
-        """
-        Match waiters to memory, until nothing changes.
-        """
-        self._shrink_locked()
-        before = None
-        while self.queue and len(self.queue) != before and self._closed is None:
-            before = len(self.queue)
-            queue = list(self.queue)
-            for waiter, decision in zip(queue, self.plan_locked(queue), strict=True):
-                for victim in decision.victims:
-                    entry = self.entries[victim.key]
-                    entry.drops_copy |= victim.device != entry.device.name
-                    if entry.state is State.RESIDENT:  # not a victim twice
-                        self._unload_locked(entry, EvictionCause.CAPACITY)
-                for key in decision.drain:
-                    self._drain_locked(self.entries[key], waiter)
-                for place in decision.overtakes:
-                    queue[place].overtaken += 1
-                self._carry_out_locked(waiter, decision)
-        if self.queue:
-            self._look_out_locked()
-
-    def _drop_copies_locked(self, n_bytes: int) -> None:
-        """
-        Unload idle models of cards until *n_bytes* of copies are gone, or on their way.
-        CTranslate2 cannot drop a copy and keep the weights.
-        """
-        with_copies = self._copied_locked("cpu")
-        n_bytes -= sum(e.copy_bytes for e in with_copies if e.drops_copy)
-        idle = [e for e in with_copies if e.is_idle and not e.stays]
-        for entry in sorted(idle, key=lambda each: each.last_used_s or 0.0):
-            if n_bytes <= 0:
-                return
-            n_bytes -= entry.copy_bytes
-            entry.drops_copy = True
-            self._unload_locked(entry, EvictionCause.PRESSURE)
-
-    def _look_out_locked(self) -> None:
-        """
-        See that nobody waits in vain: for what a new reading would show, or in a
-        circle.
-        """
-        for device in {e.device for waiter in self.queue for e in waiter.entries}:
-            # What ended may have left more than the last reading knew of.
-            if device.is_stale and not device.is_moving:
-                device.is_stale = False
-                self._work.append(partial(self._look_again, device))
-            elif device.budget.sum_of(Use.UNRETURNED) and not device.is_watched:
-                device.is_watched = True  # nothing of ours will tell that it came back
-                look = partial(self._look_for_unreturned, device)
-                self.clock.call_at(self.clock.now() + LOOK_AGAIN_S, look)
-        if not self._is_suspicious and circles.suspects(self):
-            self._is_suspicious = True
-            self.clock.call_at(self.clock.now() + DEADLOCK_S, self._break_circles)
-
-    def _look_for_unreturned(self, device: Device) -> None:
-        device.is_watched = False
-        self._look_again(device)
-
-    def _break_circles(self) -> None:
-        """
-        Fail the request that closed a circle, and let nobody wait for his own victims.
-        """
-        with self.changing():
-            self._is_suspicious = False
-            if self._closed is not None:
-                return
-            ripe_s = self.clock.now() - DEADLOCK_S / 2
-            waiter = circles.closing(self)
-            if waiter is not None and waiter.since_s <= ripe_s:
-                held = sorted(
-                    {
-                        str(entry.key)
-                        for entry in self.entries.values()
-                        if waiter.owner in entry.owners.values()
-                    }
-                )
-                self.counts["deadlocks"] += 1
-                self._fail_locked(waiter, LeaseDeadlock(str(waiter), tuple(held)))
-            for passing in circles.held_up(self):
-                passing.passes |= passing.since_s <= ripe_s
-            # Whatever else may close a circle is an event, which looks out again.
-            suspects = circles.suspects(self)
-            is_done = waiter is None and all(s.since_s <= ripe_s for s in suspects)
-            self._is_suspicious = is_done
-            self._admit_locked()
-            self._is_suspicious = self._is_suspicious and not is_done
-
-    def _shrink_locked(self) -> None:
-        """
-        Unload what is idle where a limit was lowered below what is held.
-        """
-        for device in self.devices.values():
-            if device.shell_bytes:
-                self._shed_locked(device)
-            if device.is_over_limit:
-                idle = self._idle_locked(device.name)
-                for victim in planner.shrink(self._room_locked(device), idle):
-                    entry = self.entries[victim.key]
-                    entry.drops_copy |= victim.device != entry.device.name
-                    self._unload_locked(entry, EvictionCause.CAPACITY)
-
-    def candidate(
-        self, key: ModelKey, needed_bytes: int, beside: Collection[Entry]
-    ) -> Candidate:
-        """
-        The device of *key*, as a place for that model *beside* others of the same
-        request.
-        """
-        with self.changing():
-            device = self._device_locked(key.device)
-            entry = self.entries.get(key)
-            is_there = entry is not None and (
-                entry in beside
-                or (
-                    entry.state in (State.LOADING, State.RESIDENT)
-                    and entry.cause is None
-                )
-            )
-            own = [other for other in beside if other.device is device]
-            coming = [other for other in own if other.state is State.ABSENT]
-            coming_bytes = sum(
-                other.footprints[DEFAULT_WORKLOAD].total_bytes for other in coming
-            )
-            staying = [e for e in own if e.is_present and not e.stays]
-            staying_bytes = sum(other.weights_bytes for other in staying)
-            idle = [e for e in device.shelf if not e.stays and e not in beside]
-            room = device.room()
-            own_models = len(coming) + len(staying)
-            can_come = room.reachable_models() > own_models
-            reachable_bytes = room.reachable_bytes() - coming_bytes - staying_bytes
-            return Candidate(
-                key.device,
-                needed_bytes,
-                free_bytes=device.budget.left_bytes - coming_bytes,
-                idle_bytes=sum(other.weights_bytes for other in idle),
-                ceiling_bytes=reachable_bytes if can_come else 0,
-                free_models=room.free_models - len(coming),
-                idle_models=len(idle),
-                is_there=is_there,
-                leases=0 if entry is None else len(entry.leases),
-                has_copy=entry is not None and entry.parked_bytes > 0,
-            )
-
-    def plan_locked(self, queue: Sequence[Waiter]) -> list[Decision]:
-        """
-        What should happen to each waiter; nothing is changed.
-        """
-        now_s = self.clock.now()
-        first: dict[ModelKey, int] = {}
-        pending: list[Pending] = []
-        for place, waiter in enumerate(queue):
-            one = waiter.pending(impatient=now_s - waiter.since_s >= self._patience_s)
-            if one.need is Need.LOAD and not waiter.is_group:
-                # Only the first asks for its load; the others share it.
-                asks = first.setdefault(one.keys[0], place)
-                if asks != place:
-                    if one.passes:
-                        pending[asks] = replace(pending[asks], passes=True)
-                    one = Pending(one.keys, Need.NOTHING)
-            pending.append(one)
-        rooms = {name: self._room_locked(each) for name, each in self.devices.items()}
-        return planner.plan(pending, rooms, self._idle_locked, self._busy_locked)
-
-    def _room_locked(self, device: Device) -> Room:
-        """
-        What `admission` sees of *device*, copies of models of other devices included.
-        """
-        room = device.room()
-        for entry in self._copied_locked(device.name):
-            if entry.stays:
-                room.pinned_bytes += entry.copy_bytes
-            if entry.state is State.UNLOADING:
-                # It ends as a shell or is dropped; in either case it is charged to
-                # nobody.
-                room.coming_bytes += entry.copy_bytes
-        return room
-
-    def _idle_locked(self, device: str) -> list[Resident]:
-        """
-        The models that may leave *device*, the first to leave first.
-        """
-        idle = self._ordered(self.devices[device].shelf)
-        return idle + self._copies_locked(device, is_idle=True)
-
-    def _copies_locked(self, device: str, *, is_idle: bool) -> list[Resident]:
-        """
-        The models of cards that have copies on *device* and may leave, each as what its
-        copy frees.
-        """
-        copied = self._copied_locked(device)
-        found = [e for e in copied if (e.is_idle if is_idle else e.leases)]
-        return [
-            replace(one, device=device, weights_bytes=self.entries[one.key].copy_bytes)
-            for one in self._ordered(found)
-        ]
-
-    def _busy_locked(self, device: str) -> list[Resident]:
-        """
-        The leased models of *device* that may leave once they are idle.
-        """
-        held = self.devices[device].entries.values()
-        busy = self._ordered(entry for entry in held if entry.leases)
-        return busy + self._copies_locked(device, is_idle=False)
-
-    def _ordered(self, entries: Iterable[Entry]) -> list[Resident]:
-        now_s = self.clock.now()
-        residents = [entry.resident() for entry in entries if not entry.stays]
-        return sorted(residents, key=lambda resident: self._policy(resident, now_s))
-
-    def _carry_out_locked(self, waiter: Waiter, decision: Decision) -> None:
-        if decision.outcome is Outcome.LOAD:
-            reserved = reservations(waiter.parts)
-            if waiter.is_group:
-                self._hold_locked(waiter)
-            for entry, (n_bytes, host_bytes) in reserved.items():
-                self._start_load_locked(entry, n_bytes, host_bytes)
-        elif decision.outcome is Outcome.GRANT and waiter.is_group:
-            self._hold_locked(waiter)
-        elif decision.outcome is Outcome.GRANT:
-            self._serve_locked(waiter.parts[0].entry, waiter)
-        elif decision.lacking is not None:
-            demand, reachable_bytes = decision.lacking
-            error = self.too_large(str(waiter), demand, reachable_bytes)
-            self._fail_locked(waiter, error)
-
-    def too_large(
-        self, wanted: str, demand: Demand, reachable_bytes: int
-    ) -> ModelTooLarge:
-        """
-        Why *demand* can never be met.
-        """
-        device = self.devices[demand.device]
-        room = device.room()
-        models = demand.models + demand.own_models
-        if demand.models and room.reachable_models() < models:
-            reason = f"max_models is {room.max_models}"
-            if models == 1:
-                reason += ", and all of them are pinned"
-            else:
-                reason += f", of which {room.pinned_models} are pinned, and {models} "
-                reason += "are wanted at once"
-        elif demand.n_bytes + demand.own_bytes <= room.ceiling_bytes:
-            reason = f"{format_bytes(room.pinned_bytes)} are pinned; unpin a model"
-        elif device.budget.limit_bytes is not None and (
-            demand.n_bytes + demand.own_bytes > device.budget.limit_bytes
-        ):
-            reason = "that is the limit; raise it, or choose a smaller model or type"
-        else:
-            reason = "other programs hold the rest; choose a smaller model or type"
-        return ModelTooLarge(
-            wanted,
-            device.name,
-            demand.n_bytes + demand.own_bytes,
-            reachable_bytes + demand.own_bytes,
-            reason,
-        )
-
-    def _drain_locked(self, entry: Entry, waiter: Waiter) -> None:
-        """
-        Keep new leases on *entry* back until *waiter* is served.
-        """
-        if entry.drained_for is None:
-            entry.drained_for = waiter
-            waiter.draining.append(entry)
-
-    def _leave_locked(self, waiter: Waiter) -> None:
-        self.queue.remove(waiter)
-        for entry in waiter.draining:
-            entry.drained_for = None
-        waiter.draining.clear()
-        # It kept its models from expiring.
-        for entry in waiter.entries:
-            if entry.is_idle:
-                self._sweep_by_locked(entry.expires_at_s)
-        self.seconds["wait_s"] += self.clock.now() - waiter.since_s
-
-    def _fail_locked(self, waiter: Waiter, error: BaseException) -> None:
-        self._leave_locked(waiter)
-        self._let_go_locked(waiter)
-        if waiter.future.set_running_or_notify_cancel():
-            self._work.append(partial(waiter.future.set_exception, error))
-
-    def _let_go_locked(self, waiter: Waiter) -> None:
-        """
-        End the leases that a request for several models holds so far.
-        """
-        held, waiter.held = waiter.held, None
-        for lease in (held or {}).values():
-            self._release_locked(lease._entry, lease._serial, waiter.keep_alive_s)
-
-    # Grant ---------------------------------------------------------------------------
-
-    def _serve_locked(self, entry: Entry, first: Waiter | None = None) -> None:
-        """
-        Grant a resident model to who waits for it: *first* or else the oldest, and all
-        who cost no more memory.
-
-        Requests for several models whose memory was granted come before them.
-        """
-        waiting = [waiter for waiter in self.queue if waiter.wants(entry)]
-        for waiter in waiting:
-            if waiter.held is not None:
-                self._hold_locked(waiter)
-        singles = [waiter for waiter in waiting if not waiter.is_group]
-        if first is not None:
-            singles.remove(first)
-            singles.insert(0, first)
-        granted = False
-        for waiter in singles:
-            workspace_bytes = waiter.parts[0].footprint.workspace_bytes
-            if not entry.is_open_to(waiter) or not entry.fits(workspace_bytes):
-                continue
-            more_bytes = entry.workspace_with(workspace_bytes) - entry.workspace_bytes
-            if granted and more_bytes > 0:
-                continue
-            granted = True
-            self._leave_locked(waiter)
-            if waiter.future.set_running_or_notify_cancel():
-                lease = self._grant_locked(
-                    entry, workspace_bytes, waiter.keep_alive_s, waiter.owner
-                )
-                self._serve_with_locked(waiter, (lease,))
-
-    def _hold_locked(self, waiter: Waiter) -> None:
-        """
-        Take those leases of a request for several models whose models are there; all of
-        its memory is granted. With the last one, it is served.
-        """
-        held = waiter.held = waiter.held or {}
-        for place, part in enumerate(waiter.parts):
-            if place not in held and part.entry.state is State.RESIDENT:
-                held[place] = self._grant_locked(
-                    part.entry,
-                    part.footprint.workspace_bytes,
-                    waiter.keep_alive_s,
-                    waiter.owner,
-                )
-        if len(held) < len(waiter.parts):
-            return
-        self._leave_locked(waiter)
-        if waiter.future.set_running_or_notify_cancel():
-            leases = tuple(held[place] for place in range(len(waiter.parts)))
-            waiter.held = None
-            self._serve_with_locked(waiter, leases)
-        else:
-            self._let_go_locked(waiter)
-
-    def _serve_with_locked(self, waiter: Waiter, leases: tuple[Lease, ...]) -> None:
-        """
-        Let a request that has left the queue have its leases.
-        """
-        if waiter.waits:
-            wait_s = self.clock.now() - waiter.since_s
-            for lease in leases:
-                self.outbox.append(ModelGranted(lease.key, wait_s))
-        self._work.append(partial(waiter.future.set_result, leases))
-
-    def _grant_locked(
-        self,
-        entry: Entry,
-        workspace_bytes: int,
-        keep_alive_s: float | None,
-        owner: Owner,
-    ) -> Lease:
-        serial = next(self._serials)
-        # It is made first: what a signal handler raises in here then gives it back.
-        lease = Lease(self, entry, serial, keep_alive_s)
-        entry.take(serial, owner, workspace_bytes, self.clock.now())
-        self.leases += 1
-        self._grants += 1
-        if entry.device.shell_bytes:
-            self._shed_locked(entry.device)
-        return lease
-
-    # Release -------------------------------------------------------------------------
+    # Leases ---------------------------------------------------------------------------
 
     def release(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
         """
-        End a lease. Nothing happens if it has ended.
+        Ends a lease. Nothing happens if it has ended.
         """
-        work: list[Callable[[], None]] | None = None
-        if self._lock.locked():
-            take_turn(self._lock)
+        lock = self.lock
+        noted: list[Effect] | None = None
+        if lock.mutex.locked():
+            take_turn(lock.mutex)
         try:
-            with self._lock:
-                self._release_locked(entry, serial, keep_alive_s)
-                if self.queue or entry.device.is_over_limit:
-                    self._admit_locked()
-                if self._work:
-                    work = self._take_work_locked()
+            with lock.mutex:
+                self.scheduler.release(entry, serial, keep_alive_s)
+                if lock.noted:
+                    noted = lock.take()
         finally:
-            if work or self._dropped:
-                self._perform(work or [])
+            if noted:
+                self._perform(noted)
+            if lock.put_off:
+                lock.catch_up()
+
+    def drop(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
+        """
+        Ends a lease from the garbage collector.
+
+        That may run inside a critical section of this very thread, of the cache or of a
+        listener, so nothing is done here: the device's thread does it, or whoever lets
+        go of the lock before.
+        """
+        self.lock.later(partial(self.scheduler.release, entry, serial, keep_alive_s))
+        entry.device.thread.submit(self.lock.catch_up)
 
     def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
         """
-        Note that somebody else will end a lease.
+        Notes that another thread or task will end a lease.
         """
         with self.changing():
-            if serial in entry.leases:
-                entry.owners[serial] = owner
-                self._admit_locked()
+            self.scheduler.hand_over(entry, serial, owner)
 
     def entrust(self, serial: int, holder: Holder) -> None:
         """
-        Note what holds a lease for a caller.
+        Notes what holds a lease for a caller.
         """
         with self.changing():
             self._holders[serial] = holder
 
-    def drop(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
+    def blame(self, entry: Entry, error: BaseException) -> None:
         """
-        End a lease from the garbage collector.
+        Gives the device of *entry* up if *error* left it unusable.
+        """
+        self._unloads.blame(entry, error)
 
-        That may run inside a critical section of this very thread, of the cache or of a
-        listener, so nothing is done here: the device's thread sees to it, or whoever
-        lets go of the lock before.
+    def recover(self, entry: Entry, error: BaseException) -> bool:
         """
-        self._dropped.append((entry, serial, keep_alive_s))
-        entry.device.thread.submit(partial(self._perform, []))
+        Makes room if the use of a leased model ran out of memory: `Unloads.recover`.
+        """
+        return self._unloads.recover(entry, error)
 
-    def _release_locked(
-        self, entry: Entry, serial: int, keep_alive_s: float | None
-    ) -> None:
-        if not entry.give_back(serial):
-            return
-        self.leases -= 1
-        if not entry.leases:
-            self._shelve_locked(entry, keep_alive_s)
-
-    def _shelve_locked(self, entry: Entry, keep_alive_s: float | None) -> None:
-        """
-        Put an idle model on the shelf; the clock of its keep-alive starts.
-        """
-        if keep_alive_s is None:
-            keep_alive_s = self._keep_alive_s
-        device, now_s = entry.device, self.clock.now()
-        device.is_stale = True
-        device.shelf[entry] = None
-        entry.last_used_s = now_s
-        entry.expires_at_s = now_s + keep_alive_s
-        if entry.cause is not None:
-            self._unload_locked(entry, entry.cause)
-        elif keep_alive_s <= 0 and self._may_expire_locked(entry):
-            self._unload_locked(entry, EvictionCause.EXPIRED)
-        else:
-            self._sweep_by_locked(entry.expires_at_s)
-
-    def _may_expire_locked(self, entry: Entry) -> bool:
-        wanted = any(waiter.wants(entry) for waiter in self.queue)
-        return not entry.pinned and not wanted
-
-    def _sweep_by_locked(self, at_s: float) -> None:
-        """
-        Sweep at *at_s*, or earlier.
-        """
-        if at_s < self._sweep_at_s:
-            self._sweep_at_s = at_s
-            self.clock.call_at(at_s, partial(self._sweep, at_s))
-
-    def _sweep(self, at_s: float) -> None:
-        """
-        Unload what has been idle for longer than its keep-alive.
-        """
-        with self.changing():
-            if at_s != self._sweep_at_s:
-                return  # an earlier sweep took its place
-            now_s = self.clock.now()
-            next_s = self._sweep_at_s = math.inf
-            for device in self.devices.values():
-                for entry in list(device.shelf):
-                    if entry.expires_at_s > now_s:
-                        next_s = min(next_s, entry.expires_at_s)
-                    elif self._may_expire_locked(entry):
-                        self._unload_locked(entry, EvictionCause.EXPIRED)
-            self._sweep_by_locked(next_s)
-
-    # Leaving ------------------------------------------------------------------------
+    # Evictions, limits ----------------------------------------------------------------
 
     def evict(
         self, matches: Callable[[ModelKey], bool], waits_for: Owner = None
     ) -> list[Leaving]:
         """
-        Unload models as soon as they are idle, pinned or not.
+        Unloads models as soon as they are idle, pinned or not.
 
-        Each with a future that is done when its leaving was confirmed.
+        Each with a future that is done when its unload was confirmed.
 
         Raises:
             LeaseDeadlock: *waits_for*, who will wait for them, holds leases on some.
         """
-        self._perform([])  # what was dropped on the way here is held no more
+        self.lock.catch_up()  # what was dropped on the way here is held no more
         with self.changing():
-            leaving = [
-                entry
-                for entry in self.entries.values()
-                if entry.state is not State.ABSENT and matches(entry.key)
-            ]
-            self._forget_locked(matches)
-            if waits_for is not None:
-                own = [e for e in leaving if waits_for in e.owners.values()]
-                if own:
-                    self.counts["deadlocks"] += 1
-                    names = tuple(str(entry.key) for entry in own)
-                    what = f"the eviction of {names[0]}"
-                    raise LeaseDeadlock(what, names, own=True)
-            return [
-                (entry, self._doom_locked(entry, EvictionCause.EXPLICIT))
-                for entry in leaving
-            ]
-
-    def _doom_locked(self, entry: Entry, cause: EvictionCause) -> Future[None]:
-        """
-        Unload *entry* now if it is idle, else as soon as it is.
-        """
-        gone: Future[None] = Future()
-        gone.add_done_callback(_wake_if_cancelled)
-        entry.gone.append(gone)
-        if entry.state is State.UNLOADING:
-            entry.drops_copy = True
-        else:
-            entry.cause = cause
-            if entry.is_idle:
-                self._unload_locked(entry, cause)
-        return gone
+            return self._evictions.evict(matches, waits_for)
 
     def withdraw(self, entry: Entry, gone: Future[None]) -> None:
         """
-        Take an eviction back whose caller no longer waits; one under way goes on.
+        Takes back an eviction whose caller left; an unload under way goes on.
         """
         with self.changing():
-            if gone in entry.gone:
-                entry.gone.remove(gone)
-            # What is left when a cache closes leaves in any case.
-            is_wanted = not entry.gone and self._closed is None
-            if is_wanted and entry.state is not State.UNLOADING:
-                entry.cause = None
-            self._admit_locked()
+            self._evictions.withdraw(entry, gone)
+            self.scheduler.admit()
 
     def pin(self, entry: Entry) -> None:
         """
-        Let a model that is held stay when idle.
+        Keeps a model that is held in memory when it is idle.
         """
         with self.changing():
             entry.pinned = True
 
     def unpin(self, matches: Callable[[ModelKey], bool]) -> int:
         """
-        Let models leave when idle, as before `pin`; how many were pinned.
+        Lets pinned models be evicted, and returns how many those were.
         """
         with self.changing():
-            pinned = [e for e in self.entries.values() if e.pinned and matches(e.key)]
-            for entry in pinned:
-                entry.pinned = False
-                if entry.is_idle:
-                    self._shelve_locked(entry, None)
-            self._admit_locked()
-        return len(pinned)
-
-    # Limits, closing -----------------------------------------------------------------
-
-    def all_devices(self) -> list[Device]:
-        """
-        The devices that were used so far.
-        """
-        with self.changing():
-            return list(self.devices.values())
-
-    def uses(self, device: Device) -> bool:
-        """
-        Whether anything is on *device*, or waited for.
-        """
-        with self.changing():
-            held = (
-                device.entries or device.shell_bytes or device.budget.sum_of(Use.COPY)
-            )
-            return bool(held) or any(
-                device in (entry.device, entry.host)
-                for waiter in self.queue
-                for entry in waiter.entries
-            )
-
-    def account(self, device: Device) -> dict[str, int]:
-        """
-        What other processes should know of *device*; the fields of `ledger.Account`.
-        """
-        with self.changing():
-            held = [
-                entry
-                for entry in device.entries.values()
-                if entry.state in (State.RESIDENT, State.UNLOADING)
-            ]
-            held_bytes = sum(entry.weights_bytes for entry in held)
-            pinned_bytes = sum(entry.weights_bytes for entry in held if entry.stays)
-            idle_bytes = sum(e.weights_bytes for e in device.shelf if not e.stays)
-            return {
-                "promised_bytes": device.budget.to_come_bytes,
-                # What may be given up.
-                "held_bytes": held_bytes - pinned_bytes + device.shell_bytes,
-                "idle_bytes": idle_bytes + device.shell_bytes,
-                "wanted_bytes": self._wanted_locked(device, idle_bytes),
-            }
-
-    def _wanted_locked(self, device: Device, idle_bytes: int) -> int:
-        """
-        What the oldest waiter lacks on *device* that only other programs can give.
-        """
-        for waiter in self.queue:
-            pending = waiter.pending(impatient=False)
-            for demand in pending.demands:
-                if demand.device != device.name:
-                    continue
-                after_bytes = device.budget.charged_bytes - idle_bytes + demand.n_bytes
-                if (
-                    device.budget.limit_bytes is None
-                    or after_bytes <= device.budget.limit_bytes
-                ):
-                    return max(0, demand.n_bytes - idle_bytes)
-        return 0
-
-    def drop_copies(self, n_bytes: int) -> None:
-        """
-        Let copies of weights leave the host until *n_bytes* of them are gone: first
-        those of models that have left.
-        """
-        with self.changing():
-            host = self.devices.get("cpu")
-            if host is None or n_bytes <= 0:
-                return
-            n_bytes = self._shed_shells_locked(host, n_bytes)
-            self._drop_copies_locked(n_bytes)
+            count = self._evictions.unpin(matches)
+            self.scheduler.admit()
+            return count
 
     def make_room_for_others(self, device: Device, n_bytes: int) -> None:
         """
-        Let idle models leave until *n_bytes* are free that were not, or nothing is
-        idle; then see whether somebody here can be served.
+        Unloads idle models until *n_bytes* are free that were not, or nothing is idle.
         """
         with self.changing():
-            n_bytes -= self._room_locked(device).coming_bytes
-            n_bytes = self._shed_shells_locked(device, n_bytes)
-            if n_bytes > 0:
-                idle = self._idle_locked(device.name)
-                victims = planner.choose_victims(idle, n_bytes)
-                for victim in idle if victims is None else victims:
-                    entry = self.entries[victim.key]
-                    entry.drops_copy |= victim.device != entry.device.name
-                    self._unload_locked(entry, EvictionCause.PRESSURE)
-            self._admit_locked()
+            self._evictions.make_room_for_others(device, n_bytes)
+            self.scheduler.admit()
+
+    def drop_copies(self, n_bytes: int) -> None:
+        """
+        Drops host copies until *n_bytes* of them are gone.
+        """
+        with self.changing():
+            if (host := self.devices.get("cpu")) is not None:
+                self._evictions.drop_copies(host, n_bytes)
 
     def resize(self, limit_of: Callable[[str], Limit], max_models: int | None) -> None:
         """
-        Set other limits. What is idle and too much leaves now, the rest when idle.
+        Sets other limits. What is too much is unloaded now if idle, else later.
         """
         with self.changing():
-            self.limit_of = limit_of
-            self.max_models = max_models
-            for device in self.devices.values():
-                device.max_models = max_models
-                device.budget.set_limit(limit_of(device.name))
-            self._admit_locked()
+            self.scheduler.resize(limit_of, max_models)
+
+    # Life -----------------------------------------------------------------------------
 
     def close(self) -> list[Leaving] | None:
         """
-        Refuse new requests, fail those that wait, unload what is or becomes idle.
+        Refuses new requests, fails those that wait, unloads what is or becomes idle.
 
-        The models in memory, each with a future that is done when it has left.
-        May be called in a signal handler, which may have interrupted this very thread
-        in a critical section: then None is returned, and it is done soon after the
-        handler has ended.
+        Returns:
+            The models in memory, each with a future that is done when its unload was
+            confirmed. None if this is called in a signal handler that interrupted this
+            very thread in a critical section: it is done soon after the handler ended.
         """
-        if self._closed is not None and isinstance(self._closed, CacheForked):
+        if isinstance(self.state.closed, CacheForked):
             return []
-        if not self._lock.acquire(timeout=SIGNAL_S):
+        if not self.lock.mutex.acquire(timeout=SIGNAL_S):
             threading.Thread(target=self.close, name="whispercache-close").start()
             return None
-        self._lock.release()
+        self.lock.mutex.release()
         with self.changing():
-            self._closed = self._closed or CacheClosed()
-            for waiter in list(self.queue):
-                self._fail_locked(waiter, CacheClosed("the cache was closed meanwhile"))
-            leaving = [
-                (entry, self._doom_locked(entry, EvictionCause.CLOSED))
-                for entry in list(self.entries.values())
-                if entry.state is not State.ABSENT
-            ]
-            self._stop_if_over_locked()
-        return leaving
+            return self.scheduler.close()
 
     def end_own(self, owners: Collection[Owner], why: str) -> Own:
         """
-        End what *owners*, who will wait, would wait for in vain: iterators of theirs,
+        Ends what *owners*, who will wait, would wait for in vain: iterators of theirs,
         and those that never had other owners than threads and tasks that are over. A
         step in flight on another thread is not interrupted.
 
@@ -997,7 +632,7 @@ class Core(Moves):
 
     def quiesce(self, timeout_s: float) -> None:
         """
-        Let no calls begin any more on models that are leased, and wait for those in
+        Lets no calls begin any more on models that are leased, and waits for those in
         flight, at the interpreter's end.
         """
         with self.changing():
@@ -1008,85 +643,51 @@ class Core(Moves):
 
     def join(self, timeout_s: float | None) -> None:
         """
-        Wait for the devices' threads to end, after `close`.
+        Waits for the devices' threads to end, after `close`.
         """
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         for device in list(self.devices.values()):
             left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
             device.thread.join(left_s)
 
-    def _stop_if_over_locked(self) -> None:
-        """
-        Let all threads end once the cache is closed and empty.
-        """
-        if not self._is_over:
-            return
-        self._work.append(self.clock.close)
-        host = self.devices.get("cpu")
-        if host is not None and host.shell_bytes:
-            shrink = partial(self._shrink_shells, host, 0)
-            self._work.append(partial(host.thread.submit, shrink))
-        if self.peers is not None:
-            self._work.append(self.peers.close)
-        self._work.extend(device.thread.stop for device in self.devices.values())
-
     def forked(self, *, gpu_in_use: bool) -> None:
         """
-        Be of no more use, in a child that was forked: the threads are gone, and what
+        Starts afresh in a child that was forked, where the threads are gone, and what
         they held is as they left it. Nothing of the parent is touched.
 
-        A cache that had loaded nothing yet starts afresh, unless the parent has opened
-        the GPU's driver, which does not work in a child.
+        A cache that had loaded something is of no more use, nor is any once the parent
+        has opened the GPU's driver, which does not work in a child.
         """
-        states = {entry.state for entry in self.entries.values()}
-        was_used = bool(states - {State.ABSENT}) or self.counts["loads"] > 0
-        is_fresh = not was_used and not gpu_in_use
-        self._renew()
-        self._is_suspicious = False
-        self._sweep_at_s = math.inf
-        self.loader.forked([e.loaded for e in self.entries.values() if e.loaded])
-        if is_fresh:
-            self.entries.clear()
-            self.devices.clear()
-        else:
-            self._closed = CacheForked()
+        old = self.state
+        was_used = old.counts["loads"] > 0 or any(
+            entry.is_present for entry in old.entries.values()
+        )
+        self.loader.forked([e.loaded for e in old.entries.values() if e.loaded])
+        if was_used or gpu_in_use:
+            old.forget_threads()
+            old.closed = CacheForked()
+            self._put_together(old, MonotonicClock(), NoPeers())
+            return
+        new = CacheState(old.limit_of, old.max_models, old.outbox.copy())
+        new.counts, new.seconds = old.counts, old.seconds
+        self._put_together(new, MonotonicClock(), self._make_peers())
 
-    # Proof ---------------------------------------------------------------------------
+    # Proof ----------------------------------------------------------------------------
 
     def check(self) -> None:
         """
-        Assert the invariants that can be seen from outside a critical section.
+        Asserts the invariants.
         """
         with self.changing():
-            for device in self.devices.values():
-                self._check_device_locked(device)
-            for entry in self.entries.values():
-                entry.check()
-            held = sum(len(entry.leases) for entry in self.entries.values())
-            assert held == self.leases, f"{held} leases held, {self.leases} counted"
-            for waiter in self.queue:
-                ended = waiter.future.done() and not waiter.future.cancelled()
-                assert not ended, f"{waiter} waits and is done"
-                for lease in (waiter.held or {}).values():
-                    assert not lease.is_released, f"{waiter} lost {lease}"
+            self.scheduler.check()
 
-    def _check_device_locked(self, device: Device) -> None:
-        device.budget.check()
-        if device.is_over_limit:
-            idle = self._idle_locked(device.name)
-            excess = planner.shrink(self._room_locked(device), idle)
-            assert not excess, f"{device.name} over its limit: {excess} should leave"
+
+def _done(future: Future[None]) -> None:
+    with suppress(InvalidStateError):  # cancelled: nobody waits any more
+        future.set_result(None)
 
 
 def _give_back(future: Future[tuple[Lease, ...]]) -> None:
     if not future.cancelled() and future.exception() is None:
         for lease in future.result():
             lease.release()
-
-
-def _wake_if_cancelled(future: Future[None]) -> None:
-    """
-    Wake those in `concurrent.futures.wait`, whom cancelling alone does not wake.
-    """
-    if future.cancelled():
-        future.set_running_or_notify_cancel()

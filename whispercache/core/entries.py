@@ -1,35 +1,24 @@
 """
-The books: what the cache knows of each model, device and waiting request.
+A device, a model and a request, as a cache knows them. Plain data.
 
-Plain bookkeeping. All of it is guarded by the cache's one lock; nothing here waits,
-loads or calls out.
+Each transition of a model is a method of `Entry`; nobody else assigns its state. All of
+it is guarded by the cache's one lock. Nothing here waits, loads or calls out.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
-from whispercache.planning.planner import (
-    Demand,
-    Need,
-    Pending,
-    Resident,
-    Room,
-    next_gap_s,
-)
+from whispercache.planning.policies import Resident, next_gap_s
 
 from .budget import Budget, Use
-from .threads import DeviceThread
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from whispercache.engine.api import LoadedModel
     from whispercache.engine.files import ModelFiles
     from whispercache.engine.sizes.footprint import Footprint, Workload
@@ -39,12 +28,14 @@ if TYPE_CHECKING:
     from whispercache.planning.deadlock import Owner
     from whispercache.units import Limit
 
-__all__ = ["Device", "Entry", "Part", "State", "Waiter", "demands", "reservations"]
+    from .threads import DeviceThread
+
+__all__ = ["Device", "Entry", "State", "Waiter", "Wanted"]
 
 
 class State(str, Enum):
     """
-    Where a model is on its way through memory.
+    A model's place on its way through memory.
     """
 
     ABSENT = "absent"
@@ -55,44 +46,69 @@ class State(str, Enum):
 
 class Device:
     """
-    The memory of one device, as the cache may use it.
+    A device, and what the cache has there.
+
+    Attributes:
+        thread: Builds, loads and unloads its models.
+        max_models: Most models that may be there; None for any number.
+        budget: Its bytes.
+        entries: Its models that are not absent.
+        shelf: Its idle models, as a set in order. A lease takes its model off, the last
+            release puts it back at the end: this is the order of release.
+        kept_bytes: Host memory of kept tokenizers and of copies that no load claims.
+            Nothing is charged for it: it gives way to anything else.
+        is_shrinking: Some of that is about to be dropped.
+        lost_to: The error that left the device unusable; None while it is well.
+        is_stale: Its gauge would tell something new.
+        look_at_s: When its gauge is read again for those who wait.
+        loads_begun: How many there were.
     """
 
-    def __init__(self, name: str, limit: Limit, max_models: int | None) -> None:
+    def __init__(
+        self, name: str, limit: Limit, max_models: int | None, thread: DeviceThread
+    ) -> None:
         self.name: str = name
+        self.thread: DeviceThread = thread
         self.max_models: int | None = max_models
-        self.entries: dict[ModelKey, Entry] = {}  # all that are not absent
-        # Idle models, as a set in order. A lease takes its model off, the last release
-        # puts it back at the end: this is the order of release.
-        self.shelf: dict[Entry, None] = {}
         self.budget: Budget = Budget(name, limit)
+        self.entries: dict[ModelKey, Entry] = {}
+        self.shelf: dict[Entry, None] = {}
+        self.kept_bytes: int = 0
+        self.is_shrinking: bool = False
+        self.lost_to: str | None = None
+        self.is_stale: bool = False
+        self.look_at_s: float = math.inf
         self.loads_begun: int = 0
-        self.is_stale: bool = False  # whether the gauge would tell something new
-        self.sick: str | None = None  # the error that made it unusable
-        self.shell_bytes: int = 0  # of what models left behind; gives way to anything
-        self.is_shedding: bool = False  # shells are about to go
-        self.is_watched: bool = False  # its gauge will be read again
-        self.thread: DeviceThread = DeviceThread(name)
 
     @property
     def is_over_limit(self) -> bool:
         """
-        Whether a limit was lowered below what is held.
+        True if a limit was lowered below what is held.
         """
-        too_many = self.max_models is not None and len(self.entries) > self.max_models
-        return too_many or self.budget.is_over_limit
+        if self.max_models is not None and len(self.entries) > self.max_models:
+            return True
+        budget = self.budget
+        most_bytes = budget.limit_bytes
+        return most_bytes is not None and budget.charged_bytes > most_bytes
 
     @property
-    def has_too_many_shells(self) -> bool:
+    def copies_bytes(self) -> int:
         """
-        Whether they take more than what is left.
+        Bytes charged here for host copies of weights that are on a card as well.
         """
-        return self.shell_bytes > max(0, self.budget.left_bytes)
+        return self.budget.sum_of(Use.COPY)
+
+    @property
+    def unreturned_bytes(self) -> int:
+        """
+        Bytes that were freed but not seen to be free.
+        """
+        return self.budget.sum_of(Use.UNRETURNED)
 
     @property
     def is_moving(self) -> bool:
         """
-        Whether a load or an unload is in flight, so that the gauge shows neither state.
+        True if a load or an unload is in flight, so that the gauge shows neither state.
         """
         return any(
             entry.state is State.LOADING
@@ -101,29 +117,43 @@ class Device:
             for entry in self.entries.values()
         )
 
-    def room(self) -> Room:
-        """
-        A scratch copy for `admission.plan`.
-        """
-        held = self.entries.values()
-        coming = [entry for entry in held if entry.state is State.UNLOADING]
-        pinned = [entry for entry in held if entry.stays]
-        return Room(
-            capacity_bytes=self.budget.capacity_bytes,
-            ceiling_bytes=self.budget.ceiling_bytes,
-            charged_bytes=self.budget.charged_bytes,
-            coming_bytes=sum(entry.weights_bytes for entry in coming),
-            pinned_bytes=sum(entry.weights_bytes for entry in pinned),
-            max_models=self.max_models,
-            models=len(held),
-            coming_models=len(coming),
-            pinned_models=len(pinned),
-        )
-
 
 class Entry:
     """
-    One model, whether it is in memory or not.
+    One model, in memory or not.
+
+    Attributes:
+        key: Which it is.
+        device: Where it is, or would be.
+        host: The device of the host.
+        state: Where it is on its way through memory.
+        files: Its files; None before it was located.
+        footprints: What it takes, by workload.
+        default_workspace_bytes: Workspace of the default workload.
+        num_workers: How many calls it runs at a time; the others queue inside it.
+        loaded: The model itself, while it is in memory.
+        workspace_bytes: Bytes charged for its leases; the budget has them too, but each
+            hit asks.
+        parked_bytes: Bytes of its host copy while it is not in memory.
+        restores: Its load was admitted as one from that copy.
+        drops_copy: It is unloaded for the sake of the host, so no copy may stay.
+        leases: Bytes of workspace of each lease, by its serial number.
+        owners: The owner of each lease, by its serial number.
+        pinned: It is not evicted when idle.
+        expires_at_s: When its keep-alive ends, if it is idle then.
+        last_used_s: When its last lease ended.
+        gap_s: Smoothed seconds between uses; see `next_gap_s`.
+        loads: How often it was loaded.
+        load_s: Seconds of the last load.
+        cause: Why it is evicted, or will be when idle.
+        drained_for: The request for which new leases are held back.
+        refusals: Tries of its unload that did nothing.
+        unload_again_s: When its unload is tried again.
+        unload_started_s: When its unload began.
+        failures: Loads that failed since one succeeded.
+        failure: The last of them, in one line.
+        retry_at_s: Before that, no load is tried.
+        gone: Futures of those who wait for its unload.
     """
 
     __slots__ = (
@@ -146,7 +176,6 @@ class Entry:
         "load_s",
         "loaded",
         "loads",
-        "locating",
         "num_workers",
         "owners",
         "parked_bytes",
@@ -155,6 +184,7 @@ class Entry:
         "restores",
         "retry_at_s",
         "state",
+        "unload_again_s",
         "unload_started_s",
         "workspace_bytes",
     )
@@ -167,31 +197,31 @@ class Entry:
         self.files: ModelFiles | None = None
         self.footprints: dict[Workload, Footprint] = {}
         self.default_workspace_bytes: int | None = None
-        self.locating: threading.Lock = (
-            threading.Lock()
-        )  # one look at the disk, one download at a time
+        self.num_workers: int = key.num_workers
         self.loaded: LoadedModel | None = None
-        self.workspace_bytes: int = 0  # the budget has it too; each hit asks
-        self.parked_bytes: int = 0  # of weights that have left; in the host's shells
-        self.restores: bool = False  # its load was admitted as one from that copy
-        self.drops_copy: bool = False  # it leaves for the sake of the host
-        self.leases: dict[int, int] = {}  # serial number: workspace bytes
-        self.owners: dict[int, Owner] = {}  # serial number: who took it
+        self.workspace_bytes: int = 0
+        self.parked_bytes: int = 0
+        self.restores: bool = False
+        self.drops_copy: bool = False
+        self.leases: dict[int, int] = {}
+        self.owners: dict[int, Owner] = {}
         self.pinned: bool = False
         self.expires_at_s: float = math.inf
-        self.last_used_s: float | None = None  # when its last lease ended
+        self.last_used_s: float | None = None
         self.gap_s: float | None = None
         self.loads: int = 0
         self.load_s: float = 0.0
-        self.cause: EvictionCause | None = None  # why it leaves, or will when idle
+        self.cause: EvictionCause | None = None
         self.drained_for: Waiter | None = None
         self.refusals: int = 0
-        self.failures: int = 0  # loads that failed since one succeeded
-        self.failure: str = ""  # the last of them, in one line
-        self.retry_at_s: float = -math.inf
+        self.unload_again_s: float = math.inf
         self.unload_started_s: float = 0.0
+        self.failures: int = 0
+        self.failure: str = ""
+        self.retry_at_s: float = -math.inf
         self.gone: list[Future[None]] = []
-        self.num_workers: int = key.num_workers
+
+    # Questions ------------------------------------------------------------------------
 
     @property
     def weights_bytes(self) -> int:
@@ -202,7 +232,7 @@ class Entry:
         return budget.of(self, Use.RESERVED) + budget.of(self, Use.WEIGHTS)
 
     @property
-    def host_bytes(self) -> int:
+    def staging_bytes(self) -> int:
         """
         Bytes charged on the host while its weights go to a card or come from it.
         """
@@ -218,115 +248,51 @@ class Entry:
     @property
     def budgets(self) -> set[Budget]:
         """
-        The budgets that it may be charged in.
+        The budgets in which it may be charged.
         """
         return {self.device.budget, self.host.budget}
 
     @property
+    def footprint(self) -> Footprint:
+        """
+        What it takes for the default workload. It must have been located.
+        """
+        return self.footprints[DEFAULT_WORKLOAD]
+
+    @property
     def stays(self) -> bool:
         """
-        Whether it is pinned, and nobody is evicting it.
+        True if it is pinned, and nobody is evicting it.
         """
         return self.pinned and self.cause is None
 
     @property
     def is_idle(self) -> bool:
         """
-        Whether it is in memory and nobody holds it.
+        True if it is in memory and not leased.
         """
         return self in self.device.shelf
 
     @property
     def is_present(self) -> bool:
         """
-        Whether it is in memory, or on its way in or out.
+        True if it is in memory, or on its way in or out.
         """
         return self.state is not State.ABSENT
 
-    def located(self, files: ModelFiles, footprints: dict[Workload, Footprint]) -> None:
+    @property
+    def claims_copy(self) -> bool:
         """
-        Remember where the files are and what they will take.
+        True if its host copy is charged to a load that will use it.
         """
-        if self.state is State.ABSENT:
-            if files != self.files:
-                self.failures = 0  # perhaps somebody has mended it
-            self.files = files
-            self.footprints = {**self.footprints, **footprints}
-        else:
-            # What is in memory, or on its way, stays counted as it was.
-            self.footprints = {**footprints, **self.footprints}
-        footprint = self.footprints[DEFAULT_WORKLOAD]
-        self.default_workspace_bytes = footprint.workspace_bytes
-
-    def workspace_of(self, workload: Workload) -> int | None:
-        """
-        Bytes of work of one call; None if the model was not located for it.
-        """
-        if workload is DEFAULT_WORKLOAD:  # spares hashing it on every hit
-            return self.default_workspace_bytes
-        footprint = self.footprints.get(workload)
-        return None if footprint is None else footprint.workspace_bytes
-
-    def workspace_with(self, n_bytes: int, count: int = 1) -> int:
-        """
-        What all leases may use at once, with *count* more of *n_bytes* at most.
-
-        A model runs ``num_workers`` calls at a time; the others queue inside it.
-        """
-        if not self.leases and count == 1:
-            return n_bytes
-        running = min(len(self.leases) + count, self.num_workers)
-        return max(n_bytes, *self.leases.values(), 0) * running
-
-    def fits(self, n_bytes: int) -> bool:
-        """
-        Whether one more lease with *n_bytes* of work can be granted at once.
-        """
-        extra_bytes = self.workspace_with(n_bytes) - self.workspace_bytes
-        budget = self.device.budget
-        return (
-            extra_bytes <= 0
-            or budget.charged_bytes + extra_bytes <= budget.capacity_bytes
-        )
-
-    def take(self, serial: int, owner: Owner, n_bytes: int, now_s: float) -> None:
-        """
-        Note one more lease with *n_bytes* of work.
-        """
-        if not self.leases:
-            self.device.shelf.pop(self, None)
-            if self.last_used_s is not None:
-                self.gap_s = next_gap_s(self.gap_s, now_s - self.last_used_s)
-            self._set_workspace(n_bytes)
-        else:
-            self._set_workspace(self.workspace_with(n_bytes))
-        self.leases[serial] = n_bytes
-        self.owners[serial] = owner
-
-    def give_back(self, serial: int) -> bool:
-        """
-        Note the end of a lease; whether it was one.
-        """
-        if self.leases.pop(serial, None) is None:
-            return False
-        del self.owners[serial]
-        if not self.leases:
-            self._set_workspace(0)
-            return True
-        running = min(len(self.leases), self.num_workers)
-        self._set_workspace(max(self.leases.values()) * running)
-        return True
-
-    def _set_workspace(self, n_bytes: int) -> None:
-        if n_bytes != self.workspace_bytes:
-            self.device.budget.work(self, n_bytes)
-            self.workspace_bytes = n_bytes
+        return self.state is State.LOADING and self.restores
 
     def is_open_to(self, waiter: Waiter | None) -> bool:
         """
-        Whether a new lease may be granted: in memory, not to leave, not kept back.
+        Returns True if a new lease may be granted to *waiter*; None is a hit.
 
-        Who holds the model already is not made to wait for the end of his own lease.
+        It must be in memory, not be evicted, and not be held back for another request.
+        Owners that hold it already are not made to wait for the end of their own lease.
         """
         if self.state is not State.RESIDENT:
             return False
@@ -337,9 +303,40 @@ class Entry:
             or (waiter.owner is not None and waiter.owner in self.owners.values())
         )
 
+    def workspace_of(self, workload: Workload) -> int | None:
+        """
+        Returns the workspace of one call; None if it was not located for that.
+        """
+        if workload is DEFAULT_WORKLOAD:  # spares hashing it on every hit
+            return self.default_workspace_bytes
+        footprint = self.footprints.get(workload)
+        return None if footprint is None else footprint.workspace_bytes
+
+    def workspace_with(self, n_bytes: int, count: int = 1) -> int:
+        """
+        Returns what all leases may use at once, with *count* more of *n_bytes* at most.
+        """
+        if not self.leases and count == 1:
+            return n_bytes
+        running = min(len(self.leases) + count, self.num_workers)
+        return max(n_bytes, *self.leases.values(), 0) * running
+
+    def fits(self, n_bytes: int) -> bool:
+        """
+        Returns True if a lease with *n_bytes* of workspace can be granted at once.
+        """
+        # Each hit asks: a call less where nothing is leased.
+        all_bytes = self.workspace_with(n_bytes) if self.leases else n_bytes
+        extra_bytes = all_bytes - self.workspace_bytes
+        budget = self.device.budget
+        return (
+            extra_bytes <= 0
+            or budget.charged_bytes + extra_bytes <= budget.capacity_bytes
+        )
+
     def resident(self) -> Resident:
         """
-        The model as a policy sees it.
+        Returns the model as a policy sees it.
         """
         return Resident(
             key=self.key,
@@ -350,9 +347,169 @@ class Entry:
             cost_s=self.load_s,
         )
 
+    # Transitions ----------------------------------------------------------------------
+
+    def locate(self, files: ModelFiles, footprints: dict[Workload, Footprint]) -> None:
+        """
+        Remembers where the files are and what they will take.
+        """
+        if self.state is State.ABSENT:
+            if files != self.files:
+                self.failures = 0  # perhaps somebody has mended it
+            self.files = files
+            self.footprints = {**self.footprints, **footprints}
+        else:
+            # What is in memory, or on its way, stays counted as it was.
+            self.footprints = {**footprints, **self.footprints}
+        self.default_workspace_bytes = self.footprint.workspace_bytes
+
+    def begin_load(self, n_bytes: int, host_bytes: int) -> None:
+        """
+        Reserves a load's memory: absent → loading.
+        """
+        host = self.host
+        self.state = State.LOADING
+        self.restores = 0 < self.parked_bytes <= host_bytes
+        if self.restores:  # it is held already, and no longer gives way
+            host.kept_bytes -= self.parked_bytes
+            host.budget.set(self, Use.COPY, self.parked_bytes)
+            host_bytes -= self.parked_bytes
+        self.device.loads_begun += 1
+        self.device.entries[self.key] = self
+        self.device.budget.set(self, Use.RESERVED, n_bytes)
+        host.budget.set(self, Use.STAGING, host_bytes)
+
+    def end_load(self, loaded: LoadedModel, load_s: float) -> None:
+        """
+        Charges what stays: loading → resident.
+        """
+        budget = self.device.budget
+        budget.move(self, Use.RESERVED, Use.WEIGHTS)
+        # The prediction is charged while the model is here, and what was measured
+        # corrects the next one: nothing that was admitted can turn out too large.
+        budget.set(self, Use.WEIGHTS, self.footprint.weights_bytes)
+        self.host.budget.set(self, Use.STAGING, 0)
+        self.host.budget.set(self, Use.COPY, loaded.copy_bytes)
+        self.loaded = loaded
+        self.state = State.RESIDENT
+        self.loads += 1
+        self.load_s = load_s
+        self.failures = 0
+
+    def take(self, serial: int, owner: Owner, n_bytes: int, now_s: float) -> None:
+        """
+        Notes one more lease with *n_bytes* of workspace.
+        """
+        device, all_bytes = self.device, n_bytes
+        if self.leases:
+            all_bytes = self.workspace_with(n_bytes)
+        else:
+            device.shelf.pop(self, None)
+            if self.last_used_s is not None:
+                self.gap_s = next_gap_s(self.gap_s, now_s - self.last_used_s)
+        self.workspace_bytes = all_bytes
+        device.budget.work(self, all_bytes)
+        self.leases[serial] = n_bytes
+        self.owners[serial] = owner
+
+    def give_back(self, serial: int) -> bool:
+        """
+        Notes the end of a lease, and returns True if there was one.
+        """
+        if self.leases.pop(serial, None) is None:
+            return False
+        del self.owners[serial]
+        all_bytes = 0
+        if self.leases:
+            running = min(len(self.leases), self.num_workers)
+            all_bytes = max(self.leases.values()) * running
+        self.workspace_bytes = all_bytes
+        self.device.budget.work(self, all_bytes)
+        return True
+
+    def shelve(self, keep_alive_s: float, now_s: float) -> None:
+        """
+        Puts it on the shelf, idle; its keep-alive starts.
+        """
+        self.device.is_stale = True
+        self.device.shelf[self] = None
+        self.last_used_s = now_s
+        self.expires_at_s = now_s + keep_alive_s
+
+    def begin_unload(self, cause: EvictionCause, now_s: float) -> None:
+        """
+        Takes it off the shelf: resident → unloading.
+        """
+        assert self.state is State.RESIDENT and not self.leases, self.key
+        del self.device.shelf[self]
+        self.state = State.UNLOADING
+        self.cause = cause
+        self.refusals = 0
+        self.unload_started_s = now_s
+
+    def awaits_unload(self) -> Future[None]:
+        """
+        Returns a future that is done when its unload was confirmed.
+        """
+        gone: Future[None] = Future()
+        gone.add_done_callback(_wake_if_cancelled)
+        self.gone.append(gone)
+        return gone
+
+    def refuse_unload(self, again_s: float) -> None:
+        """
+        Notes that an unload did nothing. Its bytes stay charged.
+        """
+        self.refusals += 1
+        self.unload_again_s = again_s
+
+    def write_off(self) -> int:
+        """
+        Charges it for good, on a device that was lost, and returns the bytes there.
+        """
+        lost_bytes = self.weights_bytes
+        self.device.budget.move(self, Use.WEIGHTS, Use.LOST)
+        self.host.budget.move(self, Use.COPY, Use.LOST)  # it is part of the model
+        self.host.budget.set(self, Use.STAGING, 0)
+        return lost_bytes
+
+    def leave(self) -> list[Future[None]]:
+        """
+        Forgets the model itself: anything → absent. Its bytes were seen to before.
+
+        Returns:
+            The futures of those who wait for that.
+        """
+        if self.claims_copy:
+            self.host.kept_bytes += self.parked_bytes
+        self.restores = self.drops_copy = False
+        self.device.is_stale = True
+        self.state = State.ABSENT
+        self.loaded = None
+        self.cause = None
+        self.pinned = False
+        self.unload_again_s = math.inf
+        if self.drained_for is not None:
+            # Or an older request would load it, not get it, and see it evicted, for
+            # ever.
+            self.drained_for.draining.remove(self)
+            self.drained_for = None
+        del self.device.entries[self.key]
+        gone, self.gone = self.gone, []
+        return gone
+
+    def fail(self, reason: str, pause_s: float, now_s: float) -> None:
+        """
+        Notes that a load failed. From the second in a row on, the next waits *pause_s*.
+        """
+        self.failures += 1
+        self.failure = reason
+        if self.failures > 1:
+            self.retry_at_s = now_s + pause_s
+
     def check(self) -> None:
         """
-        Assert that the books of this model agree with its state.
+        Asserts that all that is known of this model agrees with its state.
         """
         key, state = self.key, self.state
         present = self.device.entries.get(key) is self
@@ -360,7 +517,7 @@ class Entry:
         assert not self.leases or state is State.RESIDENT, f"{key} leased, {state}"
         idle = state is State.RESIDENT and not self.leases
         assert self.is_idle is idle, f"{key} idle: {idle}"
-        assert self.weights_bytes >= 0 and (present or not self.weights_bytes), key
+        assert present or not self.weights_bytes, key
         loaded = state in (State.RESIDENT, State.UNLOADING)
         assert (self.loaded is not None) is loaded, f"{key} is {state}"
         assert bool(self.leases) or not self.workspace_bytes, f"{key} works unleased"
@@ -372,8 +529,16 @@ class Entry:
         assert not self.parked_bytes or not is_there, f"{key}: parked, and {state}"
 
 
+def _wake_if_cancelled(future: Future[None]) -> None:
+    """
+    Wakes those in `concurrent.futures.wait`, whom cancelling alone does not wake.
+    """
+    if future.cancelled():
+        future.set_running_or_notify_cancel()
+
+
 @dataclass(frozen=True, slots=True)
-class Part:
+class Wanted:
     """
     One model of a request, and what will be done with it.
     """
@@ -389,154 +554,55 @@ class Part:
         return self.entry.footprints[self.workload]
 
 
-def reservations(parts: Sequence[Part]) -> dict[Entry, tuple[int, int]]:
-    """
-    What to charge for each absent model of *parts* until it is loaded: bytes on its
-    device, and bytes on the host.
-
-    Loads on one device come one after the other, in this order, so the last carries
-    what the largest of them takes at its peak beyond what stays.
-    """
-    wanted: dict[Entry, list[Footprint]] = {}
-    for part in parts:
-        if part.entry.state is not State.RESIDENT:
-            wanted.setdefault(part.entry, []).append(part.footprint)
-    reserved: dict[Entry, tuple[int, int]] = {}
-    last: dict[Device, Entry] = {}
-    extra_bytes: dict[Device, int] = {}
-    host_bytes: dict[Device, int] = {}
-    copies_bytes = 0
-    for entry, footprints in wanted.items():
-        device = entry.device
-        work_bytes = max(each.workspace_bytes for each in footprints)
-        kept_bytes = footprints[0].weights_bytes + entry.workspace_with(
-            work_bytes, len(footprints)
-        )
-        peak_bytes = max(each.total_bytes for each in footprints)
-        on_host = max(each.host_loading_bytes for each in footprints)
-        reserved[entry] = kept_bytes, 0
-        last[device] = entry
-        extra_bytes[device] = max(extra_bytes.get(device, 0), peak_bytes - kept_bytes)
-        left_bytes = entry.host.budget.left_bytes - copies_bytes
-        if 0 < entry.parked_bytes <= left_bytes:
-            # It is there already, and stays there beside the weights.
-            reserved[entry] = kept_bytes, entry.parked_bytes
-            copies_bytes += entry.parked_bytes
-        elif device is not entry.host:
-            host_bytes[device] = max(host_bytes.get(device, 0), on_host)
-    for device, entry in last.items():
-        kept_bytes, copy_bytes = reserved[entry]
-        reserved[entry] = (
-            kept_bytes + extra_bytes[device],
-            copy_bytes + host_bytes.get(device, 0),
-        )
-    return reserved
-
-
-def demands(parts: Sequence[Part]) -> tuple[Demand, ...]:
-    """
-    What leases on all *parts* at once would add, by device.
-    """
-    found: dict[str, Demand] = {}
-    for entry, (n_bytes, host_bytes) in reservations(parts).items():
-        _add(found, Demand(entry.device.name, n_bytes, models=1))
-        if host_bytes:
-            _add(found, Demand(entry.host.name, host_bytes))
-    for entry in dict.fromkeys(part.entry for part in parts):
-        if entry.state is State.RESIDENT:
-            sizes = [p.footprint.workspace_bytes for p in parts if p.entry is entry]
-            total_bytes = entry.workspace_with(max(sizes), len(sizes))
-            extra_bytes = max(0, total_bytes - entry.workspace_bytes)
-            own_bytes = 0 if entry.pinned else entry.weights_bytes
-            own_models = int(not entry.pinned)
-            own = Demand(entry.device.name, extra_bytes, 0, own_bytes, own_models)
-            _add(found, own)
-    return tuple(found.values())
-
-
-def _add(found: dict[str, Demand], more: Demand) -> None:
-    one = found.get(more.device, Demand(more.device, 0))
-    found[more.device] = Demand(
-        more.device,
-        one.n_bytes + more.n_bytes,
-        one.models + more.models,
-        one.own_bytes + more.own_bytes,
-        one.own_models + more.own_models,
-    )
-
-
 @dataclass(eq=False, slots=True)
 class Waiter:
     """
     A request in the queue. Its future is done once, with its leases or an error.
 
     Attributes:
-        parts: The models that it wants, all or nothing.
+        wanted: The models that it wants, all or nothing.
         keep_alive_s: For each of them, once its lease ends.
         since_s: When it was made.
         owner: The thread or task that waits.
         future: How it ends.
+        deadline_s: When it times out.
         waits: It was not served at once.
         overtaken: Loads that passed it.
         passes: An older request waits for leases of its owner, so it waits for none.
         draining: Models that take no new leases for its sake.
         held: Once its memory was granted, its leases as far as their models are there;
             None before.
+        entries: The models that it wants, each once.
     """
 
-    parts: tuple[Part, ...]
+    wanted: tuple[Wanted, ...]
     keep_alive_s: float | None
     since_s: float
     owner: Owner
     future: Future[tuple[Lease, ...]] = field(default_factory=Future)
+    deadline_s: float = math.inf
     waits: bool = False
     overtaken: int = 0
     passes: bool = False
     draining: list[Entry] = field(default_factory=list)
     held: dict[int, Lease] | None = None
+    entries: tuple[Entry, ...] = field(init=False)
 
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """
-        The models that it wants, each once.
-        """
-        return tuple(dict.fromkeys(part.entry for part in self.parts))
+    def __post_init__(self) -> None:
+        self.entries = tuple(dict.fromkeys(each.entry for each in self.wanted))
 
     @property
     def is_group(self) -> bool:
         """
-        Whether it wants several leases at once.
+        True if it wants several leases at once.
         """
-        return len(self.parts) > 1
+        return len(self.wanted) > 1
 
     def wants(self, entry: Entry) -> bool:
         """
-        Whether *entry* is among the models that it wants.
+        Returns True if *entry* is among the models that it wants.
         """
-        return any(part.entry is entry for part in self.parts)
+        return any(each.entry is entry for each in self.wanted)
 
     def __str__(self) -> str:
-        return " + ".join(str(part.entry.key) for part in self.parts)
-
-    def pending(self, *, impatient: bool) -> Pending:
-        """
-        The request as `admission.plan` sees it.
-        """
-        keys = tuple(entry.key for entry in self.entries)
-        need = Need.WORKSPACE
-        for entry in self.entries:
-            if entry.state is State.ABSENT:
-                need = Need.LOAD
-            elif not entry.is_open_to(self):
-                return Pending(keys, Need.NOTHING)
-        if self.held is not None:
-            return Pending(keys, Need.NOTHING)
-        return Pending(
-            keys,
-            need,
-            demands(self.parts),
-            overtaken=self.overtaken,
-            impatient=impatient,
-            passes=self.passes,
-            shares=any(entry.num_workers > 1 for entry in self.entries),
-        )
+        return " + ".join(str(each.entry.key) for each in self.wanted)

@@ -1,5 +1,5 @@
 """
-Fallback: what a request may get instead of a model that cannot be had.
+Fallback: what a request gets instead of a model that cannot be had.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ WORTH_A_FALLBACK = (
 )
 NOT_WORTH_IT = (CorruptModel, NotDownloaded)
 """
-Files that are broken or missing are so on every device and in every type. Whoever has
-to wait is not helped either: a busy model is not one that cannot be had.
+Errors after which no fallback is tried: files that are broken or missing are so on
+every device and in every type. Nor is one tried after a time-out: a busy model is not
+one that cannot be had.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
     """
-    One step of a ladder: another device, another compute type, or both.
+    A step of a ladder: another device, another compute type, or both.
     """
 
     device: str | None
@@ -56,7 +57,7 @@ class Rung:
 
     def of(self, request: Request) -> Request:
         """
-        The request with what this step changes.
+        Returns *request* with what this step changes.
         """
         model, device, compute_type, *options = request
         if self.device is not None:
@@ -73,12 +74,12 @@ class Rung:
 @dataclass(frozen=True, slots=True)
 class Terms:
     """
-    On what terms a caller wants a model.
+    The terms on which a caller wants a model.
 
     Attributes:
         timeout_s: Most seconds to wait.
-        keep_alive_s: How long it stays once the lease ends; None for the cache's.
-        ladder: What else will do.
+        keep_alive_s: Seconds that it stays once the lease ends; None for the cache's.
+        ladder: The fallbacks, best first.
     """
 
     timeout_s: float | None = None
@@ -91,7 +92,7 @@ _TYPES = (*COMPUTE_TYPES, "int8")
 
 def as_ladder(fallback: Sequence[str]) -> tuple[Rung, ...]:
     """
-    The steps that *fallback* names.
+    Returns the steps that *fallback* names.
 
     Raises:
         TypeError, ValueError: it names no such thing.
@@ -150,7 +151,7 @@ class Attempts:
     @contextmanager
     def judging(self) -> Iterator[None]:
         """
-        Let pass the errors after which a fallback is worth a try; the first is kept.
+        Swallows the errors after which a fallback is worth a try; the first is kept.
         """
         try:
             yield
@@ -162,7 +163,7 @@ class Attempts:
 
     def failure(self) -> WhisperCacheError:
         """
-        Why the request itself failed, once all fallbacks have too.
+        Returns why the request itself failed, once all fallbacks have too.
         """
         failure, self._failure = self._failure, None
         assert failure is not None
@@ -170,19 +171,19 @@ class Attempts:
 
     def succeed(self, lease: Lease) -> Lease:
         """
-        Tell what was got, if it is not what was wanted.
+        Tells what was got, if it is not what was wanted.
         """
         failure, self._failure = self._failure, None
         if failure is not None:
             from whispercache.events import FellBack
 
-            from .books import one_line
+            from .refusals import one_line
 
             model, device, compute_type, *_ = self._wanted
             wanted = f"{model}/{device}/{compute_type}"
             reason = one_line(failure)
             _log.warning("%s in place of %s: %s", lease.key, wanted, reason)
             with self._core.changing():
-                self._core.counts["fallbacks"] += 1
+                self._core.state.counts["fallbacks"] += 1
                 self._core.outbox.append(FellBack(lease.key, wanted, reason))
         return lease

@@ -1,14 +1,16 @@
 """
-Resolve: from what a caller asks for to the books of one model, with files and bytes.
+The resolver: from what a caller asks for to one model, with its files and bytes.
 
-May touch the disk, ask CTranslate2 what a device supports, and download; so it runs on
-the caller's thread, outside the lock. A request that was seen before costs one look-up.
+It may touch the disk, ask CTranslate2 what a device supports, and download; so it runs
+on the caller's thread, outside the lock. A request that was seen before costs one
+look-up.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,9 +66,9 @@ class Target:
     A model to lease, and how to get its files.
 
     Attributes:
-        entry: Its books.
+        entry: The model.
         options: Load options as they were given.
-        files: Enough of the model to tell its bytes; None if that was not looked at.
+        files: Enough of the model to tell its bytes; None if nothing was looked at.
         is_placed: Its device was chosen, not named.
     """
 
@@ -85,10 +87,12 @@ class Resolver:
         self._core = core
         self._loader = core.loader
         self._known: dict[Request, Entry] = {}
+        # One look at the disk, and one download, at a time for each model.
+        self._locating: dict[Entry, threading.Lock] = {}
 
     def known(self, request: Request) -> Entry | None:
         """
-        The books of a request that was resolved before, if it was.
+        Returns the model of a request that was resolved before; None if it was not.
 
         Every hit asks, so it is a plain dict that makes no system call, and starts anew
         when it is full. What a name means is not kept: a link may point elsewhere.
@@ -103,14 +107,14 @@ class Resolver:
 
     def entry(self, request: Request) -> Entry:
         """
-        The books of a request, resolved now if it was not before; see `resolve`.
+        Returns the model of a request, resolved now if it was not before.
         """
         return self.known(request) or self.resolve(request).entry
 
     def knowledge(self, request: Request, *, download: bool) -> Knowledge | None:
         """
-        The knowledge of the model of *request*; None if that cannot be told, as with
-        a repository of unknown size that is not on this disk.
+        Returns the knowledge of the model of *request*; None if that cannot be told, as
+        with a repository of unknown size that is not on this disk.
 
         Blocks: not for a model in memory; else for some system calls, and for a
         download if one is needed and allowed.
@@ -120,7 +124,7 @@ class Resolver:
         """
         entry = self.known(request)
         if entry is not None and entry.is_present and entry.files is not None:
-            # It may leave meanwhile.
+            # It may be unloaded meanwhile.
             known = None if (loaded := entry.loaded) is None else loaded.knowledge
             return known or knowledge_of(entry.files)
         name, _, _, *pairs = request
@@ -132,9 +136,10 @@ class Resolver:
 
     def forget(self) -> None:
         """
-        Resolve everything anew.
+        Forgets all requests, so that each is resolved anew.
         """
         self._known.clear()
+        self._locating.clear()
 
     def resolve(
         self,
@@ -144,12 +149,12 @@ class Resolver:
         beside: Iterable[Target] = (),
     ) -> Target:
         """
-        The target of *request*, looked up anew: a link may point elsewhere by now, and
-        where a device is to be chosen, another one may be better.
+        Returns the target of *request*, looked up anew: a link may point elsewhere by
+        now, and where a device is to be chosen, another one may be better.
 
         Args:
-            request: What is asked for.
-            download: Whether files may be downloaded to find out.
+            request: The model that is asked for.
+            download: Files may be downloaded to find out.
             beside: Targets of the same request for several models, chosen already.
 
         Blocks: for the header of model.bin; for a download, if the name is a repository
@@ -184,7 +189,8 @@ class Resolver:
         compute_type: str | None,
     ) -> Callable[[ModelKey], bool]:
         """
-        Whether a key is what was named; None names all. ``"int8"`` is each type of it.
+        Returns a test for keys that were named; None names all. ``"int8"`` is each type
+        of it.
 
         Raises:
             UnknownModel, LoadFailed: there is no such model, in memory or elsewhere.
@@ -211,8 +217,8 @@ class Resolver:
 
     def _names(self, name: str) -> set[str]:
         """
-        The models that *name* means now, or meant when they were asked for: its files
-        may be gone since, and a link may point elsewhere.
+        Returns the models that *name* means now, or meant when they were asked for: its
+        files may be gone since, and a link may point elsewhere.
         """
         # Copies: other threads change them meanwhile.
         asked = [each for each in list(self._known.items()) if _is_name(each[0], name)]
@@ -229,7 +235,7 @@ class Resolver:
 
     def least_choice(self, target: Target) -> tuple[bool, int]:
         """
-        Sorts targets of one request: named devices first, then the largest models.
+        Sort key of targets of one request: named devices first, then the largest.
         """
         assert target.files is not None
         key = target.entry.key
@@ -240,7 +246,7 @@ class Resolver:
         self, target: Target, workload: Workload, *, download: bool = True
     ) -> None:
         """
-        Get the files of an absent model, and the bytes that it will take.
+        Finds the files of an absent model, and the bytes that it will take.
 
         Blocks: for a download, if need be. Callers that want one model share it.
 
@@ -248,7 +254,7 @@ class Resolver:
             LoadFailed: the files are not here and cannot be downloaded.
         """
         entry = target.entry
-        with entry.locating:
+        with self._locating.setdefault(entry, threading.Lock()):
             files = entry.files
             if files is None or entry.state is State.ABSENT:
                 model = entry.key.model
@@ -260,7 +266,7 @@ class Resolver:
                 each: self._loader.footprint(entry.key, files, each) for each in wanted
             }
             with self._core.changing():
-                entry.located(files, footprints)
+                entry.locate(files, footprints)
         if entry.state is State.ABSENT:
             self._core.observe(entry.device)
             if entry.host is not entry.device:
@@ -268,7 +274,7 @@ class Resolver:
 
     def read(self, target: Target) -> None:
         """
-        Read the files of an absent model into the page cache.
+        Reads the files of an absent model into the page cache.
 
         Blocks: until they are read; for a download, if need be.
 
@@ -284,7 +290,8 @@ class Resolver:
         self, model: str, options: Mapping[str, OptionValue], *, download: bool
     ) -> ModelFiles:
         """
-        Enough of a model to tell its key and its bytes, without its files if possible.
+        Returns enough of a model to tell its key and bytes, without its files if
+        possible.
         """
         if architecture := ARCHITECTURES.get(model):
             return ModelFiles("", HUB_COMPUTE_TYPE, source=architecture)
@@ -297,8 +304,8 @@ class Resolver:
 
     def _place(self, wish: _Wish, wanted: str, beside: Iterable[Target]) -> ModelKey:
         """
-        The key on the device that is wanted, or on the one that is best: ``"cuda"`` is
-        any card, ``"auto"`` a card that can hold the model, or else the CPU.
+        Returns the key on the wanted device, or on the best one: ``"cuda"`` is any
+        card, ``"auto"`` a card that can hold the model, or else the CPU.
         """
         devices = self._loader.devices()
         if wanted in ("auto", "cuda"):
@@ -332,7 +339,7 @@ class Resolver:
         self, wish: _Wish, cards: Sequence[str], beside: Sequence[Target]
     ) -> Iterator[Candidate]:
         """
-        The cards that work, can compute so, and can be looked at.
+        Yields the cards that work, can compute so, and whose gauge can be read.
         """
         for device in cards:
             try:
@@ -340,8 +347,10 @@ class Resolver:
             except UnsupportedComputeType:
                 continue
             books = self._core.device(device)
-            if books.sick is not None:
-                _log.warning("passing over %s, which was lost: %s", device, books.sick)
+            if books.lost_to is not None:
+                _log.warning(
+                    "passing over %s, which was lost: %s", device, books.lost_to
+                )
                 continue
             try:
                 self._core.observe(books)
@@ -359,7 +368,7 @@ class Resolver:
 @dataclass(frozen=True, slots=True)
 class _Wish:
     """
-    What is wanted, wherever it will be.
+    The model that is wanted, wherever it will be.
     """
 
     model: str

@@ -1,5 +1,5 @@
 """
-Report: snapshots of a core, for people and for metrics. Nothing here changes anything.
+Snapshots of a core, for people and for metrics. Nothing here changes anything.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from whispercache.errors import format_bytes
 from whispercache.events import DeviceInfo, Explanation, ModelInfo, Stats, WaitingInfo
 from whispercache.planning.planner import Outcome
 
-from .budget import Use
-from .entries import Part, State, Waiter, demands
+from . import view
+from .entries import State, Waiter, Wanted
+from .refusals import refusal, too_large
 
 if TYPE_CHECKING:
     from whispercache.engine.sizes.footprint import Workload
@@ -27,14 +28,14 @@ __all__ = ["describe", "devices", "explain", "models", "stats", "waiting"]
 
 def stats(core: Core) -> Stats:
     """
-    Counters since the cache was made.
+    Returns counters since the cache was made.
     """
     with core.changing():
-        counts = dict(core.counts)
+        counts = dict(core.state.counts)
         return Stats(
             **counts,
-            load_s=core.seconds["load_s"],
-            wait_s=core.seconds["wait_s"],
+            load_s=core.state.seconds["load_s"],
+            wait_s=core.state.seconds["wait_s"],
             requests=counts.get("hits", 0) + counts.get("misses", 0),
             waiting=len(core.queue),
             leases=core.leases,
@@ -43,7 +44,7 @@ def stats(core: Core) -> Stats:
 
 def models(core: Core) -> tuple[ModelInfo, ...]:
     """
-    The models in memory, or on their way in or out, by device and name.
+    Returns the models in memory, or on their way in or out, by device and name.
     """
     with core.changing():
         now_s = core.clock.now()
@@ -54,7 +55,7 @@ def models(core: Core) -> tuple[ModelInfo, ...]:
 
 def _model_info(entry: Entry, now_s: float) -> ModelInfo:
     is_idle = entry.is_idle
-    leaves = is_idle and not entry.pinned and entry.expires_at_s < math.inf
+    expires = is_idle and not entry.pinned and entry.expires_at_s < math.inf
     idle_since_s = entry.last_used_s if is_idle else None
     return ModelInfo(
         key=entry.key,
@@ -65,7 +66,7 @@ def _model_info(entry: Entry, now_s: float) -> ModelInfo:
         leases=len(entry.leases),
         pinned=entry.pinned,
         idle_s=None if idle_since_s is None else now_s - idle_since_s,
-        expires_in_s=max(0.0, entry.expires_at_s - now_s) if leaves else None,
+        expires_in_s=max(0.0, entry.expires_at_s - now_s) if expires else None,
         loads=entry.loads,
         load_s=entry.load_s,
         measured_bytes=None if entry.loaded is None else entry.loaded.measured_bytes,
@@ -75,7 +76,7 @@ def _model_info(entry: Entry, now_s: float) -> ModelInfo:
 
 def devices(core: Core) -> tuple[DeviceInfo, ...]:
     """
-    The devices that were used, and what the cache holds of them.
+    Returns the devices that were used, and what the cache holds of them.
     """
     with core.changing():
         return tuple(
@@ -84,9 +85,9 @@ def devices(core: Core) -> tuple[DeviceInfo, ...]:
                 limit_bytes=device.budget.limit_bytes,
                 capacity_bytes=device.budget.capacity_bytes,
                 charged_bytes=device.budget.charged_bytes,
-                shell_bytes=device.shell_bytes,
-                copies_bytes=device.budget.sum_of(Use.COPY),
-                unreturned_bytes=device.budget.sum_of(Use.UNRETURNED),
+                shell_bytes=device.kept_bytes,
+                copies_bytes=device.copies_bytes,
+                unreturned_bytes=device.unreturned_bytes,
                 floor_bytes=device.budget.floor_bytes,
                 peak_bytes=device.budget.peak_bytes,
                 models=len(device.entries),
@@ -97,7 +98,7 @@ def devices(core: Core) -> tuple[DeviceInfo, ...]:
 
 def waiting(core: Core) -> tuple[WaitingInfo, ...]:
     """
-    The requests that wait, the oldest first.
+    Returns the requests that wait, the oldest first.
     """
     with core.changing():
         now_s = core.clock.now()
@@ -111,7 +112,7 @@ def waiting(core: Core) -> tuple[WaitingInfo, ...]:
 
 def describe(core: Core, name: str) -> str:
     """
-    The state of a cache in one line, for a debugger.
+    Returns the state of a cache in one line, for a debugger.
     """
     held = ", ".join(
         f"{info.key} {info.state}"
@@ -130,12 +131,12 @@ def describe(core: Core, name: str) -> str:
 
 def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
     """
-    What a request for a located model would do, were it made now.
+    Returns what a request for a located model would do if it were made now.
     """
     with core.changing():
-        waiter = Waiter((Part(entry, workload),), None, core.clock.now(), None)
-        decision = core.plan_locked([*core.queue, waiter])[-1]
-        demand, *_ = demands(waiter.parts)
+        waiter = Waiter((Wanted(entry, workload),), None, core.clock.now(), None)
+        decision = core.explain(waiter)
+        demand, *_ = view.demands(waiter.wanted)
         device = entry.device
         outcome, reason = _outcome(core, entry, decision)
         return Explanation(
@@ -152,10 +153,10 @@ def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
 def _outcome(
     core: Core, entry: Entry, decision: Decision
 ) -> tuple[ExplainedOutcome, str]:
-    if (refusal := core.refusal_locked(entry)) is not None:
-        return "never", str(refusal)
+    if (refused := refusal(entry, core.clock.now())) is not None:
+        return "never", str(refused)
     if decision.lacking is not None:
-        return "never", str(core.too_large(str(entry.key), *decision.lacking))
+        return "never", str(too_large(core.state, str(entry.key), *decision.lacking))
     if decision.outcome is Outcome.GRANT:
         return "hit", f"{entry.key} is in memory"
     if decision.outcome is Outcome.LOAD:

@@ -41,7 +41,8 @@ How often `take_turn` lets others go first: about 100 µs.
 
 class _Life:
     """
-    Lives as long as its thread. Unlike a thread's number, it never comes back.
+    An object that lives as long as its thread. Unlike a thread's number, it is never
+    used again.
     """
 
     __slots__ = ("__weakref__",)
@@ -49,7 +50,7 @@ class _Life:
 
 class _Here(threading.local):
     """
-    The life of each thread, and a token of it.
+    A life for each thread, and a token of it.
     """
 
     def __init__(self) -> None:
@@ -59,10 +60,12 @@ class _Here(threading.local):
 
 def token_of(life: T) -> weakref.ref[T]:
     """
-    A reference that does not keep *life*, and can be told from others after its end.
+    Returns a reference that does not keep *life* alive, and differs from all others
+    even after its end.
     """
     token = weakref.ref(life)
-    hash(token)  # remembered, for when the referent is gone
+    # Computed while there is a referent, and remembered from then on.
+    hash(token)
     return token
 
 
@@ -71,7 +74,7 @@ _here = _Here()
 
 def caller() -> str:
     """
-    File and line outside this package from which it was called.
+    Returns file and line outside this package from which it was called.
     """
     from pathlib import Path
 
@@ -84,16 +87,17 @@ def caller() -> str:
 
 def current_owner() -> object:
     """
-    A token of the calling thread, as the owner of leases.
+    Returns a token of the calling thread, as the owner of leases.
     """
     return _here.owner
 
 
 def current_owners() -> tuple[object, ...]:
     """
-    Tokens of the calling thread, and of the asyncio task that it runs, if any.
+    Returns tokens of the calling thread, and of the asyncio task that it runs, if any.
     """
-    asyncio = sys.modules.get("asyncio")  # where there are tasks, it is there
+    # Where there are tasks, somebody has imported it; nobody else should pay for it.
+    asyncio = sys.modules.get("asyncio")
     if asyncio is None or asyncio._get_running_loop() is None:
         return (current_owner(),)
     task = asyncio.current_task()
@@ -102,24 +106,24 @@ def current_owners() -> tuple[object, ...]:
 
 def has_ended(owner: object) -> bool:
     """
-    Whether the thread or task of a token is over, so that it ends no lease any more.
+    Returns True if the thread or task of a token is over, so that it ends no lease any
+    more.
     """
     if not isinstance(owner, weakref.ref):
-        return False  # handed over to nobody knows whom
+        return False  # handed over, so its owner is not known
     life = owner()
     return life is None or (not isinstance(life, _Life) and life.done())
 
 
 def take_turn(lock: threading.Lock) -> None:
     """
-    Let others go on until a lock that is held for microseconds is free.
+    Yields the interpreter until a lock that is held for microseconds is free.
 
-    Its holder most likely waits for the interpreter, which this thread has. Who sleeps
-    on such a lock gets it when he has not got the interpreter; whoever has it then must
-    sleep too, and from then on each use of the lock costs a change of threads. So the
-    interpreter is passed on first, and only a lock that stays taken is slept on. It is
-    not acquired here: what a signal handler raises between that and a ``with`` would
-    leave it taken for ever.
+    Its holder most likely waits for the interpreter, which this thread has. Blocking on
+    the lock releases the interpreter too, but then every later acquisition would switch
+    threads as well. So it is yielded first, and the caller blocks only if the lock
+    stays held. It is not acquired here: what a signal handler raises between that and a
+    ``with`` would leave it taken for ever.
 
     Source: benchmarks/hit_path.py; 16 threads: 20 µs a hit without, 4 to 6 with this.
     """
@@ -131,24 +135,24 @@ def take_turn(lock: threading.Lock) -> None:
 
 class Clock(Protocol):
     """
-    Monotonic seconds, and calls at a later time.
+    A source of monotonic seconds, and of calls at a later time.
     """
 
     def now(self) -> float:
         """
-        Seconds since an arbitrary start.
+        Returns seconds since an arbitrary start.
         """
 
     def call_at(self, when_s: float, call: Callable[[], None]) -> None:
         """
-        Run *call* once, on any thread, when `now` has reached *when_s*.
+        Runs *call* once, on any thread, when `now` has reached *when_s*.
 
-        There is no way to cancel: a call finds out for itself whether it still matters.
+        There is no way to cancel: a call finds out for itself if it still matters.
         """
 
     def close(self) -> None:
         """
-        Forget all calls that are due later, and stop.
+        Forgets all calls that are due later, and stops.
         """
 
 
@@ -167,7 +171,7 @@ class MonotonicClock:
 
     def call_at(self, when_s: float, call: Callable[[], None]) -> None:
         """
-        Run *call* on the timer thread at *when_s*.
+        Runs *call* on the timer thread at *when_s*.
         """
         with self._changed:
             if self._closed:
@@ -182,7 +186,7 @@ class MonotonicClock:
 
     def close(self) -> None:
         """
-        Forget all calls, and let the timer thread end.
+        Forgets all calls, and ends the timer thread.
         """
         with self._changed:
             self._closed = True
@@ -193,7 +197,8 @@ class MonotonicClock:
         while (call := self._next()) is not None:
             try:
                 call()
-            except BaseException:  # also sys.exit() in a listener: others need it
+            # Even what sys.exit() raises in a listener: other calls need this thread.
+            except BaseException:
                 _log.exception("a timed call failed")
 
     def _next(self) -> Callable[[], None] | None:
@@ -226,25 +231,25 @@ class DeviceThread:
 
     def submit(self, call: Callable[[], None]) -> None:
         """
-        Run *call* after all earlier ones.
+        Runs *call* after all earlier ones.
         """
         self._calls.put(call)
 
     def is_current(self) -> bool:
         """
-        Whether this is called by that very thread.
+        Returns True if this is called by that very thread.
         """
         return threading.current_thread() is self._thread
 
     def stop(self) -> None:
         """
-        Let the thread end after all earlier calls.
+        Ends the thread after all earlier calls.
         """
         self._calls.put(None)
 
     def join(self, timeout_s: float | None) -> None:
         """
-        Wait for the end of the thread; at once if this is that thread.
+        Waits for the end of the thread; returns at once if this is that thread.
         """
         if not self.is_current():
             self._thread.join(timeout_s)
@@ -253,7 +258,7 @@ class DeviceThread:
         while (call := self._calls.get()) is not None:
             try:
                 call()
-            except BaseException:  # likewise
+            except BaseException:  # as above
                 _log.exception("work on %s failed", self._thread.name)
-            # Held until the next call otherwise, and with it the model it handled.
+            # Or it would be held until the next call, and with it the model it handled.
             del call

@@ -1,3 +1,3 @@
 """
-Decisions about memory, as pure functions: no lock, clock, thread or file.
+Decisions about memory as pure functions: no lock, clock, thread or file.
 """

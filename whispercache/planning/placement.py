@@ -1,5 +1,5 @@
 """
-Placement: which of several cards a model goes to, if the caller named none. Pure.
+Placement: the card for a model, out of several, if the caller named none.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ __all__ = ["Candidate", "choose"]
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """
-    A card that can compute in the type that is wanted, as one model sees it.
+    A card that can compute in the wanted type, as one model sees it.
 
     Attributes:
         device: For example ``"cuda:1"``.
-        needed_bytes: What the model and one call on it take there.
-        free_bytes: What nothing is charged for.
-        idle_bytes: What idle models would give back.
-        ceiling_bytes: All that could be had if every lease ended.
-        free_models: How many more models may come.
-        idle_models: How many idle ones could leave for them.
-        is_there: Whether the model is there, or on its way there.
-        leases: How many hold it there.
-        has_copy: Whether a copy of its weights in host memory is meant for that card.
+        needed_bytes: Bytes of the model and of one call on it.
+        free_bytes: Bytes that nothing is charged for.
+        idle_bytes: Bytes that the eviction of idle models would return.
+        ceiling_bytes: Bytes that could be had if every lease ended.
+        free_models: The number of models that may still be loaded.
+        idle_models: The number of idle ones that could be evicted for them.
+        is_there: The model is there, or on its way there.
+        leases: The number of leases on it there.
+        has_copy: A host copy of its weights is meant for that card.
     """
 
     device: str
@@ -45,8 +45,8 @@ class Candidate:
     @property
     def room(self) -> tuple[bool, bool, bool, int]:
         """
-        How good a place it is: that nobody waits, that nobody leaves, that the disk is
-        not read, and then the bytes.
+        Sort key, best last: fits after evictions; fits without any; has a host copy;
+        free bytes.
         """
         all_bytes = self.free_bytes + self.idle_bytes
         all_models = self.free_models + self.idle_models
@@ -58,8 +58,8 @@ class Candidate:
 
 def choose(candidates: Sequence[Candidate]) -> Candidate | None:
     """
-    The card where the model is already, or else the one with the most room for it; of
-    equal ones the first. None if no card could ever hold it.
+    Returns the card where the model is already, or else the one with the most room for
+    it; of equal ones the first. None if no card could ever hold it.
     """
     there = [each for each in candidates if each.is_there]
     if there:

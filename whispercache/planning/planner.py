@@ -1,35 +1,34 @@
 """
-Admit: who gets memory, who waits, and who leaves. Pure: no lock, clock, thread or I/O.
+The planner: which requests get memory, which wait, and which idle models are evicted.
 
 `plan` walks the queue once, oldest first, over scratch copies of the devices' rooms,
-and says for each request what should happen. The caller carries it out. The same code
-runs under a cache, in ``explain()``, and in a simulator.
+and returns a decision for each request. `core.scheduler` carries it out, in a cache, in
+``explain()`` and in the simulator.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from whispercache.keys import ModelKey
 
+    from .policies import Resident
+
 __all__ = [
     "MAX_OVERTAKES",
-    "POLICIES",
     "Decision",
     "Demand",
     "Need",
     "Outcome",
     "Pending",
-    "Policy",
-    "Resident",
+    "Planner",
     "Room",
     "choose_victims",
-    "next_gap_s",
     "plan",
     "shrink",
 ]
@@ -43,102 +42,37 @@ order, and more overtakes gain nothing (FACTS, simulated policies).
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """
-    A model in memory, as a policy sees it.
-
-    Attributes:
-        key: The model.
-        device: Where it is.
-        weights_bytes: What its leaving would free.
-        last_used_s: When its last lease ended, on the cache's clock.
-        gap_s: Smoothed seconds between its uses; see `next_gap_s`.
-        cost_s: Seconds that it takes to bring it back.
-    """
-
-    key: ModelKey
-    device: str
-    weights_bytes: int
-    last_used_s: float
-    gap_s: float
-    cost_s: float
-
-    @property
-    def is_copy(self) -> bool:
-        """
-        True for the copy of its weights that the host keeps beside those on a card.
-        """
-        return self.device != self.key.device
-
-
-Policy: TypeAlias = "Callable[[Resident, float], float]"
-"""
-A policy: a model and the time now, to a score. The lowest score leaves first.
-"""
-
-
-def _lru(resident: Resident, now_s: float) -> float:
-    """
-    Least recently used first.
-    """
-    return resident.last_used_s - now_s
-
-
-def _gap(resident: Resident, now_s: float) -> float:
-    """
-    Cheapest second of absence per byte first.
-
-    Source: simulated, 105 cells: 1.36 × the optimum's load seconds against LRU's 1.58
-    (FACTS, simulated policies).
-    """
-    idle_s = max(now_s - resident.last_used_s, resident.gap_s, 1e-9)
-    return resident.cost_s / (max(resident.weights_bytes, 1) * idle_s)
-
-
-POLICIES: Mapping[str, Policy] = {"lru": _lru, "gap": _gap}
-
-
-def next_gap_s(gap_s: float | None, since_last_use_s: float) -> float:
-    """
-    The smoothed gap after one more use; None before the first.
-    """
-    if gap_s is None:
-        return since_last_use_s
-    return gap_s + (min(since_last_use_s, 4 * gap_s) - gap_s) / 8
-
-
 class Need(Enum):
     """
-    What a waiting request is waiting for.
+    The next thing that a waiting request needs.
     """
 
     LOAD = auto()
     """
-    Its model is absent: room for it, then a load.
+    Room for its model, which is absent, and then a load.
     """
     WORKSPACE = auto()
     """
-    Its model is resident: room for the work of one more lease.
+    Room for the workspace of one more lease: its model is resident.
     """
     NOTHING = auto()
     """
-    Its model is on its way in or out, or kept back for an older request.
+    No room: its model is on its way in or out, or held back for an older request.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
     """
-    What serving a request would add on one device, and what it keeps there already.
+    The memory that serving a request would add on one device.
 
     Attributes:
         device: The device.
         n_bytes: Bytes to add.
         models: Models to add.
-        own_bytes: What its own models hold there, which cannot leave to serve it;
-            pinned ones are not counted, since they never leave.
-        own_models: How many those are.
+        own_bytes: Bytes of its own models there, which cannot be evicted to serve it.
+            Pinned ones are not counted: no request counts on their memory.
+        own_models: The number of those models.
     """
 
     device: str
@@ -151,17 +85,17 @@ class Demand:
 @dataclass(frozen=True, slots=True)
 class Pending:
     """
-    One request in the queue, for one model or for several at once.
+    A request in the queue, for one model or for several at once.
 
     Attributes:
         keys: The models that it wants, all or nothing.
-        need: What it waits for.
-        demands: What serving it would add, by device.
+        need: The next thing that it needs.
+        demands: The memory that serving it would add, by device.
         overtaken: Loads that have passed it so far.
         impatient: It has waited longer than the patience of the cache.
         passes: An older request waits for leases of its caller, so it must not wait
             for that one in turn.
-        shares: Other leases on its own models add to what it needs.
+        shares: Other leases on its own models add to its demands.
     """
 
     keys: tuple[ModelKey, ...]
@@ -176,18 +110,18 @@ class Pending:
 @dataclass(slots=True)
 class Room:
     """
-    A device's memory, as the cache may use it; scratch for one `plan`.
+    A device's memory as the cache may use it; scratch for one `plan`.
 
     Attributes:
-        capacity_bytes: What may be charged now, by the limit and by the gauge.
-        ceiling_bytes: What could be charged if the cache held nothing.
+        capacity_bytes: Most that may be charged now, by the limit and by the gauge.
+        ceiling_bytes: Most that could be charged if the cache held nothing.
         charged_bytes: Reserved and resident bytes, loads in flight included.
-        coming_bytes: Those of *charged_bytes* that unloads in flight will return.
-        pinned_bytes: Those that never leave by themselves.
-        max_models: How many models may be there; None for any number.
-        models: How many are, loads and unloads in flight included.
-        coming_models: Those of *models* that are being unloaded.
-        pinned_models: Those that never leave by themselves.
+        coming_bytes: The part of *charged_bytes* that unloads in flight will return.
+        pinned_bytes: The part of pinned models, which are not evicted.
+        max_models: Most models that may be there; None for any number.
+        models: The number there, loads and unloads in flight included.
+        coming_models: The models of these that are being unloaded.
+        pinned_models: The models of these that are pinned.
     """
 
     capacity_bytes: int
@@ -203,14 +137,14 @@ class Room:
     @property
     def free_bytes(self) -> int:
         """
-        What may still be charged; negative after a limit was lowered.
+        Bytes that may still be charged; negative after a limit was lowered.
         """
         return self.capacity_bytes - self.charged_bytes
 
     @property
     def free_models(self) -> int:
         """
-        How many more models may come.
+        The number of models that may still be loaded.
         """
         if self.max_models is None:
             return 1 << 62
@@ -218,13 +152,13 @@ class Room:
 
     def fits(self, demand: Demand) -> bool:
         """
-        Whether *demand* can be served at once.
+        Returns True if *demand* can be served at once.
         """
         return self._short(demand, coming=False) == (0, 0)
 
     def shortfall(self, demand: Demand) -> tuple[int, int]:
         """
-        Bytes and models that are missing even after the unloads in flight.
+        Returns the bytes and models that are missing even after unloads in flight.
         """
         return self._short(demand, coming=True)
 
@@ -239,13 +173,13 @@ class Room:
 
     def reachable_bytes(self) -> int:
         """
-        What one request could have if every model that may leave had left.
+        Returns the bytes that one request could have if all unpinned models were gone.
         """
         return self.ceiling_bytes - self.pinned_bytes
 
     def reachable_models(self) -> int:
         """
-        How many models one request could have, likewise.
+        Returns the number of models that one request could have then.
         """
         if self.max_models is None:
             return 1 << 62
@@ -253,14 +187,15 @@ class Room:
 
     def charge(self, demand: Demand) -> None:
         """
-        Give *demand* its memory.
+        Gives *demand* its memory.
         """
         self.charged_bytes += demand.n_bytes
         self.models += demand.models
 
     def promise(self, demand: Demand) -> None:
         """
-        Set aside what is free and what comes, so that nobody behind takes it.
+        Sets aside what is free and what unloads return, so that no younger request
+        takes it.
         """
         from_free = max(0, min(demand.n_bytes, self.free_bytes))
         self.charged_bytes += from_free
@@ -270,7 +205,7 @@ class Room:
 
     def expect(self, victim: Resident) -> None:
         """
-        Count *victim* as being unloaded.
+        Counts *victim* as being unloaded.
         """
         self.coming_bytes += victim.weights_bytes
         self.coming_models += 1
@@ -278,7 +213,7 @@ class Room:
 
 class Outcome(Enum):
     """
-    What `plan` decided for one request.
+    The kinds of decisions on a request.
     """
 
     GRANT = auto()
@@ -290,14 +225,14 @@ class Outcome(Enum):
 @dataclass(frozen=True, slots=True)
 class Decision:
     """
-    What should happen to one request of the queue.
+    A decision on one request of the queue.
 
     Attributes:
-        outcome: Grant it, start its load, let it wait, or fail it.
+        outcome: Grant it, start its load, keep it waiting, or fail it.
         victims: Idle models to unload for it.
         overtakes: Places in the queue of the stuck requests that its load passes.
-        drain: Busy models on which no new lease should be granted until it is served.
-        lacking: The demand that can never be met, and what could be had at most.
+        drain: Models on which no new lease should be granted until it is served.
+        lacking: The demand that can never be met, and the most that could be had.
     """
 
     outcome: Outcome
@@ -311,11 +246,12 @@ def choose_victims(
     idle: Iterable[Resident], n_bytes: int, models: int = 0
 ) -> tuple[Resident, ...] | None:
     """
-    The models to unload so that *n_bytes* and *models* come free; None if too few.
+    Returns the models to unload so that *n_bytes* and *models* become free; None if
+    there are too few.
 
-    Taken in the order given until there is enough. Then the keep pass, from the last
-    taken to the first, spares each whose bytes turned out not to be needed. For models
-    of one size that is exactly the order given.
+    They are taken in the order given until there is enough. Then the keep pass, from
+    the last taken to the first, spares each whose bytes turned out not to be needed.
+    For models of one size that is exactly the order given.
     """
     taken: list[Resident] = []
     missing_bytes = n_bytes
@@ -337,15 +273,24 @@ def choose_victims(
 class _Scratch:
     """
     The state that one walk along the queue passes on from request to request.
+
+    Attributes:
+        rooms: The devices' memory, with what older requests were given.
+        idle: The models that may be evicted from a device.
+        busy: The models that may be evicted once they are idle.
+        chosen: Models that were decided on: to be evicted, to stay, or to be loaded.
+        stuck: Places of stuck requests, by device.
+        barred: Devices on which no load may pass a stuck request any more.
+        wanted: Models of stuck requests.
     """
 
     rooms: Mapping[str, Room]
     idle: Callable[[str], Sequence[Resident]]
     busy: Callable[[str], Sequence[Resident]]
-    chosen: set[ModelKey] = field(default_factory=set)  # to leave, to stay, or to come
+    chosen: set[ModelKey] = field(default_factory=set)
     stuck: dict[str, list[int]] = field(default_factory=dict)
     barred: set[str] = field(default_factory=set)
-    wanted: set[ModelKey] = field(default_factory=set)  # by who is stuck
+    wanted: set[ModelKey] = field(default_factory=set)
 
 
 def plan(
@@ -355,53 +300,89 @@ def plan(
     busy: Callable[[str], Sequence[Resident]],
 ) -> list[Decision]:
     """
-    What should happen to each request of *queue*, oldest first.
+    Returns what should happen to each request of *queue*, oldest first.
 
     Args:
         queue: The requests that wait.
         rooms: The devices' memory. They are written to; pass copies.
-        idle: Given a device, the models that may leave it, the first to leave first.
-            Asked only when something has to leave.
-        busy: Likewise, leased models that may leave once they are idle.
+        idle: Given a device, the models that may be evicted from it, the first to go
+            first. Asked only when something has to go.
+        busy: Likewise, leased models that may be evicted once they are idle.
     """
     scratch = _Scratch(rooms, idle, busy)
     return [_decide(scratch, place, pending) for place, pending in enumerate(queue)]
 
 
+class Planner(Protocol):
+    """
+    What `plan` does, or other rules in its place.
+    """
+
+    def __call__(
+        self,
+        queue: Sequence[Pending],
+        rooms: Mapping[str, Room],
+        idle: Callable[[str], Sequence[Resident]],
+        busy: Callable[[str], Sequence[Resident]],
+        /,
+    ) -> list[Decision]:
+        """
+        Returns what should happen to each request of *queue*, oldest first.
+        """
+
+
 def _decide(scratch: _Scratch, place: int, pending: Pending) -> Decision:
+    """
+    Returns the decision on one request, in one of six cases:
+
+    1. Its models are on their way, or were chosen for an older request: it waits.
+    2. It can never fit: it fails, with the numbers.
+    3. A stuck request was overtaken too often on its devices: it waits.
+    4. It fits: it is granted, or its load starts and overtakes those that are stuck.
+    5. It fits once idle models are unloaded: they are, and it waits.
+    6. It is stuck: it waits, and when impatient holds new leases back.
+    """
+    # (1) Its models are on their way, or were chosen for an older request.
     if pending.need is Need.NOTHING or not scratch.chosen.isdisjoint(pending.keys):
-        return Decision(Outcome.WAIT)  # the latter: chosen for an older one
+        return Decision(Outcome.WAIT)
+    # (2) It can never fit.
     if lacking := _never(scratch, pending):
         return Decision(Outcome.NEVER, lacking=lacking)
+    # (3) A stuck request was overtaken too often here. A request that passes is spared:
+    # the stuck one waits for leases of its caller, so both would wait for ever.
     devices = [demand.device for demand in pending.demands]
     is_load = pending.need is Need.LOAD
     if is_load and not pending.passes and not scratch.barred.isdisjoint(devices):
         return Decision(Outcome.WAIT)
+    # (4) It fits.
     rooms = [scratch.rooms[device] for device in devices]
-    passed = tuple(
-        sorted({i for device in devices for i in scratch.stuck.get(device, ())})
-    )
     if all(map(Room.fits, rooms, pending.demands)):
         for room, demand in zip(rooms, pending.demands, strict=True):
             room.charge(demand)
         scratch.chosen.update(pending.keys)
+        passed = {i for device in devices for i in scratch.stuck.get(device, ())}
         outcome = Outcome.LOAD if is_load else Outcome.GRANT
-        return Decision(outcome, overtakes=passed if is_load else ())
+        overtakes = tuple(sorted(passed)) if is_load else ()
+        return Decision(outcome, overtakes=overtakes)
+    # (5) It fits once idle models are unloaded. They and what is free are set aside, so
+    # that no younger request takes them.
     victims = _victims_for(scratch, pending)
-    if victims is None:
-        return _stick(scratch, place, pending)
-    scratch.chosen.update(pending.keys)
-    for victim in victims:
-        scratch.chosen.add(victim.key)
-        scratch.rooms[victim.device].expect(victim)
-    for room, demand in zip(rooms, pending.demands, strict=True):
-        room.promise(demand)
-    return Decision(Outcome.WAIT, victims=victims)
+    if victims is not None:
+        scratch.chosen.update(pending.keys)
+        for victim in victims:
+            scratch.chosen.add(victim.key)
+            scratch.rooms[victim.device].expect(victim)
+        for room, demand in zip(rooms, pending.demands, strict=True):
+            room.promise(demand)
+        return Decision(Outcome.WAIT, victims=victims)
+    # (6) It is stuck until leases end.
+    return _stick(scratch, place, pending)
 
 
 def _never(scratch: _Scratch, pending: Pending) -> tuple[Demand, int] | None:
     """
-    The first demand that no release of ours could ever meet.
+    Returns the first demand that no release of ours could ever meet, and the most that
+    could be had.
     """
     for demand in pending.demands:
         room = scratch.rooms[demand.device]
@@ -417,7 +398,7 @@ def _never(scratch: _Scratch, pending: Pending) -> tuple[Demand, int] | None:
 
 def _victims_for(scratch: _Scratch, pending: Pending) -> tuple[Resident, ...] | None:
     """
-    Idle models whose leaving would meet all demands of *pending*.
+    Returns idle models whose unload would meet all demands; None if there are too few.
     """
     victims: list[Resident] = []
     for demand in pending.demands:
@@ -440,12 +421,12 @@ def _victims_for(scratch: _Scratch, pending: Pending) -> tuple[Resident, ...] | 
 
 def _stick(scratch: _Scratch, place: int, pending: Pending) -> Decision:
     """
-    Let a request wait that nothing idle can serve, and say what it waits for.
+    Keeps a request waiting that no idle model can serve, and says for what it waits.
     """
     for demand in pending.demands:
         scratch.stuck.setdefault(demand.device, []).append(place)
-        # Not impatience: drained models return what it needs, and loads that fit may
-        # go on (benchmarks/simulate.py: a fifth less stall on a small card).
+        # Impatience alone bars nothing: drained models return what it needs, and loads
+        # that fit may go on (benchmarks/simulate: a fifth less stall on a small card).
         if pending.overtaken >= MAX_OVERTAKES:
             scratch.barred.add(demand.device)
     drain: list[ModelKey] = []
@@ -464,14 +445,15 @@ def _stick(scratch: _Scratch, place: int, pending: Pending) -> Decision:
             drain.extend(each.key for each in (leaving if found is None else found))
             if pending.shares:
                 drain.extend(each.key for each in there if each.key in pending.keys)
-    # Nobody behind holds back what this one will use.
+    # No younger request drains what this one will use.
     scratch.wanted.update(pending.keys)
     return Decision(Outcome.WAIT, drain=tuple(drain))
 
 
 def shrink(room: Room, idle: Iterable[Resident]) -> tuple[Resident, ...]:
     """
-    The idle models to unload after a limit was lowered; all, if it takes so many.
+    Returns the idle models to unload after a limit was lowered: all, if it takes so
+    many.
     """
     idle = tuple(idle)
     excess_bytes = -room.free_bytes - room.coming_bytes

@@ -1,0 +1,166 @@
+"""
+The state of a cache: its models, devices, queue and counts. Plain data.
+
+All of it is guarded by the cache's one lock. Nothing here waits, loads or calls out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .entries import Device, Entry, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from whispercache.errors import CacheClosed
+    from whispercache.events import Outbox
+    from whispercache.keys import ModelKey
+    from whispercache.units import Limit
+
+    from .entries import Waiter
+
+__all__ = ["CacheState", "Kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """
+    A look at what unloaded models keep on the host.
+
+    Attributes:
+        serial: Tells which of two looks is the newer one.
+        n_bytes: Bytes of kept tokenizers and host copies together.
+        copies: Bytes of each host copy.
+    """
+
+    serial: int
+    n_bytes: int
+    copies: Mapping[ModelKey, int]
+
+
+class CacheState:
+    """
+    Everything that a cache knows.
+
+    Attributes:
+        limit_of: The limit of each device, by its name.
+        max_models: Most models on each device; None for any number.
+        outbox: Events that were not told yet.
+        entries: Every model that was asked for.
+        devices: Every device that was used.
+        queue: The requests that wait, the oldest first.
+        counts: Counters of `Stats`.
+        seconds: Sums of seconds of `Stats`.
+        leases: How many are held.
+        grants: How many were ever granted.
+        closed: Why new requests are refused; None while they are not.
+        copied: The models that have a host copy while they are not in memory.
+        wake_at_s: When `Scheduler.tick` is called next.
+        deadlocks_at_s: When it looks for deadlocks next.
+    """
+
+    def __init__(
+        self,
+        limit_of: Callable[[str], Limit],
+        max_models: int | None,
+        outbox: Outbox,
+    ) -> None:
+        self.limit_of: Callable[[str], Limit] = limit_of
+        self.max_models: int | None = max_models
+        self.outbox: Outbox = outbox
+        self.entries: dict[ModelKey, Entry] = {}
+        self.devices: dict[str, Device] = {}
+        self.queue: list[Waiter] = []
+        self.counts: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.leases: int = 0
+        self.grants: int = 0
+        self.closed: CacheClosed | None = None
+        self.copied: frozenset[Entry] = frozenset()
+        self.wake_at_s: float = math.inf
+        self.deadlocks_at_s: float = math.inf
+        self._last_look: int = -1
+
+    @property
+    def is_closed(self) -> bool:
+        """
+        True if new requests are refused.
+        """
+        return self.closed is not None
+
+    @property
+    def is_over(self) -> bool:
+        """
+        True if it is closed and holds nothing any more.
+        """
+        return self.closed is not None and not any(
+            device.entries for device in self.devices.values()
+        )
+
+    def check_open(self) -> None:
+        """
+        Raises:
+            CacheClosed: the cache was closed.
+        """
+        if self.closed is not None:
+            raise type(self.closed)(*self.closed.args)
+
+    def copies_on(self, device: str) -> list[Entry]:
+        """
+        Returns the models of cards whose host copies are charged on *device*.
+        """
+        held = self.devices.get(device)
+        if held is None or not held.copies_bytes:
+            return []
+        return [entry for entry in self.entries.values() if entry.copy_bytes]
+
+    def note_kept(self, host: Device, kept: Kept) -> None:
+        """
+        Takes in a look at what unloaded models keep, unless a newer one was.
+        """
+        if kept.serial < self._last_look:
+            return
+        self._last_look = kept.serial
+        for entry in self.copied:
+            entry.parked_bytes = 0
+        known = (self.entries.get(key) for key in kept.copies)
+        self.copied = frozenset(entry for entry in known if entry is not None)
+        kept_bytes = kept.n_bytes
+        for entry in self.copied:
+            if entry.state is not State.RESIDENT:
+                entry.parked_bytes = kept.copies[entry.key]
+            if entry.claims_copy:
+                kept_bytes -= entry.parked_bytes  # charged to the load
+        host.kept_bytes = kept_bytes
+
+    def forget_threads(self) -> None:
+        """
+        Forgets all that other threads held or waited for, in a child without them.
+        """
+        self.queue.clear()
+        self.outbox = self.outbox.copy()
+        self.wake_at_s = self.deadlocks_at_s = math.inf
+        for entry in self.entries.values():
+            entry.leases.clear()
+            entry.owners.clear()
+        self.leases = 0
+
+    def check(self) -> None:
+        """
+        Asserts the invariants that can be seen from outside a critical section.
+        """
+        for device in self.devices.values():
+            device.budget.check()
+        for entry in self.entries.values():
+            entry.check()
+        held = sum(len(entry.leases) for entry in self.entries.values())
+        assert held == self.leases, f"{held} leases held, {self.leases} counted"
+        for waiter in self.queue:
+            ended = waiter.future.done() and not waiter.future.cancelled()
+            assert not ended, f"{waiter} waits and is done"
+            for lease in (waiter.held or {}).values():
+                assert not lease.is_released, f"{waiter} lost {lease}"
