@@ -58,7 +58,7 @@ bench: .venv/bench
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/audio_memory.py 5 30
 	$(RUN) benchmarks/overlap.py
-	$(RUN) benchmarks/simulate.py
+	$(RUN) benchmarks/simulate
 	$(RUN) benchmarks/serve.py
 
 # Twelve times what an ordinary run tries, a hundred thousand steps of the state machine

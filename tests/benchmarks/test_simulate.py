@@ -18,7 +18,7 @@ from effort import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "simulate"))
 
 from cells import Cell, cells
 from contenders import (
@@ -33,9 +33,9 @@ from contenders import (
 )
 from contention import LOAD_S, LONGEST_LEASE_S, alternate, starve
 from optimum import MAX_MODELS, least_load_s
-from pieces import CARD, Disk, Entry, Host, Model, Report, Strategy
+from pieces import CARD, Disk, Host, Model, Report, Strategy
+from simulation import Simulation, StrictFifo
 from traces import WORKLOADS, Request, read_trace
-from virtual import Simulation, StrictFifo
 
 from whispercache import ModelCache, ModelEvicted, ModelLoaded
 from whispercache.planning import planner as admission
@@ -46,11 +46,13 @@ from whispercache.testing import FakeClock, FakeLoader, FakeMachine, settle
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from pieces import Planner, Waiter
+    from simulation import Asked
 
-    from whispercache import Event, ModelKey
+    from whispercache import Event, Lease, ModelKey
+    from whispercache.core.entries import Entry
     from whispercache.engine.api import LoadedModel
     from whispercache.engine.files import ModelFiles
+    from whispercache.planning.planner import Planner
 
 pytestmark = pytest.mark.soak
 
@@ -181,9 +183,9 @@ class Recording(Simulation):
 
     served: list[tuple[float, int]]
 
-    def _grant(self, waiter: Waiter) -> None:
-        self.served.append((waiter.since_s, waiter.entry.place))
-        super()._grant(waiter)
+    def _grant(self, asked: Asked, lease: Lease) -> None:
+        self.served.append((asked.since_s, asked.spec.model))
+        super()._grant(asked, lease)
 
 
 class RecordingFifo(Recording, StrictFifo):
@@ -272,7 +274,7 @@ def by_the_cache(
     with ModelCache(
         vram=capacity,
         keep_alive=60,
-        policy=policy,
+        policy=policy,  # type: ignore[arg-type]
         loader=loader,
         probe=machine,
         clock=clock,
@@ -295,11 +297,11 @@ class Noting(Simulation):
     done: list[tuple[str, int]]
 
     def _loaded(self, entry: Entry) -> None:
-        self.done.append(("load", entry.place))
+        self.done.append(("load", self._entries.index(entry)))
         super()._loaded(entry)
 
     def _unloaded(self, entry: Entry) -> None:
-        self.done.append(("unload", entry.place))
+        self.done.append(("unload", self._entries.index(entry)))
         super()._unloaded(entry)
 
 
@@ -485,12 +487,12 @@ def filed(models: Sequence[Model]) -> list[Model]:
     ]
 
 
-def three_files(page_bytes: int) -> tuple[Disk, list[Entry]]:
+def three_files(page_bytes: int) -> tuple[Disk, list[Model]]:
     """
     A disk with three files of 3 B.
     """
     models = filed([replace(model, weights_bytes=3) for model in MODELS[:3]])
-    return Disk(page_bytes), [Entry(model, i) for i, model in enumerate(models)]
+    return Disk(page_bytes), models
 
 
 @FEWER
@@ -587,9 +589,9 @@ def test_a_disk_faster_than_the_page_cache_decides() -> None:
     A load that is quicker from the disk is no slower for a file in the page cache.
     """
     [model] = filed([replace(MODELS[0], weights_bytes=3)])
-    entry = Entry(replace(model, load_s=2.0, read_s=1.0), 0)
+    fast = replace(model, load_s=2.0, read_s=1.0)
     disk = Disk(3)
-    assert [disk.load_s(entry, at_s) for at_s in (0.0, 10.0)] == [2.0, 2.0]
+    assert [disk.load_s(fast, at_s) for at_s in (0.0, 10.0)] == [2.0, 2.0]
 
 
 def test_a_load_reads_before_what_was_asked_for() -> None:
@@ -621,11 +623,10 @@ def test_what_is_wanted_most_is_preloaded_as_far_as_it_fits() -> None:
     """
     sizes = (4, 5, 2, 3)
     models = filed([replace(MODELS[0], weights_bytes=size) for size in sizes])
-    entries = [Entry(model, place) for place, model in enumerate(models)]
     disk = Disk(7)
-    disk.fill(entries)  # 4 B and 2 B; nothing else fits beside these
+    disk.fill(models)  # 4 B and 2 B; nothing else fits beside these
     order = (3, 0, 2)  # the 3 B take the room of the 2 B
-    loads_s = [disk.load_s(entries[place], 10.0 * i) for i, place in enumerate(order)]
+    loads_s = [disk.load_s(models[place], 10.0 * i) for i, place in enumerate(order)]
     assert loads_s == [10.0, 3.0, 10.0]
 
 

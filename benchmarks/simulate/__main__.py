@@ -1,13 +1,13 @@
 """
 The cache's rules in virtual time, beside the optimum and beside what others do.
 
-    python benchmarks/simulate.py [--trace FILE] [--write]
+    python benchmarks/simulate [--trace FILE] [--write]
 
 Sixteen or twenty-four real models, with the bytes that `whispercache.footprint` gives,
 on one card with one loader. The workloads are described in traces.py; --trace adds one
 from a CSV file with the columns t_seconds, key_id (24 keys, 0 the most popular) and
-service_seconds. The decisions are those of `whispercache.planning.planner`, by the
-same code; virtual.py carries them out as the cache does, without threads or models.
+service_seconds. The decisions are those of `whispercache.core.scheduler`, by the same
+code; simulation.py carries them out in virtual time, without threads or models.
 
 A load reads the disk, but in the section on the page cache: there a file stays in host
 RAM once it was read, by a load or ahead of one (page.py has the real thing).
@@ -21,12 +21,15 @@ import argparse
 import math
 import random
 import statistics
+import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+sys.path.append(str(Path(__file__).parents[1]))
 
 from cells import SHARES, Cell, cells
 from contenders import (
@@ -43,8 +46,8 @@ from contention import CALLERS, LOAD_S, LONGEST_LEASE_S, alternate, starve
 from optimum import MAX_MODELS, least_load_s
 from pieces import NOTHING, Host, Strategy
 from report import Table, machine, write
+from simulation import Simulation, StrictFifo
 from traces import WORKLOADS, read_trace
-from virtual import Simulation, StrictFifo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -415,7 +418,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="a CSV file; see above")
     parser.add_argument("--seeds", type=int, default=5, help="for each workload")
     parser.add_argument("--requests", type=int, default=2000, help="in each workload")
-    parser.add_argument("--speed", type=int, default=1_000_000, help="requests of it")
+    parser.add_argument("--speed", type=int, default=50_000, help="requests of it")
     parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
     options = parser.parse_args()
     started_s = time.perf_counter()

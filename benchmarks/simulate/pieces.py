@@ -1,57 +1,36 @@
 """
-What a simulated cache is made of: models, who waits, copies in host RAM, files, a
-report.
+Pieces of a simulation: models, strategies, copies in host RAM, files, a report.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from whispercache.cache import PATIENCE_S
+from whispercache.options import PATIENCE_S
 from whispercache.planning import planner as admission
-from whispercache.planning.policies import POLICIES, Resident
+from whispercache.planning.policies import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import (
-        Callable,
         Container,
         Iterable,
-        Iterator,
-        Mapping,
-        Sequence,
     )
 
-    from traces import Request
-
     from whispercache.keys import ModelKey
-    from whispercache.planning.planner import Decision, Pending, Room
+    from whispercache.planning.planner import Planner
     from whispercache.planning.policies import Policy
-
-    Planner: TypeAlias = Callable[
-        [
-            Sequence[Pending],
-            Mapping[str, Room],
-            Callable[[str], Sequence[Resident]],
-            Callable[[str], Sequence[Resident]],
-        ],
-        list[Decision],
-    ]
 
 __all__ = [
     "CARD",
     "NOTHING",
     "Copies",
     "Disk",
-    "Entry",
     "Host",
     "Model",
     "Report",
-    "State",
     "Strategy",
-    "Waiter",
 ]
 
 CARD = "cuda:0"
@@ -126,64 +105,6 @@ A host that lends nothing.
 """
 
 
-class State(Enum):
-    """
-    Where a model is on its way through memory.
-    """
-
-    ABSENT = auto()
-    LOADING = auto()
-    RESIDENT = auto()
-    UNLOADING = auto()
-
-
-@dataclass(eq=False, slots=True)
-class Waiter:
-    """
-    A request in the queue.
-    """
-
-    entry: Entry
-    since_s: float
-    service_s: float
-    caller: Iterator[Request] | None
-    overtaken: int = 0
-    draining: list[Entry] = field(default_factory=list)
-
-
-@dataclass(eq=False, slots=True)
-class Entry:
-    """
-    The books of one model.
-    """
-
-    model: Model
-    place: int
-    state: State = State.ABSENT
-    leases: int = 0
-    last_used_s: float | None = None
-    gap_s: float | None = None
-    load_s: float = 0.0
-    expires_at_s: float = math.inf
-    drained_for: Waiter | None = None
-    seen: Resident | None = None
-
-    def resident(self) -> Resident:
-        """
-        The model as a policy sees it.
-        """
-        if self.seen is None:
-            self.seen = Resident(
-                self.model.key,
-                CARD,
-                self.model.weights_bytes,
-                self.last_used_s or 0.0,
-                self.gap_s or 0.0,
-                self.load_s,
-            )
-        return self.seen
-
-
 class Report(NamedTuple):
     """
     How a run went.
@@ -249,37 +170,39 @@ class Copies:
 
     def __init__(self, capacity_bytes: int) -> None:
         self._free_bytes = capacity_bytes
-        self._entries: dict[Entry, None] = {}  # the least recently used first
+        self._models: dict[Model, None] = {}  # the least recently used first
 
-    def use(self, entry: Entry) -> bool:
+    def use(self, model: Model) -> bool:
         """
-        Whether there is a copy to restore *entry* from.
+        Whether there is a copy to restore *model* from.
         """
-        if entry not in self._entries:
+        if model not in self._models:
             return False
-        del self._entries[entry]
-        self._entries[entry] = None
+        del self._models[model]
+        self._models[model] = None
         return True
 
-    def keep(self, entry: Entry, wanted: Container[Entry]) -> bool:
+    def keep(
+        self, model: Model, wanted: Container[Model], resident: Container[Model]
+    ) -> bool:
         """
-        Whether *entry* has to be copied now. Others make room, duplicates of what is on
-        the card first, and never one of what is *wanted*.
+        Returns True if *model* has to be copied now. Others make room, duplicates of
+        what is *resident* first, and never one of what is *wanted*.
         """
-        n_bytes = entry.model.weights_bytes
-        if entry in self._entries:
+        n_bytes = model.weights_bytes
+        if model in self._models:
             return False
-        leaving = [each for each in self._entries if each not in wanted]
-        leaving.sort(key=lambda each: each.state is not State.RESIDENT)
-        may_leave_bytes = sum(each.model.weights_bytes for each in leaving)
+        leaving = [each for each in self._models if each not in wanted]
+        leaving.sort(key=lambda each: each not in resident)
+        may_leave_bytes = sum(each.weights_bytes for each in leaving)
         if n_bytes > self._free_bytes + may_leave_bytes:
             return False
         for other in leaving:
             if self._free_bytes >= n_bytes:
                 break
-            del self._entries[other]
-            self._free_bytes += other.model.weights_bytes
-        self._entries[entry] = None
+            del self._models[other]
+            self._free_bytes += other.weights_bytes
+        self._models[model] = None
         self._free_bytes -= n_bytes
         return True
 
@@ -299,42 +222,41 @@ class Disk:
 
     def __init__(self, page_bytes: int) -> None:
         self._free_bytes = self._page_bytes = page_bytes
-        self._files: dict[Entry, None] = {}  # the least recently read first
-        self._asked: dict[Entry, float] = {}  # seconds left of each
+        self._files: dict[Model, None] = {}  # the least recently read first
+        self._asked: dict[Model, float] = {}  # seconds left of each
         self._now_s = 0.0  # until when the disk's time is accounted for
 
-    def fill(self, entries: Iterable[Entry]) -> None:
+    def fill(self, models: Iterable[Model]) -> None:
         """
-        Have read the files of *entries*, the most wanted first, as far as they fit.
+        Have read the files of *models*, the most wanted first, as far as they fit.
         """
         fitting = []
         left_bytes = self._free_bytes
-        for entry in entries:
-            if entry.model.file_bytes <= left_bytes:
-                left_bytes -= entry.model.file_bytes
-                fitting.append(entry)
-        for entry in reversed(fitting):
-            self._keep(entry)
+        for model in models:
+            if model.file_bytes <= left_bytes:
+                left_bytes -= model.file_bytes
+                fitting.append(model)
+        for model in reversed(fitting):
+            self._keep(model)
 
-    def ask(self, entry: Entry, now_s: float) -> None:
+    def ask(self, model: Model, now_s: float) -> None:
         """
-        Read the file of *entry* ahead, once nothing else is to be read.
+        Read the file of *model* ahead, once nothing else is to be read.
         """
         self._pass(now_s)
-        if entry not in self._files and entry.model.file_bytes <= self._page_bytes:
-            self._asked.setdefault(entry, entry.model.read_s)
+        if model not in self._files and model.file_bytes <= self._page_bytes:
+            self._asked.setdefault(model, model.read_s)
 
-    def load_s(self, entry: Entry, now_s: float) -> float:
+    def load_s(self, model: Model, now_s: float) -> float:
         """
-        Seconds of a load of *entry* that begins now.
+        Seconds of a load of *model* that begins now.
         """
         self._pass(now_s)
-        model = entry.model
         left_s = 0.0
-        if entry not in self._files:
-            left_s = self._asked.pop(entry, model.read_s)
+        if model not in self._files:
+            left_s = self._asked.pop(model, model.read_s)
         self._now_s += left_s  # what was asked for waits
-        self._keep(entry)
+        self._keep(model)
         load_s = model.load_s - (model.read_s - left_s)
         return min(model.load_s, max(model.warm_load_s, load_s))
 
@@ -343,28 +265,28 @@ class Disk:
         Read what was asked for, until *now_s*.
         """
         while self._asked and self._now_s < now_s:
-            entry, left_s = next(iter(self._asked.items()))
+            model, left_s = next(iter(self._asked.items()))
             if self._now_s + left_s > now_s:
-                self._asked[entry] = left_s - (now_s - self._now_s)
+                self._asked[model] = left_s - (now_s - self._now_s)
                 break
             self._now_s += left_s
-            del self._asked[entry]
-            self._keep(entry)
+            del self._asked[model]
+            self._keep(model)
         self._now_s = max(self._now_s, now_s)
 
-    def _keep(self, entry: Entry) -> None:
+    def _keep(self, model: Model) -> None:
         """
-        Note that the file of *entry* was read; others leave for it.
+        Note that the file of *model* was read; others leave for it.
         """
-        n_bytes = entry.model.file_bytes
+        n_bytes = model.file_bytes
         if n_bytes > self._page_bytes:
             return
-        if entry in self._files:
-            del self._files[entry]
+        if model in self._files:
+            del self._files[model]
             self._free_bytes += n_bytes
         while self._free_bytes < n_bytes:
             other = next(iter(self._files))
             del self._files[other]
-            self._free_bytes += other.model.file_bytes
-        self._files[entry] = None
+            self._free_bytes += other.file_bytes
+        self._files[model] = None
         self._free_bytes -= n_bytes

@@ -22,10 +22,9 @@ from whispercache.planning.policies import POLICIES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from pieces import Planner
     from traces import Request
 
-    from whispercache.planning.planner import Pending, Room
+    from whispercache.planning.planner import Pending, Planner, Room
     from whispercache.planning.policies import Resident
 
 __all__ = [

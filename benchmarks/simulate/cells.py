@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from contenders import MODELS
 from pieces import NOTHING
+from simulation import Simulation
 from traces import WORKLOADS
-from virtual import Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

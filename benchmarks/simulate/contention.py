@@ -10,8 +10,8 @@ from itertools import count, islice
 from typing import TYPE_CHECKING
 
 from contenders import MODELS
+from simulation import Simulation, StrictFifo
 from traces import Request
-from virtual import Simulation, StrictFifo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
