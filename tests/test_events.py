@@ -21,7 +21,8 @@ from whispercache import (
     ReleaseUnconfirmed,
     Stats,
 )
-from whispercache.events import Event, Outbox
+from whispercache.core.lock import Outbox
+from whispercache.events import Event
 from whispercache.keys import ModelKey
 from whispercache.testing import settle, wait_until
 

@@ -5,15 +5,11 @@ Events and snapshots: what a cache reports of itself, as frozen values.
 from __future__ import annotations
 
 import logging
-import threading
-from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .keys import ModelKey
 
 __all__ = [
@@ -34,7 +30,6 @@ __all__ = [
     "ModelLoading",
     "ModelState",
     "ModelStillReferenced",
-    "Outbox",
     "ReleaseUnconfirmed",
     "Stats",
     "WaitingInfo",
@@ -435,73 +430,3 @@ class Explanation:
     capacity_bytes: int
     evicts: tuple[ModelKey, ...]
     reason: str
-
-
-class Outbox:
-    """
-    A queue of events, delivered in the order in which they happened by any thread.
-    """
-
-    def __init__(self) -> None:
-        self._events: deque[Event] = deque()
-        self._delivering = threading.Lock()
-        self._subscribing = threading.Lock()
-        self._listeners: tuple[Callable[[Event], None], ...] = ()
-
-    def append(self, event: Event) -> None:
-        """
-        Notes an event. Calls nothing, since a cache does this under its lock.
-        """
-        self._events.append(event)
-
-    def __len__(self) -> int:
-        return len(self._events)
-
-    def copy(self) -> Outbox:
-        """
-        Returns another one with the same listeners, and no events.
-        """
-        # After a fork, locks may be held by threads that do not exist in the child.
-        other = Outbox()
-        other._listeners = self._listeners
-        return other
-
-    def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
-        """
-        Adds a listener; returns a function that removes it.
-        """
-        # A new tuple: a delivery in progress goes over the old one.
-        with self._subscribing:
-            self._listeners = (*self._listeners, listener)
-
-        def unsubscribe() -> None:
-            with self._subscribing:
-                self._listeners = tuple(
-                    other for other in self._listeners if other is not listener
-                )
-
-        return unsubscribe
-
-    def deliver(self) -> None:
-        """
-        Calls the listeners with all events so far.
-
-        Returns at once if another thread is delivering, or if a listener caused this
-        very event: then that delivery goes on with the new events.
-        """
-        # Looked at again after the release: an event may have come just before it.
-        while self._events and self._delivering.acquire(blocking=False):
-            try:
-                while self._events:
-                    self._tell(self._events.popleft())
-            finally:
-                self._delivering.release()
-
-    def _tell(self, event: Event) -> None:
-        # Here and not in append(), which runs under the cache's lock.
-        _log.debug("%s", event)
-        for listener in self._listeners:
-            try:
-                listener(event)
-            except BaseException:  # also sys.exit(): whose thread it is, is chance
-                _log.exception("a listener failed on %s", event)

@@ -19,7 +19,8 @@ from pieces import CARD, NOTHING, Copies, Disk, Report
 
 from whispercache.core import effects
 from whispercache.core.agenda import Agenda, Rules
-from whispercache.core.entries import Device, Entry, State, Waiter, Wanted
+from whispercache.core.device import Device
+from whispercache.core.entries import Entry, State, Waiter, Wanted
 from whispercache.core.evictions import Evictions
 from whispercache.core.reports import Reports
 from whispercache.core.scheduler import Scheduler
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from traces import Request
 
     from whispercache.core.effects import Effect
+    from whispercache.core.lock import Outbox
     from whispercache.core.threads import DeviceThread
-    from whispercache.events import Outbox
     from whispercache.lease import Lease
     from whispercache.lease import _Lessor as Lessor
     from whispercache.planning.planner import Pending, Room

@@ -16,16 +16,18 @@ from whispercache import CacheClosed, LeaseTimeout, ModelTooLarge
 from whispercache.core import effects, scheduler
 from whispercache.core.agenda import Agenda, Rules
 from whispercache.core.budget import Use
+from whispercache.core.device import Device
 from whispercache.core.effects import Settle, StartLoad, StartUnload, Stop, WakeAt
-from whispercache.core.entries import Device, Entry, State, Waiter, Wanted
+from whispercache.core.entries import Entry, State, Waiter, Wanted
 from whispercache.core.evictions import Evictions
+from whispercache.core.lock import Outbox
 from whispercache.core.reports import FIRST_RETRY_S, Reports
 from whispercache.core.scheduler import DEADLOCK_S, Scheduler
 from whispercache.core.state import CacheState, Kept
 from whispercache.engine.api import LoadedModel, Released
 from whispercache.engine.files import ModelFiles
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD, Footprint
-from whispercache.events import EvictionCause, Outbox
+from whispercache.events import EvictionCause
 from whispercache.keys import ModelKey
 from whispercache.planning.planner import MAX_OVERTAKES
 from whispercache.planning.policies import POLICIES

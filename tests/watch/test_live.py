@@ -11,6 +11,7 @@ import pytest
 from driver import ThreadDriver
 
 from whispercache import EvictionCause, LoadFailed, ModelKey, events
+from whispercache.core.lock import Outbox
 from whispercache.testing import settle
 from whispercache.watch.live import EVENTS, Snapshot, Watch
 
@@ -72,7 +73,7 @@ class Told:
     """
 
     def __init__(self) -> None:
-        self.outbox = events.Outbox()
+        self.outbox = Outbox()
         self.subscribe = self.outbox.subscribe
 
     def stats(self) -> events.Stats:

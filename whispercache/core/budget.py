@@ -114,6 +114,7 @@ class Budget:
             return
         column = self._table[use]
         more_bytes = n_bytes - column.get(holder, 0)
+        # No row of zeros, or the table would grow with every model ever used.
         if n_bytes:
             column[holder] = n_bytes
         else:
@@ -128,6 +129,7 @@ class Budget:
         """
         column = self._work
         more_bytes = n_bytes - column.get(holder, 0)
+        # A row of zero stays here until `clear`: that is faster than to remove it.
         column[holder] = n_bytes
         self.work_bytes += more_bytes
         self.charged_bytes += more_bytes
@@ -164,6 +166,7 @@ class Budget:
         weights_bytes = self.on_gauge_bytes - self.sum_of(Use.UNRETURNED)
         left_bytes = self.sum_of(Use.UNRETURNED) + unreturned_bytes
         self.set(self, Use.UNRETURNED, left_bytes)
+        # Without a reading, the next one tells where to begin.
         self._excess_bytes = None
         if used_bytes is not None:
             self._excess_bytes = max(0, used_bytes - weights_bytes)
@@ -182,6 +185,7 @@ class Budget:
         excess_bytes = max(0, used_bytes - weights_bytes)
         if self._excess_bytes is None:
             self._excess_bytes = excess_bytes
+        # Other programs may take memory too, so not all that is in use is missing.
         left_bytes = min(unreturned_bytes, excess_bytes)
         fallen_bytes = self._excess_bytes - excess_bytes
         if fallen_bytes >= ENOUGH_RETURNED * unreturned_bytes:
@@ -240,6 +244,7 @@ class Budget:
         Sets the most that may be charged. The gauge may allow less.
         """
         self._limit = limit
+        # A share of a device that was never read is not known yet.
         known = self.total_bytes is not None or limit.fraction is None
         self.limit_bytes = limit.of(self.total_bytes or 0) if known else None
         self.capacity_bytes = self._least(self._gauge_capacity_bytes)

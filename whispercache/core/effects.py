@@ -1,5 +1,5 @@
 """
-Effects: what is to be done after a decision, as values.
+Effects: the consequences of decisions, as values.
 
 The scheduler notes them while the lock is held, and `core.Core` performs them once it
 was let go. So no loader, gauge, caller or log handler ever runs under the lock.
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from whispercache.engine.api import LoadedModel
     from whispercache.lease import Lease
 
-    from .entries import Device, Entry
+    from .device import Device
+    from .entries import Entry
 
 __all__ = [
     "DropCopy",
@@ -37,7 +38,7 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class StartLoad:
     """
-    Load *entry* on its device's thread; its memory is reserved.
+    Loads *entry* on its device's thread; its memory is reserved.
     """
 
     entry: Entry
@@ -46,7 +47,7 @@ class StartLoad:
 @dataclass(frozen=True, slots=True)
 class StartUnload:
     """
-    Unload *entry* on its device's thread.
+    Unloads *entry* on its device's thread.
     """
 
     entry: Entry
@@ -55,7 +56,7 @@ class StartUnload:
 @dataclass(frozen=True, slots=True)
 class Settle:
     """
-    End a request, with its leases or with an error. Made once for each.
+    Ends a request, with its leases or with an error. Made once for each.
     """
 
     future: Future[tuple[Lease, ...]]
@@ -75,7 +76,7 @@ class Settle:
 @dataclass(frozen=True, slots=True)
 class Gone:
     """
-    Tell the caller of an eviction that the unload was confirmed.
+    Tells the caller of an eviction that the unload was confirmed.
     """
 
     future: Future[None]
@@ -84,7 +85,7 @@ class Gone:
 @dataclass(frozen=True, slots=True)
 class LookAgain:
     """
-    Read the gauge of *device* for those who wait.
+    Reads the gauge of *device* for those who wait.
     """
 
     device: Device
@@ -93,7 +94,7 @@ class LookAgain:
 @dataclass(frozen=True, slots=True)
 class DropCopy:
     """
-    Drop the host copy of *entry*, which is not in memory, on its device's thread.
+    Drops the host copy of *entry*, which is not in memory, on its device's thread.
     """
 
     entry: Entry
@@ -102,7 +103,7 @@ class DropCopy:
 @dataclass(frozen=True, slots=True)
 class ShrinkKept:
     """
-    Drop kept tokenizers and host copies on the host's thread.
+    Drops kept tokenizers and host copies on the host's thread.
 
     Attributes:
         host: The host.
@@ -116,7 +117,7 @@ class ShrinkKept:
 @dataclass(frozen=True, slots=True)
 class KeepLost:
     """
-    Keep the host copies of a device that was lost: they cannot be freed either.
+    Keeps the host copies of a device that was lost: they cannot be freed either.
     """
 
     device: Device
@@ -126,7 +127,7 @@ class KeepLost:
 @dataclass(frozen=True, slots=True)
 class WriteOff:
     """
-    Leave a model of a lost device alone, which keeps its bytes until the process ends.
+    Leaves a model of a lost device alone, which keeps its bytes until the process ends.
     """
 
     entry: Entry
@@ -137,7 +138,7 @@ class WriteOff:
 @dataclass(frozen=True, slots=True)
 class WakeAt:
     """
-    Call `Scheduler.tick` at that time.
+    Calls `Scheduler.tick` at that time.
     """
 
     at_s: float
@@ -146,7 +147,7 @@ class WakeAt:
 @dataclass(frozen=True, slots=True)
 class Stop:
     """
-    End the threads: the cache is closed and holds nothing.
+    Ends the threads: the cache is closed and holds nothing.
     """
 
 

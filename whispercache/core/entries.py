@@ -1,7 +1,7 @@
 """
-A device, a model and a request, as a cache knows them. Plain data.
+A model and a request, as a cache knows them. Plain data.
 
-Each transition of a model is a method of `Entry`; nobody else assigns its state. All of
+Each transition of a model is a method of `Entry`, which alone assigns its state. All of
 it is guarded by the cache's one lock. Nothing here waits, loads or calls out.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
 from whispercache.planning.policies import Resident, next_gap_s
 
-from .budget import Budget, Use
+from .budget import Use
 
 if TYPE_CHECKING:
     from whispercache.engine.api import LoadedModel
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from whispercache.keys import ModelKey
     from whispercache.lease import Lease
     from whispercache.planning.deadlock import Owner
-    from whispercache.units import Limit
 
-    from .threads import DeviceThread
+    from .budget import Budget
+    from .device import Device
 
-__all__ = ["Device", "Entry", "State", "Waiter", "Wanted"]
+__all__ = ["Entry", "State", "Waiter", "Wanted"]
 
 
 class State(str, Enum):
@@ -44,83 +44,9 @@ class State(str, Enum):
     UNLOADING = "unloading"
 
 
-class Device:
-    """
-    A device, and what the cache has there.
-
-    Attributes:
-        thread: Builds, loads and unloads its models.
-        max_models: Most models that may be there; None for any number.
-        budget: Its bytes.
-        entries: Its models that are not absent.
-        shelf: Its idle models, as a set in order. A lease takes its model off, the last
-            release puts it back at the end: this is the order of release.
-        kept_bytes: Host memory of kept tokenizers and of copies that no load claims.
-            Nothing is charged for it: it gives way to anything else.
-        is_shrinking: Some of that is about to be dropped.
-        lost_to: The error that left the device unusable; None while it is well.
-        is_stale: Its gauge would tell something new.
-        look_at_s: When its gauge is read again for those who wait.
-        loads_begun: How many there were.
-    """
-
-    def __init__(
-        self, name: str, limit: Limit, max_models: int | None, thread: DeviceThread
-    ) -> None:
-        self.name: str = name
-        self.thread: DeviceThread = thread
-        self.max_models: int | None = max_models
-        self.budget: Budget = Budget(name, limit)
-        self.entries: dict[ModelKey, Entry] = {}
-        self.shelf: dict[Entry, None] = {}
-        self.kept_bytes: int = 0
-        self.is_shrinking: bool = False
-        self.lost_to: str | None = None
-        self.is_stale: bool = False
-        self.look_at_s: float = math.inf
-        self.loads_begun: int = 0
-
-    @property
-    def is_over_limit(self) -> bool:
-        """
-        True if a limit was lowered below what is held.
-        """
-        if self.max_models is not None and len(self.entries) > self.max_models:
-            return True
-        budget = self.budget
-        most_bytes = budget.limit_bytes
-        return most_bytes is not None and budget.charged_bytes > most_bytes
-
-    @property
-    def copies_bytes(self) -> int:
-        """
-        Bytes charged here for host copies of weights that are on a card as well.
-        """
-        return self.budget.sum_of(Use.COPY)
-
-    @property
-    def unreturned_bytes(self) -> int:
-        """
-        Bytes that were freed but not seen to be free.
-        """
-        return self.budget.sum_of(Use.UNRETURNED)
-
-    @property
-    def is_moving(self) -> bool:
-        """
-        True if a load or an unload is in flight, so that the gauge shows neither state.
-        """
-        return any(
-            entry.state is State.LOADING
-            # Between two tries of an unload nothing moves.
-            or (entry.state is State.UNLOADING and not entry.refusals)
-            for entry in self.entries.values()
-        )
-
-
 class Entry:
     """
-    One model, in memory or not.
+    A model that was asked for, in memory or not.
 
     Attributes:
         key: Which it is.
@@ -255,14 +181,14 @@ class Entry:
     @property
     def footprint(self) -> Footprint:
         """
-        What it takes for the default workload. It must have been located.
+        The bytes that it takes for the default workload. It must have been located.
         """
         return self.footprints[DEFAULT_WORKLOAD]
 
     @property
     def stays(self) -> bool:
         """
-        True if it is pinned, and nobody is evicting it.
+        True if it is pinned and not being evicted.
         """
         return self.pinned and self.cause is None
 
@@ -279,6 +205,15 @@ class Entry:
         True if it is in memory, or on its way in or out.
         """
         return self.state is not State.ABSENT
+
+    @property
+    def is_moving(self) -> bool:
+        """
+        True while it is being loaded, or unloaded for the first time.
+        """
+        # Between two tries of an unload nothing moves.
+        is_unloading = self.state is State.UNLOADING and not self.refusals
+        return self.state is State.LOADING or is_unloading
 
     @property
     def claims_copy(self) -> bool:
@@ -325,7 +260,7 @@ class Entry:
         """
         Returns True if a lease with *n_bytes* of workspace can be granted at once.
         """
-        # Each hit asks: a call less where nothing is leased.
+        # Each hit asks, so this saves a call where nothing is leased.
         all_bytes = self.workspace_with(n_bytes) if self.leases else n_bytes
         extra_bytes = all_bytes - self.workspace_bytes
         budget = self.device.budget
@@ -370,7 +305,8 @@ class Entry:
         host = self.host
         self.state = State.LOADING
         self.restores = 0 < self.parked_bytes <= host_bytes
-        if self.restores:  # it is held already, and no longer gives way
+        # The copy is in memory already; from now on it gives way to nothing.
+        if self.restores:
             host.kept_bytes -= self.parked_bytes
             host.budget.set(self, Use.COPY, self.parked_bytes)
             host_bytes -= self.parked_bytes
@@ -383,6 +319,7 @@ class Entry:
         """
         Charges what stays: loading → resident.
         """
+        # Moved, not cleared: between the two it would count as free.
         budget = self.device.budget
         budget.move(self, Use.RESERVED, Use.WEIGHTS)
         # The prediction is charged while the model is here, and what was measured
@@ -419,6 +356,7 @@ class Entry:
         if self.leases.pop(serial, None) is None:
             return False
         del self.owners[serial]
+        # As much as the largest calls that may run at once.
         all_bytes = 0
         if self.leases:
             running = min(len(self.leases), self.num_workers)
@@ -431,6 +369,7 @@ class Entry:
         """
         Puts it on the shelf, idle; its keep-alive starts.
         """
+        # The workspace of its calls may have been returned.
         self.device.is_stale = True
         self.device.shelf[self] = None
         self.last_used_s = now_s
@@ -480,6 +419,7 @@ class Entry:
         Returns:
             The futures of those who wait for that.
         """
+        # A load that did not use its copy leaves it as it was.
         if self.claims_copy:
             self.host.kept_bytes += self.parked_bytes
         self.restores = self.drops_copy = False
@@ -549,7 +489,7 @@ class Wanted:
     @property
     def footprint(self) -> Footprint:
         """
-        What that takes.
+        The bytes that this takes.
         """
         return self.entry.footprints[self.workload]
 

@@ -9,7 +9,8 @@ Evictions: which model is unloaded, when, and where that is decided. All are in 
 - Out of memory, in a load or a call: `evict_idle`.
 
 Which goes first is the policy's word (`planning.policies`); how many go, the planner's
-(`planning.planner.choose_victims`). All of it needs the lock, and calls nobody.
+(`planning.planner.choose_victims`). All of it needs the lock, and calls
+nothing that could wait.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from whispercache.planning.policies import Resident
 
     from .agenda import Agenda
-    from .entries import Device, Entry
+    from .device import Device
+    from .entries import Entry
 
     # A model that is evicted, and a future that is done when its unload was confirmed.
     Leaving: TypeAlias = tuple[Entry, Future[None]]
@@ -78,6 +80,7 @@ class Evictions:
         if keep_alive_s is None:
             keep_alive_s = self._agenda.rules.keep_alive_s
         entry.shelve(keep_alive_s, self._agenda.now())
+        # It was to be evicted while it was leased.
         if entry.cause is not None:
             self.unload(entry, entry.cause)
         elif keep_alive_s <= 0 and self._may_expire(entry):
@@ -86,6 +89,7 @@ class Evictions:
             self._agenda.wake_by(entry.expires_at_s)
 
     def _may_expire(self, entry: Entry) -> bool:
+        # It would have to be loaded again at once.
         wanted = any(waiter.wants(entry) for waiter in self._state.queue)
         return not entry.pinned and not wanted
 
@@ -116,6 +120,7 @@ class Evictions:
             if entry.state is State.ABSENT and matches(entry.key):
                 entry.parked_bytes = 0  # nor may a request use it from now on
                 self._agenda.note(DropCopy(entry))
+        # The caller would wait for the end of its own leases.
         own = [entry for entry in chosen if waits_for in entry.owners.values()]
         if waits_for is not None and own:
             state.counts["deadlocks"] += 1
@@ -128,6 +133,7 @@ class Evictions:
         Unloads *entry* now if it is idle, else as soon as it is.
         """
         gone = entry.awaits_unload()
+        # An eviction by name leaves nothing behind, even if it comes late.
         if entry.state is State.UNLOADING:
             entry.drops_copy = True
         else:
@@ -138,8 +144,9 @@ class Evictions:
 
     def withdraw(self, entry: Entry, gone: Future[None]) -> None:
         """
-        Takes an eviction back that nobody waits for; an unload under way goes on.
+        Takes back an eviction whose caller left; an unload under way goes on.
         """
+        # Others may still wait for the same unload.
         if gone in entry.gone:
             entry.gone.remove(gone)
         # What is left when a cache closes is unloaded in any case.
@@ -155,6 +162,7 @@ class Evictions:
         pinned = [entry for entry in entries if entry.pinned and matches(entry.key)]
         for entry in pinned:
             entry.pinned = False
+            # Its keep-alive begins only now.
             if entry.is_idle:
                 self.shelve(entry, None)
         return len(pinned)
@@ -173,6 +181,7 @@ class Evictions:
         """
         Unloads idle models until *n_bytes* are free that were not, or nothing is idle.
         """
+        # What is being unloaded already need not be found again.
         n_bytes -= view.room(self._state, device).coming_bytes
         n_bytes = self._shed_for_others(device, n_bytes)
         if n_bytes > 0:
@@ -198,6 +207,7 @@ class Evictions:
             if n_bytes <= 0:
                 return
             n_bytes -= entry.copy_bytes
+            # Or the unload would keep the very copy that is in the way.
             entry.drops_copy = True
             self.unload(entry, EvictionCause.PRESSURE)
 

@@ -140,9 +140,11 @@ class Attempts:
 
     def __iter__(self) -> Iterator[tuple[Request, Terms]]:
         for place, request in enumerate(self._requests):
+            # Two steps may come to the same, for example on a host without cards.
             if request in self._requests[:place]:
                 continue
             timeout_s = self._terms.timeout_s
+            # One deadline for all attempts together.
             if timeout_s is not None and place:
                 waited_s = self._core.clock.now() - self._started_s
                 timeout_s = max(0.0, timeout_s - waited_s)

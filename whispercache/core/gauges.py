@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from whispercache.devices.memory import MemoryProbe, MemoryReading
     from whispercache.engine.api import Loader
 
-    from .entries import Device
+    from .device import Device
     from .evictions import Evictions
     from .lock import StateLock
     from .reports import Reports
@@ -100,7 +100,7 @@ class NoPeers:
 @dataclass(frozen=True, slots=True)
 class Observation:
     """
-    What is known of a device's memory from outside.
+    The state of a device's memory as seen from outside.
 
     Attributes:
         reading: What the gauge shows.
@@ -116,7 +116,7 @@ class Observation:
 @dataclass(frozen=True, slots=True)
 class Base:
     """
-    What the parts stand on that work on the thread of a device.
+    The parts below those that work on the thread of a device.
     """
 
     lock: StateLock
@@ -188,6 +188,7 @@ class Gauges:
 
         Without *is_still* it does not count while something moves.
         """
+        # Asked before the lock is taken: peers read files.
         seen = Observation(
             reading,
             self.peers.promised_bytes(device.name),
@@ -220,6 +221,7 @@ class Gauges:
         """
         Tells other processes what is taken here, before it is and after.
         """
+        # After the end there is nothing to tell: the account was removed.
         if isinstance(self.peers, NoPeers) or self._state.is_over:
             return
         with self._lock.changing():

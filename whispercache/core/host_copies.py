@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from whispercache.keys import ModelKey
     from whispercache.units import Limit
 
-    from .entries import Device, Entry
+    from .device import Device
+    from .entries import Entry
     from .gauges import Base
 
 __all__ = ["HostCopies"]
@@ -65,7 +66,7 @@ class HostCopies:
             host.is_shrinking = False
             left_bytes = host.budget.left_bytes if most_bytes is None else most_bytes
             spared = set() if but is None else {but}
-            # Copies that loads will use are charged, so they are in nobody's way.
+            # Copies that loads will use are charged: no other model lacks that memory.
             spared |= {each.key for each in self._state.copied if each.claims_copy}
         self._loader.shrink_shells(max(0, left_bytes), spared)
         self._refresh(host)
@@ -109,6 +110,7 @@ class HostCopies:
         """
         Charges the copies of a lost device for good; they give way no more.
         """
+        # A broken CUDA context frees nothing, pinned host memory included.
         parked = self._loader.parked()
         kept_bytes = sum(n for key, n in parked.items() if key.device == device.name)
         self._loader.lost(device.name)
@@ -137,6 +139,7 @@ class HostCopies:
                 limit_bytes = left_bytes
         if n_bytes > min(left_bytes, limit_bytes):
             return False
+        # Room is made before it is known that the gauge agrees: both may be needed.
         self._drop_oldest(host, limit_bytes - n_bytes)
         self.shrink(host, left_bytes - n_bytes)
         # A copy is a luxury: without a gauge there is none.
@@ -148,6 +151,7 @@ class HostCopies:
             limit_bytes -= self._copies_bytes(host)
             if n_bytes > min(left_bytes, limit_bytes):
                 return False
+            # Charged while it is made, so that no load takes the same memory.
             host.budget.set(entry, Use.STAGING, n_bytes)
         return True
 
@@ -171,6 +175,7 @@ class HostCopies:
         with self._lock.changing():
             excess_bytes = self._copies_bytes(host) - most_bytes
             gone: list[ModelKey] = []
+            # In the order in which they were made.
             for key, n_bytes in parked.items():
                 if excess_bytes > 0 and not self._state.entries[key].is_present:
                     gone.append(key)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from whispercache.devices.memory import MemoryReading
     from whispercache.engine.api import LoadedModel
 
-    from .entries import Device, Entry
+    from .device import Device
+    from .entries import Entry
     from .gauges import Base
     from .host_copies import HostCopies
     from .threads import Clock
@@ -82,8 +83,10 @@ class Loads:
         device = entry.device
         if self._has_other_files(entry) or self._copies.was_lost(entry):
             return
+        # Its reserved memory may be what kept tokenizers still take.
         self._copies.shrink(entry.host, but=entry.key)
         with self._gauges.peers.turn(device.name):
+            # Told before it takes memory, so that no other process counts on that.
             self._gauges.tell_peers(device)
             if (reading := self._shortage(entry)) is not None:
                 self._put_back(entry, reading)
@@ -178,6 +181,7 @@ class Loads:
                 if fault is not Fault.OUT_OF_MEMORY or tried:
                     self._failed(entry, error, fault, tried)
                     return None
+            # The prediction was wrong, or memory is in fragments: empty the device.
             evicted = self._unloads.make_room(entry.device)
             names = ", ".join(map(str, evicted)) or "nothing, as nothing was idle"
             tried = f"; tried twice, and evicted in between: {names}"

@@ -1,12 +1,13 @@
 """
 The one lock of a cache, and what happens when it is let go.
 
-Whoever changes the state holds the lock, and notes effects. They are performed after it
-was let go, by the thread that held it.
+A thread that changes the state holds the lock and notes effects. It performs them after
+it let go of the lock.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from contextlib import contextmanager
@@ -15,9 +16,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from whispercache.events import Event
+
     from .effects import Effect
 
-__all__ = ["StateLock"]
+__all__ = ["Outbox", "StateLock"]
+
+_log = logging.getLogger("whispercache")
 
 
 class StateLock:
@@ -40,6 +45,7 @@ class StateLock:
         """
         Holds the lock, then performs the effects that were noted.
         """
+        # Empty if an error comes before anything was noted.
         effects: list[Effect] = []
         try:
             # What a signal handler raises between an acquire() and a try would leave
@@ -68,7 +74,7 @@ class StateLock:
 
     def later(self, change: Callable[[], None]) -> None:
         """
-        Has *change* made by whoever lets go of the lock next, or by `catch_up`.
+        Has *change* made by the thread that lets go of the lock next, or by `catch_up`.
 
         For the garbage collector, which may run in a critical section of this thread.
         """
@@ -78,6 +84,7 @@ class StateLock:
         """
         Makes the changes that were put off, unless somebody holds the lock, who will.
         """
+        # Another thread may put something off between the look and the release.
         while self.put_off and self.mutex.acquire(blocking=False):
             try:
                 while self.put_off:
@@ -86,3 +93,73 @@ class StateLock:
             finally:
                 self.mutex.release()
             self.perform(effects)
+
+
+class Outbox:
+    """
+    A queue of events, delivered in the order in which they happened by any thread.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._delivering = threading.Lock()
+        self._subscribing = threading.Lock()
+        self._listeners: tuple[Callable[[Event], None], ...] = ()
+
+    def append(self, event: Event) -> None:
+        """
+        Notes an event. Calls nothing, since a cache does this under its lock.
+        """
+        self._events.append(event)
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def copy(self) -> Outbox:
+        """
+        Returns another one with the same listeners, and no events.
+        """
+        # After a fork, locks may be held by threads that do not exist in the child.
+        other = Outbox()
+        other._listeners = self._listeners
+        return other
+
+    def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """
+        Adds a listener; returns a function that removes it.
+        """
+        # A new tuple: a delivery in progress goes over the old one.
+        with self._subscribing:
+            self._listeners = (*self._listeners, listener)
+
+        def unsubscribe() -> None:
+            with self._subscribing:
+                self._listeners = tuple(
+                    other for other in self._listeners if other is not listener
+                )
+
+        return unsubscribe
+
+    def deliver(self) -> None:
+        """
+        Calls the listeners with all events so far.
+
+        Returns at once if another thread is delivering, or if a listener caused this
+        very event: then that delivery goes on with the new events.
+        """
+        # Looked at again after the release: an event may have come just before it.
+        while self._events and self._delivering.acquire(blocking=False):
+            try:
+                while self._events:
+                    self._tell(self._events.popleft())
+            finally:
+                self._delivering.release()
+
+    def _tell(self, event: Event) -> None:
+        # Here and not in append(), which runs under the cache's lock.
+        _log.debug("%s", event)
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except BaseException:  # also sys.exit(): whose thread it is, is chance
+                _log.exception("a listener failed on %s", event)

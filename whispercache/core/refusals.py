@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from whispercache.keys import ModelKey
     from whispercache.planning.planner import Demand
 
-    from .entries import Device, Entry
+    from .device import Device
+    from .entries import Entry
     from .state import CacheState
 
 __all__ = ["cool_down_s", "load_error", "lost", "one_line", "refusal", "too_large"]
@@ -40,6 +41,7 @@ def cool_down_s(failures: int) -> float:
     """
     Returns the seconds without a try after so many loads in a row failed.
     """
+    # Bounded, since a power of a thousand failures is no number of seconds.
     doublings = min(max(failures - 2, 0), 32)
     return min(FIRST_COOL_DOWN_S * (1 << doublings), LAST_COOL_DOWN_S)
 
@@ -91,6 +93,7 @@ def too_large(
         else:
             reason += f", of which {room.pinned_models} are pinned, and {models} "
             reason += "are wanted at once"
+    # It would fit, were it not for what is pinned.
     elif n_bytes <= room.ceiling_bytes:
         reason = f"{format_bytes(room.pinned_bytes)} are pinned; unpin a model"
     elif limit_bytes is not None and n_bytes > limit_bytes:
@@ -107,6 +110,7 @@ def load_error(key: ModelKey, error: BaseException, reason: str) -> BaseExceptio
     traceback.
     """
     if isinstance(error, WhisperCacheError):
+        # The kind of error that the loader raised is what callers catch.
         own: WhisperCacheError = copy.copy(error)
     else:
         own = LoadFailed(str(key), reason)

@@ -3,7 +3,7 @@ Reports: what the threads of devices tell of loads, unloads and gauges.
 
 `Budget.clear` is called by `Reports.unloaded`, `Reports.load_failed` and
 `Reports.taken_back`, and by nothing else: memory is credited once it is known to be
-free. All of it needs the lock, and calls nobody.
+free. All of it needs the lock, and calls nothing that could wait.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from whispercache.engine.sizes.footprint import Footprint, Workload
 
     from .agenda import Agenda
-    from .entries import Device, Entry
+    from .device import Device
+    from .entries import Entry
     from .evictions import Evictions
     from .gauges import Observation
     from .scheduler import Scheduler
@@ -74,6 +75,7 @@ class Reports:
         """
         Takes in a model that was loaded, and serves those who wait for it.
         """
+        # Peaks are measured between two changes of what is in memory.
         entry.device.budget.restart_work()
         entry.end_load(loaded, load_s)
         counts = self._state.counts
@@ -96,6 +98,7 @@ class Reports:
         cause, entry.cause = entry.cause, None
         self._scheduler.serve(entry)
         entry.cause = cause
+        # Those who asked for it have left, or it was preloaded.
         if not entry.leases:
             self._evictions.shelve(entry, None)
         self._state.note_kept(entry.host, kept)
@@ -141,6 +144,7 @@ class Reports:
         for budget in entry.budgets:
             budget.clear(entry)
         self._absent(entry)
+        # A group holds all of its memory or none: it gives back what it holds so far.
         for waiter in self._state.queue:
             if waiter.held is not None and waiter.wants(entry):
                 self._scheduler.let_go(waiter)
@@ -173,6 +177,7 @@ class Reports:
         Credits a model whose unload was confirmed.
         """
         assert entry.cause is not None
+        # The gauge cannot miss more than the model took.
         weights_bytes = entry.weights_bytes
         unreturned_bytes = min(released.unreturned_bytes, weights_bytes)
         self._state.counts["evictions"] += 1
@@ -206,6 +211,7 @@ class Reports:
         if entry.device.lost_to is not None:
             self.write_off(entry)
             return
+        # Counted once for each unload, however often it is tried.
         self._state.counts["unconfirmed"] += not entry.refusals
         retry_s = min(FIRST_RETRY_S * 2 ** min(entry.refusals, 32), LAST_RETRY_S)
         entry.refuse_unload(self._agenda.now() + retry_s)
@@ -219,6 +225,7 @@ class Reports:
         Gives a device up whose CUDA context is broken; nothing on it can be freed.
         """
         device = entry.device
+        # All models of the device will report the same error.
         if device.lost_to is not None:
             return
         device.lost_to = reason

@@ -254,6 +254,7 @@ class Resolver:
             LoadFailed: the files are not here and cannot be downloaded.
         """
         entry = target.entry
+        # Callers that want the same model wait for one download, not for several.
         with self._locating.setdefault(entry, threading.Lock()):
             files = entry.files
             if files is None or entry.state is State.ABSENT:
@@ -267,6 +268,7 @@ class Resolver:
             }
             with self._core.changing():
                 entry.locate(files, footprints)
+        # The plan for its load goes by what is free now.
         if entry.state is State.ABSENT:
             self._core.observe(entry.device)
             if entry.host is not entry.device:
@@ -310,6 +312,7 @@ class Resolver:
         devices = self._loader.devices()
         if wanted in ("auto", "cuda"):
             cards = [device for device in devices if device != "cpu"]
+            # The usual machine: there is nothing to choose.
             if cards == ["cuda:0"] and wanted == "cuda":
                 return self._on("cuda:0", wish)
             candidates = list(self._candidates(wish, cards, list(beside)))
@@ -346,14 +349,12 @@ class Resolver:
                 key = self._on(device, wish)
             except UnsupportedComputeType:
                 continue
-            books = self._core.device(device)
-            if books.lost_to is not None:
-                _log.warning(
-                    "passing over %s, which was lost: %s", device, books.lost_to
-                )
+            place = self._core.device(device)
+            if (reason := place.lost_to) is not None:
+                _log.warning("passing over %s, which was lost: %s", device, reason)
                 continue
             try:
-                self._core.observe(books)
+                self._core.observe(place)
             except DeviceUnavailable as error:
                 _log.warning("passing over %s: %s", device, error)
                 continue

@@ -4,7 +4,7 @@ The scheduler: which request gets memory, when, and which waits, fails or is ser
 `Scheduler.admit` is the only place that matches requests to memory, and every arrival,
 release, load and unload ends in it: there is no other notification.
 
-All of it needs the lock. It never takes it, never waits, and calls nobody: what is to
+All of it needs the lock. It never takes it, never waits and never calls out: what is to
 be done is noted as effects.
 """
 
@@ -93,6 +93,7 @@ class Scheduler:
         Returns a lease on a model that is in memory, if no request waits; else None.
         """
         state = self._state
+        # A request that waits may need what this would take: the planner decides then.
         if (
             state.queue
             or state.closed is not None
@@ -128,6 +129,7 @@ class Scheduler:
         most = self._agenda.rules.max_waiting
         is_full = most is not None and waiting >= most
         never_waits = timeout_s is not None and timeout_s <= 0
+        # A full queue refuses only requests that would have to join it.
         ends_now = (is_full or never_waits) and self._ends_now(waiter)
         if never_waits and not ends_now:
             state.counts["timeouts"] += 1
@@ -135,10 +137,11 @@ class Scheduler:
         if is_full and not ends_now:
             state.counts["refused"] += 1
             raise TooManyWaiters(str(waiter), waiting)
+        # Even one that is served at once goes through the queue: there is one way in.
         state.queue.append(waiter)
         try:
             self.admit()
-        except BaseException:  # Ctrl-C, or a policy's: nobody will take the lease
+        except BaseException:  # Ctrl-C, or a policy's: its caller is gone
             self.abandon(waiter)
             raise
         waiter.waits = waiter in state.queue
@@ -165,6 +168,7 @@ class Scheduler:
 
     def _leave_queue(self, waiter: Waiter) -> None:
         self._state.queue.remove(waiter)
+        # What was held back for it is open again, for the next request in line.
         for entry in waiter.draining:
             entry.drained_for = None
         waiter.draining.clear()
@@ -180,6 +184,7 @@ class Scheduler:
         """
         self._leave_queue(waiter)
         self.let_go(waiter)
+        # False if its caller cancelled it meanwhile, and so needs no answer.
         if waiter.future.set_running_or_notify_cancel():
             self._agenda.note(Settle(waiter.future, error=error))
 
@@ -256,6 +261,8 @@ class Scheduler:
         # (4) It fits.
         if decision.outcome is Outcome.LOAD:
             reserved = view.reservations(waiter.wanted)
+            # Models that are there already are pinned first, or they could be evicted
+            # while the others load.
             if waiter.is_group:
                 self._hold(waiter)
             for entry, (n_bytes, host_bytes) in reserved.items():
@@ -302,6 +309,7 @@ class Scheduler:
             if waiter.held is not None:
                 self._hold(waiter)
         singles = [waiter for waiter in waiting if not waiter.is_group]
+        # The plan gave room to *first*; an older one may need more than there is.
         if first is not None:
             singles.remove(first)
             singles.insert(0, first)
@@ -311,6 +319,7 @@ class Scheduler:
             if not entry.is_open_to(waiter) or not entry.fits(workspace_bytes):
                 continue
             more_bytes = entry.workspace_with(workspace_bytes) - entry.workspace_bytes
+            # More memory is for the planner to give, in the order of the queue.
             if granted and more_bytes > 0:
                 continue
             granted = True
@@ -335,6 +344,7 @@ class Scheduler:
                     waiter.keep_alive_s,
                     waiter.owner,
                 )
+        # The rest comes with their loads; until then it keeps its place.
         if len(held) < len(waiter.wanted):
             return
         self._leave_queue(waiter)
@@ -349,6 +359,7 @@ class Scheduler:
         """
         Ends a request that is no longer in the queue with its leases.
         """
+        # A request that was served at once is a hit or a miss, not a wait.
         if waiter.waits:
             wait_s = self._agenda.now() - waiter.since_s
             for lease in leases:
@@ -368,6 +379,7 @@ class Scheduler:
         entry.take(serial, owner, workspace_bytes, self._agenda.now())
         state.leases += 1
         state.grants += 1
+        # Its workspace may be what kept tokenizers took until now.
         if entry.device.kept_bytes:
             self._evictions.shed(entry.device)
         return lease
@@ -384,6 +396,7 @@ class Scheduler:
         state.leases -= 1
         if not entry.leases:
             self._evictions.shelve(entry, keep_alive_s)
+        # Without either there is nothing to decide, and a hit pays for nothing.
         if state.queue or entry.device.is_over_limit:
             self.admit()
 
@@ -408,6 +421,7 @@ class Scheduler:
         if at_s != state.wake_at_s:
             return  # an earlier call took its place
         state.wake_at_s = math.inf
+        # Places as they were before any of them left: the errors tell them.
         for place, waiter in enumerate(list(state.queue), start=1):
             if waiter.deadline_s <= now_s and waiter in state.queue:
                 self._time_out(waiter, place)
@@ -465,6 +479,7 @@ class Scheduler:
             }
             state.counts["deadlocks"] += 1
             self.fail(victim, LeaseDeadlock(str(victim), tuple(sorted(held))))
+        # Not a deadlock yet, but to wait their turn would make one.
         for passing in view.detained(state):
             passing.passes |= passing.since_s <= ripe_s
         is_settled = all(each.since_s <= ripe_s for each in view.suspects(state))

@@ -134,6 +134,7 @@ def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
     Returns what a request for a located model would do if it were made now.
     """
     with core.changing():
+        # A request that is planned but never queued: the real plan, with no effect.
         waiter = Waiter((Wanted(entry, workload),), None, core.clock.now(), None)
         decision = core.explain(waiter)
         demand, *_ = view.demands(waiter.wanted)

@@ -11,17 +11,18 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .entries import Device, Entry, State
+from .entries import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from whispercache.errors import CacheClosed
-    from whispercache.events import Outbox
     from whispercache.keys import ModelKey
     from whispercache.units import Limit
 
-    from .entries import Waiter
+    from .device import Device
+    from .entries import Entry, Waiter
+    from .lock import Outbox
 
 __all__ = ["CacheState", "Kept"]
 
@@ -107,12 +108,14 @@ class CacheState:
             CacheClosed: the cache was closed.
         """
         if self.closed is not None:
+            # A new one each time: errors keep the frames through which they went.
             raise type(self.closed)(*self.closed.args)
 
     def copies_on(self, device: str) -> list[Entry]:
         """
         Returns the models of cards whose host copies are charged on *device*.
         """
+        # Without this, each plan would look at every model that was ever asked for.
         held = self.devices.get(device)
         if held is None or not held.copies_bytes:
             return []
@@ -122,6 +125,7 @@ class CacheState:
         """
         Takes in a look at what unloaded models keep, unless a newer one was.
         """
+        # Two devices' threads look at the same time, and the older look may come last.
         if kept.serial < self._last_look:
             return
         self._last_look = kept.serial
@@ -144,6 +148,7 @@ class CacheState:
         self.queue.clear()
         self.outbox = self.outbox.copy()
         self.wake_at_s = self.deadlocks_at_s = math.inf
+        # Their holders were threads of the parent.
         for entry in self.entries.values():
             entry.leases.clear()
             entry.owners.clear()

@@ -96,10 +96,11 @@ def current_owners() -> tuple[object, ...]:
     """
     Returns tokens of the calling thread, and of the asyncio task that it runs, if any.
     """
-    # Where there are tasks, somebody has imported it; nobody else should pay for it.
+    # Where there are tasks it was imported; other programs should not pay for that.
     asyncio = sys.modules.get("asyncio")
     if asyncio is None or asyncio._get_running_loop() is None:
         return (current_owner(),)
+    # A task may hold leases of its own while others run on the same thread.
     task = asyncio.current_task()
     return (current_owner(),) if task is None else (current_owner(), token_of(task))
 
@@ -174,6 +175,7 @@ class MonotonicClock:
         Runs *call* on the timer thread at *when_s*.
         """
         with self._changed:
+            # The cache has ended; what is due later has nothing left to do.
             if self._closed:
                 return
             heapq.heappush(self._calls, (when_s, next(self._order), call))
@@ -223,7 +225,7 @@ class DeviceThread:
 
     def __init__(self, device: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # A daemon, so that a cache nobody closed cannot keep the process from ending.
+        # A daemon, so that a cache that was not closed cannot keep the process alive.
         self._thread = threading.Thread(
             target=self._run, name=f"whispercache-{device}", daemon=True
         )

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from whispercache.engine.api import Released
     from whispercache.keys import ModelKey
 
-    from .entries import Device, Entry
+    from .device import Device
+    from .entries import Entry
     from .gauges import Base
     from .host_copies import HostCopies
 
@@ -48,6 +49,7 @@ class Unloads:
         assert entry.loaded is not None
         device = entry.device
         with self._lock.changing():
+            # To free anything there would fail, or crash.
             if device.lost_to is not None:
                 self._reports.write_off(entry)
                 return
@@ -58,6 +60,7 @@ class Unloads:
                 entry.loaded, load_follows=load_follows, parks=parks
             )
         except Exception as error:
+            # Its frames refer to the model, which then could not be freed next time.
             traceback.clear_frames(error.__traceback__)
             self.blame(entry, error)
             self._refused(entry, one_line(error))
@@ -69,7 +72,8 @@ class Unloads:
         self._gauges.tell_peers(device)
         with self._lock.changing():
             is_moving = device.is_moving
-        if load_follows and not is_moving:  # nobody waits for this room any more
+        # A load would have used what is left in the heap, but none came.
+        if load_follows and not is_moving:
             self._loader.return_memory(device.name)
 
     def _refused(self, entry: Entry, reason: str) -> None:
@@ -142,6 +146,7 @@ class Unloads:
         fault = self.fault_of(device, error, entry.workspace_bytes)
         if fault is Fault.STICKY:
             self.blame(entry, error)
+        # The device's thread cannot wait for itself.
         if fault is not Fault.OUT_OF_MEMORY or device.thread.is_current():
             return False
         evicted: Future[list[ModelKey]] = Future()

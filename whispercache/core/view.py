@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from whispercache.planning.deadlock import Owner
     from whispercache.planning.policies import Policy, Resident
 
-    from .entries import Device, Entry, Waiter, Wanted
+    from .device import Device
+    from .entries import Entry, Waiter, Wanted
     from .state import CacheState
 
 __all__ = [
@@ -75,6 +76,7 @@ def reservations(wanted: Sequence[Wanted]) -> dict[Entry, tuple[int, int]]:
         reserved[entry] = kept_bytes, 0
         last[device] = entry
         extra_bytes[device] = max(extra_bytes.get(device, 0), peak_bytes - kept_bytes)
+        # What the copies of the others of this request will be charged is not left.
         left_bytes = entry.host.budget.left_bytes - copies_bytes
         if 0 < entry.parked_bytes <= left_bytes:
             # It is there already, and stays there beside the weights.
@@ -82,6 +84,7 @@ def reservations(wanted: Sequence[Wanted]) -> dict[Entry, tuple[int, int]]:
             copies_bytes += entry.parked_bytes
         elif device is not entry.host:
             host_bytes[device] = max(host_bytes.get(device, 0), on_host)
+    # Each load before the last has the room that is reserved for those after it.
     for device, entry in last.items():
         kept_bytes, copy_bytes = reserved[entry]
         reserved[entry] = (
@@ -105,6 +108,7 @@ def demands(wanted: Sequence[Wanted]) -> tuple[Demand, ...]:
             works = [w.footprint.workspace_bytes for w in wanted if w.entry is entry]
             total_bytes = entry.workspace_with(max(works), len(works))
             extra_bytes = max(0, total_bytes - entry.workspace_bytes)
+            # Room that its own models take cannot be made by evicting them.
             own_bytes = 0 if entry.pinned else entry.weights_bytes
             own_models = int(not entry.pinned)
             own = Demand(entry.device.name, extra_bytes, 0, own_bytes, own_models)
@@ -134,6 +138,7 @@ def pending(waiter: Waiter, *, impatient: bool) -> Pending:
             need = Need.LOAD
         elif not entry.is_open_to(waiter):
             return Pending(keys, Need.NOTHING)
+    # Its memory was granted; it only waits for loads.
     if waiter.held is not None:
         return Pending(keys, Need.NOTHING)
     return Pending(
@@ -159,6 +164,7 @@ def queue_of(waiters: Sequence[Waiter], patient_since_s: float) -> list[Pending]
             # Only the first asks for its load; the others share it.
             asks = first.setdefault(one.keys[0], place)
             if asks != place:
+                # Or the load that it shares would wait where it must not.
                 if one.passes:
                     found[asks] = replace(found[asks], passes=True)
                 one = Pending(one.keys, Need.NOTHING)
@@ -192,7 +198,7 @@ def room(state: CacheState, device: Device) -> Room:
         if entry.stays:
             found.pinned_bytes += entry.copy_bytes
         if entry.state is State.UNLOADING:
-            # Kept or dropped, it is charged to nobody once the model is unloaded.
+            # Kept or dropped, it is no longer charged once the model is unloaded.
             found.coming_bytes += entry.copy_bytes
     return found
 
@@ -215,6 +221,7 @@ def residents(
     Idle ones can be evicted now, leased ones once they are idle.
     """
     held = state.devices[device]
+    # In the order of release; the policy may have another one.
     own = held.shelf if idle else [e for e in held.entries.values() if e.leases]
     copied = [
         entry
@@ -247,7 +254,7 @@ def candidate(
     staying_bytes = sum(other.weights_bytes for other in staying)
     idle = [e for e in device.shelf if not e.stays and e not in beside]
     found = room(state, device)
-    # Copies of models of other devices are in nobody's way on a card.
+    # Host copies do not matter here: a candidate is a card.
     can_come = found.reachable_models() > len(coming) + len(staying)
     reachable_bytes = found.reachable_bytes() - coming_bytes - staying_bytes
     return Candidate(
@@ -354,6 +361,7 @@ def detained(state: CacheState) -> list[Waiter]:
     deadlocked = deadlock.unserved(claims, holds, ceilings)
     staying: list[Owner] = []
     passing: list[Waiter] = []
+    # From the youngest: as many as possible keep to the order of arrival.
     for waiter in reversed(suspects(state)):
         never = [*staying, waiter.owner]
         left = deadlock.unserved(claims, holds, ceilings, never)
@@ -421,6 +429,7 @@ def _ceilings(state: CacheState) -> dict[str, Ceiling]:
 
 def _ceiling(device: Device) -> Ceiling:
     limit_bytes = device.budget.limit_bytes
+    # One that is being unloaded is on its way out, pinned or not.
     there = (State.RESIDENT, State.LOADING)
     pinned = [e for e in device.entries.values() if e.stays and e.state in there]
     return Ceiling(

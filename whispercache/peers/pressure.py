@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from whispercache.core.core import Core
-    from whispercache.core.entries import Device
+    from whispercache.core.device import Device
     from whispercache.devices.memory import MemoryProbe
 
     from .ledger import Account

@@ -112,6 +112,7 @@ def unserved(
         never: Owners that are assumed never to release anything.
     """
     left = [claim for claim in claims if claim.owner not in never]
+    # Each round serves at least one, so there are no more rounds than claims.
     while left:
         waiting = {*never, *(claim.owner for claim in left)}
         kept = [hold for hold in holds if hold.owner in waiting]
@@ -136,6 +137,7 @@ def culprit(
         (claim for claim in left if claim.owner in holders),
         key=lambda claim: claim.since_s,
     )
+    # From the latest: without it, the others might have been served.
     for suspect in reversed(suspects):
         freed = [hold for hold in holds if hold.owner is not suspect.owner]
         after = unserved(claims, freed, ceilings)
@@ -175,6 +177,7 @@ def _fits(
             model.weights_bytes + _workspace(model, work.get(place, ()))
             for place, model in there.items()
         )
+        # Models count as well as bytes, the pinned ones among them.
         too_many = ceiling.max_models is not None and len(there) > ceiling.max_models
         most_bytes = ceiling.n_bytes
         if ceiling.gauge_bytes is not None:

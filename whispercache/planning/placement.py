@@ -61,8 +61,10 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
     Returns the card where the model is already, or else the one with the most room for
     it; of equal ones the first. None if no card could ever hold it.
     """
+    # A second copy on another card would cost a load and save nothing.
     there = [each for each in candidates if each.is_there]
     if there:
         return min(there, key=lambda each: each.leases)
+    # One that is full of leased models may be free again; one that is too small, never.
     able = [each for each in candidates if each.needed_bytes <= each.ceiling_bytes]
     return max(able, key=lambda each: each.room, default=None)

@@ -146,6 +146,7 @@ class Room:
         """
         The number of models that may still be loaded.
         """
+        # More than there ever are, so that it can be compared and subtracted.
         if self.max_models is None:
             return 1 << 62
         return self.max_models - self.models
@@ -197,6 +198,7 @@ class Room:
         Sets aside what is free and what unloads return, so that no younger request
         takes it.
         """
+        # First from what is free, the rest from what unloads will return.
         from_free = max(0, min(demand.n_bytes, self.free_bytes))
         self.charged_bytes += from_free
         self.coming_bytes -= demand.n_bytes - from_free
@@ -255,6 +257,7 @@ def choose_victims(
     """
     taken: list[Resident] = []
     missing_bytes = n_bytes
+    # In the order of the policy, as many as it takes.
     for resident in idle:
         if missing_bytes <= 0 and len(taken) >= models:
             break
@@ -262,6 +265,7 @@ def choose_victims(
         missing_bytes -= resident.weights_bytes
     if missing_bytes > 0 or len(taken) < models:
         return None
+    # The keep pass: a large one taken late may make small ones taken early needless.
     for resident in reversed(taken[:]):
         if missing_bytes + resident.weights_bytes <= 0 and len(taken) > models:
             taken.remove(resident)
@@ -315,7 +319,7 @@ def plan(
 
 class Planner(Protocol):
     """
-    What `plan` does, or other rules in its place.
+    The type of `plan`, and of other rules in its place.
     """
 
     def __call__(
@@ -402,6 +406,7 @@ def _victims_for(scratch: _Scratch, pending: Pending) -> tuple[Resident, ...] | 
     """
     victims: list[Resident] = []
     for demand in pending.demands:
+        # What an older request will use, or is being unloaded for it, is no candidate.
         idle = [
             resident
             for resident in scratch.idle(demand.device)
@@ -413,6 +418,7 @@ def _victims_for(scratch: _Scratch, pending: Pending) -> tuple[Resident, ...] | 
         candidates += [r for r in idle if r.key in pending.keys and r.is_copy]
         missing = scratch.rooms[demand.device].shortfall(demand)
         found = choose_victims(candidates, *missing)
+        # All or nothing: an eviction on one device is wasted if another one is full.
         if found is None:
             return None
         victims.extend(found)
@@ -443,6 +449,7 @@ def _stick(scratch: _Scratch, place: int, pending: Pending) -> Decision:
             ]
             found = choose_victims(leaving, *room.shortfall(demand))
             drain.extend(each.key for each in (leaving if found is None else found))
+            # With several workers, other leases on its own model use its memory up.
             if pending.shares:
                 drain.extend(each.key for each in there if each.key in pending.keys)
     # No younger request drains what this one will use.
@@ -456,6 +463,7 @@ def shrink(room: Room, idle: Iterable[Resident]) -> tuple[Resident, ...]:
     many.
     """
     idle = tuple(idle)
+    # What is being unloaded already counts as gone.
     excess_bytes = -room.free_bytes - room.coming_bytes
     excess_models = max(0, -room.free_models - room.coming_models)
     if excess_bytes <= 0 and not excess_models:

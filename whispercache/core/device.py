@@ -1,0 +1,88 @@
+"""
+A device, as a cache knows it. Plain data, guarded by the cache's one lock.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from .budget import Budget, Use
+
+if TYPE_CHECKING:
+    from whispercache.keys import ModelKey
+    from whispercache.units import Limit
+
+    from .entries import Entry
+    from .threads import DeviceThread
+
+__all__ = ["Device"]
+
+
+class Device:
+    """
+    A device, and what the cache has there.
+
+    Attributes:
+        thread: Builds, loads and unloads its models.
+        max_models: Most models that may be there; None for any number.
+        budget: Its bytes.
+        entries: Its models that are not absent.
+        shelf: Its idle models, as a set in order. A lease takes its model off, the last
+            release puts it back at the end: this is the order of release.
+        kept_bytes: Host memory of kept tokenizers and of copies that no load claims.
+            Nothing is charged for it: it gives way to anything else.
+        is_shrinking: Some of that is about to be dropped.
+        lost_to: The error that left the device unusable; None while it is well.
+        is_stale: Its gauge would tell something new.
+        look_at_s: When its gauge is read again for those who wait.
+        loads_begun: How many there were.
+    """
+
+    def __init__(
+        self, name: str, limit: Limit, max_models: int | None, thread: DeviceThread
+    ) -> None:
+        self.name: str = name
+        self.thread: DeviceThread = thread
+        self.max_models: int | None = max_models
+        self.budget: Budget = Budget(name, limit)
+        self.entries: dict[ModelKey, Entry] = {}
+        self.shelf: dict[Entry, None] = {}
+        self.kept_bytes: int = 0
+        self.is_shrinking: bool = False
+        self.lost_to: str | None = None
+        self.is_stale: bool = False
+        self.look_at_s: float = math.inf
+        self.loads_begun: int = 0
+
+    @property
+    def is_over_limit(self) -> bool:
+        """
+        True if a limit was lowered below what is held.
+        """
+        if self.max_models is not None and len(self.entries) > self.max_models:
+            return True
+        budget = self.budget
+        most_bytes = budget.limit_bytes
+        return most_bytes is not None and budget.charged_bytes > most_bytes
+
+    @property
+    def copies_bytes(self) -> int:
+        """
+        Bytes charged here for host copies of weights that are on a card as well.
+        """
+        return self.budget.sum_of(Use.COPY)
+
+    @property
+    def unreturned_bytes(self) -> int:
+        """
+        Bytes that were freed but not seen to be free.
+        """
+        return self.budget.sum_of(Use.UNRETURNED)
+
+    @property
+    def is_moving(self) -> bool:
+        """
+        True if a load or an unload is in flight, so that the gauge shows neither state.
+        """
+        return any(entry.is_moving for entry in self.entries.values())
