@@ -396,10 +396,11 @@ class Core:
         # What `StateLock.changing` does, spelled out: a generator costs 1 µs more.
         lock = self.lock
         noted: list[Effect] | None = None
-        if lock.mutex.locked():
-            take_turn(lock.mutex)
+        mutex = lock.mutex
+        if mutex.locked():
+            take_turn(mutex)
         try:
-            with lock.mutex:
+            with mutex:
                 lease = self.scheduler.hit(entry, workload, keep_alive_s, owner)
                 if lock.noted:
                     noted = lock.take()
@@ -472,10 +473,11 @@ class Core:
         # Spelled out as in `hit`.
         lock = self.lock
         noted: list[Effect] | None = None
-        if lock.mutex.locked():
-            take_turn(lock.mutex)
+        mutex = lock.mutex
+        if mutex.locked():
+            take_turn(mutex)
         try:
-            with lock.mutex:
+            with mutex:
                 self.scheduler.release(entry, serial, keep_alive_s)
                 if lock.noted:
                     noted = lock.take()

@@ -52,6 +52,8 @@ class Evictions:
     def __init__(self, agenda: Agenda) -> None:
         self._agenda = agenda
         self._state = agenda.state
+        self._now = agenda.now
+        self._rules = agenda.rules
 
     # Idle models ----------------------------------------------------------------------
 
@@ -59,7 +61,7 @@ class Evictions:
         """
         Unloads an idle model.
         """
-        entry.begin_unload(cause, self._agenda.now())
+        entry.begin_unload(cause, self._now())
         self._agenda.note(StartUnload(entry))
 
     def unload_all(self, victims: Iterable[Resident], cause: EvictionCause) -> None:
@@ -78,8 +80,8 @@ class Evictions:
         Puts an idle model on the shelf, or unloads it if it is to go.
         """
         if keep_alive_s is None:
-            keep_alive_s = self._agenda.rules.keep_alive_s
-        entry.shelve(keep_alive_s, self._agenda.now())
+            keep_alive_s = self._rules.keep_alive_s
+        entry.shelve(keep_alive_s, self._now())
         # It was to be evicted while it was leased.
         if entry.cause is not None:
             self.unload(entry, entry.cause)
@@ -174,7 +176,7 @@ class Evictions:
         """
         idle = [entry for entry in device.shelf if not entry.stays]
         for entry in idle:
-            entry.begin_unload(EvictionCause.OUT_OF_MEMORY, self._agenda.now())
+            entry.begin_unload(EvictionCause.OUT_OF_MEMORY, self._now())
         return idle
 
     def make_room_for_others(self, device: Device, n_bytes: int) -> None:
@@ -230,7 +232,7 @@ class Evictions:
         return planner.shrink(view.room(self._state, device), self._idle(device))
 
     def _idle(self, device: Device) -> list[Resident]:
-        policy, now_s = self._agenda.rules.policy, self._agenda.now()
+        policy, now_s = self._rules.policy, self._now()
         return view.residents(self._state, device.name, policy, now_s, idle=True)
 
     def shed(self, host: Device) -> None:

@@ -56,6 +56,7 @@ class Reports:
     ) -> None:
         self._agenda = agenda
         self._state = agenda.state
+        self._now = agenda.now
         self._evictions = evictions
         self._scheduler = scheduler
 
@@ -128,7 +129,7 @@ class Reports:
             budget.clear(entry)
         self._absent(entry)
         self._state.note_kept(entry.host, kept)
-        entry.fail(reason, cool_down_s(entry.failures + 1), self._agenda.now())
+        entry.fail(reason, cool_down_s(entry.failures + 1), self._now())
         self._state.counts["load_failures"] += 1
         self._agenda.tell(ModelLoadFailed(entry.key, reason))
         for waiter in [w for w in self._state.queue if w.wants(entry)]:
@@ -187,7 +188,7 @@ class Reports:
                 entry.cause,
                 weights_bytes - unreturned_bytes,
                 released.returned_bytes,
-                self._agenda.now() - entry.unload_started_s,
+                self._now() - entry.unload_started_s,
                 unreturned_bytes,
                 parked=entry.key in kept.copies,
             )
@@ -214,7 +215,7 @@ class Reports:
         # Counted once for each unload, however often it is tried.
         self._state.counts["unconfirmed"] += not entry.refusals
         retry_s = min(FIRST_RETRY_S * 2 ** min(entry.refusals, 32), LAST_RETRY_S)
-        entry.refuse_unload(self._agenda.now() + retry_s)
+        entry.refuse_unload(self._now() + retry_s)
         self._agenda.tell(
             ReleaseUnconfirmed(entry.key, entry.weights_bytes, retry_s, reason)
         )
@@ -269,7 +270,7 @@ class Reports:
         again.
         """
         if not is_known and self._state.queue:
-            device.look_at_s = min(device.look_at_s, self._agenda.now() + LOOK_AGAIN_S)
+            device.look_at_s = min(device.look_at_s, self._now() + LOOK_AGAIN_S)
             self._agenda.wake_by(device.look_at_s)
         self._scheduler.admit()
 

@@ -76,6 +76,8 @@ class Scheduler:
     ) -> None:
         self._agenda = agenda
         self._state = agenda.state
+        self._now = agenda.now
+        self._rules = agenda.rules
         self._evictions = evictions
         self._lessor = lessor
         self._serials = itertools.count()
@@ -97,7 +99,10 @@ class Scheduler:
         if (
             state.queue
             or state.closed is not None
-            or not entry.is_open_to(None)
+            # `is_open_to(None)`, spelled out: a call less for each hit.
+            or entry.state is not State.RESIDENT
+            or entry.cause is not None
+            or entry.drained_for is not None
             or entry.device.lost_to is not None
         ):
             return None
@@ -121,12 +126,12 @@ class Scheduler:
         state, waiting = self._state, len(self._state.queue)
         state.check_open()
         for each in waiter.wanted:
-            if (refused := refusal(each.entry, self._agenda.now())) is not None:
+            if (refused := refusal(each.entry, self._now())) is not None:
                 raise refused
         for each in waiter.wanted:
             is_hit = each.entry.state is State.RESIDENT
             state.counts["hits" if is_hit else "misses"] += 1
-        most = self._agenda.rules.max_waiting
+        most = self._rules.max_waiting
         is_full = most is not None and waiting >= most
         never_waits = timeout_s is not None and timeout_s <= 0
         # A full queue refuses only requests that would have to join it.
@@ -176,7 +181,7 @@ class Scheduler:
         for entry in waiter.entries:
             if entry.is_idle:
                 self._agenda.wake_by(entry.expires_at_s)
-        self._state.seconds["wait_s"] += self._agenda.now() - waiter.since_s
+        self._state.seconds["wait_s"] += self._now() - waiter.since_s
 
     def fail(self, waiter: Waiter, error: BaseException) -> None:
         """
@@ -207,8 +212,8 @@ class Scheduler:
         """
         state, policy, now_s = (
             self._state,
-            self._agenda.rules.policy,
-            self._agenda.now(),
+            self._rules.policy,
+            self._now(),
         )
 
         def idle(device: str) -> list[Resident]:
@@ -217,9 +222,9 @@ class Scheduler:
         def busy(device: str) -> list[Resident]:
             return view.residents(state, device, policy, now_s, idle=False)
 
-        pending = view.queue_of(queue, now_s - self._agenda.rules.patience_s)
+        pending = view.queue_of(queue, now_s - self._rules.patience_s)
         rooms = {name: view.room(state, each) for name, each in state.devices.items()}
-        return self._agenda.rules.plan(pending, rooms, idle, busy)
+        return self._rules.plan(pending, rooms, idle, busy)
 
     def admit(self, *, looks_out: bool = True) -> None:
         """
@@ -281,7 +286,7 @@ class Scheduler:
         Sees to it that no request waits in vain: for what a new reading would show, or
         in a deadlock.
         """
-        state, now_s = self._state, self._agenda.now()
+        state, now_s = self._state, self._now()
         for device in {e.device for waiter in state.queue for e in waiter.entries}:
             # What ended may have left more than the last reading knew of.
             if device.is_stale and not device.is_moving:
@@ -361,7 +366,7 @@ class Scheduler:
         """
         # A request that was served at once is a hit or a miss, not a wait.
         if waiter.waits:
-            wait_s = self._agenda.now() - waiter.since_s
+            wait_s = self._now() - waiter.since_s
             for lease in leases:
                 self._agenda.tell(ModelGranted(lease.key, wait_s))
         self._agenda.note(Settle(waiter.future, leases))
@@ -376,7 +381,7 @@ class Scheduler:
         state, serial = self._state, next(self._serials)
         # It is made first: what a signal handler raises in here then gives it back.
         lease = Lease(self._lessor, entry, serial, keep_alive_s)
-        entry.take(serial, owner, workspace_bytes, self._agenda.now())
+        entry.take(serial, owner, workspace_bytes, self._now())
         state.leases += 1
         state.grants += 1
         # Its workspace may be what kept tokenizers took until now.
@@ -417,7 +422,7 @@ class Scheduler:
         Times requests out, unloads what was idle for its keep-alive, tries unloads
         again, reads gauges again, and looks for deadlocks.
         """
-        state, now_s = self._state, self._agenda.now()
+        state, now_s = self._state, self._now()
         if at_s != state.wake_at_s:
             return  # an earlier call took its place
         state.wake_at_s = math.inf
@@ -455,7 +460,7 @@ class Scheduler:
         return min((at_s for at_s in times_s if at_s > now_s), default=math.inf)
 
     def _time_out(self, waiter: Waiter, place: int) -> None:
-        waited_s = self._agenda.now() - waiter.since_s
+        waited_s = self._now() - waiter.since_s
         self._state.counts["timeouts"] += 1
         self.fail(waiter, LeaseTimeout(str(waiter), waited_s, place))
 
