@@ -10,7 +10,7 @@ service_seconds. The decisions are those of `whispercache.core.scheduler`, by th
 code; simulation.py carries them out in virtual time, without threads or models.
 
 A load reads the disk, but in the section on the page cache: there a file stays in host
-RAM once it was read, by a load or ahead of one (results/page-2026-11-23.md has the real thing).
+RAM once it was read, by a load or ahead of one (measured: results/page-2026-11-23.md).
 
 Everything is seeded: two runs print the same, but for the speed of the simulator.
 """
