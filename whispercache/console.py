@@ -17,25 +17,11 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, ProgressColumn
 
-__all__ = [
-    "INTERRUPTED",
-    "WRONG_USE",
-    "add_limits",
-    "bars",
-    "clock",
-    "distinct",
-    "error_line",
-    "explain",
-    "interruptible",
-]
-
 _T = TypeVar("_T")
 
+# Exit codes; for Ctrl-C what shells use, 128 and the number of the signal.
 WRONG_USE = 2
 INTERRUPTED = 130
-"""
-Exit codes; for Ctrl-C what shells use, 128 and the number of the signal.
-"""
 
 
 def explain(parser: argparse.ArgumentParser, text: str) -> None:

@@ -228,7 +228,7 @@ class TestPlots:
         """
         scatter, _ = plots_of(made_up())
         assert scatter is not None
-        by_name = {each.mark.name: each for each in scatter.bubbles}
+        by_name = {each.name: each for each in scatter.marks}
         tiny, small = by_name["tiny.en"], by_name["small"]
         assert tiny.x > small.x
         assert tiny.y < small.y
@@ -244,7 +244,7 @@ class TestPlots:
         scatter, whiskers = plots_of(assess(findings(same), said, {}, 200))
         assert scatter is not None
         assert whiskers is not None
-        names = [(each.label_x, each.label_y) for each in scatter.bubbles]
+        names = [(each.label_x, each.label_y) for each in scatter.marks]
         for number, (x, y) in enumerate(names):
             assert 0 <= x <= scatter.width
             assert 12 <= y <= scatter.height
@@ -252,7 +252,7 @@ class TestPlots:
                 abs(x - other_x) < 20 and abs(y - other_y) < 14
                 for other_x, other_y in names[:number]
             )
-        assert [row.low for row in whiskers.rows] == [None] * 5
+        assert [row.low for row in whiskers.marks] == [None] * 5
 
     def test_without_errors_there_is_nothing_to_draw(self) -> None:
         """

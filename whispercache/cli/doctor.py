@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     Mark = Literal["works", "note", "wrong"]
 
-__all__ = ["Finding", "examine", "show"]
-
 _GIB = 1024**3
 
 SMALL_DISK_BYTES = 4 * _GIB
@@ -194,9 +192,6 @@ def _host(probe: MemoryProbe) -> Finding:
 
 
 def _hub_cache() -> Iterator[Finding]:
-    """
-    Yields the directory for downloads, and the room there.
-    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE)
@@ -269,9 +264,6 @@ def _card(card: str, probe: MemoryProbe) -> Finding:
 
 
 def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
-    """
-    Yields the cards that CTranslate2 can use, of those that the driver has.
-    """
     seen = [device for device in loader.devices() if device != "cpu"]
     # The driver has more than CTranslate2 can use.
     if set(cards) - set(seen):
@@ -290,9 +282,6 @@ def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
 
 
 def _cublas(devices: Sequence[str]) -> Iterator[Finding]:
-    """
-    Yields the state of cuBLAS, and whether it knows the cards.
-    """
     if problem := cublas_problem():
         what, _, mend = problem.partition(": ")
         yield Finding("wrong", "cuBLAS", what, mend)
@@ -312,9 +301,6 @@ def _cublas(devices: Sequence[str]) -> Iterator[Finding]:
 
 
 def _mend_cuda(driver: str | None) -> str:
-    """
-    Returns the cure for a CTranslate2 that sees no GPU, with *driver* of that version.
-    """
     major = (driver or "").partition(".")[0]
     if major.isdecimal() and int(major) >= int(CUDA_12_DRIVER.partition(".")[0]):
         return (

@@ -36,22 +36,14 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["main", "script"]
-
+# Environment variable with a server's key; a command line is seen by others.
 KEY_VARIABLE = "WHISPERCACHE_API_KEY"
-"""
-Environment variable with a server's key; a command line is seen by others.
-"""
 
+# Most seconds from the end of the command to that of its process.
 EXIT_S = 15.0
-"""
-Most seconds from the end of the command to that of its process.
-"""
 
+# Exit code after the end of the reader: 128 and the number of the signal.
 BROKEN_PIPE = 141
-"""
-Exit code after the end of the reader: 128 and the number of the signal.
-"""
 
 # argparse has no room for the longest name beside its help.
 _COMMANDS_HELP = """\
@@ -160,42 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         metavar="COMMAND", prog="whispercache", required=True, help=argparse.SUPPRESS
     )
-    for name, (description, add_options) in _commands().items():
-        add_options(commands.add_parser(name, description=description))
+    for name, add_options in _COMMANDS.items():
+        add_options(commands.add_parser(name))
     return parser
-
-
-def _commands() -> dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]]:
-    """
-    Returns for each command its description, and the function that adds its options.
-    """
-    return {
-        "transcribe": (
-            "Transcribe audio and video files with one or more models.",
-            _add_transcribe,
-        ),
-        "serve": (
-            "OpenAI's audio API over the models you name, and no others.",
-            serve.add_options,
-        ),
-        "top": ("What a server is doing, live in this terminal.", _add_top),
-        "compare": (
-            "How well, and how fast, models hear your audio.",
-            compare.add_options,
-        ),
-        "models": (
-            "What each known model takes, and where there is room for it.",
-            _add_models,
-        ),
-        "variants": (
-            "List, build and remove copies of models that load faster.",
-            variants.add_options,
-        ),
-        "doctor": (
-            "Examine this machine. The exit code is 1 if something is wrong.",
-            lambda parser: parser.set_defaults(run=_doctor),
-        ),
-    }
 
 
 def _add_place(parser: argparse.ArgumentParser, auto: str, default: str) -> None:
@@ -214,12 +173,14 @@ def _add_place(parser: argparse.ArgumentParser, auto: str, default: str) -> None
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What each known model takes, and where there is room for it."
     parser.add_argument("--json", action="store_true", help="print bytes as JSON")
     _add_place(parser, "all that are here", "what is worth a look")
     parser.set_defaults(run=_models)
 
 
 def _add_transcribe(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Transcribe audio and video files with one or more models."
     explain(parser, _FORMATS_HELP)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="anything that FFmpeg reads")
@@ -257,6 +218,7 @@ def _language(text: str) -> str | None:
 
 
 def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What a server is doing, live in this terminal."
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="(%(default)s)")
     parser.add_argument(
         "--key-file",
@@ -278,6 +240,24 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Examine this machine. The exit code is 1 if something is wrong."
+    )
+    parser.set_defaults(run=_doctor)
+
+
+_COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "transcribe": _add_transcribe,
+    "serve": serve.add_options,
+    "top": _add_top,
+    "compare": compare.add_options,
+    "models": _add_models,
+    "variants": variants.add_options,
+    "doctor": _add_doctor,
+}
 
 
 # Commands -----------------------------------------------------------------------------

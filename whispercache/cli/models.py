@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from whispercache.devices.memory import MemoryProbe
     from whispercache.engine.api import Loader
 
-__all__ = ["Place", "Size", "as_json", "show", "survey"]
-
 _GIB = 1024**3
 
 # What is worth a column, where the device supports it; int8 comes last.
@@ -196,9 +194,6 @@ def _size(model: str, compute_type: str, place: Place, host: Place) -> Size:
 
 
 def _table(sizes: list[Size], console: Console) -> Table:
-    """
-    Returns a row for each model, with a column for each compute type.
-    """
     from rich import box
     from rich.table import Table
 
@@ -224,9 +219,6 @@ def _family(model: str) -> str:
 
 
 def _cell(size: Size, console: Console) -> Text:
-    """
-    Returns weights and peak in GiB, and a mark for the room.
-    """
     from rich.text import Text
 
     yes, no = _marks(console)
@@ -238,7 +230,4 @@ def _cell(size: Size, console: Console) -> Text:
 
 
 def _marks(console: Console) -> tuple[str, str]:
-    """
-    Returns the marks for yes and no that the terminal can show.
-    """
     return ("✓", "✗") if console.encoding.startswith("utf") else ("y", "-")

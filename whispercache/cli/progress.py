@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from whispercache.transcripts import Cue
 
-__all__ = ["Bar", "remaining_s"]
-
 
 def remaining_s(fraction: float, reached_after_s: float, elapsed_s: float) -> float:
     """
@@ -113,17 +111,10 @@ class Bar:
 
 
 def _remaining_column() -> ProgressColumn:
-    """
-    Returns a column with the time to go or, before the first segment, the stage.
-    """
     from rich.progress import ProgressColumn
     from rich.text import Text
 
     class Remaining(ProgressColumn):
-        """
-        A column that computes the time to go anew at each look.
-        """
-
         def render(self, task: Task) -> Text:
             if task.fields["stage"]:
                 return Text(task.fields["stage"])

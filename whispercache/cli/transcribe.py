@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from whispercache.events import Event
     from whispercache.model import CachedModel
 
-__all__ = ["transcribe"]
-
 
 def transcribe(options: argparse.Namespace) -> int:
     """
@@ -61,8 +59,6 @@ class _Transcription:
     A run of the command: some files through some models.
 
     Attributes:
-        options: The command line.
-        bar: Shows how far it is.
         partial: The file that is being written.
         bad: Files that could not be decoded.
         damaged: Files of which something was lost, and that was said.
@@ -75,16 +71,11 @@ class _Transcription:
     damaged: set[str] = field(default_factory=set)
 
     def run(self) -> int:
-        """
-        Transcribes all files with all models, and returns the exit code.
-        """
         options = self.options
         # Each once, in order.
         files = list(dict.fromkeys(options.files))
         with ModelCache(
-            vram=options.vram,
-            ram=options.ram,
-            variants=not options.no_variants,
+            vram=options.vram, ram=options.ram, variants=not options.no_variants
         ) as cache:
             # Before the first is loaded, all are known to exist and to fit.
             models = self._models(cache)
@@ -108,12 +99,6 @@ class _Transcription:
         return WRONG_USE if self.bad else 0
 
     def _models(self, cache: ModelCache) -> dict[str, CachedModel]:
-        """
-        Returns the models by the names for headings and files, each of them once.
-
-        Raises:
-            WhisperCacheError: one of them cannot be had; nothing was loaded.
-        """
         options = self.options
         place = (options.device, options.compute_type)
         workload = workload_of({"beam_size": options.beam_size}, options.batch_size)
@@ -134,9 +119,6 @@ class _Transcription:
             self.bar.stage("loading" if is_loading else "listening")
 
     def _one(self, file: str, stem: str, name: str, model: CachedModel) -> None:
-        """
-        Transcribes one file with one model.
-        """
         options = self.options
         self.bar.begin(f"{Path(file).name} · {name}")
         try:
@@ -196,9 +178,6 @@ class _Transcription:
         return call
 
     def _print(self, pieces: Iterator[str], heading: str) -> None:
-        """
-        Writes to stdout, piece by piece as they come.
-        """
         # One text needs no heading.
         several = len(self.options.files) > 1 or len(self.options.models) > 1
         if several and self.options.format != "json":
@@ -226,9 +205,6 @@ class _Transcription:
         self.partial = None
 
     def discard(self) -> None:
-        """
-        Removes the file that was begun.
-        """
         if self.partial is not None:
             with suppress(OSError):
                 self.partial.unlink()
@@ -236,8 +212,7 @@ class _Transcription:
 
 def _short(model: str) -> str:
     """
-    Returns a name for headings and files: the last part of a directory, both parts of a
-    repository.
+    Returns a name for headings and files.
     """
     if is_directory(model):
         return short_name(model)

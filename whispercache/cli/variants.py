@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from whispercache.engine.naming import ModelSpec
     from whispercache.engine.variants.store import Variant, Variants
 
-__all__ = ["add_options", "as_json", "as_lines"]
-
 _HELP = """\
 A model whose file has another type than it is used in is converted at each load. A
 variant is a copy that was converted once, and gives the same results. Models that are
@@ -75,6 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """
     Adds the command's parameters, and those of the commands below it, to *parser*.
     """
+    parser.description = "List, build and remove copies of models that load faster."
     explain(parser, _HELP)
     parser.usage = f"{parser.prog} [-h] [--json] [COMMAND ...]"
     parser.add_argument("--json", action="store_true", help="list them as JSON")
@@ -178,9 +177,6 @@ def as_lines(
 
 
 def _ago(passed_s: float) -> str:
-    """
-    Returns a time that has passed in words, in the largest unit that it fills.
-    """
     for unit, size_s in _UNITS_S:
         number = int(passed_s // size_s)
         if number >= 1:
@@ -214,12 +210,6 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _wanted(text: str) -> tuple[str, str]:
-    """
-    Returns the model and the effective compute type that *text* names.
-
-    Raises:
-        ValueError: it names a type that is another one from device to device.
-    """
     spec = parse_spec(text)
     named = spec.compute_type
     # "default" that was spelt out is refused below: it depends on the device.
@@ -244,10 +234,9 @@ def _built(loader: FasterWhisperLoader, name: str, compute_type: str) -> str:
     """
     Builds one variant unless it is there, and returns the outcome in a line.
 
-    Blocks: for a download, if need be; then as `Variants.build`.
-
     Raises:
-        UnknownModel, CorruptModel, LoadFailed: there is no such model, or it is broken.
+        UnknownModel, CorruptModel, LoadFailed: there is no such model, or it is
+            broken.
         VariantRefused: it cannot have this variant, or there is no room.
         OSError: it cannot be written.
     """
@@ -279,12 +268,6 @@ def _built(loader: FasterWhisperLoader, name: str, compute_type: str) -> str:
 
 
 def _kind(source: Origin, compute_type: str) -> str | None:
-    """
-    Returns the kind of variant for *compute_type*; None if the file itself will do.
-
-    Raises:
-        VariantRefused: no variant can be of that type.
-    """
     kind = kind_for(source.header, compute_type)
     wanted, saved = (
         DTYPES[each][0] for each in (compute_type, source.header.saved_compute_type)
@@ -325,9 +308,6 @@ def _remove(options: argparse.Namespace) -> int:
 
 
 def _remove_all(variants: Variants, chosen: Sequence[Variant]) -> int:
-    """
-    Removes variants, and returns the number of those that could not be removed.
-    """
     gone = []
     for each in chosen:
         try:
@@ -343,9 +323,6 @@ def _remove_all(variants: Variants, chosen: Sequence[Variant]) -> int:
 
 
 def _is_named(variant: Variant, spec: ModelSpec) -> bool:
-    """
-    Tells whether *spec* has the variant's model, and no other type.
-    """
     kind = DTYPES.get(spec.compute_type, (spec.compute_type,))[0]
     if kind not in ("default", "auto", variant.kind):
         return False
@@ -357,9 +334,6 @@ def _is_named(variant: Variant, spec: ModelSpec) -> bool:
 
 
 def _name(variant: Variant) -> str:
-    """
-    Returns the name by which a user would ask for a variant.
-    """
     # The manifest of a broken one may tell nothing of its model.
     if variant.state == "broken":
         return variant.directory.name
@@ -374,9 +348,6 @@ def _loader(limit_bytes: int = DEFAULT_VARIANTS_BYTES) -> FasterWhisperLoader:
 
 
 def _variants(loader: FasterWhisperLoader | None = None) -> Variants:
-    """
-    Returns the variants that loads look for.
-    """
     variants = (loader or _loader()).variants
     assert variants is not None
     return variants

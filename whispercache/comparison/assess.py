@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from .turns import Findings
     from .values import Reference
 
-__all__ = ["assess"]
-
 _ROUGH_FILES = 20
 
 
@@ -173,9 +171,6 @@ def _agreement(
 
 
 def _notes(files: Iterable[FileInfo], results: Sequence[Result]) -> Iterable[str]:
-    """
-    Yields notes on what the figures alone do not say.
-    """
     known = [file for file in files if file.reference is not None]
     missing = [file.file for file in files if file.reference is None]
     if known and missing:

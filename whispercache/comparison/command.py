@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from .values import Comparison, Progress, Reference
 
-__all__ = ["HELP", "add_options", "run"]
-
 HELP = """\
 references:
   a table with tabs between its columns and a line for each file: 'file', 'language' and
@@ -51,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """
     Adds the command's parameters to *parser*.
     """
+    parser.description = "How well, and how fast, models hear your audio."
     explain(parser, HELP)
     parser.set_defaults(run=run)
     add = parser.add_argument
@@ -126,12 +125,6 @@ def _compare(options: argparse.Namespace, show: _Show) -> Comparison:
 
 
 def _references(tables: Sequence[Path]) -> dict[str, Reference] | None:
-    """
-    Returns the references of all tables; None without a table.
-
-    Raises:
-        ValueError: two tables say different things of a file.
-    """
     found: dict[str, Reference] = {}
     for table in tables:
         for name, reference in read_references(table).items():
@@ -142,9 +135,6 @@ def _references(tables: Sequence[Path]) -> dict[str, Reference] | None:
 
 
 def _finish(comparison: Comparison, out: Path) -> int:
-    """
-    Prints the outcome, and returns the exit code.
-    """
     # Last on the terminal, after the bars have gone.
     for failure in comparison.failures:
         sys.stderr.write(f"whispercache: error: {failure.file}: {failure.reason}\n")
@@ -215,9 +205,6 @@ class _Show:
         )
 
     def _left_s(self, fraction: float) -> str:
-        """
-        Returns the time to go, estimated from the work so far.
-        """
         # Nothing to divide by yet.
         if fraction <= 0:
             return "-:-- left"
@@ -225,9 +212,6 @@ class _Show:
         return f"{clock(elapsed_s * (1 - fraction) / fraction)} left"
 
     def close(self) -> None:
-        """
-        Removes the bars, and gives the terminal its cursor back.
-        """
         with self._lock:
             if self._bars is not None and not self._is_closed:
                 self._bars.stop()

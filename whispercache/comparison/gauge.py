@@ -12,13 +12,9 @@ from whispercache.devices import host
 from whispercache.errors import DeviceUnavailable
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Self
 
     from whispercache.devices.memory import MemoryProbe
-
-__all__ = ["LOOK_S", "Gauge"]
 
 LOOK_S = 0.01
 """
@@ -35,10 +31,6 @@ class Gauge:
 
     A context manager; counts from what was in use when it was entered. On the host that
     is this process's own memory, on a card that of all programs.
-
-    Args:
-        probe: Reads the memory of cards.
-        device: The device to read.
     """
 
     def __init__(self, probe: MemoryProbe, device: str) -> None:
@@ -61,12 +53,7 @@ class Gauge:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()

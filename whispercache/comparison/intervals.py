@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["FEW_FILES", "Count", "bootstrap", "tell_apart"]
-
 CONFIDENCE = 0.95
 SEED = 0
 FEW_FILES = 6

@@ -23,16 +23,6 @@ if TYPE_CHECKING:
     from whispercache.engine.sizes.footprint import Workload
     from whispercache.keys import ModelKey
 
-__all__ = [
-    "Entrant",
-    "Input",
-    "check_languages",
-    "enter",
-    "none_left",
-    "one_line",
-    "read_inputs",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
@@ -40,9 +30,6 @@ class Entrant:
     A model that takes part.
 
     Attributes:
-        name: Its name in the comparison.
-        spec: The words in which it was asked for.
-        key: The model.
         identity: Fingerprint of the model, its files, its device and the libraries.
         cost: Bytes of memory that it takes; its work is taken to go with them.
     """
@@ -141,9 +128,6 @@ def _plan(
     workload: Workload,
     load_options: Mapping[str, object],
 ) -> tuple[ModelKey, int]:
-    """
-    Returns the key of a model, and the bytes that it takes.
-    """
     place = (spec.model, device, spec.compute_type)
     key = cache.get_model(*place, **load_options).key  # type: ignore[arg-type]
     plan = cache.explain(
@@ -165,10 +149,7 @@ def check_languages(
     load_options: Mapping[str, object],
 ) -> None:
     """
-    Refuses a language that one of the models does not know.
-
-    Raises:
-        ValueError: one of them does not.
+    Refuses a language that one of the models does not know, by a ValueError.
     """
     for entrant in entrants:
         key = entrant.key

@@ -16,8 +16,6 @@ from .values import Reference
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["match_references", "read_references"]
-
 _COLUMNS = ("file", "language", "text")
 _WITHOUT_HEADER = ("file", "text")
 
@@ -79,9 +77,6 @@ def _row(
 
 
 def _coded(where: str, reference: Reference) -> Reference:
-    """
-    Returns *reference* with its language as a code: names and locales will do, too.
-    """
     try:
         return replace(reference, language=language_code(reference.language))
     except ValueError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -29,13 +29,9 @@ if TYPE_CHECKING:
 
     Cell: TypeAlias = str | float | None
 
-__all__ = ["REPORTS", "as_csv", "as_html", "as_json", "as_lines", "write_reports"]
-
+# The number of colours in the page; models beyond that share them.
 REPORTS = ("comparison.json", "comparison.csv", "report.html")
 COLOURS = 8
-"""
-The number of colours in the page; models beyond that share them.
-"""
 
 _NONE = "—"
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - wide ones count too in Excel
@@ -123,10 +119,10 @@ def _row(result: Result, model: ModelSummary, said: str | None) -> dict[str, Cel
         "wer": _rounded(result.wer),
         "cer": _rounded(result.cer),
         "words": words.said if words else None,
-        "hits": words.hits if words else None,
-        "substitutions": words.substitutions if words else None,
-        "deletions": words.deletions if words else None,
-        "insertions": words.insertions if words else None,
+        **{
+            name: getattr(words, name) if words else None
+            for name in ("hits", "substitutions", "deletions", "insertions")
+        },
         "is_kept": int(result.is_kept),
         "reference": said,
         "text": result.text,
@@ -185,36 +181,6 @@ def as_lines(comparison: Comparison) -> Iterator[str]:
 # The page -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """
-    A model's transcript of a file, with its differences from the reference, or else
-    from the first model's transcript.
-    """
-
-    result: Result
-    edits: tuple[Edit, ...]
-    colour: int
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """
-    A file in the page.
-
-    Attributes:
-        file: The file.
-        label: A short name of it.
-        heard: Each model's transcript.
-        is_open: True if its words are shown without a click.
-    """
-
-    file: FileInfo
-    label: str
-    heard: tuple[Heard, ...]
-    is_open: bool
-
-
 def as_html(comparison: Comparison) -> str:
     """
     Returns the page: one file that needs nothing else, for light and dark, without
@@ -249,7 +215,7 @@ def as_html(comparison: Comparison) -> str:
         whiskers=whiskers,
         spans=spans_of(comparison.differences),
         span_width=SPAN_WIDTH,
-        sections=_sections(comparison),
+        sections=list(_sections(comparison)),
         headline=_headline(comparison),
         agreements=agreements,
         duration_s=sum(file.duration_s for file in comparison.files),
@@ -258,20 +224,28 @@ def as_html(comparison: Comparison) -> str:
     )
 
 
-def _sections(comparison: Comparison) -> list[Section]:
+def _sections(comparison: Comparison) -> Iterator[dict[str, object]]:
+    """
+    Yields a section of the page for each file, with each model's transcript of it.
+    """
     labels = _labels([file.file for file in comparison.files])
-    order = {model.name: place for place, model in enumerate(comparison.models)}
-    sections: list[Section] = []
+    colours = {model.name: place for place, model in enumerate(comparison.models)}
+    is_open = False
     for file, label in zip(comparison.files, labels, strict=True):
         results = [each for each in comparison.results if each.file == file.file]
-        heard = tuple(
-            Heard(each, _edits(each, results[0], file), order[each.model] % COLOURS)
-            for each in results
-        )
-        differs = any(edit.kind != "equal" for each in heard for edit in each.edits)
-        is_first = not any(section.is_open for section in sections)
-        sections.append(Section(file, label, heard, differs and is_first))
-    return sections
+        edits = [_edits(each, results[0], file) for each in results]
+        differs = any(edit.kind != "equal" for each in edits for edit in each)
+        yield {
+            "file": file,
+            "label": label,
+            "heard": [
+                {"result": each, "edits": found, "colour": colours[each.model]}
+                for each, found in zip(results, edits, strict=True)
+            ],
+            # The first one with something to see needs no click.
+            "is_open": differs and not is_open,
+        }
+        is_open = is_open or differs
 
 
 def _edits(result: Result, first: Result, file: FileInfo) -> tuple[Edit, ...]:
@@ -282,9 +256,6 @@ def _edits(result: Result, first: Result, file: FileInfo) -> tuple[Edit, ...]:
 
 
 def _labels(files: Sequence[str]) -> list[str]:
-    """
-    Returns names without folders, where these tell the files apart.
-    """
     names = [Path(file).name for file in files]
     return [
         name if names.count(name) == 1 else file
@@ -293,9 +264,6 @@ def _labels(files: Sequence[str]) -> list[str]:
 
 
 def _headline(comparison: Comparison) -> str:
-    """
-    Returns the outcome in a sentence or two.
-    """
     models = comparison.models
     timed = [model for model in models if model.real_time_factor]
     if not timed:

@@ -32,13 +32,9 @@ if TYPE_CHECKING:
     Path_: TypeAlias = str | os.PathLike[str]
     References: TypeAlias = Path_ | Mapping[str, Reference | str]
 
-__all__ = ["EXTRA", "RESULTS", "compare"]
-
+# File in the output directory that keeps what was found, for the next run.
 EXTRA = "pip install 'whispercache[compare]'"
 RESULTS = "results.jsonl"
-"""
-File in the output directory that keeps what was found, for the next run.
-"""
 
 _NEEDED = ("jinja2", "jiwer", "scipy", "whisper_normalizer")
 _LEAST_RESAMPLES = 100
@@ -131,12 +127,6 @@ def _outcome(
     notes: Sequence[str],
     broken: Sequence[ModelFailure],
 ) -> Comparison:
-    """
-    Returns what a run found, scored.
-
-    Raises:
-        WhisperCacheError: no model is left.
-    """
     failed = (*broken, *run.failed)
     if len(run.failed) == len(run.entrants):
         raise WhisperCacheError(none_left(failed))
@@ -148,9 +138,6 @@ def _outcome(
 
 
 def _check(resamples: int) -> None:
-    """
-    Refuses to begin what cannot be finished.
-    """
     # All at the start: a run of hours must not end for want of a library.
     for name in _NEEDED:
         if find_spec(name) is None:
@@ -185,9 +172,7 @@ def _specs(models: Sequence[str | ModelSpec]) -> list[ModelSpec]:
     return specs
 
 
-def _references(
-    references: References | None,
-) -> Mapping[str, Reference | str]:
+def _references(references: References | None) -> Mapping[str, Reference | str]:
     if references is None:
         return {}
     if isinstance(references, (str, os.PathLike)):

@@ -17,8 +17,6 @@ from .values import Edit, Tally
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["UNSPACED", "Score", "normalise", "score"]
-
 UNSPACED = frozenset({"ja", "lo", "my", "th", "yue", "zh"})
 """
 Languages without spaces between words: each character counts as a word.
@@ -99,9 +97,6 @@ def score(said: str, heard: str, language: str) -> Score:
 
 
 def _one_sided(said: str, heard: str) -> Score:
-    """
-    Returns a score with an empty side, on which versions of jiwer do not agree.
-    """
     edits = [Edit("delete", said, "")] if said else []
     edits += [Edit("insert", "", heard)] if heard else []
     return Score(

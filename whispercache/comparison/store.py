@@ -22,21 +22,11 @@ from .values import Result
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["LoadRecord", "Store", "fingerprint", "hash_of_file"]
-
-_CHUNK_BYTES = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class LoadRecord:
     """
     The figures of one load; those of `ModelSummary`.
-
-    Attributes:
-        load_s: Seconds of the load.
-        warm_up_s: Seconds of the first call.
-        weights_bytes: The bytes that the cache counts for the model.
-        peak_bytes: Largest growth of memory seen until it was warm, or None.
     """
 
     load_s: float
@@ -48,13 +38,10 @@ class LoadRecord:
 def hash_of_file(path: str) -> str:
     """
     Returns the SHA-256 of a file's content.
-
-    Raises:
-        OSError: it cannot be read.
     """
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -70,14 +57,8 @@ def fingerprint(*parts: object) -> str:
 
 class Store:
     """
-    Results by the fingerprint of all that they depend on, and loads by that of a model.
-
-    Args:
-        path: The file, or None to remember for this run only.
-        resume: Read what is there; otherwise begin anew.
-
-    Raises:
-        OSError: the file cannot be read or written.
+    Results by the fingerprint of all that they depend on, and loads by that of a model;
+    for this run only without a *path*. If not *resume*, what is there is forgotten.
     """
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
@@ -160,10 +141,8 @@ class Store:
             self._loads[key] = LoadRecord(**record)  # type: ignore[arg-type]
 
 
+# The fields of a result that are kept; its score depends on the references.
 _RESULT_FIELDS = (
     *("model", "file", "language", "certainty", "text"),
     *("duration_s", "work_s", "latency_s", "peak_bytes", "damage"),
 )
-"""
-The fields of a result that are kept; its score depends on the references.
-"""

@@ -30,12 +30,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from whispercache.cache import ModelCache
-    from whispercache.engine.audio.decoder import Audio
     from whispercache.lease import Lease
 
     from .plan import Entrant, Input
-
-__all__ = ["Findings", "Run"]
 
 _RATE_HZ = 16_000
 _WARM_TOKENS = 8
@@ -48,28 +45,13 @@ class _ModelFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Heard:
-    """
-    One call with its times.
-    """
-
-    cues: tuple[Cue, ...]
-    language: str
-    certainty: float | None
-    latency_s: float | None
-    work_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class Findings:
     """
     The findings of a run, before they are scored.
 
     Attributes:
-        entrants: The models.
-        loads: The load of each one, in this run or an earlier one; by name.
+        loads: The load of each model, in this run or an earlier one; by name.
         results: Of each model on each file, in order.
-        failures: Files that were passed over.
         loaded: Names of the models that this run loaded.
     """
 
@@ -86,16 +68,6 @@ class Run:
     A comparison on its way.
 
     Attributes:
-        cache: The cache of the models.
-        call: Options of ``transcribe``.
-        load_options: Options of the loads.
-        entrants: The models.
-        inputs: The files that could be read.
-        failures: Files that were passed over.
-        store: Keeps what was found.
-        progress: Is told of each step.
-        failed: Models that went no further.
-        loaded: Names of the models that were loaded.
         done: Pairs of a model and a file that are there.
         spent: Estimated work that is done.
         work: Estimated work of this run.
@@ -136,8 +108,8 @@ class Run:
 
     def _leave_out(self, entrant: Entrant, failed: _ModelFailed) -> None:
         """
-        Goes on without a model. Its results are kept for another run, but it is
-        compared with nothing, since it has other files than the rest.
+        Goes on without a model. Its results are kept for another run, but compared with
+        nothing, since it has other files than the rest.
         """
         self.failed.append(ModelFailure(entrant.name, str(failed)))
         missing = self._missing(entrant)
@@ -184,12 +156,6 @@ class Run:
         return fingerprint(each.content, entrant.identity, self.call)
 
     def _session(self, entrant: Entrant, missing: Sequence[Input]) -> None:
-        """
-        Loads a model, transcribes the files with it, and unloads it.
-
-        Raises:
-            _ModelFailed: it could not, or not all of them.
-        """
         key = entrant.key
         place = (key.model, key.device, key.compute_type)
         self._tell("loading", entrant)
@@ -237,7 +203,9 @@ class Run:
                 gauge.take_peak()
                 with self._blaming(each.file):
                     heard = self._try_to_hear(entrant, each, lease, audio.samples)
-                self._keep(entrant, each, heard, audio, gauge)
+                damage = str(audio.damage or "")
+                heard = replace(heard, peak_bytes=gauge.take_peak(), damage=damage)
+                self._keep(entrant, each, heard)
 
     @contextmanager
     def _blaming(self, file: str = "") -> Iterator[None]:
@@ -257,7 +225,7 @@ class Run:
 
     def _try_to_hear(
         self, entrant: Entrant, each: Input, lease: Lease, samples: NDArray[np.float32]
-    ) -> _Heard:
+    ) -> Result:
         try:
             heard = self._hear(entrant, each, lease.whisper, samples)
         except Exception as error:
@@ -304,10 +272,7 @@ class Run:
         each: Input,
         whisper: WhisperModel,
         samples: NDArray[np.float32],
-    ) -> _Heard:
-        """
-        Transcribes one file, with the times.
-        """
+    ) -> Result:
         self._tell("listening", entrant, each)
         latency_s, told_s = None, 0.0
         started_s = time.perf_counter()
@@ -326,24 +291,20 @@ class Run:
         work_s = time.perf_counter() - started_s - told_s
         is_told = self.call["language"] is not None
         certainty = None if is_told else float(info.language_probability)
-        return _Heard(tuple(cues), info.language, certainty, latency_s, work_s)
-
-    def _keep(
-        self, entrant: Entrant, each: Input, heard: _Heard, audio: Audio, gauge: Gauge
-    ) -> None:
-        result = Result(
+        return Result(
             model=entrant.name,
             file=each.file,
-            language=heard.language,
-            certainty=heard.certainty,
-            text="".join(cue.text for cue in heard.cues).strip(),
-            cues=heard.cues,
-            duration_s=len(audio.samples) / _RATE_HZ,
-            work_s=heard.work_s,
-            latency_s=heard.latency_s,
-            peak_bytes=gauge.take_peak(),
-            damage=str(audio.damage or ""),
+            language=info.language,
+            certainty=certainty,
+            text="".join(cue.text for cue in cues).strip(),
+            cues=tuple(cues),
+            duration_s=len(samples) / _RATE_HZ,
+            work_s=work_s,
+            latency_s=latency_s,
+            peak_bytes=None,
         )
+
+    def _keep(self, entrant: Entrant, each: Input, result: Result) -> None:
         self.store.add_result(self._key(entrant, each), result)
         self.spent += entrant.cost * each.size_bytes
         self.done += 1
@@ -357,9 +318,6 @@ class Run:
         share: float = 0.0,
         result: Result | None = None,
     ) -> None:
-        """
-        Reports the progress; *share* of the file is done.
-        """
         if self.progress is None:
             return
         total = (len(self.entrants) - len(self.failed)) * len(self.inputs)

@@ -15,22 +15,6 @@ if TYPE_CHECKING:
 
     from whispercache.transcripts import Cue
 
-__all__ = [
-    "Agreement",
-    "Comparison",
-    "Difference",
-    "Edit",
-    "Failure",
-    "FileInfo",
-    "Interval",
-    "ModelFailure",
-    "ModelSummary",
-    "Progress",
-    "Reference",
-    "Result",
-    "Tally",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Reference:
@@ -114,10 +98,9 @@ class Edit:
 @dataclass(frozen=True, slots=True)
 class FileInfo:
     """
-    One of the files.
+    One of the files, as it was named.
 
     Attributes:
-        file: As it was named.
         language: Code of the language that its texts are normalised in: of the
             reference, else the one asked for, else the one that was detected with the
             greatest certainty.
@@ -131,8 +114,42 @@ class FileInfo:
     reference: str | None
 
 
+class _Rated:
+    """
+    The rates of what has words, characters and times.
+    """
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+        words: Tally | None
+        characters: Tally | None
+        work_s: float
+        duration_s: float
+
+    @property
+    def wer(self) -> float | None:
+        """
+        The word error rate; None without a reference, and where nothing was said.
+        """
+        return self.words.rate if self.words else None
+
+    @property
+    def cer(self) -> float | None:
+        """
+        The character error rate, likewise.
+        """
+        return self.characters.rate if self.characters else None
+
+    @property
+    def real_time_factor(self) -> float | None:
+        """
+        The seconds of work for each second of audio: below 1 it keeps up with speech.
+        """
+        return self.work_s / self.duration_s if self.duration_s else None
+
+
 @dataclass(frozen=True, slots=True)
-class Result:
+class Result(_Rated):
     """
     One model's transcript of one file.
 
@@ -176,27 +193,6 @@ class Result:
     is_kept: bool = False
     damage: str = ""
 
-    @property
-    def wer(self) -> float | None:
-        """
-        The word error rate; None without a reference, and where nothing was said.
-        """
-        return self.words.rate if self.words else None
-
-    @property
-    def cer(self) -> float | None:
-        """
-        The character error rate, likewise.
-        """
-        return self.characters.rate if self.characters else None
-
-    @property
-    def real_time_factor(self) -> float | None:
-        """
-        The seconds of work for each second of audio: below 1 it keeps up with speech.
-        """
-        return self.work_s / self.duration_s if self.duration_s else None
-
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -209,7 +205,7 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSummary:
+class ModelSummary(_Rated):
     """
     One model over all files that it was tried on.
 
@@ -254,27 +250,6 @@ class ModelSummary:
     characters: Tally | None
     wer_interval: Interval | None
 
-    @property
-    def wer(self) -> float | None:
-        """
-        The errors in all files as a share of the words in all files.
-        """
-        return self.words.rate if self.words else None
-
-    @property
-    def cer(self) -> float | None:
-        """
-        The same for characters.
-        """
-        return self.characters.rate if self.characters else None
-
-    @property
-    def real_time_factor(self) -> float | None:
-        """
-        The seconds of work for each second of audio.
-        """
-        return self.work_s / self.duration_s if self.duration_s else None
-
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -307,12 +282,11 @@ class Agreement:
     The likeness of two models' transcripts, whatever was really said.
 
     Attributes:
-        first: Name of one.
-        second: Name of the other.
         files: The number of files that both have heard.
-        share: 1 less the word errors of one text against the other as a share of the
-            longer text, pooled over the files: from 0 (nothing in common) to 1 (equal
-            words), and the same whichever comes first. None if neither heard a word.
+        share: 1 less the word errors of one text against the other as a share of
+            the longer text, pooled over the files: from 0 (nothing in common) to 1
+            (equal words), and the same whichever comes first. None if neither heard a
+            word.
     """
 
     first: str
@@ -334,11 +308,8 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class ModelFailure:
     """
-    A model that could not be loaded, or failed at a file; it is left out.
-
-    Attributes:
-        model: Name of the model in this comparison.
-        reason: The error, in one line.
+    A *model* that could not be loaded, or failed at a file, and is left out; *reason*
+    is one line.
     """
 
     model: str

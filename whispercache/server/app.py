@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from .options import ServerOptions
 
-__all__ = ["create_app"]
-
 
 def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastAPI:
     """

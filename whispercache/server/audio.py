@@ -20,12 +20,11 @@ from whispercache.engine.calls.languages import check_language, language_code
 from whispercache.errors import AudioError, LoadFailed
 from whispercache.model import workload_of
 
-from .calls import transcribe
+from .calls import transcribe, while_present
 from .decode import samples
 from .errors import ApiError, as_refusal, nonsense, responses
 from .forms import FILE, GRANULARITIES, SmallForm, check_keep_alive
 from .offers import ALIGNMENT_HEADS
-from .presence import while_present
 from .service import Served, Service
 from .transcripts import (
     MEDIA_TYPES,
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
     from whispercache.engine.calls.languages import Knowledge
 
     from .offers import Offer
-
-__all__ = ["router"]
 
 router: APIRouter = APIRouter(prefix="/v1/audio", tags=["audio"], route_class=SmallForm)
 
@@ -78,25 +75,14 @@ class Asked:
     keep_alive: str | None
     stream: bool
 
-    @property
-    def wants_words(self) -> bool:
-        """
-        True if each word is to have its times.
-        """
-        return "word" in self.granularities
-
     def check(self) -> None:
         """
-        Refuses parameters that make no sense together.
-
-        Raises:
-            ApiError: it does not.
+        Refuses parameters that make no sense together, by an `ApiError`.
         """
         # Other formats have no place for them.
         if self.granularities and self.kind != "verbose_json":
             raise nonsense(
-                GRANULARITIES,
-                "timestamps come with response_format=verbose_json only",
+                GRANULARITIES, "timestamps come with response_format=verbose_json only"
             )
         if self.stream and self.kind not in ("json", "text"):
             raise nonsense(
@@ -109,9 +95,6 @@ class Asked:
     def check_model(self, name: str, known: Knowledge | None) -> None:
         """
         Refuses what the model of that *name* cannot do, as far as that is known.
-
-        Raises:
-            ApiError: it cannot.
         """
         if known is not None and not known.is_multilingual:
             message = "this model understands English only"
@@ -139,7 +122,7 @@ class Asked:
             "language": self.language,
             # None where there is none: an empty prompt would be tokens too.
             "initial_prompt": self.prompt,
-            "word_timestamps": self.wants_words,
+            "word_timestamps": "word" in self.granularities,
         }
         # At 0 Whisper itself raises it where it hears nonsense, as OpenAI's does.
         if self.temperature > 0:
@@ -149,8 +132,7 @@ class Asked:
 
 async def _lifetime() -> AsyncIterator[AsyncExitStack]:
     """
-    Yields the stack for all that a request holds, until its answer was sent or its
-    client has left.
+    Yields the stack for all that a request holds until it is over.
     """
     async with AsyncExitStack() as stack:
         yield stack
@@ -226,17 +208,10 @@ async def transcriptions(
         keep_alive=keep_alive or None,
         stream=stream,
     )
-    work = _answer(service, lifetime, file, model, asked)
-    return await while_present(request, work)
+    return await while_present(request, _answer(service, lifetime, file, model, asked))
 
 
 def _code(language: str | None) -> str | None:
-    """
-    Returns the code of a language that was asked for.
-
-    Raises:
-        ApiError: there is no such language.
-    """
     try:
         return language_code(language)
     except ValueError as error:
@@ -274,8 +249,7 @@ async def translations(
         keep_alive=keep_alive or None,
         stream=False,
     )
-    work = _answer(service, lifetime, file, model, asked)
-    return await while_present(request, work)
+    return await while_present(request, _answer(service, lifetime, file, model, asked))
 
 
 async def _answer(
@@ -298,7 +272,7 @@ async def _answer(
         heard = [segment async for segment in segments]
     except (LoadFailed, RuntimeError) as error:
         # The files did not tell; CTranslate2 does.
-        if asked.wants_words and ALIGNMENT_HEADS in str(error):
+        if "word" in asked.granularities and ALIGNMENT_HEADS in str(error):
             raise nonsense(GRANULARITIES, NO_WORDS) from error
         raise
     if asked.kind == "json":
@@ -322,7 +296,9 @@ async def _begin(
     # On a thread, since files may be read for it.
     known = await run_in_threadpool(offer.knowledge)
     asked.check_model(offer.name, known)
-    if asked.wants_words and not await run_in_threadpool(offer.may_tell_words):
+    if "word" in asked.granularities and not await run_in_threadpool(
+        offer.may_tell_words
+    ):
         raise nonsense(GRANULARITIES, NO_WORDS)
     # A full queue is told before the upload is decoded.
     service.gate.check(offer.name)

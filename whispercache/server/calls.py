@@ -1,28 +1,59 @@
 """
-The call of a model for a request, which cannot be stopped once it runs.
+Work for a client, which ends when the client hangs up: all but the call of a model,
+which cannot be stopped once it runs.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import anyio
+from starlette.requests import ClientDisconnect
 
 from whispercache.aio import AsyncSegments
 from whispercache.model import call_leased
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from concurrent.futures import Executor, Future
 
     import numpy as np
     from faster_whisper.transcribe import Segment, TranscriptionInfo
     from numpy.typing import NDArray
+    from starlette.requests import Request
 
     from whispercache.lease import Lease
     from whispercache.model import LeasedIterator
 
-__all__ = ["transcribe"]
+T = TypeVar("T")
+
+
+async def while_present(request: Request, work: Coroutine[None, None, T]) -> T:
+    """
+    Returns the result of *work*, which is cancelled if the client hangs up, by a
+    ClientDisconnect. The request's body must have been read.
+    """
+    working = asyncio.ensure_future(work)
+    # Nothing else reads from the client meanwhile: its body has been read.
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        # Work is cancelled below, and waited for: it may hold a lease.
+        raise ClientDisconnect
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.wait((working, leaving))
+        if not working.cancelled():
+            working.exception()  # or asyncio would log that none had read it
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def transcribe(
@@ -32,16 +63,11 @@ async def transcribe(
     options: dict[str, object],
 ) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
     """
-    Begins to transcribe with a leased model; the segments take the lease with them.
+    Begins to transcribe *audio*: float32 (samples,), mono, 16 kHz, with a leased model.
+    The segments take the lease with them.
 
     A cancelled call goes on to its end, so that its request keeps its place at the
     `Gate` as long as the model is busy with it.
-
-    Args:
-        pool: Has the threads for calls.
-        lease: Released with the segments, or when the call fails.
-        audio: float32 (samples,), mono, 16 kHz.
-        options: Parameters of ``transcribe``.
     """
     # From here on the call releases the lease, and not the caller.
     lease.owned = True

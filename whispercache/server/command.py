@@ -23,12 +23,8 @@ from .options import ANY_ORIGIN, ServerOptions
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["HELP", "KEYS_VARIABLE", "add_options", "read_keys", "run"]
-
+# Environment variable with keys, separated by commas; a command line is seen by others.
 KEYS_VARIABLE = "WHISPERCACHE_API_KEYS"
-"""
-Environment variable with keys, separated by commas; a command line is seen by others.
-"""
 
 HELP = f"""\
 models:
@@ -58,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """
     Adds the command's parameters to *parser*.
     """
+    parser.description = "OpenAI's audio API over the models you name, and no others."
     explain(parser, HELP)
     parser.set_defaults(run=run)
     _add_service(parser.add_argument)
@@ -74,13 +71,7 @@ def _add_service(add: Callable[..., object]) -> None:
         default="127.0.0.1",
         help="address to listen on (default: %(default)s)",
     )
-    add(
-        "--port",
-        type=_port,
-        default=8000,
-        metavar="PORT",
-        help="default: %(default)s",
-    )
+    add("--port", type=_port, default=8000, metavar="PORT", help="default: %(default)s")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--preload", action="append", default=[], metavar="NAME", help="load it now")
     add("--pin", action="append", default=[], metavar="NAME", help="load and keep it")
@@ -263,9 +254,6 @@ def read_keys(file: Path) -> list[str]:
 
 
 def _warn(options: argparse.Namespace, served: ServerOptions) -> None:
-    """
-    Says on stderr where the page is, and warns of a server that is open to all.
-    """
     names = ", ".join(spec.name for spec in served.offered)
     # IPv6
     host = f"[{options.host}]" if ":" in options.host else options.host

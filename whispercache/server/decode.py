@@ -22,30 +22,21 @@ from typing import TYPE_CHECKING
 
 from pebble import ProcessExpired, ProcessPool
 
+from whispercache.engine.audio.decoder import SAMPLE_BYTES, SAMPLES_PER_S
 from whispercache.errors import AudioError, WhisperCacheError
 
 from . import decoding
-from .decoding import SAMPLE_BYTES, SAMPLES_PER_S, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-    from types import TracebackType
 
     import numpy as np
     from numpy.typing import NDArray
     from pebble import ProcessFuture
     from typing_extensions import Self
 
-__all__ = [
-    "AudioRefused",
-    "AudioTooLong",
-    "DecodeCrashed",
-    "DecodeTimeout",
-    "Decoder",
-    "DecoderClosed",
-    "samples",
-]
+    from .decoding import Outcome
 
 _log = logging.getLogger("whispercache")
 
@@ -58,11 +49,8 @@ _LOOK_EVERY_S = 0.5
 
 class AudioRefused(AudioError):
     """
-    An upload that is broken, or is no audio.
-
-    Attributes:
-        audio: Always ``"upload"``; no path of the server gets into a message.
-        reason: The reason, and a cure.
+    An upload that is broken, or is no audio. No path of the server gets into its
+    message.
     """
 
     def __str__(self) -> str:
@@ -71,10 +59,7 @@ class AudioRefused(AudioError):
 
 class AudioTooLong(WhisperCacheError, ValueError):
     """
-    An upload that goes on for longer than is allowed.
-
-    Attributes:
-        limit_s: Seconds of audio that are allowed.
+    An upload that goes on for longer than *limit_s* seconds of audio.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -88,10 +73,7 @@ class AudioTooLong(WhisperCacheError, ValueError):
 
 class DecodeTimeout(WhisperCacheError, TimeoutError):
     """
-    An upload that took too long to decode.
-
-    Attributes:
-        timeout_s: Seconds that decoding may take.
+    An upload that took longer than *timeout_s* seconds to decode.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -182,20 +164,14 @@ class Decoder:
         await self.start()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_exception: object) -> None:
         await self.close()
 
     async def start(self) -> None:
         """
         Starts the processes, so that the first upload does not wait for their imports.
 
-        Blocks:
-            until the first is up; the others follow at once.
+        Blocks: until the first is up; the others follow at once.
 
         Raises:
             DecodeCrashed: they do not start.
@@ -254,21 +230,15 @@ class Decoder:
         # Made here: the child may write to it, but make no file.
         with _gone_unless_successful(target):
             outcome = await self._run(call, self.timeout_s)
-            return self._seconds(outcome)
-
-    def _seconds(self, outcome: Outcome) -> float:
-        if outcome.is_too_long:
-            raise AudioTooLong(self.max_duration_s)
-        if outcome.refusal:
-            raise AudioRefused("upload", outcome.refusal)
-        if outcome.damage is not None:
-            _log.warning("an upload is damaged: %s", outcome.damage)
-        return outcome.n_samples / SAMPLES_PER_S
+            if outcome.is_too_long:
+                raise AudioTooLong(self.max_duration_s)
+            if outcome.refusal:
+                raise AudioRefused("upload", outcome.refusal)
+            if outcome.damage is not None:
+                _log.warning("an upload is damaged: %s", outcome.damage)
+            return outcome.n_samples / SAMPLES_PER_S
 
     async def _run(self, call: Callable[[], Outcome], timeout_s: float) -> Outcome:
-        """
-        Returns the outcome of *call* in one of the processes.
-        """
         async with self._free:
             # One permit for all attempts, so that a retry is not overtaken.
             for _ in range(_ATTEMPTS):
@@ -372,9 +342,6 @@ def samples(target: Path) -> NDArray[np.float32]:
 
 @contextmanager
 def _gone_unless_successful(target: Path) -> Iterator[None]:
-    """
-    Makes the file *target*, and removes it again if the block fails.
-    """
     target.touch()
     try:
         yield

@@ -28,7 +28,6 @@ import av.logging
 
 from whispercache.engine.audio.decoder import (
     SAMPLE_BYTES,
-    SAMPLES_PER_S,
     UNDECODABLE,
     NoAudio,
     Recording,
@@ -41,17 +40,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from whispercache.engine.audio.damage import AudioDamage
-
-__all__ = [
-    "SAMPLES_PER_S",
-    "SAMPLE_BYTES",
-    "Context",
-    "Outcome",
-    "Worker",
-    "decode",
-    "prepare",
-    "ready",
-]
 
 _CONTAINERS = (
     "aac,aiff,amr,asf,au,caf,flac,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav"  # demuxers
@@ -101,9 +89,7 @@ class Outcome:
 
 
 class _Refused(Exception):
-    """
-    An upload that cannot be decoded; the text says why.
-    """
+    pass  # its text is the reason
 
 
 class Worker(SpawnProcess):
@@ -118,9 +104,6 @@ class Worker(SpawnProcess):
 
 
 def _arriving() -> Worker:
-    """
-    Returns an empty `Worker`, in a process that is starting.
-    """
     sys.excepthook = _end_quietly
     return Worker.__new__(Worker)
 
@@ -238,9 +221,6 @@ def _pieces(
 
 
 def _open_nothing(*_asked: object) -> BinaryIO:
-    """
-    Refuses to open a file that is named inside of an upload.
-    """
     raise PermissionError
 
 

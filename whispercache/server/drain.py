@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from .service import Service
 
-__all__ = ["Server", "Unfinished"]
-
 
 class Server(uvicorn.Server):
     """
@@ -57,7 +55,7 @@ class Unfinished:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """
-        Passes a request on.
+        Answers a request, or passes it on.
         """
         is_answered = False
 

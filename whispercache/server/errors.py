@@ -39,31 +39,15 @@ if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI, Request
     from starlette.routing import BaseRoute
 
-__all__ = [
-    "ApiError",
-    "ErrorBody",
-    "ErrorDetail",
-    "as_refusal",
-    "install",
-    "nonsense",
-    "refused_for_now",
-    "responses",
-    "shutting_down",
-]
-
 _log = logging.getLogger("whispercache")
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
+# Seconds after which a refused client may try again; by then a queue has moved on.
 RETRY_S = 5
-"""
-Seconds after which a refused client may try again; by then a queue has moved on.
-"""
 
+# A status that nginx has for this, for logs.
 _CLIENT_LEFT = 499
-"""
-A status that nginx has for this, for logs.
-"""
 
 
 class ErrorDetail(BaseModel):
@@ -87,12 +71,7 @@ class ErrorBody(BaseModel):
 
 class ApiError(Exception):
     """
-    An answer that is no success.
-
-    Attributes:
-        status: HTTP status.
-        detail: The body.
-        headers: HTTP headers besides.
+    An answer that is no success, with its HTTP status, headers and body.
     """
 
     def __init__(
@@ -106,8 +85,13 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
+        # As OpenAI calls them.
+        is_ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        kind = (
+            "server_error" if is_ours else _TYPES.get(status, "invalid_request_error")
+        )
         self.detail: ErrorDetail = ErrorDetail(
-            message=message, type=_type_of(status), param=param, code=code
+            message=message, type=kind, param=param, code=code
         )
         self.headers: dict[str, str] = dict(headers or {})
 
@@ -117,15 +101,6 @@ class ApiError(Exception):
         """
         body = ErrorBody(error=self.detail).model_dump()
         return JSONResponse(body, self.status, self.headers)
-
-
-def _type_of(status: int) -> str:
-    """
-    Returns OpenAI's name for errors of that *status*.
-    """
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return "server_error"
-    return _TYPES.get(status, "invalid_request_error")
 
 
 def as_refusal(error: Exception) -> ApiError:
@@ -161,16 +136,14 @@ def _from_cache(error: WhisperCacheError) -> ApiError:
 
 
 def _unavailable(error: WhisperCacheError) -> ApiError:
-    # Subclasses of LeaseTimeout come first.
-    if isinstance(error, DownloadTimeout):
-        message = f"the model is still being downloaded after {error.waited_s:.1f} s"
-        return refused_for_now(503, f"{message}; try again later", "model_busy")
-    if isinstance(error, EvictionTimeout):
-        message = f"the model is still at work after {error.waited_s:.1f} s"
-        return refused_for_now(503, f"{message}; try again later", "model_busy")
     if isinstance(error, LeaseTimeout):
-        message = f"the model could not be had within {error.waited_s:.1f} s"
-        return refused_for_now(503, f"{message}; try again later", "model_busy")
+        waits = "could not be had within"
+        if isinstance(error, DownloadTimeout):
+            waits = "is still being downloaded after"
+        elif isinstance(error, EvictionTimeout):
+            waits = "is still at work after"
+        message = f"the model {waits} {error.waited_s:.1f} s; try again later"
+        return refused_for_now(503, message, "model_busy")
     if isinstance(error, (CacheClosed, DecoderClosed)):
         return shutting_down()
     if isinstance(error, ModelTooLarge):
@@ -276,8 +249,7 @@ async def _other(
 
 def _field_of(place: Sequence[str | int]) -> str:
     """
-    Returns the field to which a place in a request belongs; of an item of a list, that
-    of the list, without brackets.
+    Returns the field of a place in a request; of an item of a list, that of the list.
     """
     within = place[1:] or place  # after "body", "query" or "path"
     # A number is the place in a list.
@@ -286,9 +258,6 @@ def _field_of(place: Sequence[str | int]) -> str:
 
 
 def _methods(routes: Sequence[BaseRoute], request: Request) -> str:
-    """
-    Returns the methods that the path of *request* has.
-    """
     methods: set[str] = set()
     for route in routes:
         if route.matches(request.scope)[0] is not Match.NONE:

@@ -27,18 +27,13 @@ if TYPE_CHECKING:
     from starlette.datastructures import UploadFile
     from starlette.responses import Response
 
-__all__ = ["FILE", "GRANULARITIES", "SmallForm", "check_keep_alive"]
-
+# Names of fields, as OpenAI's API has them.
 FILE = "file"
 GRANULARITIES = "timestamp_granularities"
-"""
-Names of fields, as OpenAI's API has them.
-"""
 
 # With brackets or without, with numbers in them (qs, PHP), or after dots.
 _GRANULARITIES = re.compile(rf"{GRANULARITIES}(\[[^\[\]]*\]|\.\d+)*")
 _UNNAMED = b'; filename=""'
-_FILES = 1
 # Clients repeat the one list, a field for each of its values.
 _FIELDS = 50
 _FIELD_BYTES = 64 * 1024
@@ -50,9 +45,7 @@ class SmallForm(APIRoute):
     A route whose forms hold one file, and little else.
     """
 
-    def get_route_handler(
-        self,
-    ) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """
         Returns the route's handler, which gets requests with limits.
         """
@@ -68,9 +61,6 @@ class SmallForm(APIRoute):
 
 class _Request(Request):
     def form(self, **_limits: object) -> AwaitableOrContextManager[FormData]:
-        """
-        Returns the form, as far as it is within the limits.
-        """
         # FastAPI awaits it, and closes it by itself.
         return cast("AwaitableOrContextManager[FormData]", self._read())
 
@@ -83,7 +73,7 @@ class _Request(Request):
             parser = _Parser(
                 self.headers,
                 body,
-                max_files=_FILES,
+                max_files=1,
                 max_fields=_FIELDS,
                 max_part_size=_FIELD_BYTES,
             )
@@ -102,24 +92,15 @@ class _Parser(MultiPartParser):
     _name = ""  # of the part that is read; none before the first
 
     def on_part_begin(self) -> None:
-        """
-        Begins a part. The parser calls this and the following.
-        """
         self._header, self._value = bytearray(), bytearray()
         self._name = ""
         super().on_part_begin()
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        """
-        Adds a piece of a header's name.
-        """
         self._header += data[start:end]
         super().on_header_field(data, start, end)
 
     def on_header_value(self, data: bytes, start: int, end: int) -> None:
-        """
-        Adds a piece of its value.
-        """
         self._value += data[start:end]
         super().on_header_value(data, start, end)
 
@@ -139,9 +120,6 @@ class _Parser(MultiPartParser):
         super().on_header_end()
 
     def refusal(self, error: MultiPartException) -> ApiError:
-        """
-        Returns the refusal for *error*, with the field in which it came up, if any.
-        """
         name = self._name[:_LONGEST_SHOWN]
         message = f"{name}: {error.message}" if name else error.message
         return ApiError(400, message, code="invalid_request", param=name or None)
@@ -170,8 +148,7 @@ def _in_one_spelling(
 
 def _listed(text: str) -> Iterator[str]:
     """
-    Yields the values of a list in any notation: alone, with commas between, as JSON or
-    as Python prints it. Of an empty one there are none.
+    Yields the values of a list in any notation: alone, with commas, as JSON or Python.
     """
     for part in text.strip().strip("[](){}").split(","):
         if value := part.strip().strip("\"'").strip():
@@ -180,10 +157,7 @@ def _listed(text: str) -> Iterator[str]:
 
 def check_keep_alive(text: str) -> None:
     """
-    Refuses a time that is none in Ollama's words.
-
-    Raises:
-        ApiError: it is none.
+    Refuses a time that is none in Ollama's words, by an `ApiError`.
     """
     try:
         parse_duration(text, "keep_alive")

@@ -25,20 +25,12 @@ from whispercache.keys import ModelKey
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-__all__ = ["Gate"]
-
 
 @dataclass(eq=False, slots=True)
 class _Request:
     """
-    A request for a turn.
-
-    Attributes:
-        name: The model.
-        audio_s: Seconds of its audio.
-        since_s: Time of its arrival, in seconds of the monotonic clock.
-        has_turn: True once it may work.
-        settled: Set when its wait is over, by a turn or by the end of the gate.
+    A request for a turn with a model: *settled* once its wait is over, by a turn or by
+    the end of the gate.
     """
 
     name: str
@@ -49,9 +41,6 @@ class _Request:
 
     @property
     def waited_s(self) -> float:
-        """
-        Seconds since its arrival.
-        """
         return time.monotonic() - self.since_s
 
 
@@ -178,9 +167,6 @@ class Gate:
             request.settled.set()
 
     def _end(self, request: _Request) -> None:
-        """
-        Ends a request, which may have had its turn or not.
-        """
         if request.has_turn:
             self._working[request.name] -= 1
             self._audio_s -= request.audio_s

@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["OPEN_PATHS", "Guard"]
-
+# Paths that need no key: the page itself, which asks for one, and those of probes.
 OPEN_PATHS = ("/", "/healthz", "/readyz")
-"""
-Paths that need no key: the page itself, which asks for one, and those of probes.
-"""
 _OPEN_FOLDER = "/page/"
 _HARMLESS = ("GET", "HEAD", "OPTIONS")
 
@@ -153,9 +149,6 @@ def _route_path(scope: Scope) -> str:
 
 
 def _parts(url: str) -> SplitResult:
-    """
-    Returns the parts of *url*; of one that makes no sense there are none.
-    """
     try:
         return urlsplit(url)
     except ValueError:

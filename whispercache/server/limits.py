@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["UploadLimit"]
-
-# Long enough for a client to read an answer before it has sent all.
-_LINGER_S = 2.0
-
 
 class UploadLimit:
     """
@@ -46,7 +41,7 @@ class UploadLimit:
         app: ASGIApp,
         max_bytes: int,
         timeout_s: float | None = None,
-        linger_s: float = _LINGER_S,
+        linger_s: float = 2.0,
         max_at_once: int | None = None,
     ) -> None:
         self._app = app
@@ -58,7 +53,7 @@ class UploadLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """
-        Passes one request on, within its limits.
+        Answers a request, or passes it on.
         """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -90,10 +85,6 @@ class UploadLimit:
 
 
 class _Upload:
-    """
-    One request; its messages, and those of its answer, pass through here.
-    """
-
     def __init__(self, limit: UploadLimit, receive: Receive, send: Send) -> None:
         self._limit = limit
         self._receive = receive
@@ -121,9 +112,6 @@ class _Upload:
         self._refusal = refused_for_now(429, message, "too_many_requests")
 
     async def receive(self) -> Message:
-        """
-        Returns the next message for the app.
-        """
         if self._refusal is not None:
             return {"type": "http.disconnect"}
         # The body is complete: what comes now is the end of the connection.
@@ -191,8 +179,7 @@ def _has_body(headers: Mapping[bytes, bytes]) -> bool:
 
 def _claimed_bytes(headers: Mapping[bytes, bytes]) -> int:
     """
-    Returns the length that a request states; 0 if it states none. A false one is found
-    out.
+    Returns the length that a request states, which may be false; 0 if it states none.
     """
     claim = headers.get(b"content-length", b"")
     # No number of more digits is needed, and Python reads none without end.

@@ -17,17 +17,15 @@ from starlette.concurrency import run_in_threadpool
 
 from whispercache.version import __version__
 
+from .calls import while_present
 from .errors import responses
 from .forms import check_keep_alive
-from .presence import while_present
 from .service import Served, Service
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from .offers import Offer
-
-__all__ = ["add_page", "health", "router"]
 
 router: APIRouter = APIRouter(tags=["models"])
 health: APIRouter = APIRouter(tags=["health"])
@@ -176,10 +174,7 @@ async def evict(request: Request, service: Served, name: str) -> Done:
     if key is None:
         return Done(model=name, status="absent")
     eviction = service.cache.evict(
-        key.model,
-        key.device,
-        key.compute_type,
-        timeout_s=service.options.timeout_s,
+        key.model, key.device, key.compute_type, timeout_s=service.options.timeout_s
     )
     was_there = await while_present(request, eviction)
     return Done(model=name, status="evicted" if was_there else "absent")

@@ -19,17 +19,11 @@ if TYPE_CHECKING:
     from whispercache.engine.calls.languages import Knowledge
     from whispercache.engine.naming import ModelSpec
 
-__all__ = ["ALIGNMENT_HEADS", "OPENAI_NAME", "Offer", "Offers"]
-
+# The field of config.json that names the attention heads which follow the words.
 ALIGNMENT_HEADS = "alignment_heads"
-"""
-The field of config.json that names the attention heads which follow the words.
-"""
 
+# OpenAI's name of its Whisper, for which many clients ask.
 OPENAI_NAME = "whisper-1"
-"""
-OpenAI's name of its Whisper, for which many clients ask.
-"""
 
 # All names of each known size.
 _SIZES = {**{name: name for name in MODELS}, **ALIASES, **OTHER_NAMES}
@@ -142,8 +136,7 @@ class Offers:
 
 def _other_names(spec: ModelSpec) -> Iterator[str]:
     """
-    Yields other names of a known size that is served under one of its own: ``"large"``
-    and ``"whisper-large-v3"`` are ``"large-v3"``.
+    Yields other names of a known size that is served under one of its own.
     """
     # A name of its own that looks like a size is no reason to guess.
     size, _, kind = spec.name.partition(":")

@@ -15,13 +15,9 @@ from whispercache.engine.naming import ModelSpec, parse_spec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ANY_ORIGIN", "NO_ORIGIN", "ServerOptions"]
-
+# Values of `ServerOptions.origins` besides sites.
 ANY_ORIGIN = "*"
 NO_ORIGIN = "null"
-"""
-Values of `ServerOptions.origins` besides sites.
-"""
 
 _USUAL_PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"[a-z0-9_.-]+")

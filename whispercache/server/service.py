@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
     from .options import ServerOptions
 
-__all__ = ["Served", "Service"]
-
 _log = logging.getLogger("whispercache")
 
 _GRACE_S = 0.5
@@ -271,8 +269,7 @@ class Service:
     async def _fetch(self, offer: Offer) -> None:
         """
         Downloads a model's files if they are missing. Requests for the same model share
-        one download, on a thread that is none of those for calls: it may take long, or
-        for ever.
+        one download, on a thread of its own: it may take long, or for ever.
         """
         fetching = self._fetching.get(offer.name)
         # There is no await between this look and the note, so there is one download.
@@ -309,7 +306,5 @@ async def _of(request: Request) -> Service:
     return service
 
 
+# The service of a route's application, which runs.
 Served = Annotated[Service, Depends(_of)]
-"""
-The service of a route's application, which runs.
-"""

@@ -17,25 +17,16 @@ if TYPE_CHECKING:
 
     from faster_whisper.transcribe import Segment, TranscriptionInfo
 
-__all__ = [
-    "MEDIA_TYPES",
-    "Plain",
-    "Usage",
-    "Verbose",
-    "VerboseSegment",
-    "VerboseWord",
-    "as_event",
-    "as_lines",
-    "as_plain",
-    "as_verbose",
-    "text_of",
-]
-
 MEDIA_TYPES = {
     "text": "text/plain; charset=utf-8",
     "srt": "application/x-subrip; charset=utf-8",
     "vtt": "text/vtt; charset=utf-8",
 }
+
+_SEGMENT_FIELDS = (
+    *("seek", "start", "end", "text", "tokens"),
+    *("avg_logprob", "compression_ratio", "no_speech_prob"),
+)
 
 
 class Usage(BaseModel):
@@ -104,7 +95,7 @@ def text_of(segments: Sequence[Segment]) -> str:
     return "".join(segment.text for segment in segments).strip()
 
 
-def usage_of(info: TranscriptionInfo) -> Usage:
+def _usage(info: TranscriptionInfo) -> Usage:
     return Usage(seconds=round(info.duration))
 
 
@@ -112,7 +103,7 @@ def as_plain(segments: Sequence[Segment], info: TranscriptionInfo) -> Plain:
     """
     Returns the text alone.
     """
-    return Plain(text=text_of(segments), usage=usage_of(info))
+    return Plain(text=text_of(segments), usage=_usage(info))
 
 
 def as_verbose(
@@ -133,7 +124,14 @@ def as_verbose(
         text=text_of(segments),
         segments=None
         if has_words and "segment" not in granularities
-        else [_segment(number, segment) for number, segment in enumerate(segments)],
+        else [
+            VerboseSegment(
+                id=number,
+                **{name: getattr(segment, name) for name in _SEGMENT_FIELDS},
+                temperature=segment.temperature or 0.0,
+            )
+            for number, segment in enumerate(segments)
+        ],
         # Whisper's words begin with a space.
         words=[
             VerboseWord(word=word.word.strip(), start=word.start, end=word.end)
@@ -142,22 +140,7 @@ def as_verbose(
         ]
         if has_words
         else None,
-        usage=usage_of(info),
-    )
-
-
-def _segment(number: int, segment: Segment) -> VerboseSegment:
-    return VerboseSegment(
-        id=number,
-        seek=segment.seek,
-        start=segment.start,
-        end=segment.end,
-        text=segment.text,
-        tokens=segment.tokens,
-        temperature=segment.temperature or 0.0,
-        avg_logprob=segment.avg_logprob,
-        compression_ratio=segment.compression_ratio,
-        no_speech_prob=segment.no_speech_prob,
+        usage=_usage(info),
     )
 
 

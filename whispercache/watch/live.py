@@ -51,60 +51,35 @@ if TYPE_CHECKING:
 
     from whispercache.events import Event
 
-__all__ = ["LiveEvent", "Snapshot", "Watch", "Watchable"]
-
+# Number of events that are remembered.
 EVENTS = 50
-"""
-Number of events that are remembered.
-"""
 
 # No amount of ours is as large.
 _HUGE = 2**60
 
 
-class Watchable(Protocol):
+class _Watchable(Protocol):
     """
     The methods of a cache that are needed to watch it.
     """
 
-    def stats(self) -> Stats:
-        """
-        Returns counters since it was made.
-        """
-
-    def models(self) -> tuple[ModelInfo, ...]:
-        """
-        Returns the models in memory, or being loaded or unloaded.
-        """
-
-    def devices(self) -> tuple[DeviceInfo, ...]:
-        """
-        Returns the devices that were used.
-        """
-
-    def waiting(self) -> tuple[WaitingInfo, ...]:
-        """
-        Returns the requests that wait.
-        """
-
-    def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
-        """
-        Calls *listener* with each event; returns a function that ends that.
-        """
+    def stats(self) -> Stats: ...
+    def models(self) -> tuple[ModelInfo, ...]: ...
+    def devices(self) -> tuple[DeviceInfo, ...]: ...
+    def waiting(self) -> tuple[WaitingInfo, ...]: ...
+    def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class LiveEvent:
     """
-    An event in words.
+    An event in words. *text* is a sentence without the name of the *model*.
 
     Attributes:
         number: Counts up, so that a reader knows which it has seen.
         at_s: Time of the event: seconds since 1970 (UTC).
-        kind: ``"loading"``, ``"loaded"``, ``"failed"``, ``"granted"``, ``"evicted"`` or
-            ``"warning"``.
-        model: The model, by name.
-        text: The same as a sentence without the model's name.
+        kind: ``"loading"``, ``"loaded"``, ``"failed"``, ``"granted"``,
+            ``"evicted"`` or ``"warning"``.
     """
 
     number: int
@@ -117,18 +92,11 @@ class LiveEvent:
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """
-    The state of a cache at one moment.
+    The state of a cache at *at_s*, in seconds since 1970 (UTC): its devices, models and
+    waiting requests, its last events, the oldest first, and its counters.
 
     A model's key has its display name in place of ``model``: a path of the machine is
     nothing for readers elsewhere.
-
-    Attributes:
-        at_s: Time of the snapshot: seconds since 1970 (UTC).
-        devices: The devices that were used.
-        models: The models in memory, or being loaded or unloaded.
-        waiting: The requests that wait, the oldest first.
-        events: The last events, the oldest first.
-        stats: Counters since the cache was made.
     """
 
     at_s: float
@@ -167,8 +135,12 @@ class Snapshot:
                 {**each, "key": {**each, "model": each["name"]}}
                 for each in document["models"]
             ]
+            unplaced = {"device": "", "compute_type": ""}
             waiting = [
-                {**each, "keys": [_unplaced(name) for name in each["models"]]}
+                {
+                    **each,
+                    "keys": [{"model": name, **unplaced} for name in each["models"]],
+                }
                 for each in document["waiting"]
             ]
             made = _made(cls, {**document, "models": models, "waiting": waiting})
@@ -191,19 +163,10 @@ def _model_as_json(info: ModelInfo) -> dict[str, object]:
     }
 
 
-def _unplaced(name: str) -> dict[str, str]:
-    """
-    Returns the key of a model that has no device yet.
-    """
-    return {"model": name, "device": "", "compute_type": ""}
-
-
 def _made(hint: Any, given: Any) -> object:  # noqa: ANN401 - as JSON gives it
     """
-    Returns *given* as a value of the type *hint*, with every part of it checked.
-
-    Raises:
-        ValueError, TypeError, AttributeError: it is of another type.
+    Returns *given* as a value of the type *hint*. Raises ValueError, TypeError or
+    AttributeError if any part of it is of another type.
     """
     if is_dataclass(hint):
         # The names that are imported for type checkers alone.
@@ -238,7 +201,7 @@ class Watch:
 
     def __init__(
         self,
-        cache: Watchable,
+        cache: _Watchable,
         name_of: Callable[[ModelKey], str] = short_name,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -309,9 +272,6 @@ _CAUSES = {
 
 
 def _sentence(event: Event) -> tuple[str, str]:
-    """
-    Returns the kind of an event, and a sentence about it.
-    """
     if isinstance(event, ModelLoading):
         return "loading", f"loads into {format_bytes(event.reserved_bytes)}"
     if isinstance(event, DeviceWarmingUp):

@@ -27,12 +27,8 @@ if TYPE_CHECKING:
 
     from whispercache.events import DeviceInfo, ModelInfo
 
-__all__ = ["remote", "view", "watch"]
-
+# Most seconds for a server to answer.
 TIMEOUT_S = 5.0
-"""
-Most seconds for a server to answer.
-"""
 # An address may be anything's; ours are kilobytes.
 _LARGEST_ANSWER_BYTES = 16 * 1024**2
 _UNAUTHORIZED = 401
@@ -80,9 +76,7 @@ def watch(
         console: By default stdout.
 
     Raises:
-        OSError: there is no terminal, and *source* raised it; see `remote`.
-        ValueError: likewise.
-        WhisperCacheError: likewise.
+        OSError, ValueError, WhisperCacheError: *source* raised it, without a terminal.
     """
     from rich.console import Console
 
@@ -126,18 +120,12 @@ def remote(url: str, key: str | None = None) -> Callable[[], Snapshot]:
 
 
 def _ask(address: str, key: str | None) -> bytes:
-    """
-    Returns the body of the answer.
-    """
     from http.client import HTTPException
     from urllib.error import HTTPError
     from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+    # Follows no redirection, since the key would go along.
     class Stay(HTTPRedirectHandler):
-        """
-        A handler that follows no redirection, since the key would go along.
-        """
-
         def redirect_request(self, *_request: object) -> None:
             return None
 
@@ -164,9 +152,6 @@ def _ask(address: str, key: str | None) -> bytes:
 
 
 def _read(body: bytes, address: str) -> Snapshot:
-    """
-    Returns the snapshot in an answer.
-    """
     import json
 
     try:
@@ -178,10 +163,6 @@ def _read(body: bytes, address: str) -> Snapshot:
 
 
 class _View:
-    """
-    A snapshot that rich can print; see `view`.
-    """
-
     def __init__(self, snapshot: Snapshot, trouble: str, height: int | None) -> None:
         self._snapshot = snapshot
         self._trouble = trouble
@@ -335,10 +316,6 @@ class _View:
 
 
 class _Marks:
-    """
-    The marks that a terminal of some encoding can show.
-    """
-
     def __init__(self, encoding: str) -> None:
         self._encoding = encoding
         is_utf = encoding.startswith("utf")
@@ -353,22 +330,16 @@ class _Marks:
         )
 
     def fill(self, model: ModelInfo) -> str:
-        """
-        Returns the mark for a model's part of a bar.
-        """
         if model.state != "resident":
             return self._moving
         return self._busy if model.leases else self._idle
 
     def text(self, text: str) -> str:
-        """
-        Returns *text* as far as the terminal can show it.
-        """
         return _printable(text).encode(self._encoding, "replace").decode(self._encoding)
 
     def line(self, *parts: str | tuple[str, str]) -> Text:
         """
-        Returns one line of text, cut off at the end of the terminal. Nothing in it is
+        Returns one line of text, cut off at the end of the terminal, without any
         markup.
         """
         from rich.text import Text
@@ -382,8 +353,7 @@ class _Marks:
 
 def _rank(device: str) -> tuple[bool, int, str]:
     """
-    Returns a sort key: cards first, by number, and the host, which every load uses,
-    last.
+    Returns a sort key: cards first, by number, and the host last.
     """
     return device == "cpu", len(device), device
 
@@ -413,9 +383,6 @@ def _leaves(model: ModelInfo) -> str:
 def _follow(
     source: Callable[[], Snapshot], interval_s: float, console: Console
 ) -> None:
-    """
-    Shows the snapshots of *source* for ever.
-    """
     from rich.live import Live
     from rich.text import Text
 
@@ -438,8 +405,7 @@ def _follow(
 
 def _printable(text: str) -> str:
     """
-    Returns *text* without characters that steer a terminal, end its line, or reverse
-    it.
+    Returns *text* without characters that steer a terminal, or reverse its text.
     """
     return "".join(
         "\N{REPLACEMENT CHARACTER}"
