@@ -54,13 +54,7 @@ Source: NVIDIA, CUDA compatibility, minor version compatibility.
 @dataclass(frozen=True, slots=True)
 class Finding:
     """
-    One thing that was examined.
-
-    Attributes:
-        mark: It works, is merely worth knowing, or is wrong.
-        subject: The thing.
-        text: Its state.
-        mend: The cure, or nothing.
+    One thing that was examined: its state, and the cure or nothing.
     """
 
     mark: Mark
@@ -71,9 +65,8 @@ class Finding:
 
 def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
     """
-    Examines everything, one thing after the other.
-
-    Blocks: for the imports of the libraries that run the models, about a second.
+    Examines everything. Blocks for the imports of the libraries that run the models,
+    about a second.
     """
     # All of them first: the rest depends on their being there.
     libraries = list(_libraries())
@@ -144,10 +137,8 @@ def _libraries() -> Iterator[Finding]:
 
 def _onnxruntime() -> Finding:
     """
-    Returns the state of the library that finds speech (``vad_filter``, ``batch_size``),
-    and of its telemetry.
-
-    Not imported: that is what would begin to tell.
+    Returns the state of the library that finds speech, and of its telemetry. Not
+    imported: that is what would begin to tell.
     """
     # It comes from one of several packages, for example onnxruntime-gpu.
     # None of ours requires it by name; it comes with faster-whisper.

@@ -76,10 +76,8 @@ decoded is reported and passed over, and the exit code is 2.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Runs the command. *arguments* are those of the process unless given.
-
-    Returns:
-        The exit code: 0, or 2 if something could not be done; 1 from ``doctor``.
+    Runs the command, and returns the exit code: 0, or 2 if something could not be done;
+    1 from ``doctor``.
     """
     _prepare()
     try:
@@ -103,9 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def script() -> NoReturn:
     """
-    Runs the command as a process of its own, and ends that.
-
-    The end of the interpreter waits for threads; a download may never end.
+    Runs the command as a process of its own, and ends that. The end of the interpreter
+    waits for threads; a download may never end.
     """
     code = main()
     last = threading.Timer(EXIT_S, os._exit, (code,))
@@ -117,8 +114,7 @@ def script() -> NoReturn:
 
 def _prepare() -> None:
     """
-    Prepares stdout for any text: UTF-8 to files and pipes, and what a terminal can
-    show.
+    Prepares stdout for any text: UTF-8, or what a terminal can show.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         encoding = None if sys.stdout.isatty() else "utf-8"

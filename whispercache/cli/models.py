@@ -32,15 +32,8 @@ _CUDA_COLUMNS = ("float32", "float16", "int8_float16")
 @dataclass(frozen=True, slots=True)
 class Place:
     """
-    A device, and its memory for models.
-
-    Attributes:
-        device: ``"cpu"`` or ``"cuda:N"``.
-        name: The name of the hardware.
-        total_bytes: All its memory.
-        free_bytes: The part of it that is free now.
-        usable_bytes: The same, less the headroom.
-        trouble: The reason why no model can run there nevertheless, or nothing.
+    A device, and its memory for models: what is free now, and that less the headroom.
+    *trouble* is the reason why no model can run there nevertheless, or nothing.
     """
 
     device: str
@@ -54,16 +47,8 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Size:
     """
-    The bytes of one known model on one device in one compute type.
-
-    Attributes:
-        model: Canonical name.
-        device: ``"cpu"`` or ``"cuda:N"``.
-        compute_type: Effective type.
-        weights_bytes: While it is loaded.
-        total_bytes: At the peak of a load and one call.
-        host_loading_bytes: In host RAM while it loads to a GPU.
-        fits: True if there is room for that now.
+    The bytes of one known model on one device: of its weights while it is loaded, at
+    the peak of a load and one call, and in host RAM while it loads to a GPU.
     """
 
     model: str
@@ -79,14 +64,8 @@ def survey(
     device: str, compute_type: str | None, loader: Loader, probe: MemoryProbe
 ) -> list[tuple[Place, list[Size]]]:
     """
-    Returns the known models on each device: GPUs first, the CPU last.
-
-    Args:
-        device: A canonical device; ``"auto"`` for all that are here, ``"cuda"`` for all
-            GPUs.
-        compute_type: Only this one; None for those that are worth a look.
-        loader: Knows what the devices support.
-        probe: Knows their memory.
+    Returns the known models on each device, GPUs first; all devices for ``"auto"``, all
+    GPUs for ``"cuda"``. Without a *compute_type*, in those that are worth a look.
 
     Raises:
         DeviceUnavailable: there is no such device.

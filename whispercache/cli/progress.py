@@ -21,17 +21,15 @@ if TYPE_CHECKING:
 def remaining_s(fraction: float, reached_after_s: float, elapsed_s: float) -> float:
     """
     Returns the seconds to go for work that was at *fraction* after *reached_after_s*.
-
-    Segments come in bursts, a window of 30 s at a time; in between, time runs down.
+    Segments come in bursts, of 30 s at a time; in between, time runs down.
     """
     return max(0.0, reached_after_s / fraction - elapsed_s)
 
 
 class Bar:
     """
-    A line for one piece of work after the other; nothing without a terminal.
-
-    Safe to use from any thread. A context manager that removes the line on exit.
+    A line for one piece of work after the other; nothing without a terminal. Safe to
+    use from any thread.
     """
 
     def __init__(self) -> None:

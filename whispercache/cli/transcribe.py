@@ -57,18 +57,13 @@ def transcribe(options: argparse.Namespace) -> int:
 class _Transcription:
     """
     A run of the command: some files through some models.
-
-    Attributes:
-        partial: The file that is being written.
-        bad: Files that could not be decoded.
-        damaged: Files of which something was lost, and that was said.
     """
 
     options: argparse.Namespace
     bar: Bar
-    partial: Path | None = None
-    bad: set[str] = field(default_factory=set)
-    damaged: set[str] = field(default_factory=set)
+    partial: Path | None = None  # the file that is being written
+    bad: set[str] = field(default_factory=set)  # could not be decoded
+    damaged: set[str] = field(default_factory=set)  # and that was said
 
     def run(self) -> int:
         options = self.options
@@ -160,8 +155,7 @@ class _Transcription:
 
     def _call(self) -> dict[str, Any]:
         """
-        Returns the options of ``transcribe``; faster-whisper's defaults where nothing
-        was asked.
+        Returns the options of ``transcribe`` that were asked for.
         """
         options = self.options
         call: dict[str, Any] = {

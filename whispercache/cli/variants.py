@@ -140,13 +140,8 @@ def as_lines(
     found: Sequence[Variant], limit_bytes: int, directory: Path, now_s: float
 ) -> list[str]:
     """
-    Returns variants as a table, and a line on all of them.
-
-    Args:
-        found: The variants.
-        limit_bytes: Most bytes that all of them may take.
-        directory: Their common directory.
-        now_s: The time, in seconds since 1970.
+    Returns variants as a table, and a line on all of them. *now_s* is in seconds since
+    1970.
     """
     if not found:
         return [
@@ -233,12 +228,6 @@ def _limit_bytes(text: str) -> int:
 def _built(loader: FasterWhisperLoader, name: str, compute_type: str) -> str:
     """
     Builds one variant unless it is there, and returns the outcome in a line.
-
-    Raises:
-        UnknownModel, CorruptModel, LoadFailed: there is no such model, or it is
-            broken.
-        VariantRefused: it cannot have this variant, or there is no room.
-        OSError: it cannot be written.
     """
     model = canonical_model(name)
     files = loader.locate(model, {}, download=True)

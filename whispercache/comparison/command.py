@@ -80,10 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """
-    Runs the command and returns the exit code.
-
-    Raises:
-        OSError, RuntimeError, ValueError, WhisperCacheError: see `compare`.
+    Runs the command and returns the exit code; raises what `compare` does.
     """
     # Made before the thread: rich asks for the terminal here.
     show = _Show()

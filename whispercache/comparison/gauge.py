@@ -60,8 +60,7 @@ class Gauge:
 
     def take_peak(self) -> int | None:
         """
-        Returns the largest growth since the last call, in bytes; None where nothing is
-        measured.
+        Returns the largest growth since the last call, in bytes, if it was measured.
         """
         self._look()
         with self._lock:

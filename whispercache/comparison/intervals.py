@@ -51,13 +51,9 @@ class Count:
 
 def bootstrap(counts: Sequence[Count], resamples: int) -> Interval | None:
     """
-    Returns the interval of the first model's error rate less the second's.
-
-    Files in which nothing was said have a part in it; a draw of them alone has no rate
-    and is left out. The same seed each time, so equal files have equal intervals.
-
-    Returns:
-        The interval, or None if words were said in fewer than two files.
+    Returns the interval of the first model's error rate less the second's; None if
+    words were said in fewer than two files. The same seed each time, so equal files
+    have equal intervals.
 
     Source: percentiles, moved outwards for few files by Hesterberg's rule (What
     Teachers Should Know About the Bootstrap, The American Statistician, 2015).
@@ -154,8 +150,7 @@ def _points(share: float) -> str:
 
 def _span(interval: Interval, wer: float) -> str:
     """
-    Returns an interval from the better model's view: ``"1.2 to 5.0"``, or past zero in
-    words.
+    Returns an interval from the better model's view.
     """
     low, high = interval.low, interval.high
     if wer <= 0:

@@ -27,11 +27,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Entrant:
     """
-    A model that takes part.
-
-    Attributes:
-        identity: Fingerprint of the model, its files, its device and the libraries.
-        cost: Bytes of memory that it takes; its work is taken to go with them.
+    A model that takes part, with a fingerprint of the model, its files, its device and
+    the libraries. *cost* is the bytes of memory that it takes; its work is taken to go
+    with them.
     """
 
     name: str
@@ -66,8 +64,7 @@ def enter(
     Blocks: for downloads, which begin when it is clear that there is room for all.
 
     Raises:
-        WhisperCacheError: one of them does not exist, or has no room; or the files of
-            none can be had.
+        WhisperCacheError: one does not exist, or has no room; or none can be had.
     """
     planned: dict[ModelKey, tuple[ModelSpec, int]] = {}
     notes: list[str] = []

@@ -248,8 +248,7 @@ def _labels(
     points: Sequence[tuple[float, float, float]], names: Sequence[str]
 ) -> list[tuple[float, float]]:
     """
-    Returns places for the names, as starts of their base lines, clear of bubbles and
-    each other.
+    Returns places for the names, clear of bubbles and each other.
     """
     taken = [Box(x - r, y - r, x + r, y + r) for x, y, r in points]
     found = []

@@ -90,10 +90,8 @@ def match_references(
     Returns the reference of each file that has one.
 
     A reference belongs to the file of the same path or, if there is none, to the one of
-    the same name, in whatever folder.
-
-    Raises:
-        ValueError: one belongs to two files; or there are some, but for none of these.
+    the same name. Raises ValueError if one belongs to two files, and if there are some,
+    but for none of these.
     """
     by_path: dict[str, list[str]] = {}
     for file in files:

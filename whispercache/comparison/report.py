@@ -40,9 +40,6 @@ _FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - wide ones count too
 def write_reports(comparison: Comparison, folder: Path) -> None:
     """
     Writes all reports; each appears only when it is whole.
-
-    Raises:
-        OSError: they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, write in zip(REPORTS, (as_json, as_csv, as_html), strict=True):
@@ -60,8 +57,7 @@ def write_reports(comparison: Comparison, folder: Path) -> None:
 
 def as_json(comparison: Comparison) -> str:
     """
-    Returns the whole comparison, with the rates that its values compute. Times are in
-    seconds.
+    Returns the whole comparison with its rates. Times are in seconds.
     """
     document = {
         "whispercache": __version__,
@@ -84,9 +80,8 @@ def _with_rates(value: ModelSummary | Result) -> dict[str, object]:
 
 def as_csv(comparison: Comparison) -> str:
     """
-    Returns a row for each model and file.
-
-    Text that a spreadsheet would take for a formula gets an apostrophe before it.
+    Returns a row for each model and file. Text that a spreadsheet would take for a
+    formula gets an apostrophe before it.
     """
     models = {model.name: model for model in comparison.models}
     said = {file.file: file.reference for file in comparison.files}
@@ -183,8 +178,7 @@ def as_lines(comparison: Comparison) -> Iterator[str]:
 
 def as_html(comparison: Comparison) -> str:
     """
-    Returns the page: one file that needs nothing else, for light and dark, without
-    script.
+    Returns the page: one file that needs nothing else, for light and dark.
     """
     import jinja2
 

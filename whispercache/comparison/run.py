@@ -148,8 +148,7 @@ def _check(resamples: int) -> None:
 
 def _call(cache: ModelCache, asked: dict[str, object]) -> dict[str, object]:
     """
-    Returns all options of ``transcribe``, with its defaults for those not asked for:
-    they are a part of what a result depends on.
+    Returns all options of ``transcribe``, on which a result depends.
     """
     signature = cache.loader.signatures()["transcribe"]
     return checked(bound(signature, (), asked))

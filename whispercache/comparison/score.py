@@ -71,10 +71,8 @@ def _normaliser(language: str) -> Callable[[str], str]:
 
 def score(said: str, heard: str, language: str) -> Score:
     """
-    Returns the differences of a transcript from what was said.
-
-    Where nothing was said each word heard is an insertion, and where nothing was heard
-    each word said is a deletion.
+    Returns the differences of a transcript from what was said. Where nothing was said
+    each word heard is an insertion.
     """
     said, heard = normalise(said, language), normalise(heard, language)
     # jiwer's versions differ on empty texts.

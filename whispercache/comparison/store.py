@@ -48,8 +48,7 @@ def hash_of_file(path: str) -> str:
 
 def fingerprint(*parts: object) -> str:
     """
-    Returns a text that is equal for equal parts, in this run and the next. The parts
-    are values of JSON.
+    Returns a text that is equal for equal values of JSON, in this run and the next.
     """
     text = json.dumps(parts, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -47,12 +47,8 @@ class _ModelFailed(Exception):
 @dataclass(frozen=True, slots=True)
 class Findings:
     """
-    The findings of a run, before they are scored.
-
-    Attributes:
-        loads: The load of each model, in this run or an earlier one; by name.
-        results: Of each model on each file, in order.
-        loaded: Names of the models that this run loaded.
+    The findings of a run, before they are scored: for each model its load, in this run
+    or an earlier one, and its results. *loaded* are the models that this run loaded.
     """
 
     entrants: tuple[Entrant, ...]
@@ -65,12 +61,7 @@ class Findings:
 @dataclass(slots=True)
 class Run:
     """
-    A comparison on its way.
-
-    Attributes:
-        done: Pairs of a model and a file that are there.
-        spent: Estimated work that is done.
-        work: Estimated work of this run.
+    A comparison on its way; *spent* of the estimated *work* is done.
     """
 
     cache: ModelCache
@@ -83,7 +74,7 @@ class Run:
     progress: Callable[[Progress], None] | None = None
     failed: list[ModelFailure] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
-    done: int = 0
+    done: int = 0  # pairs of a model and a file
     spent: float = 0.0
     work: float = 0.0
     _told: BaseException | None = None  # the listener's own error
@@ -244,9 +235,8 @@ class Run:
         self, entrant: Entrant, whisper: WhisperModel, gauge: Gauge
     ) -> LoadRecord:
         """
-        Makes the first call, which allocates buffers and opens libraries.
-
-        A few words at most: some models tell long stories about silence.
+        Makes the first call, which allocates buffers and opens libraries. A few words
+        at most: some models tell long stories about silence.
         """
         import numpy as np
 

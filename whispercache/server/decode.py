@@ -49,8 +49,7 @@ _LOOK_EVERY_S = 0.5
 
 class AudioRefused(AudioError):
     """
-    An upload that is broken, or is no audio. No path of the server gets into its
-    message.
+    An upload that is broken, or is no audio. Its message has no path of the server.
     """
 
     def __str__(self) -> str:
@@ -169,9 +168,8 @@ class Decoder:
 
     async def start(self) -> None:
         """
-        Starts the processes, so that the first upload does not wait for their imports.
-
-        Blocks: until the first is up; the others follow at once.
+        Starts the processes, so that the first upload does not wait for their imports,
+        and waits for the first.
 
         Raises:
             DecodeCrashed: they do not start.

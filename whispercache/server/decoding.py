@@ -73,13 +73,8 @@ _OPEN_FILES = 64
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """
-    The result of decoding an upload.
-
-    Attributes:
-        n_samples: The number of samples that were written.
-        refusal: The reason of a refusal, for the client; empty if there is none.
-        is_too_long: It was refused, since it goes on for longer than allowed.
-        damage: The part of it that could not be decoded, if any.
+    The result of decoding an upload: the samples that were written, or the reason of a
+    refusal, for the client; and what could not be decoded of it, if any.
     """
 
     n_samples: int
@@ -129,11 +124,8 @@ class Context(SpawnContext):
 
 def prepare(memory_bytes: int, output_bytes: int) -> None:
     """
-    Limits this process, once, before its first upload.
-
-    Args:
-        memory_bytes: Limit of its growth from now on. Kept on Linux alone.
-        output_bytes: Limit of the files that it writes. Not kept on Windows.
+    Limits this process, once, before its first upload: its growth from now on, which is
+    kept on Linux alone, and the files that it writes, which is not on Windows.
     """
     # A handler in Python would wait until FFmpeg returns.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

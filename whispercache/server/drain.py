@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 class Server(uvicorn.Server):
     """
     uvicorn that, before it ends, refuses the requests that wait for their turn.
-
-    Args:
-        config: As for uvicorn.
-        service: Its gate is where they wait.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -45,9 +41,6 @@ class Unfinished:
     """
     ASGI middleware that answers requests which the server cancels for lack of time:
     with 503 if nothing was answered yet. Without it, that is a 500 and a traceback.
-
-    Args:
-        app: The app behind.
     """
 
     def __init__(self, app: ASGIApp) -> None:

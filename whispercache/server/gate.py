@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 @dataclass(eq=False, slots=True)
 class _Request:
     """
-    A request for a turn with a model: *settled* once its wait is over, by a turn or by
-    the end of the gate.
+    A request for a turn; *settled* once its wait is over, with a turn or without.
     """
 
     name: str
@@ -47,15 +46,10 @@ class _Request:
 class Gate:
     """
     A queue that admits a number of requests at a time to each model, in the order of
-    their arrival, and a number of seconds of audio to all of them.
+    their arrival, and a number of seconds of audio to all of them, which is in memory.
+    One alone may bring more.
 
     For the tasks of one event loop.
-
-    Args:
-        parallel: Requests at a time, for each model.
-        max_waiting: Limit of the requests that wait, for all models together.
-        max_audio_s: Seconds of audio of all requests at work, which is in memory. One
-            alone may bring more.
     """
 
     def __init__(self, parallel: int, max_waiting: int, max_audio_s: float) -> None:
@@ -95,11 +89,8 @@ class Gate:
 
     def check(self, name: str) -> None:
         """
-        Refuses a request for the model of that *name* if too many wait already.
-
-        Raises:
-            TooManyWaiters: it is taken, and ``max_waiting`` others wait.
-            CacheClosed: the gate was closed.
+        Refuses a request for the model of that *name* if too many wait already, by a
+        TooManyWaiters, or if the gate was closed.
         """
         self._check_open()
         is_taken = self._working[name] >= self._parallel

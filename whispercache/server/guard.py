@@ -43,14 +43,8 @@ class Guard:
     ASGI middleware that passes permitted requests alone.
 
     Three things are asked of a request: a host name that is ours, so that no page can
-    rebind its own name to this machine; that no page of another site sent it; and a
-    bearer key, where there are keys.
-
-    Args:
-        app: The app behind.
-        keys: Any of these will do; none are needed if empty.
-        hosts: Names of ours; any will do if empty.
-        origins: Other sites whose pages may use the server; see `ServerOptions`.
+    rebind its own name to this machine; that no page of another site sent it, but of
+    *origins*; and a bearer key. Where there are no *keys* or no *hosts*, any will do.
     """
 
     def __init__(

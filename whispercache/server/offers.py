@@ -31,12 +31,7 @@ _SIZES = {**{name: name for name in MODELS}, **ALIASES, **OTHER_NAMES}
 
 class Offer:
     """
-    One model on the list.
-
-    Args:
-        spec: The model.
-        device: The device that it runs on.
-        cache: The cache that loads it.
+    One model on the list, and the device that it runs on.
     """
 
     def __init__(self, spec: ModelSpec, device: str, cache: ModelCache) -> None:
@@ -56,16 +51,12 @@ class Offer:
         """
         Returns the languages that the model has tokens for; None if only a download
         would tell. Blocks for some system calls, but not while the model is in memory.
-
-        Raises:
-            WhisperCacheError: its files are gone, or broken.
         """
         return self._cache.knowledge(*self.place)
 
     def may_tell_words(self) -> bool:
         """
-        True if its files name attention heads for the times of words, and as long as
-        only a download would tell. Blocks: for some system calls.
+        True unless its files name no attention heads for the times of words. Blocks.
         """
         key = self.key()
         if key is None:
@@ -81,9 +72,6 @@ class Offer:
     def fetch(self) -> None:
         """
         Downloads the model's files, if they are not on this machine. Blocks.
-
-        Raises:
-            LoadFailed: they cannot be had.
         """
         self._cache.download(*self.place)
 
@@ -92,12 +80,6 @@ class Offers:
     """
     All models on the list. Names are looked up, never interpreted: only what is on the
     list is opened, whatever a client sends.
-
-    Args:
-        specs: The models; the first also answers to `OPENAI_NAME`, unless one has that
-            name.
-        device: The device that they run on.
-        cache: The cache that loads them.
     """
 
     def __init__(

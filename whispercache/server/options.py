@@ -161,10 +161,7 @@ def _as_browsers_spell(site: str) -> str:
 
 def _host(name: str) -> str:
     """
-    Returns a host as in an origin: small letters, names of other alphabets in ASCII.
-
-    Raises:
-        ValueError: it is none.
+    Returns a host as in an origin: small letters, other alphabets in ASCII.
     """
     if ":" in name:
         return f"[{IPv6Address(name)}]"

@@ -55,12 +55,9 @@ class Service:
     """
     A cache and its offers, with all that a server adds to them.
 
-    Args:
-        options: Its behaviour.
-        cache: The cache of the models.
-
     Raises:
-        WhisperCacheError: a model on the list does not exist, or its device does not.
+        WhisperCacheError: a model on the list does not exist, or its device does
+            not.
     """
 
     def __init__(self, options: ServerOptions, cache: ModelCache) -> None:
@@ -156,9 +153,6 @@ class Service:
         Starts the parts of a server that was not started: no framework tells an
         application that is mounted in another one of its start. They then run for as
         long as the event loop does.
-
-        Raises:
-            DecodeCrashed: no process for decoding starts.
         """
         loop = asyncio.get_running_loop()
         # An application may be used from one loop after another, as in tests.
@@ -209,8 +203,7 @@ class Service:
     @property
     def state(self) -> Literal["ready", "loading", "closing"]:
         """
-        The server's state: whether it takes work, and has loaded the models for its
-        start.
+        The state: does it take work, and has it loaded the models for its start?
         """
         if self.gate.is_closed or self.cache.is_closed:
             return "closing"
@@ -234,16 +227,9 @@ class Service:
         check: Callable[[Knowledge | None], None] | None = None,
     ) -> Lease:
         """
-        Returns a lease on a model, downloaded and loaded if need be; see
-        `ModelCache.lease`.
-
-        Args:
-            offer: The model.
-            timeout_s: Most seconds to wait.
-            keep_alive: Once the lease ends, instead of the cache's.
-            workload: The work that the model will do.
-            check: Called with what is known of the model once its files are here, and
-                before it is loaded; what it raises is raised here.
+        Returns a lease on a model, downloaded and loaded if need be. *check* is called
+        with what is known of the model once its files are here, and before it is
+        loaded.
 
         Raises:
             DownloadTimeout: its files were not there within *timeout_s*.
@@ -286,10 +272,7 @@ class Service:
 
     def offer(self, name: str) -> Offer:
         """
-        Returns the model that clients call *name*.
-
-        Raises:
-            ApiError: there is none.
+        Returns the model that clients call *name*; raises the 404 if there is none.
         """
         offer = self.offers.find(name)
         if offer is None:

@@ -188,15 +188,10 @@ def _made(hint: Any, given: Any) -> object:  # noqa: ANN401 - as JSON gives it
 
 class Watch:
     """
-    A source of snapshots of a cache, which remembers the events in between.
+    A source of snapshots of a cache, which remembers the events in between. *name_of*
+    gives a model's display name.
 
     Safe to use from any thread. A context manager that ends on exit.
-
-    Args:
-        cache: The cache; events are remembered from now on.
-        name_of: Gives a model's display name; by default the last part of its path,
-            with its compute type.
-        clock: Tells the time: seconds since 1970 (UTC).
     """
 
     def __init__(

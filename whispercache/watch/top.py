@@ -49,12 +49,8 @@ def view(
     snapshot: Snapshot, *, trouble: str = "", height: int | None = None
 ) -> RenderableType:
     """
-    Returns a snapshot for rich to print, as wide as the console.
-
-    Args:
-        snapshot: The snapshot.
-        trouble: The reason why there is no newer one, in one line, or nothing.
-        height: At most so many lines: old events are left out first. None for all.
+    Returns a snapshot for rich to print, as wide as the console. *trouble* is the
+    reason why there is no newer one. Old events are left out beyond *height* lines.
     """
     return _View(snapshot, trouble, height)
 
@@ -66,17 +62,13 @@ def watch(
     console: Console | None = None,
 ) -> None:
     """
-    Shows the snapshots of *source* until Ctrl-C; blocks. Without a terminal, shows one.
-
-    In a terminal, errors of *source* are shown until it answers again.
+    Shows the snapshots of *source* until Ctrl-C; blocks. In a terminal, its errors are
+    shown until it answers again. Without a terminal, shows one snapshot, or raises.
 
     Args:
         source: Takes a snapshot: `Watch.snapshot`, or what `remote` returns.
         interval_s: Seconds between two snapshots.
         console: By default stdout.
-
-    Raises:
-        OSError, ValueError, WhisperCacheError: *source* raised it, without a terminal.
     """
     from rich.console import Console
 
@@ -95,14 +87,9 @@ def remote(url: str, key: str | None = None) -> Callable[[], Snapshot]:
     """
     Returns a source of snapshots of the server at *url*, for `watch`.
 
-    Args:
-        url: Its address, as in ``"http://127.0.0.1:8000"``.
-        key: One of its keys, if it asks for one.
-
-    Returns:
-        A call that takes one. It blocks for up to `TIMEOUT_S`, and raises, each in one
-        line, ConnectionError where nothing answers, PermissionError where the key does
-        not fit, and ValueError where something else than whispercache answers.
+    It blocks for up to `TIMEOUT_S`, and raises, each in one line, ConnectionError where
+    nothing answers, PermissionError where the *key* does not fit, and ValueError where
+    something else than whispercache answers.
 
     Raises:
         ValueError: *url* is none of ``http://`` or ``https://``, or *key* is none.
