@@ -107,9 +107,6 @@ def interruptible(
 
     Ctrl-C calls *interrupted* and ends the process at once with `INTERRUPTED`: a model
     in the middle of a window can be neither stopped nor unloaded.
-
-    Raises:
-        BaseException: whatever *work* raises.
     """
     # Not an executor, whose threads the end of the interpreter waits for.
     done: Future[_T] = Future()

@@ -121,9 +121,6 @@ def _prepare() -> None:
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
-# Options ------------------------------------------------------------------------------
-
-
 class _Parser(argparse.ArgumentParser):
     """
     A parser whose errors are one line.
@@ -254,9 +251,6 @@ _COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "variants": variants.add_options,
     "doctor": _add_doctor,
 }
-
-
-# Commands -----------------------------------------------------------------------------
 
 
 def _models(options: argparse.Namespace) -> int:

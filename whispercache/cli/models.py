@@ -93,12 +93,8 @@ def survey(
             types = [
                 effective_compute_type(compute_type, HUB_COMPUTE_TYPE, each, supported)
             ]
-        found.append(
-            (
-                place,
-                [_size(model, one, place, host) for model in MODELS for one in types],
-            )
-        )
+        sizes = [_size(model, one, place, host) for model in MODELS for one in types]
+        found.append((place, sizes))
     return found
 
 
@@ -140,16 +136,10 @@ def show(found: list[tuple[Place, list[Size]]], console: Console) -> None:
 
 
 def _place(device: str, probe: MemoryProbe, trouble: str = "") -> Place:
-    reading = probe.read(device)
-    usable_bytes = reading.free_bytes - headroom_bytes(device, reading.total_bytes)
-    return Place(
-        device,
-        probe.device_name(device),
-        reading.total_bytes,
-        reading.free_bytes,
-        max(0, usable_bytes),
-        trouble,
-    )
+    reading, name = probe.read(device), probe.device_name(device)
+    total_bytes, free_bytes = reading.total_bytes, reading.free_bytes
+    usable_bytes = max(0, free_bytes - headroom_bytes(device, total_bytes))
+    return Place(device, name, total_bytes, free_bytes, usable_bytes, trouble)
 
 
 def _size(model: str, compute_type: str, place: Place, host: Place) -> Size:
@@ -186,15 +176,11 @@ def _table(sizes: list[Size], console: Console) -> Table:
     family = ""
     for model in MODELS:
         cells = [_cell(size, console) for size in sizes if size.model == model]
-        if family and _family(model) != family:
+        last, family = family, model.partition("-")[0].partition(".")[0]
+        if last and last != family:
             table.add_section()
-        family = _family(model)
         table.add_row(model, *cells)
     return table
-
-
-def _family(model: str) -> str:
-    return model.partition("-")[0].partition(".")[0]
 
 
 def _cell(size: Size, console: Console) -> Text:

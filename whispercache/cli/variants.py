@@ -66,9 +66,6 @@ named is not there.
 _UNITS_S = (("day", 86_400), ("h", 3600), ("min", 60))
 
 
-# Options ------------------------------------------------------------------------------
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """
     Adds the command's parameters, and those of the commands below it, to *parser*.
@@ -112,9 +109,6 @@ def _add_remove(parser: argparse.ArgumentParser) -> None:
     add("which", nargs="*", metavar="MODEL[:TYPE]", help="see below")
     add("--all", action="store_true", help="all of them")
     parser.set_defaults(run=_remove)
-
-
-# List ---------------------------------------------------------------------------------
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -183,9 +177,6 @@ def _total(found: Sequence[Variant], verb: str = "") -> str:
     n_bytes = sum(each.n_bytes for each in found)
     count = f"{len(found)} variant{'s' * (len(found) != 1)}"
     return f"{count}{verb}, {format_bytes(n_bytes)}"
-
-
-# Build --------------------------------------------------------------------------------
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -272,9 +263,6 @@ def _bytes_in(directory: Path) -> int:
     return sum(each.stat().st_size for each in directory.iterdir())
 
 
-# Remove -------------------------------------------------------------------------------
-
-
 def _remove(options: argparse.Namespace) -> int:
     if not (options.which or options.all):
         raise ValueError("name what to remove, or give --all")
@@ -327,9 +315,6 @@ def _name(variant: Variant) -> str:
     if variant.state == "broken":
         return variant.directory.name
     return f"{short_name(variant.model)}:{variant.kind}"
-
-
-# Common -------------------------------------------------------------------------------
 
 
 def _loader(limit_bytes: int = DEFAULT_VARIANTS_BYTES) -> FasterWhisperLoader:

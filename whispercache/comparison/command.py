@@ -170,27 +170,25 @@ class _Show:
             # The work goes on for a moment after Ctrl-C.
             if self._is_closed:
                 return
-            if self._bars is None:
-                self._line(progress)
-            else:
+            if self._bars is not None:
                 self._move(self._bars, progress)
-
-    def _line(self, progress: Progress) -> None:
-        found = progress.result
-        if found is None:
-            return
-        sys.stderr.write(
-            f"{progress.done}/{progress.total} {progress.model} · {progress.file}: "
-            f"{found.work_s:.1f} s for {found.duration_s:.1f} s of audio\n"
-        )
-        sys.stderr.flush()
+            elif (found := progress.result) is not None:
+                place = f"{progress.done}/{progress.total}"
+                sys.stderr.write(
+                    f"{place} {found.model} · {found.file}: "
+                    f"{found.work_s:.1f} s for {found.duration_s:.1f} s of audio\n"
+                )
+                sys.stderr.flush()
 
     def _move(self, bars: Bars, progress: Progress) -> None:
-        left_s = self._left_s(progress.fraction)
+        fraction, left = progress.fraction, "-:--"
+        if fraction > 0:
+            elapsed_s = time.monotonic() - self._started_s
+            left = clock(elapsed_s * (1 - fraction) / fraction)
         bars.update(
             bars.tasks[0].id,
-            completed=progress.fraction,
-            what=f"{progress.done} of {progress.total} · {left_s}",
+            completed=fraction,
+            what=f"{progress.done} of {progress.total} · {left} left",
         )
         name = Path(progress.file).name
         bars.update(
@@ -200,13 +198,6 @@ class _Show:
             completed=progress.share,
             what=progress.stage,
         )
-
-    def _left_s(self, fraction: float) -> str:
-        # Nothing to divide by yet.
-        if fraction <= 0:
-            return "-:-- left"
-        elapsed_s = time.monotonic() - self._started_s
-        return f"{clock(elapsed_s * (1 - fraction) / fraction)} left"
 
     def close(self) -> None:
         with self._lock:

@@ -191,9 +191,6 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
-# Axes ---------------------------------------------------------------------------------
-
-
 def _axis(
     largest: float, start: float, end: float, unit: str
 ) -> tuple[Callable[[float], float], tuple[Tick, ...]]:

@@ -52,9 +52,6 @@ def write_reports(comparison: Comparison, folder: Path) -> None:
         partial.replace(folder / name)
 
 
-# JSON and CSV -------------------------------------------------------------------------
-
-
 def as_json(comparison: Comparison) -> str:
     """
     Returns the whole comparison with its rates. Times are in seconds.
@@ -134,9 +131,6 @@ def _defused(cell: Cell) -> Cell:
     return cell
 
 
-# Lines --------------------------------------------------------------------------------
-
-
 def as_lines(comparison: Comparison) -> Iterator[str]:
     """
     Yields the outcome in a few lines of plain text, for a terminal.
@@ -154,13 +148,10 @@ def as_lines(comparison: Comparison) -> Iterator[str]:
         for model in comparison.models
     ]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    for cells in (columns, *rows):
+    for name, *figures in (columns, *rows):
         # Names to the left, figures to the right.
-        name, *figures = (
-            cell.ljust(width) if number == 0 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        yield "  ".join((name, *figures))
+        cells = map(str.rjust, figures, widths[1:])
+        yield "  ".join((name.ljust(widths[0]), *cells))
     yield ""
     yield from (each.verdict for each in comparison.differences)
     if not comparison.differences:
@@ -171,9 +162,6 @@ def as_lines(comparison: Comparison) -> Iterator[str]:
         )
     loads = f"{comparison.loads} load{'s' * (comparison.loads != 1)}"
     yield f"{loads}; {comparison.loads_saved} saved by taking models in turns."
-
-
-# The page -----------------------------------------------------------------------------
 
 
 def as_html(comparison: Comparison) -> str:

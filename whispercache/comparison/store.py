@@ -62,8 +62,8 @@ class Store:
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
         self._path = path
-        self._results: dict[str, Result] = {}
-        self._loads: dict[str, LoadRecord] = {}
+        self.results: dict[str, Result] = {}
+        self.loads: dict[str, LoadRecord] = {}
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,23 +73,11 @@ class Store:
         elif path.exists():
             self._read(path.read_bytes())
 
-    def result(self, key: str) -> Result | None:
-        """
-        Returns the result for *key*, if there is one.
-        """
-        return self._results.get(key)
-
-    def load(self, model: str) -> LoadRecord | None:
-        """
-        Returns the figures of the last load of *model*, if there was one.
-        """
-        return self._loads.get(model)
-
     def add_result(self, key: str, result: Result) -> None:
         """
         Keeps a result; it is on the disk when this returns.
         """
-        self._results[key] = result
+        self.results[key] = result
         fields = {name: getattr(result, name) for name in _RESULT_FIELDS}
         cues = [asdict(cue) for cue in result.cues]
         self._append({"result": key, **fields, "cues": cues})
@@ -98,7 +86,7 @@ class Store:
         """
         Keeps the figures of a load, likewise.
         """
-        self._loads[model] = load
+        self.loads[model] = load
         self._append({"load": model, **asdict(load)})
 
     def _append(self, record: Mapping[str, object]) -> None:
@@ -130,14 +118,14 @@ class Store:
             if not isinstance(cues, list) or {*record} != {*_RESULT_FIELDS}:
                 raise ValueError("not a record of this version")
             heard = tuple(Cue(**cue) for cue in cues)
-            self._results[key] = Result(
+            self.results[key] = Result(
                 **record,  # type: ignore[arg-type]
                 cues=heard,
                 is_kept=True,
             )
         else:
             key = str(record.pop("load"))
-            self._loads[key] = LoadRecord(**record)  # type: ignore[arg-type]
+            self.loads[key] = LoadRecord(**record)  # type: ignore[arg-type]
 
 
 # The fields of a result that are kept; its score depends on the references.

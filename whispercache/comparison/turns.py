@@ -117,7 +117,7 @@ class Run:
         results = []
         for entrant in entrants:
             for each in self.inputs:
-                found = self.store.result(self._key(entrant, each))
+                found = self.store.results.get(self._key(entrant, each))
                 if found is not None and each.file not in bad:
                     # An earlier run may have used other names.
                     found = replace(found, model=entrant.name, file=each.file)
@@ -126,7 +126,7 @@ class Run:
         return Findings(
             entrants=tuple(entrants),
             loads={
-                entrant.name: self.store.load(entrant.identity) or none
+                entrant.name: self.store.loads.get(entrant.identity) or none
                 for entrant in entrants
             },
             results=tuple(results),
@@ -140,7 +140,7 @@ class Run:
             each
             for each in self.inputs
             if each.file not in bad
-            and self.store.result(self._key(entrant, each)) is None
+            and self._key(entrant, each) not in self.store.results
         ]
 
     def _key(self, entrant: Entrant, each: Input) -> str:
@@ -220,8 +220,7 @@ class Run:
         try:
             heard = self._hear(entrant, each, lease.whisper, samples)
         except Exception as error:
-            # Out of memory, perhaps: then what is idle makes room.
-            # No: then it was no shortage of memory.
+            # After a shortage of memory, what is idle makes room.
             if not lease.recover(error):
                 raise
             traceback.clear_frames(error.__traceback__)

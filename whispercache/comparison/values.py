@@ -34,13 +34,8 @@ class Reference:
 @dataclass(frozen=True, slots=True)
 class Tally:
     """
-    Words, or characters, that were heard right and wrong.
-
-    Attributes:
-        hits: Heard right.
-        substitutions: Something else was heard instead.
-        deletions: Not heard.
-        insertions: Heard, but not said.
+    Words, or characters, that were heard right (hits), as something else, not at all
+    (deletions), or though they were not said (insertions).
     """
 
     hits: int = 0
@@ -51,7 +46,7 @@ class Tally:
     @property
     def errors(self) -> int:
         """
-        The sum of substitutions, deletions and insertions.
+        All but the hits.
         """
         return self.substitutions + self.deletions + self.insertions
 
@@ -210,11 +205,7 @@ class ModelSummary(_Rated):
     One model over all files that it was tried on.
 
     Attributes:
-        name: Its name in this comparison.
         key: The text of its `ModelKey`.
-        model: Size, repository or directory.
-        device: The device that it ran on.
-        compute_type: The type that it computed in.
         files: The number of files that it heard.
         load_s: Seconds of the load itself, without a download or a wait for room.
         warm_up_s: Seconds of the first call after the load, on a second of silence,
@@ -257,11 +248,9 @@ class Difference:
     The difference of two models on the same files, and whether it is more than luck.
 
     Attributes:
-        first: Name of one.
-        second: Name of the other.
         files: The number of files with a reference that both have heard.
-        wer: Word error rate of *first* less that of *second*, pooled over those files;
-            positive if the second is better. None if nothing was said in them.
+        wer: Word error rate of *first* less that of *second*, pooled over those
+            files; positive if the second is better. None if nothing was said in them.
         interval: Confidence interval of *wer*; None with too few files.
         better: Name of the better one, if the files are enough to tell; else None.
         verdict: All this in a sentence.

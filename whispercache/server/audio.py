@@ -68,12 +68,12 @@ class Asked:
 
     task: Task
     kind: Kind
-    language: str | None
     prompt: str | None
     temperature: float
-    granularities: tuple[str, ...]
     keep_alive: str | None
-    stream: bool
+    language: str | None = None
+    granularities: tuple[str, ...] = ()
+    stream: bool = False
 
     def check(self) -> None:
         """
@@ -152,8 +152,7 @@ KeepAlive = Annotated[
     Form(description='How long the model stays when idle: seconds, "5m", 0, -1.'),
 ]
 
-_ERRORS = responses(400, 401, 403, 404, 408, 413, 429, 503)
-_ANSWERS: dict[int | str, dict[str, object]] = {
+_RESPONSES: dict[int | str, dict[str, object]] = {
     200: {
         "description": "What was heard, in the format asked for.",
         "content": {
@@ -161,7 +160,8 @@ _ANSWERS: dict[int | str, dict[str, object]] = {
             **{kind.partition(";")[0]: {} for kind in MEDIA_TYPES.values()},
             "text/event-stream": {},
         },
-    }
+    },
+    **responses(400, 401, 403, 404, 408, 413, 429, 503),
 }
 
 
@@ -169,7 +169,7 @@ _ANSWERS: dict[int | str, dict[str, object]] = {
     "/transcriptions",
     response_model=Plain | Verbose,
     response_model_exclude_none=True,
-    responses={**_ANSWERS, **_ERRORS},
+    responses=_RESPONSES,
 )
 async def transcriptions(
     *,
@@ -222,7 +222,7 @@ def _code(language: str | None) -> str | None:
     "/translations",
     response_model=Plain | Verbose,
     response_model_exclude_none=True,
-    responses={**_ANSWERS, **_ERRORS},
+    responses=_RESPONSES,
 )
 async def translations(
     *,
@@ -242,12 +242,9 @@ async def translations(
     asked = Asked(
         task="translate",
         kind=response_format,
-        language=None,
         prompt=prompt or None,
         temperature=temperature,
-        granularities=(),
         keep_alive=keep_alive or None,
-        stream=False,
     )
     return await while_present(request, _answer(service, lifetime, file, model, asked))
 

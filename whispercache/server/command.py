@@ -236,11 +236,7 @@ def _keys(files: Sequence[Path]) -> tuple[str, ...]:
 def read_keys(file: Path) -> list[str]:
     """
     Returns the keys in a file, one a line. Text after a ``#`` at the beginning of a
-    line, or after a space, is a comment.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: there are none, or it is no text.
+    line, or after a space, is a comment. Raises ValueError if there are none.
     """
     try:
         # Windows' editors begin a file with a byte order mark.

@@ -177,16 +177,15 @@ class Decoder:
         """
         try:
             await self._run(decoding.ready, _START_TIMEOUT_S)
-        # The usual cause: a script without that line is run again by its own child.
-        except DecodeCrashed:
+        except BaseException as error:
             await self.close()
+            if not isinstance(error, DecodeCrashed):
+                raise
+            # The usual cause: a script without that line is run again by its own child.
             raise DecodeCrashed(
                 "no process for decoding starts; a program that runs the server itself "
                 "does so under `if __name__ == '__main__':`"
             ) from None
-        except BaseException:
-            await self.close()
-            raise
 
     async def close(self) -> None:
         """
@@ -206,15 +205,10 @@ class Decoder:
 
     async def decode(self, path: Path, target: Path) -> float:
         """
-        Decodes the upload *path* into the new file *target*; `samples` reads it.
+        Decodes the upload *path* into the new file *target*, which `samples` reads, and
+        returns its seconds of audio. Waits until a process is free.
 
         A cancelled call ends the work. Without success there is no *target*.
-
-        Returns:
-            Seconds of audio.
-
-        Blocks:
-            until a process is free, and then for ``timeout_s`` at most.
 
         Raises:
             AudioRefused: it is broken, or no audio.
@@ -222,7 +216,6 @@ class Decoder:
             DecodeTimeout: decoding took longer than ``timeout_s``.
             DecodeCrashed: it crashed.
             DecoderClosed: the decoder was, or is being, closed.
-            OSError: *path* cannot be read, or *target* not be written.
         """
         call = partial(decoding.decode, str(path), str(target), self._max_samples)
         # Made here: the child may write to it, but make no file.

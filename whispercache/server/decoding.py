@@ -145,17 +145,10 @@ def ready() -> Outcome:
 
 def decode(path: str, target: str, max_samples: int) -> Outcome:
     """
-    Decodes the first audio stream of *path* into *target*: mono, 16 kHz, 16 bit.
+    Decodes the first audio stream of *path* into *target*: mono, 16 kHz, 16 bit, until
+    there are more than *max_samples*.
 
-    Args:
-        path: The upload. Its name says nothing; its content does.
-        target: An existing file, overwritten with the samples as this machine orders
-            their bytes. It is not created here, since a request that has ended
-            may have removed it.
-        max_samples: Decoding ends as soon as there are more.
-
-    Raises:
-        OSError: *path* or *target* cannot be opened, or *target* cannot be written.
+    *target* is not created here, since a request that has ended may have removed it.
     """
     n_samples = 0
     damages: list[AudioDamage] = []
@@ -241,14 +234,11 @@ def _set_limits(memory_bytes: int, output_bytes: int) -> None:
     if sys.platform == "linux":
         # Resampling starts a thread for each CPU, and each reserves a stack.
         stacks_bytes = _STACK_BYTES * (os.cpu_count() or 1)
-        limits[resource.RLIMIT_AS] = _mapped_bytes() + stacks_bytes + memory_bytes
+        n_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        mapped_bytes = n_pages * os.sysconf("SC_PAGE_SIZE")
+        limits[resource.RLIMIT_AS] = mapped_bytes + stacks_bytes + memory_bytes
     for limit, wanted in limits.items():
         _, hard = resource.getrlimit(limit)
         value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         # Soft and hard: the process cannot raise it again.
         resource.setrlimit(limit, (value, value))
-
-
-def _mapped_bytes() -> int:
-    n_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    return n_pages * os.sysconf("SC_PAGE_SIZE")

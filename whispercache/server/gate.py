@@ -60,7 +60,7 @@ class Gate:
         self._working: Counter[str] = Counter()
         self._audio_s = 0.0
         self._queue: list[_Request] = []
-        self._is_closed = False
+        self.is_closed = False
 
     def waiting(self) -> tuple[WaitingInfo, ...]:
         """
@@ -72,18 +72,11 @@ class Gate:
             for request in self._queue
         )
 
-    @property
-    def is_closed(self) -> bool:
-        """
-        True once it was closed.
-        """
-        return self._is_closed
-
     def close(self) -> None:
         """
         Refuses the requests that wait, and all that come.
         """
-        self._is_closed = True
+        self.is_closed = True
         for request in self._queue:
             request.settled.set()
 
@@ -107,9 +100,8 @@ class Gate:
         *timeout_s*.
 
         Raises:
-            TooManyWaiters: ``max_waiting`` others wait.
+            TooManyWaiters, CacheClosed: see `check`.
             LeaseTimeout: it did not come in time.
-            CacheClosed: the gate was closed.
         """
         self.check(name)
         request = _Request(name, audio_s)
@@ -135,7 +127,7 @@ class Gate:
             raise LeaseTimeout(request.name, request.waited_s, place)
 
     def _check_open(self) -> None:
-        if self._is_closed:
+        if self.is_closed:
             raise CacheClosed("the server is shutting down")
 
     def _admit(self) -> None:
@@ -163,5 +155,5 @@ class Gate:
             self._audio_s -= request.audio_s
         else:
             self._queue.remove(request)
-        if not self._is_closed:
+        if not self.is_closed:
             self._admit()

@@ -65,7 +65,7 @@ class UploadLimit:
             upload.refuse_large()
         elif _has_body(headers) and self._at_once == self.max_at_once:
             upload.refuse_many()
-        if upload.is_refused:
+        if upload.refusal is not None:
             # A client that waits until it is told to go on is not told so: reading
             # would do that.
             await upload.answer(0 if b"expect" in headers else self.linger_s)
@@ -76,11 +76,11 @@ class UploadLimit:
             await self._app(scope, upload.receive, upload.send)
         except Exception:
             # Apps end in various ways when their client has gone.
-            if not upload.is_refused:
+            if upload.refusal is None:
                 raise
         finally:
             self._at_once -= _has_body(headers)
-        if upload.is_refused:
+        if upload.refusal is not None:
             await upload.answer(self.linger_s)
 
 
@@ -89,7 +89,7 @@ class _Upload:
         self._limit = limit
         self._receive = receive
         self._send = send
-        self._refusal: ApiError | None = None
+        self.refusal: ApiError | None = None
         self._n_bytes = 0
         self._is_over = False  # nothing more of it comes
         self._is_answered = False
@@ -98,21 +98,17 @@ class _Upload:
         if limit.timeout_s is not None:
             self._deadline_s = anyio.current_time() + limit.timeout_s
 
-    @property
-    def is_refused(self) -> bool:
-        return self._refusal is not None
-
     def refuse_large(self) -> None:
         limit_bytes = self._limit.max_bytes
         message = f"the upload is larger than {format_bytes(limit_bytes)}"
-        self._refusal = ApiError(413, message, code="upload_too_large")
+        self.refusal = ApiError(413, message, code="upload_too_large")
 
     def refuse_many(self) -> None:
         message = f"{self._limit.max_at_once} uploads are under way; try again later"
-        self._refusal = refused_for_now(429, message, "too_many_requests")
+        self.refusal = refused_for_now(429, message, "too_many_requests")
 
     async def receive(self) -> Message:
-        if self._refusal is not None:
+        if self.refusal is not None:
             return {"type": "http.disconnect"}
         # The body is complete: what comes now is the end of the connection.
         if self._is_over:
@@ -123,7 +119,7 @@ class _Upload:
             message = await self._receive()
         if scope.cancelled_caught:
             text = f"the upload did not arrive within {self._limit.timeout_s:g} s"
-            self._refusal = ApiError(408, text, code="upload_timeout")
+            self.refusal = ApiError(408, text, code="upload_timeout")
             return message
         self._is_over = not message.get("more_body", False)
         # Counted too, since a length may be false or missing.
@@ -138,7 +134,7 @@ class _Upload:
         Sends the app's answer; drops it once the upload is refused.
         """
         # The client gets one answer: the refusal.
-        if self._refusal is not None and not self._is_answered:
+        if self.refusal is not None and not self._is_answered:
             return
         self._is_answered = True
         await self._send(message)
@@ -148,9 +144,9 @@ class _Upload:
         Sends the refusal, unless the app has begun to answer before it.
         """
         # Too late: a status has been sent.
-        if self._is_answered or self._refusal is None:
+        if self._is_answered or self.refusal is None:
             return
-        response = self._refusal.response()
+        response = self.refusal.response()
         await self._send(
             {
                 "type": "http.response.start",

@@ -68,8 +68,7 @@ class Service:
         for offer in self.offers:
             cache.get_model(*offer.place)
         # Made anew at each start; these are for applications that ask before.
-        self.gate: Gate = self._new_gate()
-        self.decoder: Decoder = self._new_decoder()
+        self._renew()
         self.registry: CollectorRegistry = self._new_registry()
         # What is to be loaded at the start, and why it is not yet.
         self.pending: dict[str, str] = dict.fromkeys(
@@ -107,16 +106,14 @@ class Service:
         waiting.set_function(lambda: len(self.gate.waiting()))
         return registry
 
-    def _new_gate(self) -> Gate:
+    def _renew(self) -> None:
         options = self.options
         max_audio_s = options.max_audio_s or options.max_duration_s
-        return Gate(options.parallel, options.max_waiting, max_audio_s)
-
-    def _new_decoder(self) -> Decoder:
-        return Decoder(
-            processes=self.options.decoders,
-            max_duration_s=self.options.max_duration_s,
-            timeout_s=self.options.decode_timeout_s,
+        self.gate = Gate(options.parallel, options.max_waiting, max_audio_s)
+        self.decoder = Decoder(
+            processes=options.decoders,
+            max_duration_s=options.max_duration_s,
+            timeout_s=options.decode_timeout_s,
         )
 
     @asynccontextmanager
@@ -126,7 +123,7 @@ class Service:
         """
         cache = self.cache.cache
         # An application may be started again, as by test clients.
-        self.gate, self.decoder = self._new_gate(), self._new_decoder()
+        self._renew()
         self._fetching = {}
         async with AsyncExitStack() as stack:
             self._watch = stack.enter_context(Watch(cache, self.offers.name_of))
