@@ -280,23 +280,19 @@ def _remove(options: argparse.Namespace) -> int:
             _complain(WhisperCacheError(f"there is no variant {text!r}"))
     if not chosen and not failures:
         sys.stdout.write("nothing to remove\n")
-    failures += _remove_all(variants, chosen)
-    return WRONG_USE if failures else 0
-
-
-def _remove_all(variants: Variants, chosen: Sequence[Variant]) -> int:
     gone = []
     for each in chosen:
         try:
             variants.remove(each)
         except OSError as error:
+            failures += 1
             _complain(error)
         else:
             gone.append(each)
             sys.stdout.write(f"removed {_name(each)}, {format_bytes(each.n_bytes)}\n")
     if len(gone) > 1:
         sys.stdout.write(f"{_total(gone, ' removed')}\n")
-    return len(chosen) - len(gone)
+    return WRONG_USE if failures else 0
 
 
 def _is_named(variant: Variant, spec: ModelSpec) -> bool:

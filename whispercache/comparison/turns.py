@@ -88,24 +88,18 @@ class Run:
         for entrant in self.entrants:
             missing = self._missing(entrant)
             self.done -= len(missing)
-            self.work += sum(entrant.cost * each.size_bytes for each in missing)
+            self.work += _work(entrant, missing)
         for entrant in self.entrants:
             if missing := self._missing(entrant):
                 try:
                     self._session(entrant, missing)
                 except _ModelFailed as failed:
-                    # The other models go on.
-                    self._leave_out(entrant, failed)
-
-    def _leave_out(self, entrant: Entrant, failed: _ModelFailed) -> None:
-        """
-        Goes on without a model. Its results are kept for another run, but compared with
-        nothing, since it has other files than the rest.
-        """
-        self.failed.append(ModelFailure(entrant.name, str(failed)))
-        missing = self._missing(entrant)
-        self.spent += sum(entrant.cost * each.size_bytes for each in missing)
-        self.done -= len(self.inputs) - len(missing)
+                    # The other models go on. Its results are kept for another run, but
+                    # compared with nothing, since it has other files than the rest.
+                    self.failed.append(ModelFailure(entrant.name, str(failed)))
+                    missing = self._missing(entrant)
+                    self.spent += _work(entrant, missing)
+                    self.done -= len(self.inputs) - len(missing)
 
     def findings(self) -> Findings:
         """
@@ -327,3 +321,7 @@ class Run:
         except Exception as error:
             self._told = error
             raise
+
+
+def _work(entrant: Entrant, inputs: Sequence[Input]) -> int:
+    return sum(entrant.cost * each.size_bytes for each in inputs)

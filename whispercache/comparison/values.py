@@ -149,13 +149,10 @@ class Result(_Rated):
     One model's transcript of one file.
 
     Attributes:
-        model: Name of the model in this comparison.
-        file: The file, as it was named.
         language: Code of the language, asked for or detected.
         certainty: The model's confidence in the language, 0 to 1; None where it was
             told, and where it knows no other than English.
-        text: The transcript.
-        cues: The same in pieces, with their times.
+        cues: The transcript in pieces, with their times.
         duration_s: Length of the audio in seconds.
         work_s: Seconds from the call to the last segment, the model being in memory and
             the audio decoded. Language detection is in it where no language was given.
@@ -313,17 +310,12 @@ class Comparison:
     Attributes:
         models: The models, in the order in which they were named; without those that
             failed.
-        files: The files that could be decoded, likewise.
         results: Each model on each file, model by model.
         differences: Each pair of models; empty without references.
-        agreements: Each pair of models.
-        failures: Files that were passed over.
         loads: The number of loads in this run.
         loads_saved: The further loads that it would have taken file by file, in a
             memory that holds one model.
-        options: The options of ``transcribe`` that were used.
         notes: Notes for readers, a sentence each.
-        model_failures: Models that were left out.
     """
 
     models: tuple[ModelSummary, ...]
@@ -346,10 +338,8 @@ class Progress:
 
     Attributes:
         stage: ``"loading"``, ``"warming up"``, ``"listening"`` or ``"done"``.
-        model: Name of the model.
         file: The file, or empty while the model is loaded.
         done: Pairs of a model and a file that are done, those of earlier runs too.
-        total: All pairs.
         fraction: Share of this run's work that is done, 0 to 1: an estimate, for which
             the work goes with the bytes of the file and those of the model.
         share: Share of the file that is done, 0 to 1.

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,12 +74,11 @@ def _add_service(add: Callable[..., object]) -> None:
     )
     add("--port", type=_port, default=8000, metavar="PORT", help="default: %(default)s")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--preload", action="append", default=[], metavar="NAME", help="load it now")
-    add("--pin", action="append", default=[], metavar="NAME", help="load and keep it")
-    add(
+    add_many = partial(add, action="append", default=[])
+    add_many("--preload", metavar="NAME", help="load it now")
+    add_many("--pin", metavar="NAME", help="load and keep it")
+    add_many(
         "--key-file",
-        action="append",
-        default=[],
         type=Path,
         metavar="FILE",
         help=f"its keys, one a line; or ${KEYS_VARIABLE}, with commas; may be repeated",
@@ -117,20 +117,9 @@ def _add_bounds(add: Callable[..., object]) -> None:
 
 
 def _add_web(add: Callable[..., object]) -> None:
-    add(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="of this server",
-    )
-    add(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="of a page; null, * (see below)",
-    )
+    add_many = partial(add, action="append", default=[])
+    add_many("--allow-host", metavar="NAME", help="of this server")
+    add_many("--allow-origin", metavar="URL", help="of a page; null, * (see below)")
 
 
 def _port(text: str) -> int:

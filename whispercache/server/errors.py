@@ -107,6 +107,8 @@ def as_refusal(error: Exception) -> ApiError:
     """
     Returns the answer to a client for an error: never a path of this machine.
     """
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, WhisperCacheError):
         return _from_cache(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -188,19 +190,14 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     Gives all errors of *app*, with the routes of *routers*, this shape.
     """
     routes = [route for router in routers for route in router.routes]
-    app.add_exception_handler(ApiError, _refused)
     # RuntimeError is CTranslate2's. What is not listed here is answered, too, but then
     # Starlette raises it again, and uvicorn ends the connection.
-    for kind in (WhisperCacheError, RuntimeError, MemoryError, OSError, Exception):
+    told = (ApiError, WhisperCacheError, RuntimeError, MemoryError, OSError, Exception)
+    for kind in told:
         app.add_exception_handler(kind, _failed)
     app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(RequestValidationError, _misshapen)
     app.add_exception_handler(HTTPException, partial(_other, routes))
-
-
-async def _refused(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    return error.response()
 
 
 async def _failed(_request: Request, error: Exception) -> JSONResponse:
@@ -230,9 +227,8 @@ async def _other(
     """
     assert isinstance(error, HTTPException)
     cause = error.__cause__
-    if isinstance(cause, ApiError):  # while the form was read
-        return cause.response()
-    if isinstance(cause, OSError):  # while the upload was kept
+    # While the form was read, or the upload was kept.
+    if isinstance(cause, (ApiError, OSError)):
         return as_refusal(cause).response()
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
     headers = dict(error.headers or {})

@@ -27,13 +27,10 @@ class UploadLimit:
     every app can handle; half a body never looks like a whole one. What the app answers
     then is dropped.
 
-    Args:
-        app: The app behind.
-        max_bytes: Limit of the body of a request.
-        timeout_s: Limit of the time for it to arrive; None is for ever.
-        linger_s: So long is more of a refused body read, and dropped. A connection that
-            is closed in mid-upload would be reset, and its client never see the answer.
-        max_at_once: Limit of the requests with a body under way; None is no limit.
+    For *linger_s* more of a refused body is read, and dropped: a connection that is
+    closed in mid-upload would be reset, and its client never see the answer.
+
+    At most *max_at_once* requests with a body are under way.
     """
 
     def __init__(
@@ -64,7 +61,8 @@ class UploadLimit:
         if _claimed_bytes(headers) > self.max_bytes:
             upload.refuse_large()
         elif _has_body(headers) and self._at_once == self.max_at_once:
-            upload.refuse_many()
+            text = f"{self.max_at_once} uploads are under way; try again later"
+            upload.refusal = refused_for_now(429, text, "too_many_requests")
         if upload.refusal is not None:
             # A client that waits until it is told to go on is not told so: reading
             # would do that.
@@ -102,10 +100,6 @@ class _Upload:
         limit_bytes = self._limit.max_bytes
         message = f"the upload is larger than {format_bytes(limit_bytes)}"
         self.refusal = ApiError(413, message, code="upload_too_large")
-
-    def refuse_many(self) -> None:
-        message = f"{self._limit.max_at_once} uploads are under way; try again later"
-        self.refusal = refused_for_now(429, message, "too_many_requests")
 
     async def receive(self) -> Message:
         if self.refusal is not None:
@@ -161,12 +155,9 @@ class _Upload:
         )
         if linger_s:
             with anyio.move_on_after(linger_s):
-                await self._drain()
+                while not self._is_over:
+                    self._is_over = not (await self._receive()).get("more_body", False)
         await self._send({"type": "http.response.body", "body": b""})
-
-    async def _drain(self) -> None:
-        while not self._is_over:
-            self._is_over = not (await self._receive()).get("more_body", False)
 
 
 def _has_body(headers: Mapping[bytes, bytes]) -> bool:

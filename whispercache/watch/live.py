@@ -111,15 +111,12 @@ class Snapshot:
         Returns the same as objects, lists, numbers and strings.
         """
         return {
-            "at_s": self.at_s,
-            "devices": [asdict(each) for each in self.devices],
+            **asdict(self),
             "models": [_model_as_json(each) for each in self.models],
             "waiting": [
                 {"models": [key.model for key in each.keys], "waited_s": each.waited_s}
                 for each in self.waiting
             ],
-            "events": [asdict(each) for each in self.events],
-            "stats": asdict(self.stats),
         }
 
     @classmethod
@@ -135,12 +132,8 @@ class Snapshot:
                 {**each, "key": {**each, "model": each["name"]}}
                 for each in document["models"]
             ]
-            unplaced = {"device": "", "compute_type": ""}
             waiting = [
-                {
-                    **each,
-                    "keys": [{"model": name, **unplaced} for name in each["models"]],
-                }
+                {**each, "keys": [_unplaced(name) for name in each["models"]]}
                 for each in document["waiting"]
             ]
             made = _made(cls, {**document, "models": models, "waiting": waiting})
@@ -161,6 +154,10 @@ def _model_as_json(info: ModelInfo) -> dict[str, object]:
         "compute_type": info.key.compute_type,
         **{name: getattr(info, name) for name in _MODEL_FIELDS},
     }
+
+
+def _unplaced(name: str) -> dict[str, str]:
+    return {"model": name, "device": "", "compute_type": ""}
 
 
 def _made(hint: Any, given: Any) -> object:  # noqa: ANN401 - as JSON gives it
