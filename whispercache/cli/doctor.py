@@ -152,14 +152,14 @@ def _onnxruntime() -> Finding:
         )
     is_off, by = telemetry.setting()
     value = f"{telemetry.VARIABLE}={os.environ[telemetry.VARIABLE]}"
+    text = f"{version(name)}; its telemetry is {'off' if is_off else 'on'}, by {by}"
     if is_off:
-        text = f"{version(name)}; its telemetry is off, by {by} ({value})"
-        return Finding("works", "onnxruntime", text)
+        return Finding("works", "onnxruntime", f"{text} ({value})")
     return Finding(
         "note",
         "onnxruntime",
-        f"{version(name)}; its telemetry is on, by {by} ({value}): from 1.29 on it "
-        "sends usage data, and writes an id and a database into the cache directory",
+        f"{text} ({value}): from 1.29 on it sends usage data, and writes an id and a "
+        "database into the cache directory",
         f"unset {telemetry.VARIABLE}, or set it to 1, to keep it off",
     )
 

@@ -13,7 +13,7 @@ from whispercache.console import bars, clock
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from rich.progress import Progress, ProgressColumn, Task, TaskID
+    from rich.progress import Progress, ProgressColumn, Task
 
     from whispercache.transcripts import Cue
 
@@ -34,7 +34,6 @@ class Bar:
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
-        self._task: TaskID | None = None
         if sys.stderr.isatty():
             self._progress = bars(_remaining_column())
 
@@ -44,10 +43,10 @@ class Bar:
         """
         if self._progress is None:
             return
-        if self._task is not None:
-            # One line, for the work at hand.
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(
+        # One line, for the work at hand.
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        self._progress.add_task(
             work, start=False, total=None, stage="reading", reached_after_s=0.0
         )
         self._progress.start()
@@ -56,25 +55,27 @@ class Bar:
         """
         Shows what is being done before the first segment.
         """
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, stage=stage, refresh=True)
+        if self._progress is not None:
+            for task in self._progress.task_ids:
+                self._progress.update(task, stage=stage, refresh=True)
 
     def follow(self, cues: Iterable[Cue], duration_s: float) -> Iterator[Cue]:
         """
         Yields *cues* as they are computed, and shows how much of the audio is done.
         """
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, total=duration_s, stage="")
-            self._progress.start_task(self._task)
+        if self._progress is None:
+            yield from cues
+            return
+        (task,) = self._progress.tasks
+        self._progress.update(task.id, total=duration_s, stage="")
+        self._progress.start_task(task.id)
         for cue in cues:
-            if self._progress is not None and self._task is not None:
-                # rich's own estimate takes bursts for speed.
-                elapsed_s = self._progress.tasks[0].elapsed or 0.0
-                self._progress.update(
-                    self._task,
-                    completed=min(cue.end_s, duration_s),
-                    reached_after_s=elapsed_s,
-                )
+            # rich's own estimate takes bursts for speed.
+            self._progress.update(
+                task.id,
+                completed=min(cue.end_s, duration_s),
+                reached_after_s=task.elapsed or 0.0,
+            )
             yield cue
 
     @contextmanager

@@ -57,10 +57,7 @@ async def _left(request: Request) -> None:
 
 
 async def transcribe(
-    pool: Executor,
-    lease: Lease,
-    audio: NDArray[np.float32],
-    options: dict[str, object],
+    pool: Executor, lease: Lease, audio: NDArray[np.float32], options: dict[str, object]
 ) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
     """
     Begins to transcribe *audio*: float32 (samples,), mono, 16 kHz, with a leased model.

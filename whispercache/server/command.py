@@ -243,15 +243,14 @@ def _warn(options: argparse.Namespace, served: ServerOptions) -> None:
     # IPv6
     host = f"[{options.host}]" if ":" in options.host else options.host
     sys.stderr.write(f"whispercache: {names} on http://{host}:{options.port}\n")
-    if ANY_ORIGIN in served.origins and not served.keys:
+    strangers = []
+    if ANY_ORIGIN in served.origins:
+        strangers.append("any page that a browser here shows")
+    if options.host not in LOOPBACK:
+        strangers.append("whoever reaches this address")
+    for who in strangers if not served.keys else ():
         sys.stderr.write(
-            "whispercache: warning: any page that a browser here shows may use it; "
-            "--key-file asks for keys\n"
-        )
-    if options.host not in LOOPBACK and not served.keys:
-        sys.stderr.write(
-            "whispercache: warning: whoever reaches this address may use it; "
-            "--key-file asks for keys\n"
+            f"whispercache: warning: {who} may use it; --key-file asks for keys\n"
         )
 
 

@@ -123,9 +123,8 @@ class Decoder:
     Used in one event loop. No process, thread or file remains of it.
 
     Args:
-        processes: The number of uploads that are decoded at once; others wait.
-        max_duration_s: Seconds of audio that an upload may hold. Decoding ends where
-            they are over, whatever its header claims.
+        max_duration_s: Seconds of audio that an upload may hold. Decoding ends
+            where they are over, whatever its header claims.
         timeout_s: Seconds that decoding may take, without the wait for a process.
         memory_bytes: Limit of a process's memory for decoding (on Linux).
         uploads_per_process: After so many, a process is replaced by a new one.

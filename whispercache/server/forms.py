@@ -34,9 +34,6 @@ GRANULARITIES = "timestamp_granularities"
 # With brackets or without, with numbers in them (qs, PHP), or after dots.
 _GRANULARITIES = re.compile(rf"{GRANULARITIES}(\[[^\[\]]*\]|\.\d+)*")
 _UNNAMED = b'; filename=""'
-# Clients repeat the one list, a field for each of its values.
-_FIELDS = 50
-_FIELD_BYTES = 64 * 1024
 _LONGEST_SHOWN = 100
 
 
@@ -74,8 +71,9 @@ class _Request(Request):
                 self.headers,
                 body,
                 max_files=1,
-                max_fields=_FIELDS,
-                max_part_size=_FIELD_BYTES,
+                # Clients repeat the one list, a field for each of its values.
+                max_fields=50,
+                max_part_size=64 * 1024,
             )
             try:
                 form = await parser.parse()

@@ -106,9 +106,7 @@ class Guard:
         True for a request of another site's page. Other programs send neither header.
         """
         origin = headers.get("origin")
-        if ANY_ORIGIN in self._origins:
-            return False
-        if origin is not None and origin in self._origins:
+        if ANY_ORIGIN in self._origins or origin in self._origins:
             return False
         # The browser's own judgement, which a page cannot forge.
         if (site := headers.get("sec-fetch-site")) is not None:

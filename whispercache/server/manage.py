@@ -68,11 +68,8 @@ class Done(BaseModel):
 
 class Health(BaseModel):
     """
-    The health of the server.
-
-    Attributes:
-        status: In one word; ``"closing"`` once no more work is taken.
-        pending: Models that are still to be loaded, and why they are not yet.
+    The health of the server: ``"closing"`` once no more work is taken. *pending* are
+    the models that are still to be loaded, and why they are not yet.
     """
 
     status: Literal["alive", "ready", "loading", "closing"]

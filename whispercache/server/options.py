@@ -21,11 +21,6 @@ NO_ORIGIN = "null"
 
 _USUAL_PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"[a-z0-9_.-]+")
-_MIB = 1024**2
-_ABOVE_0 = (
-    *("max_upload_bytes", "max_duration_s", "upload_timeout_s", "decode_timeout_s"),
-    *("parallel", "decoders"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +68,7 @@ class ServerOptions:
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
-    max_upload_bytes: int = 100 * _MIB
+    max_upload_bytes: int = 100 * 1024**2
     max_duration_s: float = 3600.0
     max_audio_s: float | None = None
     upload_timeout_s: float = 300.0
@@ -103,7 +98,10 @@ class ServerOptions:
             _check_origin(origin)
         if any(not key.strip() for key in self.keys):
             raise ValueError("an empty key would let everybody in")
-        for name in _ABOVE_0:
+        for name in (
+            *("max_upload_bytes", "max_duration_s", "upload_timeout_s"),
+            *("decode_timeout_s", "parallel", "decoders"),
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0")
         for name in ("timeout_s", "max_waiting"):

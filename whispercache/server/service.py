@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("whispercache")
 
-_GRACE_S = 0.5
-
 
 class Service:
     """
@@ -234,7 +232,7 @@ class Service:
         """
         is_there = False
         # The cache's own limit begins once the files are there, and tells more.
-        with anyio.move_on_after(timeout_s + _GRACE_S):
+        with anyio.move_on_after(timeout_s + 0.5):
             # Outside the cache, in which a download would hold a place in the queue.
             await self._fetch(offer)
             is_there = True
