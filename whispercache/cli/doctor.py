@@ -258,8 +258,15 @@ def _cuda(cards: tuple[str, ...], loader: Loader) -> Iterator[Finding]:
     seen = [device for device in loader.devices() if device != "cpu"]
     # The driver has more than CTranslate2 can use.
     if set(cards) - set(seen):
-        seen_of = f"CTranslate2 sees {len(seen)} of {len(cards)} GPUs"
-        yield Finding("wrong", "CUDA", seen_of, _mend_cuda(driver_version()))
+        text = f"CTranslate2 sees {len(seen)} of {len(cards)} GPUs"
+        mend = f"update the driver to {CUDA_12_DRIVER} or later, which CUDA 12 needs"
+        major = (driver_version() or "").partition(".")[0]
+        if major.isdecimal() and int(major) >= int(CUDA_12_DRIVER.partition(".")[0]):
+            mend = (
+                "check with nvidia-smi; install CTranslate2 with CUDA, which its "
+                "packages for x86-64 have"
+            )
+        yield Finding("wrong", "CUDA", text, mend)
     else:
         yield Finding("works", "CUDA", f"CTranslate2 sees {', '.join(seen)}")
     for device in seen:
@@ -289,13 +296,3 @@ def _cublas(devices: Sequence[str]) -> Iterator[Finding]:
     if not reasons:
         version = ".".join(map(str, cublas_version() or (12,)))
         yield Finding("works", "cuBLAS", f"version {version} is found")
-
-
-def _mend_cuda(driver: str | None) -> str:
-    major = (driver or "").partition(".")[0]
-    if major.isdecimal() and int(major) >= int(CUDA_12_DRIVER.partition(".")[0]):
-        return (
-            "check with nvidia-smi; install CTranslate2 with CUDA, which its packages "
-            "for x86-64 have"
-        )
-    return f"update the driver to {CUDA_12_DRIVER} or later, which CUDA 12 needs"

@@ -66,10 +66,7 @@ def survey(
     """
     Returns the known models on each device, GPUs first; all devices for ``"auto"``, all
     GPUs for ``"cuda"``. Without a *compute_type*, in those that are worth a look.
-
-    Raises:
-        DeviceUnavailable: there is no such device.
-        UnsupportedComputeType: it cannot compute in that type.
+    Raises DeviceUnavailable or UnsupportedComputeType.
     """
     cards = probe.cuda_devices()
     # If there is no card, its reading says why.

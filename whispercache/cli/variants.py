@@ -181,7 +181,10 @@ def _total(found: Sequence[Variant], verb: str = "") -> str:
 
 def _build(options: argparse.Namespace) -> int:
     wanted = [_wanted(text) for text in dict.fromkeys(options.models)]
-    loader = _loader(_limit_bytes(options.limit))
+    limit = parse_limit(options.limit, "--limit")
+    if limit.fraction is not None:
+        raise ValueError(f"--limit must be bytes, such as 20GiB, not {options.limit!r}")
+    loader = _loader(limit.n_bytes or DEFAULT_VARIANTS_BYTES)
     failures = 0
     for model, compute_type in wanted:
         try:
@@ -207,13 +210,6 @@ def _wanted(text: str) -> tuple[str, str]:
             f"{', '.join(KINDS)}"
         )
     return spec.model, "int8_float32" if named == "int8" else named
-
-
-def _limit_bytes(text: str) -> int:
-    limit = parse_limit(text, "--limit")
-    if limit.fraction is not None:
-        raise ValueError(f"--limit must be bytes, such as 20GiB, not {text!r}")
-    return limit.n_bytes or DEFAULT_VARIANTS_BYTES
 
 
 def _built(loader: FasterWhisperLoader, name: str, compute_type: str) -> str:

@@ -102,7 +102,18 @@ def run(options: argparse.Namespace) -> int:
         raise WhisperCacheError(str(missing)) from missing
     finally:
         show.close()
-    return _finish(comparison, options.out)
+    # Last on the terminal, after the bars have gone.
+    for failure in comparison.failures:
+        sys.stderr.write(f"whispercache: error: {failure.file}: {failure.reason}\n")
+    for left_out in comparison.model_failures:
+        sys.stderr.write(f"whispercache: error: {left_out.model}: {left_out.reason}\n")
+    for note in comparison.notes:
+        sys.stderr.write(f"{note}\n")
+    from .report import as_lines
+
+    sys.stdout.writelines(f"{line}\n" for line in as_lines(comparison))
+    sys.stdout.write(f"{options.out / 'report.html'}\n")
+    return WRONG_USE if comparison.failures or comparison.model_failures else 0
 
 
 def _compare(options: argparse.Namespace, show: _Show) -> Comparison:
@@ -129,21 +140,6 @@ def _references(tables: Sequence[Path]) -> dict[str, Reference] | None:
             if found.setdefault(name, reference) != reference:
                 raise ValueError(f"{table}: another table has other words for {name!r}")
     return found or None
-
-
-def _finish(comparison: Comparison, out: Path) -> int:
-    # Last on the terminal, after the bars have gone.
-    for failure in comparison.failures:
-        sys.stderr.write(f"whispercache: error: {failure.file}: {failure.reason}\n")
-    for left_out in comparison.model_failures:
-        sys.stderr.write(f"whispercache: error: {left_out.model}: {left_out.reason}\n")
-    for note in comparison.notes:
-        sys.stderr.write(f"{note}\n")
-    from .report import as_lines
-
-    sys.stdout.writelines(f"{line}\n" for line in as_lines(comparison))
-    sys.stdout.write(f"{out / 'report.html'}\n")
-    return WRONG_USE if comparison.failures or comparison.model_failures else 0
 
 
 class _Show:

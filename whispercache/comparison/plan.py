@@ -59,12 +59,10 @@ def enter(
 ) -> tuple[list[Entrant], list[str], list[ModelFailure]]:
     """
     Returns the models, each of them once; notes on that for readers; and the models
-    whose files are broken or cannot be downloaded.
+    whose files are broken or cannot be downloaded. Raises a WhisperCacheError if one
+    does not exist, or has no room, or if none can be had.
 
     Blocks: for downloads, which begin when it is clear that there is room for all.
-
-    Raises:
-        WhisperCacheError: one does not exist, or has no room; or none can be had.
     """
     planned: dict[ModelKey, tuple[ModelSpec, int]] = {}
     notes: list[str] = []

@@ -23,9 +23,9 @@ from .plots import SPAN_WIDTH, plots_of, spans_of
 from .score import score
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
-    from .values import Comparison, Edit, FileInfo, ModelSummary, Result
+    from .values import Comparison, ModelSummary, Result
 
     Cell: TypeAlias = str | float | None
 
@@ -210,16 +210,21 @@ def _sections(comparison: Comparison) -> Iterator[dict[str, object]]:
     """
     Yields a section of the page for each file, with each model's transcript of it.
     """
-    labels = _labels([file.file for file in comparison.files])
+    names = [Path(file.file).name for file in comparison.files]
     colours = {model.name: place for place, model in enumerate(comparison.models)}
     is_open = False
-    for file, label in zip(comparison.files, labels, strict=True):
+    for file, name in zip(comparison.files, names, strict=True):
         results = [each for each in comparison.results if each.file == file.file]
-        edits = [_edits(each, results[0], file) for each in results]
+        edits = [each.edits for each in results]
+        if file.reference is None:
+            # The first model's text stands in for it.
+            texts = [each.text for each in results]
+            edits = [score(texts[0], text, file.language).edits for text in texts]
         differs = any(edit.kind != "equal" for each in edits for edit in each)
         yield {
             "file": file,
-            "label": label,
+            # Without its folder, where its name tells it apart.
+            "label": name if names.count(name) == 1 else file.file,
             "heard": [
                 {"result": each, "edits": found, "colour": colours[each.model]}
                 for each, found in zip(results, edits, strict=True)
@@ -228,21 +233,6 @@ def _sections(comparison: Comparison) -> Iterator[dict[str, object]]:
             "is_open": differs and not is_open,
         }
         is_open = is_open or differs
-
-
-def _edits(result: Result, first: Result, file: FileInfo) -> tuple[Edit, ...]:
-    # Without a reference, the first model's text stands in for it.
-    if file.reference is not None:
-        return result.edits
-    return score(first.text, result.text, file.language).edits
-
-
-def _labels(files: Sequence[str]) -> list[str]:
-    names = [Path(file).name for file in files]
-    return [
-        name if names.count(name) == 1 else file
-        for name, file in zip(names, files, strict=True)
-    ]
 
 
 def _headline(comparison: Comparison) -> str:

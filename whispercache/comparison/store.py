@@ -71,7 +71,10 @@ class Store:
             # At once, so that an interrupted run does not mix with an older one.
             path.write_bytes(b"")
         elif path.exists():
-            self._read(path.read_bytes())
+            for line in path.read_bytes().split(b"\n"):
+                # A torn one means that its result is found once more, and nothing else.
+                with suppress(ValueError, TypeError, KeyError):
+                    self._keep(json.loads(line))
 
     def add_result(self, key: str, result: Result) -> None:
         """
@@ -103,12 +106,6 @@ class Store:
             file.write(line)
             # One record is minutes of work.
             os.fsync(file.fileno())
-
-    def _read(self, text: bytes) -> None:
-        for line in text.split(b"\n"):
-            # A torn line means that its result is found once more, and nothing else.
-            with suppress(ValueError, TypeError, KeyError):
-                self._keep(json.loads(line))
 
     def _keep(self, record: dict[str, object]) -> None:
         if "result" in record:

@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Reference:
     """
-    The words that are said in a file, by a human's account.
-
-    Attributes:
-        text: The words; empty for a file without speech.
-        language: Code, name or locale of the language; None to go by what the models
-            detect.
+    The words that are said in a file, by a human's account; empty for a file without
+    speech. *language* is a code, name or locale; None to go by what the models detect.
     """
 
     text: str
@@ -77,12 +73,9 @@ class Tally:
 @dataclass(frozen=True, slots=True)
 class Edit:
     """
-    A stretch of words on which reference and transcript agree, or do not.
-
-    Attributes:
-        kind: ``"equal"``, ``"substitute"``, ``"delete"`` or ``"insert"``.
-        said: The words of the reference, normalised; empty for an insertion.
-        heard: The words of the transcript, normalised; empty for a deletion.
+    A stretch of words on which reference and transcript agree, or do not: of the *kind*
+    ``"equal"``, ``"substitute"``, ``"delete"`` or ``"insert"``. The words are
+    normalised; empty on one side for an insertion or a deletion.
     """
 
     kind: str

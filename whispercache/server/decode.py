@@ -3,12 +3,6 @@ Decodes uploads in processes of their own, since they may hold anything.
 
 A file that crashes, stalls or bloats FFmpeg ends one process and one request. What is
 decoded waits for its model in a file, so that waiting requests hold no memory.
-
-::
-
-    async with Decoder(max_duration_s=3600) as decoder:
-        seconds = await decoder.decode(upload, directory / "samples")
-        audio = samples(directory / "samples")
 """
 
 from __future__ import annotations
@@ -91,15 +85,6 @@ class DecodeCrashed(WhisperCacheError):
     A process that ended while it decoded, by a crash or for want of memory.
     """
 
-    def __init__(
-        self,
-        reason: str = (
-            "decoding the upload failed badly; convert it to flac, mp3 or wav and try "
-            "again"
-        ),
-    ) -> None:
-        super().__init__(reason)
-
 
 class DecoderClosed(WhisperCacheError):
     """
@@ -168,11 +153,7 @@ class Decoder:
     async def start(self) -> None:
         """
         Starts the processes, so that the first upload does not wait for their imports,
-        and waits for the first.
-
-        Raises:
-            DecodeCrashed: they do not start.
-            DecoderClosed: it was closed.
+        and waits for the first. Raises DecodeCrashed if none starts.
         """
         try:
             await self._run(decoding.ready, _START_TIMEOUT_S)
@@ -207,14 +188,8 @@ class Decoder:
         Decodes the upload *path* into the new file *target*, which `samples` reads, and
         returns its seconds of audio. Waits until a process is free.
 
-        A cancelled call ends the work. Without success there is no *target*.
-
-        Raises:
-            AudioRefused: it is broken, or no audio.
-            AudioTooLong: it is longer than ``max_duration_s``.
-            DecodeTimeout: decoding took longer than ``timeout_s``.
-            DecodeCrashed: it crashed.
-            DecoderClosed: the decoder was, or is being, closed.
+        A cancelled call ends the work. Without success there is no *target*. Raises
+        AudioRefused, AudioTooLong, DecodeTimeout, DecodeCrashed or DecoderClosed.
         """
         call = partial(decoding.decode, str(path), str(target), self._max_samples)
         # Made here: the child may write to it, but make no file.
@@ -245,7 +220,10 @@ class Decoder:
                         break
                 except _Lost:
                     _log.info("the processes for decoding have ended")
-        raise DecodeCrashed
+        raise DecodeCrashed(
+            "decoding the upload failed badly; convert it to flac, mp3 or wav and try "
+            "again"
+        )
 
     async def _attempt(self, call: Callable[[], Outcome], timeout_s: float) -> Outcome:
         pool = await self._sound_pool()

@@ -97,34 +97,31 @@ class Gate:
         """
         Waits for a turn with the model of that *name* and *audio_s* seconds of audio,
         and holds it for the ``async with`` block; its value is the seconds left of
-        *timeout_s*.
-
-        Raises:
-            TooManyWaiters, CacheClosed: see `check`.
-            LeaseTimeout: it did not come in time.
+        *timeout_s*. Raises what `check` does, or a LeaseTimeout.
         """
         self.check(name)
         request = _Request(name, audio_s)
         self._queue.append(request)
         try:
             self._admit()
+            if not request.has_turn and len(self._queue) > self._max_waiting:
+                raise TooManyWaiters(name, len(self._queue) - 1)
             if not request.has_turn:
-                await self._wait(request, timeout_s)
+                with anyio.move_on_after(timeout_s):
+                    await request.settled.wait()
+            if not request.has_turn:
+                self._check_open()
+                same = [each for each in self._queue if each.name == name]
+                raise LeaseTimeout(name, request.waited_s, same.index(request) + 1)
             yield max(0.0, timeout_s - request.waited_s)
         finally:
-            self._end(request)
-
-    async def _wait(self, request: _Request, timeout_s: float) -> None:
-        others = len(self._queue) - 1
-        if others >= self._max_waiting:
-            raise TooManyWaiters(request.name, others)
-        with anyio.move_on_after(timeout_s):
-            await request.settled.wait()
-        if not request.has_turn:
-            self._check_open()
-            same = [each for each in self._queue if each.name == request.name]
-            place = same.index(request) + 1
-            raise LeaseTimeout(request.name, request.waited_s, place)
+            if request.has_turn:
+                self._working[name] -= 1
+                self._audio_s -= audio_s
+            else:
+                self._queue.remove(request)
+            if not self.is_closed:
+                self._admit()
 
     def _check_open(self) -> None:
         if self.is_closed:
@@ -148,12 +145,3 @@ class Gate:
             self._audio_s = audio_s
             request.has_turn = True
             request.settled.set()
-
-    def _end(self, request: _Request) -> None:
-        if request.has_turn:
-            self._working[request.name] -= 1
-            self._audio_s -= request.audio_s
-        else:
-            self._queue.remove(request)
-        if not self.is_closed:
-            self._admit()

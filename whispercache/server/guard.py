@@ -92,7 +92,9 @@ class Guard:
         if scope["method"] not in _HARMLESS and self._is_foreign(headers):
             message = "pages of other sites may not do this; see --allow-origin"
             return ApiError(403, message, code="cross_site")
-        if not self._needs_key(scope) or self._has_key(headers):
+        path = _route_path(scope)
+        is_open = path in OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+        if is_open or not self._digests or self._has_key(headers):
             return None
         return ApiError(
             401,
@@ -113,11 +115,6 @@ class Guard:
             return site not in ("same-origin", "none")
         # Older browsers send the origin alone.
         return origin is not None and _parts(origin).netloc != headers.get("host")
-
-    def _needs_key(self, scope: Scope) -> bool:
-        path = _route_path(scope)
-        is_open = path in OPEN_PATHS or path.startswith(_OPEN_FOLDER)
-        return bool(self._digests) and not is_open
 
     def _has_key(self, headers: Headers) -> bool:
         # An empty key matches none, since there are no empty ones.

@@ -51,11 +51,8 @@ _log = logging.getLogger("whispercache")
 
 class Service:
     """
-    A cache and its offers, with all that a server adds to them.
-
-    Raises:
-        WhisperCacheError: a model on the list does not exist, or its device does
-            not.
+    A cache and its offers, with all that a server adds to them. Raises a
+    WhisperCacheError if a model on the list does not exist, or its device does not.
     """
 
     def __init__(self, options: ServerOptions, cache: ModelCache) -> None:

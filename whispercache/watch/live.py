@@ -73,13 +73,10 @@ class _Watchable(Protocol):
 @dataclass(frozen=True, slots=True)
 class LiveEvent:
     """
-    An event in words. *text* is a sentence without the name of the *model*.
-
-    Attributes:
-        number: Counts up, so that a reader knows which it has seen.
-        at_s: Time of the event: seconds since 1970 (UTC).
-        kind: ``"loading"``, ``"loaded"``, ``"failed"``, ``"granted"``,
-            ``"evicted"`` or ``"warning"``.
+    An event in words, at a time in seconds since 1970 (UTC). *number* counts up, so
+    that a reader knows which it has seen. *kind* is one of "loading", "loaded",
+    "failed", "granted", "evicted" and "warning". *text* is a sentence without the name
+    of the *model*.
     """
 
     number: int
@@ -122,10 +119,8 @@ class Snapshot:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
         """
-        Returns the snapshot that `as_json` wrote, perhaps in a newer version.
-
-        Raises:
-            ValueError: *document* is no snapshot.
+        Returns the snapshot that `as_json` wrote, perhaps in a newer version; raises
+        ValueError if *document* is none.
         """
         try:
             models = [

@@ -65,10 +65,8 @@ def watch(
     Shows the snapshots of *source* until Ctrl-C; blocks. In a terminal, its errors are
     shown until it answers again. Without a terminal, shows one snapshot, or raises.
 
-    Args:
-        source: Takes a snapshot: `Watch.snapshot`, or what `remote` returns.
-        interval_s: Seconds between two snapshots.
-        console: By default stdout.
+    *source* is `Watch.snapshot`, or what `remote` returns. Between two snapshots are
+    *interval_s* seconds.
     """
     from rich.console import Console
 
@@ -85,14 +83,12 @@ def watch(
 
 def remote(url: str, key: str | None = None) -> Callable[[], Snapshot]:
     """
-    Returns a source of snapshots of the server at *url*, for `watch`.
+    Returns a source of snapshots of the server at *url*, for `watch`. Raises ValueError
+    if *url* is none of ``http://`` or ``https://``, or *key* is none.
 
-    It blocks for up to `TIMEOUT_S`, and raises, each in one line, ConnectionError where
-    nothing answers, PermissionError where the *key* does not fit, and ValueError where
-    something else than whispercache answers.
-
-    Raises:
-        ValueError: *url* is none of ``http://`` or ``https://``, or *key* is none.
+    The source blocks for up to `TIMEOUT_S`, and raises, each in one line,
+    ConnectionError where nothing answers, PermissionError where the *key* does not fit,
+    and ValueError where something else than whispercache answers.
     """
     from urllib.parse import urlsplit
 
