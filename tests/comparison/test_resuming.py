@@ -142,4 +142,4 @@ class TestResume:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "results.jsonl")
             path.write_bytes(rubbish)
-            assert Store(path, resume=True).result("x") is None
+            assert Store(path, resume=True).results.get("x") is None
