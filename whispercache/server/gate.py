@@ -60,7 +60,7 @@ class Gate:
         self._working: Counter[str] = Counter()
         self._audio_s = 0.0
         self._queue: list[_Request] = []
-        self.is_closed = False
+        self.is_closed: bool = False
 
     def waiting(self) -> tuple[WaitingInfo, ...]:
         """

@@ -104,8 +104,8 @@ class Service:
     def _renew(self) -> None:
         options = self.options
         max_audio_s = options.max_audio_s or options.max_duration_s
-        self.gate = Gate(options.parallel, options.max_waiting, max_audio_s)
-        self.decoder = Decoder(
+        self.gate: Gate = Gate(options.parallel, options.max_waiting, max_audio_s)
+        self.decoder: Decoder = Decoder(
             processes=options.decoders,
             max_duration_s=options.max_duration_s,
             timeout_s=options.decode_timeout_s,
