@@ -377,10 +377,10 @@ def test_an_upload_that_no_process_begins_is_handed_over_again(
     """
     As where a process ends between receiving it and saying so.
     """
-    monkeypatch.setattr(decode, "_START_TIMEOUT_S", 0.1)
 
     async def main() -> None:
         async with Decoder(processes=1) as decoder:
+            monkeypatch.setattr(decode, "_START_TIMEOUT_S", 0.1)
             pool = decoder._pool
             assert pool is not None
             schedule, hand_overs = pool.schedule, itertools.count()
