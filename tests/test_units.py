@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whispercache.units import Limit, limit_bytes, parse_duration, parse_limit
+from whispercache.units import Limit, parse_duration, parse_limit
 
 MIB = 1024**2
 GIB = 1024**3
@@ -130,10 +130,10 @@ class TestLimit:
         """
         It is not clipped, and a fraction is a fraction of the device.
         """
-        assert limit_bytes("10GiB", 8 * GIB) == 10 * GIB
-        assert limit_bytes(0.5, 8 * GIB) == 4 * GIB
-        assert limit_bytes(Limit(fraction=0.25), 8 * GIB) == 2 * GIB
-        assert limit_bytes("auto", 8 * GIB) is None
+        assert parse_limit("10GiB").of(8 * GIB) == 10 * GIB
+        assert parse_limit(0.5).of(8 * GIB) == 4 * GIB
+        assert Limit(fraction=0.25).of(8 * GIB) == 2 * GIB
+        assert parse_limit("auto").of(8 * GIB) is None
 
     @given(
         st.integers(1, 10**15),
@@ -162,7 +162,7 @@ class TestLimit:
         """
         Rounding never gives a byte that is not there.
         """
-        found = limit_bytes(fraction, total_bytes)
+        found = parse_limit(fraction).of(total_bytes)
         assert found is not None
         assert 0 <= found <= total_bytes
 

@@ -14,17 +14,16 @@ import os
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
-from .base import CacheBase, Departure, log_held
+from .base import CacheBase, Departure, outranked_by
 from .cache import ModelCache
 from .core.fallback import Attempts
 from .core.threads import current_owner, token_of
 from .engine.calls.prepare import prepared, prepared_detection
 from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
-from .errors import EvictionTimeout
-from .lease import Leases
+from .lease import Lease, Leases
 from .model import Handle, LeasedIterator, call_leased
 from .options import as_request, as_requests, parse_tier, parse_timeout
 
@@ -45,28 +44,18 @@ if TYPE_CHECKING:
     from .engine.sizes.footprint import Workload
     from .events import Explanation
     from .keys import ModelKey
-    from .lease import Lease
     from .options import CacheOptions, ModelRequest, Tier
     from .units import DurationValue
     from .watch.live import Snapshot
 
     P = ParamSpec("P")
 
-__all__ = [
-    "AsyncCachedModel",
-    "AsyncLease",
-    "AsyncLeases",
-    "AsyncModelCache",
-    "AsyncSegments",
-]
-
 T = TypeVar("T")
+Held = TypeVar("Held", bound="Lease | Leases")
 
+# Most calls on models that tasks have in flight at once. A model runs ``num_workers``
+# of its calls at a time; the others wait in it, each on its thread.
 CALL_THREADS = 64
-"""
-Most calls on models that tasks have in flight at once. A model runs ``num_workers`` of
-its calls at a time; the others wait in it, each on its thread.
-"""
 
 # The end of segments, for futures: they cannot carry a StopIteration.
 _END = object()
@@ -97,7 +86,8 @@ async def _in_thread(call: Callable[P, T], *args: P.args, **options: P.kwargs) -
 
 class AsyncModelCache(CacheBase):
     """
-    A `ModelCache` for tasks, with the same methods.
+    A `ModelCache` for tasks, with the same methods. Parameters, results and errors are
+    those of `ModelCache`'s, where they are documented.
 
     Args:
         cache: A cache to share with threads; a new one if None.
@@ -136,8 +126,7 @@ class AsyncModelCache(CacheBase):
         **load_options: object,
     ) -> AsyncCachedModel:
         """
-        Returns a model to await, in memory whenever it is used. See
-        `ModelCache.get_model`.
+        Returns a model to await, in memory whenever it is used.
         """
         # Both touch the disk.
         model = await _in_thread(anchored, model_size_or_path)
@@ -159,8 +148,7 @@ class AsyncModelCache(CacheBase):
         **load_options: object,
     ) -> AsyncLease:
         """
-        Returns the real WhisperModel, held for an ``async with`` block. See
-        `ModelCache.lease`.
+        Returns the real WhisperModel, held for an ``async with`` block.
 
         Its calls block: run them in a thread, or use `get_model`, which does.
         """
@@ -180,8 +168,7 @@ class AsyncModelCache(CacheBase):
         **load_options: object,
     ) -> AsyncLeases:
         """
-        Returns several models, held together for an ``async with`` block. See
-        `ModelCache.lease_many`.
+        Returns several models, held together for an ``async with`` block.
         """
         requests = as_requests(models, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, ())
@@ -204,9 +191,6 @@ class AsyncModelCache(CacheBase):
         return lease
 
     async def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
-        """
-        Returns a lease on the model, or on the first fallback that can be had.
-        """
         attempts = Attempts(self._core, request, terms)
         for attempt, terms_left in attempts:
             with attempts.judging():
@@ -227,9 +211,8 @@ class AsyncModelCache(CacheBase):
     ) -> tuple[Lease, ...]:
         core = self._core
         parts = await _in_thread(self._locate, requests, workload)
-        waiter = core.request(
-            parts, terms.keep_alive_s, terms.timeout_s, _current_task()
-        )
+        task = _current_task()
+        waiter = core.request(parts, terms.keep_alive_s, terms.timeout_s, task)
         try:
             return await asyncio.wrap_future(waiter.future)
         except BaseException:
@@ -247,8 +230,7 @@ class AsyncModelCache(CacheBase):
         **load_options: object,
     ) -> None:
         """
-        Downloads a model's files, if they are not on this disk. See
-        `ModelCache.download`.
+        Downloads a model's files, if they are not on this disk.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
         await _in_thread(self._locate, [request], DEFAULT_WORKLOAD)
@@ -261,7 +243,7 @@ class AsyncModelCache(CacheBase):
         **load_options: object,
     ) -> Knowledge | None:
         """
-        Returns the languages and tokens of a model. See `ModelCache.knowledge`.
+        Returns the languages and tokens of a model.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
         return await _in_thread(self._resolver.knowledge, request, download=False)
@@ -278,7 +260,7 @@ class AsyncModelCache(CacheBase):
         **load_options: object,
     ) -> None:
         """
-        Loads a model now, or reads its files. See `ModelCache.preload`.
+        Loads a model now, or reads its files.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
         terms = self._terms(timeout_s, None, fallback)
@@ -300,7 +282,7 @@ class AsyncModelCache(CacheBase):
         **load_options: object,
     ) -> None:
         """
-        Loads a model now and keeps it, idle or not. See `ModelCache.pin`.
+        Loads a model now and keeps it, idle or not.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
         terms = self._terms(timeout_s, None, fallback)
@@ -318,7 +300,7 @@ class AsyncModelCache(CacheBase):
         timeout_s: DurationValue | None = None,
     ) -> int:
         """
-        Unloads models now; returns their number. See `ModelCache.evict`.
+        Unloads models now; returns their number.
         """
         wait_s = parse_timeout(timeout_s)
         matches = self._resolver.matching(model_size_or_path, device, compute_type)
@@ -349,15 +331,14 @@ class AsyncModelCache(CacheBase):
         **load_options: object,
     ) -> Explanation:
         """
-        Returns what a lease on a model would do now. See `ModelCache.explain`.
+        Returns what a lease on a model would do now.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
         return await _in_thread(self._explain, request, workload or DEFAULT_WORKLOAD)
 
     async def top(self, interval_s: float = 1.0) -> None:
         """
-        Shows the cache live in the terminal, until it is cancelled. See
-        `ModelCache.top`.
+        Shows the cache live in the terminal, until it is cancelled.
         """
         from .watch.live import Watch
         from .watch.top import watch
@@ -380,7 +361,7 @@ class AsyncModelCache(CacheBase):
 
     async def close(self, timeout_s: DurationValue | None = 10.0) -> None:
         """
-        Closes the cache, for threads too. See `ModelCache.close`.
+        Closes the cache, for threads too.
         """
         wait_s = parse_timeout(timeout_s)
         leaving = self._core.close()
@@ -399,31 +380,22 @@ class AsyncModelCache(CacheBase):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
+        with outranked_by(error):
             await self.close()
-        except EvictionTimeout as held:
-            # The error that ends the block tells more than this one.
-            if error is None:
-                raise
-            log_held(held)
 
 
-class AsyncLease:
-    """
-    A lease that is still to be granted: await it, or hold it for an ``async with``.
-    """
-
-    def __init__(self, acquire: Coroutine[None, None, Lease]) -> None:
+class _Grant(Generic[Held]):
+    def __init__(self, acquire: Coroutine[None, None, Held]) -> None:
         self._acquire = acquire
-        self._lease: Lease | None = None
+        self._held: Held | None = None
 
-    def __await__(self) -> Generator[None, None, Lease]:
+    def __await__(self) -> Generator[None, None, Held]:
         return self._acquire.__await__()
 
-    async def __aenter__(self) -> WhisperModel:
+    async def _granted(self) -> Held:
         # Kept for the end of the block, unlike a lease that is awaited.
-        self._lease = await self
-        return self._lease.whisper
+        self._held = await self
+        return self._held
 
     async def __aexit__(
         self,
@@ -431,35 +403,27 @@ class AsyncLease:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._lease is not None:
-            self._lease.__exit__(kind, error, trace)
+        if self._held is not None:
+            self._held.__exit__(kind, error, trace)
 
 
-class AsyncLeases:
+class AsyncLease(_Grant[Lease]):
+    """
+    A lease that is still to be granted: await it, or hold it for an ``async with``.
+    """
+
+    async def __aenter__(self) -> WhisperModel:
+        return (await self._granted()).__enter__()
+
+
+class AsyncLeases(_Grant[Leases]):
     """
     Leases on several models that are still to be granted: await them, or hold them for
     an ``async with`` block, whose value are the models themselves.
     """
 
-    def __init__(self, acquire: Coroutine[None, None, Leases]) -> None:
-        self._acquire = acquire
-        self._leases: Leases | None = None
-
-    def __await__(self) -> Generator[None, None, Leases]:
-        return self._acquire.__await__()
-
     async def __aenter__(self) -> tuple[WhisperModel, ...]:
-        self._leases = await self
-        return tuple(lease.whisper for lease in self._leases)
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._leases is not None:
-            self._leases.__exit__(kind, error, trace)
+        return (await self._granted()).__enter__()
 
 
 class AsyncCachedModel(Handle):
@@ -467,17 +431,11 @@ class AsyncCachedModel(Handle):
     A `CachedModel` whose calls are awaited. Made by `AsyncModelCache.get_model`.
     """
 
-    def __init__(self, cache: AsyncModelCache, source: ModelSource) -> None:
-        self._cache = cache
-        self._source = source
-        self._served_by: ModelKey | None = None
+    _source: ModelSource
 
-    @property
-    def key(self) -> ModelKey:
-        """
-        The model: canonical name, device, effective compute type.
-        """
-        return self._source.key
+    def __init__(self, cache: AsyncModelCache, source: ModelSource) -> None:
+        super().__init__(source)
+        self._cache = cache
 
     def lease(self) -> AsyncLease:
         """
@@ -487,13 +445,6 @@ class AsyncCachedModel(Handle):
 
     def _hold(self, workload: Workload) -> AsyncLease:
         return self._cache._lease(self._source.request, workload, self._source.terms)
-
-    @property
-    def served_by(self) -> ModelKey | None:
-        """
-        The model that the last call got. See `CachedModel.served_by`.
-        """
-        return self._served_by
 
     async def _held(self, workload: Workload) -> Lease:
         lease = await self._hold(workload)
@@ -535,9 +486,6 @@ class AsyncCachedModel(Handle):
         call = lease.whisper.detect_language
         result = await _call(lease, call, ready.samples, **ready.options)
         return cast("tuple[str, float, list[tuple[str, float]]]", result)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._source}>"
 
 
 class AsyncSegments(AsyncIterator[T]):
@@ -631,9 +579,6 @@ async def _call(
 
 
 def _close_result(future: Future[object]) -> None:
-    """
-    Closes the segments in the result of a call that is not awaited any more.
-    """
     if future.exception() is None:
         result = future.result()
         first = result[0] if isinstance(result, tuple) and result else result

@@ -8,6 +8,7 @@ belongs to one of the two.
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from .units import parse_duration
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from inspect import Signature
 
     import numpy as np
@@ -50,14 +51,10 @@ if TYPE_CHECKING:
     from .planning.deadlock import Owner
     from .units import DurationValue, LimitValue
 
-__all__ = ["CLOSED", "CacheBase", "Departure", "log_held"]
-
 _log = logging.getLogger("whispercache")
 
+# The reason that segments give when they ended early with their cache.
 CLOSED = "the cache was closed"
-"""
-The reason that segments give when they ended early with their cache.
-"""
 
 
 class CacheBase:
@@ -131,9 +128,6 @@ class CacheBase:
         return [Wanted(targets[n].entry, workload) for n in range(len(requests))]
 
     def _read(self, request: Request) -> None:
-        """
-        Reads the files of a model into the page cache. Blocks until they are read.
-        """
         self._resolver.read(self._resolver.resolve(request))
 
     def _explain(self, request: Request, workload: Workload) -> Explanation:
@@ -301,11 +295,18 @@ class CacheBase:
         return own
 
 
-def log_held(held: EvictionTimeout) -> None:
+@contextmanager
+def outranked_by(error: BaseException | None) -> Iterator[None]:
     """
-    Logs the models that are still held, where another error is raised instead.
+    Only logs models that are still held, where *error* ends the block of a cache.
     """
-    _log.warning("closing: %s", held)
+    try:
+        yield
+    except EvictionTimeout as held:
+        # The error that ends the block tells more than this one.
+        if error is None:
+            raise
+        _log.warning("closing: %s", held)
 
 
 class Departure:

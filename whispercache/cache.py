@@ -14,12 +14,12 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .base import CacheBase, Departure, ModelSource, log_held
+from .base import CacheBase, Departure, ModelSource, outranked_by
 from .core.fallback import Attempts, Terms, as_ladder
 from .core.threads import MonotonicClock, current_owner, current_owners
 from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
-from .errors import EvictionTimeout, NotDownloaded
+from .errors import NotDownloaded
 from .lease import Leases
 from .lifetime import register
 from .model import CachedModel
@@ -61,8 +61,6 @@ if TYPE_CHECKING:
     from .options import ModelRequest, PolicyName, Pressure, Tier
     from .planning.policies import Policy
     from .units import DurationValue, LimitValue
-
-__all__ = ["ModelCache"]
 
 
 class ModelCache(CacheBase):
@@ -184,9 +182,6 @@ class ModelCache(CacheBase):
             look_after(self._core, watches=self._watches, peers=peers)
 
     def _after_fork(self) -> None:
-        """
-        Starts afresh in a forked child, if the core is still of use there.
-        """
         # Known requests refer to entries of the parent.
         self._resolver.forget()
         if not self._core.is_closed:
@@ -591,13 +586,8 @@ class ModelCache(CacheBase):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
+        with outranked_by(error):
             self.close()
-        except EvictionTimeout as held:
-            # The error that ends the block tells more than this one.
-            if error is None:
-                raise
-            log_held(held)
 
 
 def _peers(probe: MemoryProbe) -> Peers:
@@ -612,9 +602,6 @@ def _peers(probe: MemoryProbe) -> Peers:
 def _usual_parts(
     probe: MemoryProbe | None, loader: Engine | None, variants_bytes: int | None
 ) -> tuple[MemoryProbe, Loader]:
-    """
-    Returns the probe and the loader, the usual ones where none was given.
-    """
     from .engine.adapter import completed
 
     # Imported when they are needed: a cache on fakes opens no driver's library.

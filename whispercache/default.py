@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from .model import CachedModel
     from .units import DurationValue
 
-__all__ = ["default_cache", "get_model"]
-
 _lock = threading.Lock()
 _default: ModelCache | None = None
 

@@ -12,29 +12,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     from .keys import ModelKey
 
-__all__ = [
-    "DeviceInfo",
-    "DeviceLost",
-    "DeviceWarmedUp",
-    "DeviceWarmingUp",
-    "Event",
-    "EvictionCause",
-    "ExplainedOutcome",
-    "Explanation",
-    "FellBack",
-    "ModelEvicted",
-    "ModelGranted",
-    "ModelInfo",
-    "ModelLoadFailed",
-    "ModelLoaded",
-    "ModelLoading",
-    "ModelState",
-    "ModelStillReferenced",
-    "ReleaseUnconfirmed",
-    "Stats",
-    "WaitingInfo",
-]
-
 _log = logging.getLogger("whispercache")
 
 ModelState: TypeAlias = Literal["loading", "resident", "unloading"]

@@ -19,25 +19,10 @@ from .errors import UnsupportedComputeType
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-__all__ = [
-    "ALIASES",
-    "COMPUTE_TYPES",
-    "FETCH_OPTIONS",
-    "MODELS",
-    "OTHER_NAMES",
-    "TYPICAL_COMPUTE_TYPES",
-    "ModelKey",
-    "OptionValue",
-    "canonical_device",
-    "canonical_options",
-    "compute_type_on",
-    "effective_compute_type",
-    "frozen_compute_type",
-    "is_directory",
-]
-
 OptionValue = str | int | float | bool | None
 
+# Canonical names of the known models, and their repositories on the model hub.
+# Source: faster_whisper/utils.py, ``_MODELS``, 1.2.1; a test compares the two.
 MODELS: Mapping[str, str] = MappingProxyType(
     {
         **{
@@ -55,11 +40,6 @@ MODELS: Mapping[str, str] = MappingProxyType(
         "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
     }
 )
-"""
-Canonical names of the known models, and their repositories on the model hub.
-
-Source: faster_whisper/utils.py, ``_MODELS``, 1.2.1; a test compares the two.
-"""
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {"large": "large-v3", "turbo": "large-v3-turbo"}
@@ -89,13 +69,12 @@ def _other_names() -> dict[str, str]:
     return {**found, "openai/whisper-large": "large-v1"}
 
 
+# Other names of the known models, such as ``"whisper-large-v3"``, and the canonical
+# ones.
+# Source: huggingface.co/openai and /distil-whisper; names of OpenAI-compatible servers.
 OTHER_NAMES: Mapping[str, str] = MappingProxyType(_other_names())
-"""
-Other names of the known models, such as ``"whisper-large-v3"``, and the canonical ones.
 
-Source: huggingface.co/openai and /distil-whisper; names of OpenAI-compatible servers.
-"""
-
+# The effective types: those that a loaded model can be in.
 COMPUTE_TYPES = (
     "float32",
     "float16",
@@ -105,22 +84,19 @@ COMPUTE_TYPES = (
     "int8_float16",
     "int8_bfloat16",
 )
-"""
-The effective types: those that a loaded model can be in.
-"""
 
+# The types of an x86 CPU without MKL and of a GPU since Ampere, by kind of device.
+#
+# They are for tables about machines that are not here; a cache asks CTranslate2
+# instead.
 TYPICAL_COMPUTE_TYPES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "cpu": frozenset({"float32", "int8_float32"}),
         "cuda": frozenset(set(COMPUTE_TYPES) - {"int16"}),
     }
 )
-"""
-The types of an x86 CPU without MKL and of a GPU since Ampere, by kind of device.
 
-They are for tables about machines that are not here; a cache asks CTranslate2 instead.
-"""
-
+# Load options that say how to get the files, and do not change the model.
 _LOAD_DEFAULTS: dict[str, OptionValue] = {
     "cpu_threads": 0,
     "num_workers": 1,
@@ -135,9 +111,6 @@ _HUB_OPTIONS = {"download_root", "revision"}
 FETCH_OPTIONS: Mapping[str, OptionValue] = MappingProxyType(
     {"local_files_only": False, "use_auth_token": None}
 )
-"""
-Load options that say how to get the files, and do not change the model.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +157,6 @@ _DEVICE = re.compile(r"(auto|cpu)|cuda(?::(\d+))?")
 
 
 def _device_hint(device: object) -> str:
-    """
-    Returns a hint at the device that was probably meant.
-    """
     if device is None:
         return "; leave it out for 'auto'"
     # PyTorch's devices print as what is wanted here.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from .keys import ModelKey
     from .planning.deadlock import Owner
 
-__all__ = ["Holder", "Lease", "Leases"]
-
 
 class Holder(Protocol):
     """

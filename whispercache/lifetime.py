@@ -16,12 +16,8 @@ if TYPE_CHECKING:
 
     from .core.core import Core
 
-__all__ = ["EXIT_S", "register"]
-
+# Most seconds that the end of the interpreter waits for loads, unloads and calls.
 EXIT_S = 10.0
-"""
-Most seconds that the end of the interpreter waits for loads, unloads and calls.
-"""
 
 
 _T = TypeVar("_T", bound=Hashable)

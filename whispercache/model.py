@@ -19,7 +19,6 @@ from .engine.calls.prepare import (
     Callee,
     prepared,
     prepared_detection,
-    workload_of,
 )
 from .engine.sizes.footprint import DEFAULT_WORKLOAD, Workload
 from .errors import CacheForked
@@ -35,15 +34,9 @@ if TYPE_CHECKING:
     from .lease import Lease
     from .planning.deadlock import Owner
 
-__all__ = [
-    "CachedModel",
-    "LeasedIterator",
-    "call_leased",
-    "workload_of",
-]
-
 T = TypeVar("T")
 
+# The other attributes and methods of a WhisperModel; a test compares with the real one.
 _ATTRIBUTES = (
     "feat_kwargs",
     "feature_extractor",
@@ -64,9 +57,6 @@ _METHODS = (
     "generate_with_fallback",
     "get_prompt",
 )
-"""
-The other attributes and methods of a WhisperModel; a test compares with the real one.
-"""
 
 
 class Source(Callee, Protocol):
@@ -104,6 +94,10 @@ class LeasedIterator(Iterator[T]):
         items: The result.
         lease: The lease on the model that computes them.
         again: Makes the call again.
+
+    Attributes:
+        has_moved: True if others than the first owner have iterated, or were announced
+            to.
     """
 
     def __init__(
@@ -116,7 +110,7 @@ class LeasedIterator(Iterator[T]):
         self._lease = lease
         self._again = again
         self._owner = lease.owner
-        self._has_moved = False
+        self.has_moved = False
         self._failure = ""
         self._ending = ""  # the reason to end once no step is in flight
         # One step at a time: a close from another thread waits for the step in flight,
@@ -150,17 +144,10 @@ class LeasedIterator(Iterator[T]):
         """
         if owner != self._owner:
             self._owner = owner
-            self._has_moved = True
+            self.has_moved = True
             # An end that was meant for the owner before does not concern this one.
             self._ending = ""
             self._lease.hand_over(owner)
-
-    @property
-    def has_moved(self) -> bool:
-        """
-        True if others than the first owner have iterated, or were announced to.
-        """
-        return self._has_moved
 
     def step(self) -> T:
         """
@@ -201,12 +188,8 @@ class LeasedIterator(Iterator[T]):
         return item
 
     def _was_forked(self) -> bool:
-        """
-        Returns True if it was begun in the process that forked this one.
-
-        Its lock may then be held by a thread that does not exist here.
-        """
-        # Items are forgotten before the lease is ended; only a fork ends that alone.
+        # In a child the lock may be held by a thread that does not exist there. Items
+        # are forgotten before the lease is ended; only a fork ends that alone.
         return self._lease.is_released and self._items is not None
 
     def _first(self) -> T:
@@ -335,6 +318,27 @@ class Handle:
     A name for a model of a cache, without anything of its own that could be changed.
     """
 
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._served_by: ModelKey | None = None
+
+    @property
+    def key(self) -> ModelKey:
+        """
+        The model: canonical name, device, effective compute type.
+        """
+        return self._source.key
+
+    @property
+    def served_by(self) -> ModelKey | None:
+        """
+        The model that the last call got; not `key` after a fallback. None before the
+        first call.
+
+        With several threads, ask the ``segments`` of a call for their ``key`` instead.
+        """
+        return self._served_by
+
     def __setattr__(self, name: str, value: object) -> None:
         # Set on the handle, an attribute would never reach the model that computes.
         if name not in ("_cache", "_served_by", "_source"):
@@ -364,6 +368,9 @@ class Handle:
             "process. Send its name, and call get_model() in the other process"
         )
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._source}>"
+
 
 class CachedModel(Handle):
     """
@@ -377,27 +384,6 @@ class CachedModel(Handle):
     and attributes of `faster_whisper.WhisperModel` except ``model``, which is not safe
     to touch without a lease: use `lease` for that.
     """
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._served_by: ModelKey | None = None
-
-    @property
-    def key(self) -> ModelKey:
-        """
-        The model: canonical name, device, effective compute type.
-        """
-        return self._source.key
-
-    @property
-    def served_by(self) -> ModelKey | None:
-        """
-        The model that the last call got; not `key` after a fallback. None before the
-        first call.
-
-        With several threads, ask the ``segments`` of a call for their ``key`` instead.
-        """
-        return self._served_by
 
     def lease(self) -> Lease:
         """
@@ -513,6 +499,3 @@ class CachedModel(Handle):
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *_ATTRIBUTES, *_METHODS]
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._source}>"

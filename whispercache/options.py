@@ -26,60 +26,28 @@ if TYPE_CHECKING:
     from .planning.policies import Policy
     from .units import DurationValue, LimitValue
 
-__all__ = [
-    "DEFAULT_VARIANTS_BYTES",
-    "PATIENCE_S",
-    "UNCHANGED",
-    "VARIANTS_VARIABLE",
-    "CacheOptions",
-    "Limits",
-    "ModelName",
-    "ModelRequest",
-    "PolicyName",
-    "Pressure",
-    "Tier",
-    "Unchanged",
-    "as_request",
-    "as_requests",
-    "limits_by_device",
-    "parse_count",
-    "parse_park",
-    "parse_patience",
-    "parse_policy",
-    "parse_pressure",
-    "parse_tier",
-    "parse_timeout",
-    "parse_variants",
-]
-
+# Seconds for which hits may pass a request that waits for memory.
 PATIENCE_S = 5.0
-"""
-Seconds for which hits may pass a request that waits for memory.
-"""
 
+# Environment variable that turns variants off, for programs whose code one cannot
+# change.
 VARIANTS_VARIABLE = "WHISPERCACHE_VARIANTS"
-"""
-Environment variable that turns variants off, for programs whose code one cannot change.
-"""
 
 _OFF = ("off", "0", "no", "none", "false")
 
+# Most bytes that variants take on disk, unless a limit is given: ten of large-v3 in
+# int8.
 DEFAULT_VARIANTS_BYTES = 16 * 1024**3
-"""
-Most bytes that variants take on disk, unless a limit is given: ten of large-v3 in int8.
-"""
 
 PolicyName: TypeAlias = Literal["lru", "gap"]
 Pressure: TypeAlias = Literal["load", "watch"]
 Tier: TypeAlias = Literal["device", "page"]
 
+# A name or path; or with its own device, and perhaps its own compute type.
 ModelName: TypeAlias = "str | os.PathLike[str]"
 ModelRequest: TypeAlias = (
     "ModelName | tuple[ModelName] | tuple[ModelName, str] | tuple[ModelName, str, str]"
 )
-"""
-A name or path; or with its own device, and perhaps its own compute type.
-"""
 
 _PRESSURES = ("load", "watch")
 _TIERS = ("device", "page")

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["FORMATS", "Cue", "Transcript"]
-
 
 @dataclass(frozen=True, slots=True)
 class Cue:
@@ -105,12 +103,10 @@ def _json(transcript: Transcript) -> Iterator[str]:
     yield json.dumps(document, ensure_ascii=False) + "\n"
 
 
+# The formats by name, which is also the ending of their files.
 FORMATS: Mapping[str, Callable[[Transcript], Iterator[str]]] = MappingProxyType(
     {"txt": _txt, "srt": _srt, "vtt": _vtt, "json": _json}
 )
-"""
-The formats by name, which is also the ending of their files.
-"""
 
 
 def _spans(transcript: Transcript) -> Iterator[tuple[int, int, str]]:

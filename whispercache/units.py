@@ -13,15 +13,6 @@ import re
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = [
-    "DurationValue",
-    "Limit",
-    "LimitValue",
-    "limit_bytes",
-    "parse_duration",
-    "parse_limit",
-]
-
 LimitValue: TypeAlias = int | float | str | None
 DurationValue: TypeAlias = int | float | str
 
@@ -103,21 +94,6 @@ def parse_limit(value: LimitValue, name: str = "limit") -> Limit:
     return _plain_bytes(_whole(value, name), name, value)
 
 
-def limit_bytes(
-    value: Limit | LimitValue, total_bytes: int, name: str = "limit"
-) -> int | None:
-    """
-    Returns a limit, parsed or not, in bytes on a device of *total_bytes*; None for no
-    limit.
-
-    Raises:
-        TypeError: See `parse_limit`.
-        ValueError: See `parse_limit`.
-    """
-    limit = value if isinstance(value, Limit) else parse_limit(value, name)
-    return limit.of(total_bytes)
-
-
 def parse_duration(value: DurationValue, name: str = "duration") -> float:
     """
     Returns the seconds in *value*; ``math.inf``, never, for anything negative.
@@ -140,8 +116,7 @@ def parse_duration(value: DurationValue, name: str = "duration") -> float:
         # Past that many seconds there is no difference to "never", whatever the sign.
         seconds = float(whole) if abs(whole) < 2**63 else math.inf
     if math.isnan(seconds):
-        msg = f"{name} must be a number of seconds, not NaN"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be a number of seconds, not NaN")
     # abs() makes 0.0 of -0.0, which else would print as "-0".
     return math.inf if seconds < 0 else abs(seconds)
 
@@ -154,11 +129,10 @@ def _limit_from_text(text: str, name: str) -> Limit:
         return Limit()
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        msg = (
+        raise ValueError(
             f"{name} must be an amount of memory such as '10GiB', '512MiB' or '80%', "
             f"not {_shown(text)}"
         )
-        raise ValueError(msg)
     # Digits are computed with as integers, so that "0.1GiB" is exact.
     whole, part, unit = match["whole"], match["part"] or "", match["unit"]
     if unit == "%":
@@ -169,19 +143,15 @@ def _limit_from_text(text: str, name: str) -> Limit:
         return _fraction(float(f"{whole}.{part}"), name, text)
     n_bytes = int(whole + part) * _unit_bytes(match) // 10 ** len(part)
     if n_bytes < 1:
-        msg = f"{name} must be at least one byte, not {_shown(text)}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be at least one byte, not {_shown(text)}")
     return Limit(n_bytes=n_bytes)
 
 
 def _unit_bytes(match: re.Match[str]) -> int:
-    """
-    Returns the bytes in the unit of a match of ``_SIZE``: decimal only for ``kB``,
-    ``MB``, ….
-    """
     prefix, kind = match["prefix"], match["kind"]
     if prefix is None:
         return 1
+    # Decimal only for ``kB``, ``MB``, ….
     units = _DECIMAL if kind.lower() == "b" else _BINARY
     return units[prefix.lower()]
 
@@ -192,11 +162,10 @@ def _fraction(value: float, name: str, given: object) -> Limit:
     """
     # NaN fails the comparison, too.
     if not 0 < value <= 1:
-        msg = (
+        raise ValueError(
             f"{name} as a fraction must be above 0 and at most 1.0 (all of it), "
             f"not {_shown(given)}; for bytes give an int or text such as '10GiB'"
         )
-        raise ValueError(msg)
     return Limit(fraction=value)
 
 
@@ -205,22 +174,18 @@ def _plain_bytes(n_bytes: int, name: str, given: object) -> Limit:
     Returns a number without a unit as bytes.
     """
     if n_bytes < _SMALLEST_PLAIN_BYTES:
-        msg = (
+        raise ValueError(
             f"{name}={_shown(given)} would be that many bytes; "
             "give bytes, e.g. '10GiB', or a fraction such as 0.8"
         )
-        raise ValueError(msg)
     return Limit(n_bytes=n_bytes)
 
 
 def _whole(value: object, name: str) -> int:
-    """
-    Returns *value* as an int. Any integer type will do, NumPy's too, but no bool.
-    """
+    # Any integer type will do, NumPy's too, but no bool.
     if not isinstance(value, bool) and hasattr(value, "__index__"):
         return operator.index(value)
-    msg = f"{name} must be a number or text, not {type(value).__name__}"
-    raise TypeError(msg)
+    raise TypeError(f"{name} must be a number or text, not {type(value).__name__}")
 
 
 def _duration_from_text(text: str, name: str) -> float:
@@ -236,11 +201,10 @@ def _duration_from_text(text: str, name: str) -> float:
         parts = _DURATION_PART.findall(body)
         seconds = sum(float(number) * _DURATION_UNIT_S[unit] for number, unit in parts)
     else:
-        msg = (
+        raise ValueError(
             f"{name} must be seconds or a duration such as '5m', '1h30m' or '-1' "
             f"(never), not {_shown(text)}"
         )
-        raise ValueError(msg)
     return math.inf if sign == "-" and seconds > 0 else seconds
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, TypeAlias
 from whispercache.cache import ModelCache
 from whispercache.engine.calls.languages import language_code
 from whispercache.engine.calls.parameters import checked
+from whispercache.engine.calls.prepare import workload_of
 from whispercache.engine.calls.signatures import bound
 from whispercache.engine.naming import ModelSpec, parse_spec
 from whispercache.errors import WhisperCacheError
-from whispercache.model import workload_of
 
 from .plan import check_languages, enter, none_left, read_inputs
 from .references import match_references, read_references

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from whispercache.engine.calls.prepare import workload_of
 from whispercache.errors import AudioError, CacheClosed
-from whispercache.model import workload_of
 from whispercache.transcripts import Cue
 
 from .gauge import Gauge

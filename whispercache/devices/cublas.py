@@ -14,8 +14,6 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["cublas_problem", "cublas_version", "load_cublas"]
-
 _IS_WINDOWS = sys.platform == "win32"
 _LIBRARY = "cublas64_12.dll" if _IS_WINDOWS else "libcublas.so.12"
 # What cuBLAS itself needs comes first.
@@ -86,11 +84,10 @@ def _load() -> None:
         folder = _packaged_folder()
         if folder is None:
             variable = "PATH" if _IS_WINDOWS else "LD_LIBRARY_PATH"
-            msg = (
+            raise OSError(
                 f"{_LIBRARY} was not found: pip install nvidia-cublas-cu12, or put "
                 f"those of a CUDA 12 toolkit on {variable} and start again ({error})"
-            )
-            raise OSError(msg) from error
+            ) from error
         _load_from(folder)
 
 
@@ -104,17 +101,13 @@ def _load_from(folder: Path) -> None:
             # library that opens it by name gets this one all the same, by its soname.
             ctypes.CDLL(str(folder / library))
     except OSError as error:
-        msg = (
+        raise OSError(
             f"{_LIBRARY} is in {folder} but cannot be loaded: pip install "
             f"--force-reinstall nvidia-cublas-cu12 ({error})"
-        )
-        raise OSError(msg) from error
+        ) from error
 
 
 def _packaged_folder() -> Path | None:
-    """
-    Returns the first folder of an installed nvidia-cublas-cu12 with the library.
-    """
     for entry in sys.path:
         folder = Path(entry) / _INSIDE
         if (folder / _LIBRARY).is_file():

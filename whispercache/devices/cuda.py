@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["CudaError", "Driver", "Pool", "is_open", "open_driver"]
-
 DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 # From cuda.h.
@@ -268,28 +266,24 @@ class Driver:
         return device
 
     def _call(self, function: str, *arguments: object) -> None:
-        """
-        Calls *function* with arguments that are ctypes values or small integers.
-        """
         try:
             code = getattr(self._library, function)(*arguments)
         except AttributeError:
-            msg = f"the NVIDIA driver is too old: it has no {function}; update it"
-            raise CudaError(msg) from None
+            raise CudaError(
+                f"the NVIDIA driver is too old: it has no {function}; update it"
+            ) from None
         # The usual case in a container, so it gets an advice of its own.
         if code == _NO_DEVICE:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            msg = (
+            raise CudaError(
                 f"CUDA sees no GPU (CUDA_VISIBLE_DEVICES is {visible!r}); check with "
                 "nvidia-smi, in a container start it with --gpus all"
             )
-            raise CudaError(msg)
         if code != 0:
-            msg = (
+            raise CudaError(
                 f"the NVIDIA driver failed: {function}: {self._error_text(code)}; "
                 "check with nvidia-smi"
             )
-            raise CudaError(msg)
 
     def _error_text(self, code: int) -> str:
         text = ctypes.c_char_p()
@@ -323,9 +317,6 @@ def open_driver() -> Driver:
 
 @functools.cache
 def _open_driver() -> Driver | str:
-    """
-    Opens the driver, or returns why there is none.
-    """
     # Two threads may both get here, which cuInit allows.
     try:
         return Driver(ctypes.CDLL(DRIVER_LIBRARY))

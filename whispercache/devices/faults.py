@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-__all__ = ["Fault", "classify", "is_from_ctranslate2"]
-
 
 class Fault(Enum):
     """
@@ -49,16 +47,17 @@ _OUT_OF_MEMORY = (
     "failed to allocate memory",
 )
 
+# Source: OpenNMT/CTranslate2#2064, a launch by thrust that found no memory; NVIDIA,
+# cuBLAS, cublasCreate: also "an error in the hardware setup".
 _PERHAPS_OUT_OF_MEMORY = (
     "cudaerrorinvaliddevice",
     "invalid device ordinal",
     "cublas_status_not_initialized",
 )
-"""
-Source: OpenNMT/CTranslate2#2064, a launch by thrust that found no memory; NVIDIA,
-cuBLAS, cublasCreate: also "an error in the hardware setup".
-"""
 
+# Texts of those CUDA errors that leave a context unusable.
+# Source: the CUDA runtime's reference, cudaError: "leaves the process in an
+# inconsistent state"; the texts are those of cudaGetErrorString.
 _STICKY = (
     "illegal memory access",
     "illegal instruction was encountered",
@@ -74,19 +73,11 @@ _STICKY = (
     "gpu has fallen off the bus",
     "gpu is lost",
 )
-"""
-Texts of those CUDA errors that leave a context unusable.
-
-Source: the CUDA runtime's reference, cudaError: "leaves the process in an inconsistent
-state"; the texts are those of cudaGetErrorString.
-"""
 
 
+# Source: OpenNMT/CTranslate2#1865, int8 on GeForce RTX 50xx; NVIDIA, cuBLAS, its
+# status: "the device architecture" lacks what the function needs.
 _UNSUPPORTED = ("cublas_status_not_supported", "cublas_status_arch_mismatch")
-"""
-Source: OpenNMT/CTranslate2#1865, int8 on GeForce RTX 50xx; NVIDIA, cuBLAS, its status:
-"the device architecture" lacks what the function needs.
-"""
 
 
 def is_from_ctranslate2(error: BaseException) -> bool:

@@ -16,14 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = [
-    "anonymous_bytes",
-    "cpu_name",
-    "host_room",
-    "return_free_memory",
-    "user_cache",
-]
-
 
 class _Flavour(NamedTuple):
     """
@@ -148,9 +140,6 @@ def cpu_name(root: Path = Path("/")) -> str:
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
-    """
-    Returns glibc's ``malloc_trim``, or None.
-    """
     try:
         trim = ctypes.CDLL(None).malloc_trim
     # No such function (musl, macOS), or no such library (Windows: TypeError).
@@ -202,9 +191,6 @@ def _mounts(root: Path) -> dict[_Flavour, tuple[str, Path]]:
 
 
 def _limit_bytes(level: Path, flavour: _Flavour) -> int | None:
-    """
-    Returns the tightest limit that one group sets; None without one.
-    """
     # "max" is no number, hence no limit.
     texts = (_text(level / name).strip() for name in flavour.limits)
     return min((int(text) for text in texts if text.isdecimal()), default=None)
@@ -223,9 +209,6 @@ def _held_bytes(level: Path, flavour: _Flavour) -> int:
 
 
 def _text(path: Path) -> str:
-    """
-    Returns the file's content, or nothing where it is missing or may not be read.
-    """
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

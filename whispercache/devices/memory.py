@@ -10,53 +10,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = [
-    "CUDA_HEADROOM_BYTES",
-    "CUDA_HEADROOM_MIN_BYTES",
-    "HOST_HEADROOM_FRACTION",
-    "HOST_HEADROOM_MAX_BYTES",
-    "HOST_HEADROOM_MIN_BYTES",
-    "TOTAL_ONLY",
-    "MemoryProbe",
-    "MemoryReading",
-    "headroom_bytes",
-]
-
 _MIB = 1024**2
 
 # Sources are text for people; this one is compared with, too.
+# Source of a reading that measured nothing but the size of the device.
+#
+# It must not be compared with a later reading: memory that others held all the time
+# would look like memory that was taken in between.
 TOTAL_ONLY = "cuda driver (total only)"
-"""
-Source of a reading that measured nothing but the size of the device.
 
-It must not be compared with a later reading: memory that others held all the time would
-look like memory that was taken in between.
-"""
-
+# Bytes of a GPU that are never planned with: this process's context, kernels and
+# handles.
+# Source: 200 to 312 MiB stay until the process ends (SYSTRAN/faster-whisper#680, #992);
+# the rest is for fragments and for neighbours that grow a little.
 CUDA_HEADROOM_BYTES = 512 * _MIB
-"""
-Bytes of a GPU that are never planned with: this process's context, kernels and handles.
 
-Source: 200 to 312 MiB stay until the process ends (SYSTRAN/faster-whisper#680, #992);
-the rest is for fragments and for neighbours that grow a little.
-"""
-
+# The least headroom of a GPU, once the context is there and has been measured.
+# Source: a choice; a growing neighbour, and cuBLAS handles of 8 to 32 MiB for each
+# model.
 CUDA_HEADROOM_MIN_BYTES = 128 * _MIB
-"""
-The least headroom of a GPU, once the context is there and has been measured.
 
-Source: a choice; a growing neighbour, and cuBLAS handles of 8 to 32 MiB for each model.
-"""
-
+# Share of the host's memory that is never planned with, and its bounds.
+# Source: a choice, not a measurement. Other programs need some memory however small the
+# machine is, and a share that kept growing above 40 GiB would only be wasted.
 HOST_HEADROOM_FRACTION = 0.05
 HOST_HEADROOM_MIN_BYTES = 256 * _MIB
 HOST_HEADROOM_MAX_BYTES = 2048 * _MIB
-"""
-Share of the host's memory that is never planned with, and its bounds.
-
-Source: a choice, not a measurement. Other programs need some memory however small the
-machine is, and a share that kept growing above 40 GiB would only be wasted.
-"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,6 @@ from .cuda import CudaError
 if TYPE_CHECKING:
     from .cuda import Driver
 
-__all__ = ["Card", "card_memory", "driver_version", "find_card", "nvml_problem"]
-
 
 class Card(NamedTuple):
     """
@@ -69,8 +67,9 @@ def card_memory(card: Card) -> tuple[int, int] | None:
         # that the driver reserves for itself count as used.
         memory = nvml.nvmlDeviceGetMemoryInfo(card.handle)
     except (nvml.NVMLError_GpuIsLost, nvml.NVMLError_ResetRequired) as error:
-        msg = f"NVML says {error}; reset the card or restart the machine"
-        raise CudaError(msg) from error
+        raise CudaError(
+            f"NVML says {error}; reset the card or restart the machine"
+        ) from error
     except nvml.NVMLError:
         return None
     return int(memory.total), int(memory.free)

@@ -23,8 +23,6 @@ from .nvml import Card, card_memory, find_card
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["SystemProbe"]
-
 
 class SystemProbe:
     """
@@ -118,9 +116,6 @@ class SystemProbe:
     def _read_nvml(
         self, driver: Driver, ordinal: int, cuda_total_bytes: int
     ) -> MemoryReading | None:
-        """
-        Returns NVML's reading, or None where it has none.
-        """
         # Two threads may both look the card up, and find the same one.
         card = self._cards.get(ordinal) or find_card(driver, ordinal)
         if card is None:
@@ -138,9 +133,6 @@ class SystemProbe:
 
 @contextmanager
 def _unavailable(device: str) -> Iterator[None]:
-    """
-    Turns errors of the driver into `DeviceUnavailable`.
-    """
     try:
         yield
     except CudaError as error:
@@ -152,19 +144,17 @@ def _names(driver: Driver) -> tuple[str, ...]:
 
 
 def _find(device: str) -> tuple[Driver, int]:
-    """
-    Returns the driver, and its number of *device*.
-    """
     # At most nine digits, so that the number fits what the driver takes.
     match = re.fullmatch(r"cuda:([0-9]{1,9})", device)
     if match is None:
-        reason = "there is no such kind of device; use 'cpu' or for example 'cuda:0'"
-        raise DeviceUnavailable(device, reason)
+        raise DeviceUnavailable(
+            device, "there is no such kind of device; use 'cpu' or for example 'cuda:0'"
+        )
     driver = open_driver()
     if int(match[1]) >= driver.device_count:
-        reason = (
+        raise DeviceUnavailable(
+            device,
             f"there is no such GPU; CUDA sees {', '.join(_names(driver)) or 'none'} "
-            "(it counts only those that CUDA_VISIBLE_DEVICES lets through)"
+            "(it counts only those that CUDA_VISIBLE_DEVICES lets through)",
         )
-        raise DeviceUnavailable(device, reason)
     return driver, int(match[1])

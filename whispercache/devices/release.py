@@ -26,64 +26,34 @@ if TYPE_CHECKING:
     from .cuda import Driver, Pool
     from .memory import MemoryProbe
 
-__all__ = [
-    "ENOUGH_RETURNED",
-    "Holdings",
-    "Return",
-    "compile_reason",
-    "cublas_reason",
-    "floor_bytes",
-    "forget_peak",
-    "holdings",
-    "is_integrated",
-    "returned",
-    "settle",
-    "synchronize",
-    "warm_up_reason",
-]
-
 _log = logging.getLogger("whispercache")
 
+# Share of the expected bytes that confirms a return: other programs blur the gauge.
+# Source: Ollama's rule (FACTS, CUDA memory 6).
 ENOUGH_RETURNED = 0.75
-"""
-Share of the expected bytes that confirms a return: other programs blur the gauge.
 
-Source: Ollama's rule (FACTS, CUDA memory 6).
-"""
-
+# Most seconds to wait, without a pool, for the gauge to show what was freed.
+# Source: typically 0.5 to 1.5 s (likewise).
 RETURN_WAIT_S = 2.0
-"""
-Most seconds to wait, without a pool, for the gauge to show what was freed.
-
-Source: typically 0.5 to 1.5 s (likewise).
-"""
 
 _LOOK_S = 0.02
 
+# A floor above this is taken for another program's memory.
+# Source: 200 to 312 MiB were seen (SYSTRAN/faster-whisper#680, #992).
 MOST_FLOOR_BYTES = 1024**3
-"""
-A floor above this is taken for another program's memory.
 
-Source: 200 to 312 MiB were seen (SYSTRAN/faster-whisper#680, #992).
-"""
-
+# The newest generation of cards that CTranslate2's wheels hold code for (sm_86 runs on
+# all 8.x from 8.6 on); for later ones CUDA compiles it from PTX.
+# Source: CTranslate2 4.8.5's wheel; NVIDIA, CUDA programming guide, binary
+# compatibility.
 _COMPILED_MAJOR = 8
-"""
-The newest generation of cards that CTranslate2's wheels hold code for (sm_86 runs on
-all 8.x from 8.6 on); for later ones CUDA compiles it from PTX.
-
-Source: CTranslate2 4.8.5's wheel; NVIDIA, CUDA programming guide, binary compatibility.
-"""
 
 
+# The generation of cards that cuBLAS knows from that version on.
+# Source: NVIDIA, CUDA 12.8 release notes; with an older one int8 fails there, and
+# float16 works (OpenNMT/CTranslate2#1865; McCloudS/subgen#332).
 _BLACKWELL_MAJOR = 10
 _CUBLAS_OF_BLACKWELL = (12, 8)
-"""
-The generation of cards that cuBLAS knows from that version on.
-
-Source: NVIDIA, CUDA 12.8 release notes; with an older one int8 fails there, and float16
-works (OpenNMT/CTranslate2#1865; McCloudS/subgen#332).
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,9 +346,6 @@ def _used_bytes(device: str, probe: MemoryProbe) -> int | None:
 
 
 def _find(device: str) -> tuple[Driver, int] | None:
-    """
-    Returns the driver and its number of *device*; None without NVIDIA's driver.
-    """
     try:
         driver = open_driver()
     except CudaError as error:

@@ -36,30 +36,15 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = [
-    "FRESH_S",
-    "HEARTBEAT_S",
-    "Account",
-    "Ledger",
-    "Owner",
-    "bytes_to_free",
-    "default_directory",
-]
-
 _log = logging.getLogger("whispercache")
 
+# Seconds after which an unchanged account is written again.
 HEARTBEAT_S: Final = 10.0
-"""
-Seconds after which an unchanged account is written again.
-"""
 
+# Seconds for which the account of a process that cannot be looked up counts as alive.
+# Source: a choice. Two heartbeats may be missed, and a process that has ended does not
+# block the others for longer.
 FRESH_S: Final = 30.0
-"""
-Seconds for which the account of a process that cannot be looked up counts as alive.
-
-Source: a choice. Two heartbeats may be missed, and a process that has ended does not
-block the others for longer.
-"""
 
 _POLL_S = 0.02
 # Start times are exact on Linux; elsewhere a corrected clock may move them a little.

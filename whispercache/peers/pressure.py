@@ -27,33 +27,23 @@ if TYPE_CHECKING:
 
     from .ledger import Account
 
-__all__ = ["LedgerPeers", "look_after"]
-
 _log = logging.getLogger("whispercache")
 
+# Seconds between readings of the gauges; one takes microseconds.
 WATCH_S = 1.0
-"""
-Seconds between readings of the gauges; one takes microseconds.
-"""
 
+# Seconds between readings of the ledgers, and the longest that a request goes unseen.
 LEDGER_S = 0.25
-"""
-Seconds between readings of the ledgers, and the longest that a request goes unseen.
-"""
 
+# Most seconds to wait for another process that loads.
+#
+# The turn of a process ends with it, but one that is stuck would stop all others. A
+# first load that compiles kernels takes 30 seconds.
 TURN_S = 120.0
-"""
-Most seconds to wait for another process that loads.
-
-The turn of a process ends with it, but one that is stuck would stop all others. A first
-load that compiles kernels takes 30 seconds.
-"""
 
 
+# Errors that keep a ledger from being used: of its files, or a device without UUID.
 NO_LEDGER = (OSError, WhisperCacheError)
-"""
-Errors that keep a ledger from being used: of its files, or a device without UUID.
-"""
 
 
 class LedgerPeers:

@@ -17,8 +17,8 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from whispercache.engine.calls.languages import check_language, language_code
+from whispercache.engine.calls.prepare import workload_of
 from whispercache.errors import AudioError, LoadFailed
-from whispercache.model import workload_of
 
 from .calls import transcribe, while_present
 from .decode import samples

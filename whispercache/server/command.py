@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from whispercache.cache import ModelCache
 from whispercache.console import add_limits, explain
 from whispercache.errors import WhisperCacheError
-from whispercache.units import limit_bytes, parse_duration, parse_limit
+from whispercache.units import parse_duration, parse_limit
 
 from .options import ANY_ORIGIN, ServerOptions
 
@@ -185,7 +185,7 @@ def _served(options: argparse.Namespace) -> ServerOptions:
     # Here the names are known; elsewhere --allow-host tells them.
     if options.host in LOOPBACK:
         hosts += LOOPBACK
-    max_upload_bytes = limit_bytes(parse_limit(options.max_upload, "--max-upload"), 0)
+    max_upload_bytes = parse_limit(options.max_upload, "--max-upload").of(0)
     return ServerOptions(
         models=tuple(options.models),
         device=options.device,

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from .clock import FakeClock
     from .machine import FakeMachine
 
-__all__ = ["FakeLoader", "FakeSegment", "FakeWhisper", "Gate"]
-
 
 @dataclass(frozen=True, slots=True)
 class FakeSegment:

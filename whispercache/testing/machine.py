@@ -16,8 +16,6 @@ from whispercache.units import parse_limit
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FakeMachine", "as_bytes"]
-
 
 class FakeMachine:
     """

@@ -14,12 +14,8 @@ if TYPE_CHECKING:
     from whispercache.aio import AsyncModelCache
     from whispercache.cache import ModelCache
 
-__all__ = ["PATIENCE_S", "check", "settle", "wait_until"]
-
+# Seconds after which a test fails that waits for what does not happen.
 PATIENCE_S = 30.0
-"""
-Seconds after which a test fails that waits for what does not happen.
-"""
 
 _QUIET_PASSES = 2
 
