@@ -95,9 +95,6 @@ def figures(model: str, name: str, minutes: int, *, is_ours: bool) -> list[str]:
 
 
 def main() -> None:
-    """
-    Measures, and prints a table.
-    """
     lengths = [int(text) for text in sys.argv[1:]] or [10, 30]
     head = ["", "minutes", "making, MiB", "keeping, MiB", "predicted", "predicted"]
     table = Table("Memory of a call, beside its samples", head)

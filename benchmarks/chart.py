@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-__all__ = ["Panel", "draw"]
-
 # Okabe and Ito's greys and blues: told apart by lightness, too.
 COLOURS = ("#999999", "#cccccc", "#56b4e9", "#0072b2")
 INK = "#333333"

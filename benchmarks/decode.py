@@ -71,18 +71,12 @@ print(peak() - before)
 
 
 def speech(seconds: float) -> Samples:
-    """
-    Repeats the clips for so long.
-    """
     parts = [decode_audio(str(path)) for path in sorted(CLIPS.glob("*.flac"))]
     once = np.concatenate(parts)
     return np.resize(once, int(seconds * RATE_HZ))
 
 
 def encoded(samples: Samples, container: str, codec: str, rate_hz: int) -> bytes:
-    """
-    Encodes *samples* as a file.
-    """
     target = io.BytesIO()
     with av.open(target, "w", format=container) as file:
         stream = cast("av.AudioStream", file.add_stream(codec, rate_hz))
@@ -117,9 +111,6 @@ def turns(path: str, rounds: int) -> dict[str, list[float]]:
 
 
 def peak_mib(decoder: str, path: Path, short: Path) -> float:
-    """
-    Returns the MiB that decoding *path* takes at its peak.
-    """
     done = subprocess.run(
         [sys.executable, "-c", PEAK, decoder, str(path), str(short)],
         check=True,
@@ -131,9 +122,6 @@ def peak_mib(decoder: str, path: Path, short: Path) -> float:
 
 
 def main() -> None:
-    """
-    Measures, prints, and writes if asked to.
-    """
     options = parsed(__doc__, rounds=15, minutes=2.0)
     columns = ["", *(f"{name}, ms" for name in DECODERS), "ratio"]
     table = Table(f"{options.minutes:g} minutes of speech", columns)

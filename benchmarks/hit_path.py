@@ -57,10 +57,6 @@ def bare_lru_cache(keys: list[str]) -> Callable[[str], None]:
 
 
 def queue_pool(keys: list[str]) -> Callable[[str], None]:
-    """
-    SQLAlchemy's pool of connections, one pool for each key.
-    """
-
     def connect() -> DBAPIConnection:
         connection = sqlite3.connect(":memory:", check_same_thread=False)
         return cast("DBAPIConnection", connection)
@@ -75,9 +71,6 @@ def queue_pool(keys: list[str]) -> Callable[[str], None]:
 
 
 def whispercache_lease(keys: list[str]) -> Callable[[str], None]:
-    """
-    ``lease()`` and ``release()``: finds the model, pins it, and lets it go.
-    """
     host = FakeMachine({"cpu": "1TiB"})
     loader = FakeLoader(host, default_size=1, workspace_bytes=1 << 20)
     cache = ModelCache(loader=loader, probe=host)
@@ -128,9 +121,6 @@ def microseconds(
 
 
 def main() -> None:
-    """
-    Measures, prints, and writes if asked to.
-    """
     options = parsed(__doc__, seconds=0.3)
     measured: dict[tuple[str, int, int], list[float]] = {}
     for n_keys in KEYS:

@@ -49,9 +49,6 @@ def environment(directory: str) -> dict[str, str]:
 
 
 def seconds(program: str, env: dict[str, str]) -> float:
-    """
-    Returns the elapsed seconds of a fresh interpreter that runs *program*.
-    """
     started_s = time.perf_counter()
     subprocess.run([sys.executable, "-c", program], env=env, check=True)
     return time.perf_counter() - started_s
@@ -75,9 +72,6 @@ def medians(rounds: int, env: dict[str, str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """
-    Measures, prints, and writes if asked to.
-    """
     options = parsed(__doc__, rounds=25)
     with tempfile.TemporaryDirectory() as directory:
         env = environment(directory)

@@ -49,10 +49,8 @@ if TYPE_CHECKING:
 
 THREADS = (1, 2)
 CLIP_S, RATE = 60, 16_000
+# Seconds for which the work beside is measured alone, in each round.
 ALONE_S = 2.0
-"""
-Seconds for which the work beside is measured alone, in each round.
-"""
 
 CASES = ALONE, LOADS, PLAIN_LOADS = ("alone", "loads, variants", "loads, no variants")
 
@@ -124,9 +122,6 @@ class Beside:
 
 
 def others_seconds() -> float:
-    """
-    Returns the CPU seconds of all other processes.
-    """
     times = psutil.cpu_times()
     busy_s = times.user + times.nice + times.system + times.irq + times.softirq
     return busy_s - cpu_seconds()
@@ -165,9 +160,6 @@ class Results:
 
 
 def side_by_side(home: Path, rounds: int) -> Results:
-    """
-    Measures all cases in turns.
-    """
     results = Results()
     audio, base = minute(), home / "base"
     with ExitStack() as stack:
@@ -200,9 +192,6 @@ def side_by_side(home: Path, rounds: int) -> Results:
 
 
 def transcription_table(results: Results) -> Table:
-    """
-    Shows how much slower a transcription is.
-    """
     names = {1: "1 thread, s", 2: "2 threads, s"}
     heads = [h for n in THREADS for h in (names[n], "× alone", "fair")]
     table = Table("A minute of speech, transcribed beside", ["", *heads])
@@ -218,9 +207,6 @@ def transcription_table(results: Results) -> Table:
 
 
 def main() -> None:
-    """
-    Measures, prints, and writes if asked to.
-    """
     options = parsed(__doc__, rounds=3)
     versions()  # imports CTranslate2 the cache's way
     with prepared() as home:

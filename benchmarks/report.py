@@ -20,18 +20,11 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Table:
-    """
-    A Markdown table.
-    """
-
     title: str
     head: list[str]
     rows: list[list[str]] = field(default_factory=list)
 
     def add(self, *cells: str) -> None:
-        """
-        Adds a row.
-        """
         self.rows.append(list(cells))
 
     def __str__(self) -> str:
@@ -84,9 +77,6 @@ def machine() -> str:
 
 
 def today() -> dt.date:
-    """
-    Returns the date in the names of results.
-    """
     return dt.datetime.now(dt.timezone.utc).date()
 
 

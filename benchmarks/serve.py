@@ -54,10 +54,8 @@ MAX_WAITING = 40
 SPARE = 1.02
 SAMPLE_S = 0.25
 DRAIN_S = 30
+# Seconds of load before SIGTERM.
 AFTER_S = 5.0
-"""
-Seconds of load before SIGTERM.
-"""
 
 ROOT = str(Path(__file__).parents[1])
 URL = "/v1/audio/transcriptions"
@@ -74,10 +72,6 @@ class HangUpError(Exception):
 
 @dataclass
 class Tally:
-    """
-    The answers that all clients got.
-    """
-
     outcomes: Counter[str] = field(default_factory=Counter)
     latencies: dict[str, list[float]] = field(default_factory=dict)  # by model
     audio_s: float = 0.0  # that came back as text
@@ -105,9 +99,6 @@ class Server:
         return self.process.memory_info().rss, decoders
 
     def files(self) -> int:
-        """
-        Returns how many temporary files there are.
-        """
         return len(list(self.temporary.iterdir()))
 
 
@@ -162,9 +153,6 @@ def serving(limit: int) -> Iterator[Server]:
 
 
 def wait_until_ready(server: Server) -> None:
-    """
-    Waits until it answers.
-    """
     for _ in range(300):
         with suppress(httpx.TransportError):
             if httpx.get(f"{server.url}/readyz").status_code == HTTPStatus.OK:
@@ -262,9 +250,6 @@ class Load:
 
 
 async def leave_in_mid_upload(http: httpx.AsyncClient, request: httpx.Request) -> None:
-    """
-    Sends half of *request*, and hangs up.
-    """
     body = request.read()
 
     async def half() -> AsyncIterator[bytes]:
@@ -277,9 +262,6 @@ async def leave_in_mid_upload(http: httpx.AsyncClient, request: httpx.Request) -
 
 
 async def watch(server: Server, peaks: Counter[str]) -> None:
-    """
-    Watches the server until cancelled.
-    """
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
         while True:
             main_bytes, decoders_bytes = server.memory()
@@ -353,9 +335,6 @@ async def terminate(server: Server, load: Load, clients: int) -> list[str]:
 
 
 def counters(server: Server) -> dict[str, int]:
-    """
-    Reads the counters of the cache.
-    """
     text = httpx.get(f"{server.url}/metrics").text
     found: Counter[str] = Counter()
     for family in text_string_to_metric_families(text):
@@ -367,9 +346,6 @@ def counters(server: Server) -> dict[str, int]:
 
 
 def latency_table(tally: Tally) -> Table:
-    """
-    Shows the seconds from the request to the last byte of the answer.
-    """
     table = Table("Seconds to the whole answer", ["", "answers", *QUANTILES, "most"])
     everything = [s for times in tally.latencies.values() for s in times]
     for name, times in [*sorted(tally.latencies.items()), ("all", everything)]:
@@ -380,9 +356,6 @@ def latency_table(tally: Tally) -> Table:
 
 
 def main() -> None:
-    """
-    Measures, prints, and writes if asked to.
-    """
     options = parsed(__doc__, seconds=120.0, clients=64, seed=1, hang_ups=0.05)
     limit = limit_bytes()
     with serving(limit) as server:
@@ -420,9 +393,6 @@ def main() -> None:
 def usage(
     limit: int, idle_bytes: int, peaks: Counter[str], counted: Mapping[str, int]
 ) -> tuple[Table, Table]:
-    """
-    Shows the memory of the server, and what its cache did.
-    """
     most_bytes = peaks.pop("process, most", 0)
     memory = {
         "limit of the cache (--ram)": limit,
@@ -438,9 +408,6 @@ def usage(
 
 
 def pairs(title: str, head: str, values: Mapping[str, object]) -> Table:
-    """
-    Makes a table of names and values.
-    """
     table = Table(title, ["", head])
     for name, value in values.items():
         table.add(name, str(value))

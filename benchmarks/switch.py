@@ -81,10 +81,6 @@ WORK = Workload(beam_size=1, fallback=False)
 
 
 class Turn(NamedTuple):
-    """
-    The task of one process.
-    """
-
     contender: str
     compute_type: str
     home: str  # directory with the models
@@ -94,10 +90,6 @@ class Turn(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """
-    The result of one process.
-    """
-
     seconds: list[float]  # of each switch
     peak_bytes: int  # growth of the resident set at the worst moment
     left_bytes: int  # its growth at the end
@@ -127,17 +119,11 @@ def prepared() -> Iterator[Path]:
 
 
 def user_variants() -> Variants:
-    """
-    Returns the variants that a cache uses.
-    """
     engine = f"CTranslate2 {versions()['CTranslate2']}"
     return Variants(engine, DEFAULT_VARIANTS_BYTES)
 
 
 def origin(model: Path) -> Origin:
-    """
-    Returns the origin of a variant of *model*.
-    """
     return Origin(model.name, read_header(str(model)))
 
 
@@ -173,9 +159,6 @@ def limit_bytes(home: Path, compute_type: str) -> int:
 
 
 def switcher(turn: Turn) -> Callable[[str], object]:
-    """
-    Returns a function that makes a model usable.
-    """
     versions()  # imports CTranslate2 the cache's way, before memory is looked at
     compute_type = turn.compute_type
     if turn.contender in (PLAIN, WHISPERCACHE):
@@ -217,9 +200,6 @@ _STATUS = Path("/proc/self/status")
 
 
 def child(turn: Turn) -> Taken:
-    """
-    Takes a turn in this process.
-    """
     models = [Path(turn.home, name) for name in MODELS if turn.alone in ("", name)]
     files = [files_of(turn.contender, each, turn.compute_type) for each in models]
     use = switcher(turn)
@@ -269,9 +249,6 @@ def timed(name: str) -> list[float]:
 
 
 def take(turn: Turn) -> Taken:
-    """
-    Takes a turn in a fresh process.
-    """
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(turn)],
         stdout=subprocess.PIPE,
@@ -285,10 +262,6 @@ def take(turn: Turn) -> Taken:
 
 
 class Results:
-    """
-    The seconds and peaks that the turns found.
-    """
-
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, str, str, str], list[float]] = {}
         self.peaks: dict[tuple[str, str], int] = {}
@@ -309,9 +282,6 @@ class Results:
         self.peaks[whose] = max(taken.peak_bytes, self.peaks.get(whose, 0))
 
     def seconds(self, contender: str, kind: str, state: str) -> list[float]:
-        """
-        Returns the median seconds of a switch to each of the models.
-        """
         return [
             statistics.median(self._seconds[contender, kind, state, name])
             for name in MODELS
@@ -319,9 +289,6 @@ class Results:
 
 
 def switch_table(results: Results, kind: str, state: str) -> Table:
-    """
-    Shows the seconds of each contender, beside constructing.
-    """
     heads = [head for name in MODELS for head in (f"to {name}, s", "× construct")]
     table = Table(f"{kind}, {state} files", ["", *heads, "mean, × construct"])
     plain = results.seconds(CONSTRUCT, kind, state)
@@ -335,9 +302,6 @@ def switch_table(results: Results, kind: str, state: str) -> Table:
 
 
 def peak_table(results: Results, limits: dict[str, int]) -> Table:
-    """
-    Shows the most memory that each contender held.
-    """
     table = Table("Peak of memory while switching", ["", *TYPES])
     for contender in CONTENDERS:
         peaks = (results.peaks[contender, kind] for kind in TYPES)
@@ -374,9 +338,6 @@ def floor(file: Path) -> dict[str, float]:
 
 
 def floor_table(results: Results, home: Path, kind: str) -> Table:
-    """
-    Shows the pieces of a warm switch to base from its variant.
-    """
     found = results.pieces[kind]
     whole_s, load_s, unload_s = map(statistics.median, zip(*found, strict=True))
     own_s = statistics.median(whole - load - unload for whole, load, unload in found)
@@ -396,9 +357,6 @@ def floor_table(results: Results, home: Path, kind: str) -> Table:
 
 
 def load_table(loads: dict[tuple[str, str, str], Taken]) -> Table:
-    """
-    Shows what one load holds at most, and leaves, in a fresh process.
-    """
     heads = ["", "left", "peak", "peak ÷ left"]
     table = Table("Memory of one load, in a fresh process", heads)
     for (kind, name, contender), taken in loads.items():
@@ -409,9 +367,6 @@ def load_table(loads: dict[tuple[str, str, str], Taken]) -> Table:
 
 
 def chart(results: Results) -> Path:
-    """
-    Draws the seconds of all switches as bars.
-    """
     names = ("construct each time", "lru_cache(maxsize=1)", "whispercache, no variants")
     labels = dict(zip(CONTENDERS, (*names, "whispercache"), strict=True))
     groups = [f"to {name}" for name in MODELS]
@@ -437,9 +392,6 @@ def chart(results: Results) -> Path:
 def measure(
     home: Path, limits: dict[str, int], rounds: int, switches: int
 ) -> tuple[Results, dict[tuple[str, str, str], Taken]]:
-    """
-    Takes all turns, and single loads by type, model and contender.
-    """
     results = Results()
     for _ in range(rounds):
         for kind in TYPES:
@@ -458,9 +410,6 @@ def measure(
 
 
 def main() -> None:
-    """
-    Measures, prints, and writes if asked to.
-    """
     options = parsed(__doc__, switches=18, rounds=3)
     if options.child:
         print(json.dumps(child(Turn(*json.loads(options.child)))))

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float16]
 
-__all__ = ["model_bytes", "write"]
-
 _SYLLABLES = [first + second for first in "bcdfghjklmnprstvwxyz" for second in "aeiou"]
 # Leads through all words of three syllables, from one to an unlike one.
 _WORD_STEP = 7919
@@ -77,9 +75,6 @@ def write(size: str, directory: Path) -> Path:
 
 
 def model_bytes(size: str) -> int:
-    """
-    Returns the bytes of the model.bin that `write` makes.
-    """
     spec = _specification(size, _vocabulary(size)[0])
     total = 4 * _COUNT + _string_bytes(spec.name)
     for name, value in spec.variables().items():

@@ -535,7 +535,7 @@ def test_a_closed_collector_hears_nothing_more(make_cache: MakeCache) -> None:
     """
     cache = make_cache()
     collector = CacheCollector(cache)
-    counts = collector._watched[0].counts
+    counts = collector._watched[0]
     assert cache._core.outbox._listeners
     collector.close()
     assert not cache._core.outbox._listeners

@@ -126,40 +126,22 @@ __all__ = [
 
 if not TYPE_CHECKING:  # or any name at all would pass a type checker
     # Names that few programs ask for, and whose imports would delay all: asyncio, the
-    # event classes.
+    # event classes, which are the rest of __all__.
     _LATER = {
         "AsyncCachedModel": "aio",
         "AsyncModelCache": "aio",
         "Audio": "engine.audio.decoder",
         "AudioDamage": "engine.audio.damage",
         "compare": "comparison",
-        "DeviceInfo": "events",
-        "DeviceLost": "events",
-        "DeviceWarmedUp": "events",
-        "DeviceWarmingUp": "events",
-        "Event": "events",
-        "EvictionCause": "events",
-        "Explanation": "events",
-        "FellBack": "events",
-        "ModelEvicted": "events",
-        "ModelGranted": "events",
-        "ModelInfo": "events",
-        "ModelLoaded": "events",
-        "ModelLoadFailed": "events",
-        "ModelLoading": "events",
-        "ModelStillReferenced": "events",
-        "ReleaseUnconfirmed": "events",
-        "Stats": "events",
-        "WaitingInfo": "events",
         "read_audio": "engine.audio.decoder",
     }
 
     def __getattr__(name: str) -> object:
-        module = _LATER.get(name)
-        if module is None:
+        if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
+        module = _LATER.get(name, "events")
         # Kept, so that this function is called once for each name.
         found = getattr(import_module(f".{module}", __name__), name)
         globals()[name] = found

@@ -53,9 +53,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("whispercache")
 
-# The reason that segments give when they ended early with their cache.
-CLOSED = "the cache was closed"
-
 
 class CacheBase:
     """
@@ -138,9 +135,7 @@ class CacheBase:
         return snapshots.explain(self._core, target.entry, workload)
 
     def _trace(self, leases: Iterable[Lease]) -> None:
-        """
-        Notes where the caller took leases, for the warning if they are never released.
-        """
+        # For the warning if they are never released.
         for lease in leases:
             lease.taken_at = caller()
 
@@ -283,13 +278,8 @@ class CacheBase:
     # Closing --------------------------------------------------------------------------
 
     def _end_own(self, owners: tuple[Owner, ...], timeout_s: float | None) -> Own:
-        """
-        Ends the segments of a closing thread or task, and of those that have ended.
-
-        Raises:
-            LeaseDeadlock: without a time limit, it would wait for a lease of its own.
-        """
-        own = self._core.end_own(owners, CLOSED)
+        # Segments of the thread or task that closes, and of those that have ended.
+        own = self._core.end_own(owners, "the cache was closed")
         if own.held and timeout_s is None:
             raise LeaseDeadlock("the end of the cache", own.held, own=True)
         return own

@@ -168,10 +168,7 @@ class ModelCache(CacheBase):
         register(self, core, type(self)._after_fork)
 
     def _tend(self) -> None:
-        """
-        Starts the regular look at the devices, if one was asked for.
-        """
-        # A cache that needs none of this makes no timer and no file.
+        # A cache that needs no regular look at its devices makes no timer and no file.
         # Host copies are looked after as well: other programs may need their memory.
         parks = self._core.copies.limit is not None
         if self._coordinates or self._watches or parks:
@@ -256,17 +253,10 @@ class ModelCache(CacheBase):
         """
         Returns the real WhisperModel, held in memory for a ``with`` block.
 
-        Args:
-            model_size_or_path: As for `get_model`, like the following.
-            device: See there.
-            compute_type: See there.
-            timeout_s: Most time to wait; None for as long as it takes, 0 to have the
-                model only if it can be had at once.
-            keep_alive: Time in memory after this lease, instead of the cache's.
-            fallback: Instead of the cache's.
-            workload: The work that will be done with the model, for the memory that it
-                takes; faster-whisper's defaults if None.
-            load_options: See there.
+        Takes what `get_model` does. *timeout_s* is for this lease: None waits for as
+        long as it takes, 0 takes the model only if it can be had at once. *keep_alive*
+        is the time in memory after it. *workload* is the work that will be done with
+        the model, for the memory that it takes: faster-whisper's defaults if None.
 
         Blocks: until the model is in memory, through a download if it takes one.
 
@@ -305,8 +295,8 @@ class ModelCache(CacheBase):
                 device, or with its own device and compute type.
             device: For those that name none.
             compute_type: Likewise.
-            timeout_s: As for `lease`, like the following.
-            keep_alive: See there.
+            timeout_s: As for `lease`.
+            keep_alive: As for `lease`.
             workload: The work that will be done with each of the models.
             load_options: For all of them.
 
@@ -370,13 +360,8 @@ class ModelCache(CacheBase):
         """
         Downloads a model's files, if they are not on this disk, and checks them.
 
-        Nothing is loaded. Callers that want the same model share one download.
-
-        Args:
-            model_size_or_path: As for `get_model`, like the following.
-            device: See there.
-            compute_type: See there.
-            load_options: See there.
+        Takes what `get_model` does. Nothing is loaded. Callers that want the same model
+        share one download.
 
         Blocks: until the files are there.
 
@@ -423,16 +408,10 @@ class ModelCache(CacheBase):
         """
         Loads a model now, so that the next call on it need not.
 
-        Args:
-            model_size_or_path: As for `get_model`, like the following.
-            device: See there.
-            compute_type: See there.
-            tier: ``"device"``; or ``"page"`` to read its files only, into the kernel's
-                page cache. That takes no memory that others could use, and the load
-                itself will not wait for the disk.
-            timeout_s: As for `lease`. It does not end a read.
-            fallback: As for `lease`. A read takes none.
-            load_options: As for `get_model`.
+        Takes what `lease` does. With the *tier* ``"page"`` its files are only read,
+        into the kernel's page cache: that takes no memory that others could use, and
+        the load itself will not wait for the disk. *timeout_s* does not end a read, and
+        it takes no *fallback*.
 
         Raises:
             ValueError: there is no such tier.

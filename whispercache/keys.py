@@ -96,7 +96,6 @@ TYPICAL_COMPUTE_TYPES: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 
-# Load options that say how to get the files, and do not change the model.
 _LOAD_DEFAULTS: dict[str, OptionValue] = {
     "cpu_threads": 0,
     "num_workers": 1,
@@ -108,6 +107,7 @@ _LOAD_DEFAULTS: dict[str, OptionValue] = {
 }
 _LEAST = {"cpu_threads": 0, "num_workers": 1}
 _HUB_OPTIONS = {"download_root", "revision"}
+# Load options that say how to get the files, and do not change the model.
 FETCH_OPTIONS: Mapping[str, OptionValue] = MappingProxyType(
     {"local_files_only": False, "use_auth_token": None}
 )

@@ -72,42 +72,21 @@ class _Lessor(Protocol[_Entry_contra]):
 
     def release(
         self, entry: _Entry_contra, serial: int, keep_alive_s: float | None
-    ) -> None:
-        """
-        Ends a lease.
-        """
+    ) -> None: ...
 
     def drop(
         self, entry: _Entry_contra, serial: int, keep_alive_s: float | None
-    ) -> None:
-        """
-        Ends a lease from the garbage collector.
-        """
+    ) -> None: ...
 
-    def hand_over(self, entry: _Entry_contra, serial: int, owner: Owner) -> None:
-        """
-        Notes that another thread or task will end a lease.
-        """
+    def hand_over(self, entry: _Entry_contra, serial: int, owner: Owner) -> None: ...
 
-    def entrust(self, serial: int, holder: Holder) -> None:
-        """
-        Notes the iterator that holds a lease, without keeping it alive.
-        """
+    def entrust(self, serial: int, holder: Holder) -> None: ...
 
-    def pin(self, entry: _Entry_contra) -> None:
-        """
-        Keeps a model in memory, idle or not.
-        """
+    def pin(self, entry: _Entry_contra) -> None: ...
 
-    def blame(self, entry: _Entry_contra, error: BaseException) -> None:
-        """
-        Gives up the model's device, if an error means that it cannot be used any more.
-        """
+    def blame(self, entry: _Entry_contra, error: BaseException) -> None: ...
 
-    def recover(self, entry: _Entry_contra, error: BaseException) -> bool:
-        """
-        Makes room after an error, if that may help; returns True if it was done.
-        """
+    def recover(self, entry: _Entry_contra, error: BaseException) -> bool: ...
 
 
 class Lease:

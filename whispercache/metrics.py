@@ -17,7 +17,7 @@ import threading
 import weakref
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 try:
@@ -37,7 +37,7 @@ from .engine.naming import short_name
 from .events import EvictionCause, ModelEvicted, ModelGranted, ModelLoaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from prometheus_client.core import Metric
 
@@ -192,41 +192,33 @@ class _Histogram:
     sum_s: float = 0.0
 
     def plus(self, value_s: float) -> _Histogram:
-        """
-        Returns the same with one value more.
-        """
         counts = list(self.counts)
         counts[bisect_left(BUCKETS_S, value_s)] += 1
         return _Histogram(tuple(counts), self.sum_s + value_s)
 
     def buckets(self) -> list[tuple[str, float]]:
-        """
-        Returns bounds as text, each with the number of values up to it, as Prometheus
-        wants them.
-        """
         bounds = [*map(str, BUCKETS_S), "+Inf"]
         return list(zip(bounds, itertools.accumulate(self.counts), strict=True))
 
 
-@dataclass(slots=True)
-class _Counts:
+class _Watched:
     """
-    The figures that are counted from events.
+    One cache of a collector, not kept alive by it, and what is counted from its events.
 
     An outbox delivers one event at a time, so there is one writer; readers see each
     field before an event or after it, never half of it.
     """
 
-    load_s: _Histogram = _Histogram()
-    wait_s: _Histogram = _Histogram()
-    evictions: Mapping[EvictionCause, int] = field(
-        default_factory=lambda: dict.fromkeys(EvictionCause, 0)
-    )
+    def __init__(self, name: str, cache: ModelCache | AsyncModelCache) -> None:
+        plain = cache if isinstance(cache, ModelCache) else cache.cache
+        self.name = name
+        self.cache = weakref.ref(plain)
+        self.load_s = _Histogram()
+        self.wait_s = _Histogram()
+        self.evictions = dict.fromkeys(EvictionCause, 0)
+        self.end = plain.subscribe(self._note)
 
-    def note(self, event: Event) -> None:
-        """
-        Counts one event, if it is of a kind that counts.
-        """
+    def _note(self, event: Event) -> None:
         if isinstance(event, ModelLoaded):
             self.load_s = self.load_s.plus(event.load_s)
         elif isinstance(event, ModelGranted):
@@ -236,36 +228,12 @@ class _Counts:
             self.evictions = {**self.evictions, event.cause: before + 1}
 
 
-class _Watched:
-    """
-    One cache of a collector, not kept alive by it.
-
-    Attributes:
-        name: Its label.
-        cache: A weak reference to it.
-        counts: The figures from its events.
-        end: Ends the subscription to them.
-    """
-
-    def __init__(self, name: str, cache: ModelCache | AsyncModelCache) -> None:
-        plain = cache if isinstance(cache, ModelCache) else cache.cache
-        self.name = name
-        self.cache = weakref.ref(plain)
-        self.counts = _Counts()
-        # Bound to the counts alone, so that the cache holds nothing else of this.
-        self.end = plain.subscribe(self.counts.note)
-
-
 class _Page:
-    """
-    The metric families of one collection.
-    """
-
     def __init__(self) -> None:
-        self._counters = [
-            CounterMetricFamily(f"whispercache_{name}", text, labels=["cache"])
-            for name, _, text in _COUNTERS
-        ]
+        self._counters = {
+            field: CounterMetricFamily(f"whispercache_{name}", text, labels=["cache"])
+            for name, field, text in _COUNTERS
+        }
         self._evictions = CounterMetricFamily(
             "whispercache_evictions",
             f"Models that were unloaded, by cause; {_SINCE}",
@@ -278,10 +246,11 @@ class _Page:
             "wait",
             f"Seconds to a lease, of requests that were not served at once; {_SINCE}",
         )
-        self._gauges = [_gauge(name, text) for name, _, text in _GAUGES]
-        self._device_gauges = [
-            _gauge(f"device_{name}", text, "device") for name, text in _DEVICE_GAUGES
-        ]
+        self._gauges = {field: _gauge(name, text) for name, field, text in _GAUGES}
+        self._device_gauges = {
+            field: _gauge(f"device_{field}", text, "device")
+            for field, text in _DEVICE_GAUGES
+        }
         self._resident = _gauge(
             "device_resident_bytes", "Weights of the models in memory.", "device"
         )
@@ -292,38 +261,30 @@ class _Page:
         self._model_leases = _gauge("model_leases", "Leases held on a model.", *model)
 
     def families(self) -> list[Metric]:
-        """
-        Returns all of them, in order.
-        """
         return [
-            *self._counters,
+            *self._counters.values(),
             self._evictions,
             self._load_s,
             self._wait_s,
-            *self._gauges,
-            *self._device_gauges,
+            *self._gauges.values(),
+            *self._device_gauges.values(),
             self._resident,
             self._model_bytes,
             self._model_leases,
         ]
 
     def add(self, watched: _Watched, cache: ModelCache) -> None:
-        """
-        Adds the figures of one cache.
-        """
         # One snapshot for all of them, so that hits and misses add up to requests.
-        stats, counts, name = cache.stats(), watched.counts, watched.name
-        for counter, (_, attribute, _) in zip(self._counters, _COUNTERS, strict=True):
-            counter.add_metric([name], getattr(stats, attribute))
-        for gauge, (_, attribute, _) in zip(self._gauges, _GAUGES, strict=True):
-            gauge.add_metric([name], getattr(stats, attribute))
-        for cause, n_models in counts.evictions.items():
+        stats, name = cache.stats(), watched.name
+        for field, counter in self._counters.items():
+            counter.add_metric([name], getattr(stats, field))
+        for field, gauge in self._gauges.items():
+            gauge.add_metric([name], getattr(stats, field))
+        for cause, n_models in watched.evictions.items():
             self._evictions.add_metric([name, cause.value], n_models)
-        for family, told in (
-            (self._load_s, counts.load_s),
-            (self._wait_s, counts.wait_s),
-        ):
-            family.add_metric([name], told.buckets(), told.sum_s)
+        load_s, wait_s = watched.load_s, watched.wait_s
+        self._load_s.add_metric([name], load_s.buckets(), load_s.sum_s)
+        self._wait_s.add_metric([name], wait_s.buckets(), wait_s.sum_s)
         self._add_models(name, cache)
 
     def _add_models(self, name: str, cache: ModelCache) -> None:
@@ -346,11 +307,9 @@ class _Page:
         for device in cache.devices():
             series = (name, device.device)
             self._resident.add_metric(series, resident_bytes[device.device])
-            for gauge, (field_name, _) in zip(
-                self._device_gauges, _DEVICE_GAUGES, strict=True
-            ):
+            for field, gauge in self._device_gauges.items():
                 # Unknown is absent: 0 would be a figure.
-                if (value := getattr(device, field_name)) is not None:
+                if (value := getattr(device, field)) is not None:
                     gauge.add_metric(series, value)
 
 

@@ -306,9 +306,6 @@ def call_leased(
 
 
 def _lazy(result: object) -> Iterator[object]:
-    """
-    Returns the iterator in a result.
-    """
     first = result[0] if isinstance(result, tuple) else result
     return cast("Iterator[object]", first)
 

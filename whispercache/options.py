@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast, get_args
 
 from .keys import frozen_compute_type
 from .units import Limit, parse_duration, parse_limit
@@ -43,14 +43,11 @@ PolicyName: TypeAlias = Literal["lru", "gap"]
 Pressure: TypeAlias = Literal["load", "watch"]
 Tier: TypeAlias = Literal["device", "page"]
 
-# A name or path; or with its own device, and perhaps its own compute type.
 ModelName: TypeAlias = "str | os.PathLike[str]"
+# A name or path; or with its own device, and perhaps its own compute type.
 ModelRequest: TypeAlias = (
     "ModelName | tuple[ModelName] | tuple[ModelName, str] | tuple[ModelName, str, str]"
 )
-
-_PRESSURES = ("load", "watch")
-_TIERS = ("device", "page")
 
 
 class Unchanged(Enum):
@@ -163,8 +160,8 @@ def parse_pressure(pressure: Pressure) -> bool:
     """
     Returns True if free memory is to be watched between loads, too.
     """
-    if pressure not in _PRESSURES:
-        raise ValueError(f"pressure must be one of {', '.join(_PRESSURES)}")
+    if pressure not in get_args(Pressure):
+        raise ValueError(f"pressure must be one of {', '.join(get_args(Pressure))}")
     return pressure == "watch"
 
 
@@ -225,8 +222,9 @@ def parse_tier(tier: Tier) -> Tier:
     """
     Returns *tier*, if there is such a tier.
     """
-    if tier not in _TIERS:
-        raise ValueError(f"tier must be one of {', '.join(_TIERS)}, not {tier!r}")
+    if tier not in get_args(Tier):
+        known = ", ".join(get_args(Tier))
+        raise ValueError(f"tier must be one of {known}, not {tier!r}")
     return tier
 
 

@@ -49,18 +49,12 @@ class Transcript:
 
 
 def _txt(transcript: Transcript) -> Iterator[str]:
-    """
-    Yields one line for each cue.
-    """
     for cue in transcript.cues:
         if text := " ".join(cue.text.split()):
             yield f"{text}\n"
 
 
 def _srt(transcript: Transcript) -> Iterator[str]:
-    """
-    Yields SubRip subtitles.
-    """
     # SubRip has no escape: an arrow in the text would be read as the times of a cue.
     for number, (start_ms, end_ms, text) in enumerate(_spans(transcript), 1):
         span = f"{_clock(start_ms, ',')} --> {_clock(end_ms, ',')}"

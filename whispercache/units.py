@@ -122,9 +122,6 @@ def parse_duration(value: DurationValue, name: str = "duration") -> float:
 
 
 def _limit_from_text(text: str, name: str) -> Limit:
-    """
-    Returns the limit that *text* spells.
-    """
     if text.strip().lower() == "auto":
         return Limit()
     match = _SIZE.fullmatch(text.strip())
@@ -157,9 +154,6 @@ def _unit_bytes(match: re.Match[str]) -> int:
 
 
 def _fraction(value: float, name: str, given: object) -> Limit:
-    """
-    Returns *value* as a share of the device.
-    """
     # NaN fails the comparison, too.
     if not 0 < value <= 1:
         raise ValueError(
@@ -170,9 +164,6 @@ def _fraction(value: float, name: str, given: object) -> Limit:
 
 
 def _plain_bytes(n_bytes: int, name: str, given: object) -> Limit:
-    """
-    Returns a number without a unit as bytes.
-    """
     if n_bytes < _SMALLEST_PLAIN_BYTES:
         raise ValueError(
             f"{name}={_shown(given)} would be that many bytes; "
@@ -189,9 +180,6 @@ def _whole(value: object, name: str) -> int:
 
 
 def _duration_from_text(text: str, name: str) -> float:
-    """
-    Returns the seconds that *text* spells.
-    """
     # One sign for the whole, as in Go: "-1h30m" is negative.
     body = text.strip()
     sign, body = (body[:1], body[1:]) if body[:1] in {"+", "-"} else ("", body)

@@ -26,10 +26,8 @@ _ATTRIBUTE_THRESHOLD = 4
 _CROSSING_ROUNDS = 3
 _LOCK_MS = 10_000
 
+# The driver's names for the states of a process, by number.
 STATES = ("running", "locked", "checkpointed", "failed", "checkpointing", "restoring")
-"""
-The driver's names for the states of a process, by number.
-"""
 
 
 class Held(NamedTuple):
@@ -58,10 +56,6 @@ class Crossing(NamedTuple):
 
 
 class Card:
-    """
-    One card, such as ``"cuda:0"``.
-    """
-
     def __init__(self, device: str) -> None:
         self.device = device
         self.ordinal = int(device.partition(":")[2])
@@ -86,9 +80,6 @@ class Card:
             call("cuDevicePrimaryCtxRelease_v2", device)
 
     def cuda_version(self) -> str:
-        """
-        Returns the newest version of CUDA that the driver knows.
-        """
         version = ctypes.c_int()
         self.driver._call("cuDriverGetVersion", byref(version))
         return f"{version.value // 1000}.{version.value % 1000 // 10}"
@@ -105,16 +96,10 @@ class Card:
         return Held(pool.used_bytes, pool.reserved_bytes, pool.peak_bytes, gauge_bytes)
 
     def gauge_bytes(self) -> int:
-        """
-        Returns what all programs hold of the card.
-        """
         reading = self.probe.read(self.device)
         return reading.total_bytes - reading.free_bytes
 
     def free_bytes(self) -> int:
-        """
-        Returns what CUDA could give this process now.
-        """
         with self.context():
             free, total = c_size_t(), c_size_t()
             self.driver._call("cuMemGetInfo_v2", byref(free), byref(total))
@@ -142,9 +127,6 @@ class Card:
         return address.value
 
     def give_back(self, address: int) -> None:
-        """
-        Frees what `take` allocated.
-        """
         with self.context():
             self.driver._call("cuMemFree_v2", c_uint64(address))
 
@@ -279,9 +261,6 @@ class Parking:
         self._call("Lock", byref(_LockArguments(timeout_ms=_LOCK_MS)))
 
     def checkpoint(self) -> None:
-        """
-        Moves everything to host memory.
-        """
         self._call("Checkpoint", c_void_p())
 
     def restore(self) -> None:
@@ -291,9 +270,6 @@ class Parking:
         self._call("Restore", c_void_p())
 
     def unlock(self) -> None:
-        """
-        Lets the process go on.
-        """
         self._call("Unlock", c_void_p())
 
     def _call(self, action: str, argument: object) -> None:

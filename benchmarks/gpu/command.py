@@ -58,16 +58,12 @@ if TYPE_CHECKING:
 
     Role = Callable[[Setup, str], Rows]
 
+# Seconds, of all parts together, and those below which none is begun.
 BUDGET_S = 450.0
 LEAST_S = 5.0
-"""
-Seconds, of all parts together, and those below which none is begun.
-"""
 
+# The user without privileges, by custom.
 NOBODY = 65534
-"""
-The user without privileges, by custom.
-"""
 
 
 class Part(NamedTuple):
@@ -188,9 +184,6 @@ def write_models(setup: Setup) -> str:
 
 
 def card_of(setup: Setup) -> tuple[str, str]:
-    """
-    Returns the name of the card, and why it cannot be used.
-    """
     outcome = spawn("look", setup, timeout_s=60)
     for found in cells_of(outcome.rows, ASIDE):
         return found["card"], found["problem"]
@@ -222,9 +215,6 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """
-    Measures, prints, and writes if asked to; returns the exit code.
-    """
     options = _options(arguments)
     if options.role:
         role, text, argument = options.role

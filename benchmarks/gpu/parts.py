@@ -46,15 +46,13 @@ E = TypeVar("E", bound="Event")
 
 SAMPLE_RATE = 16_000
 
+# Tables.
 MACHINE = "Machine"
 CROSSINGS = "Copies between host and card, by the driver alone"
 WARM_UPS = "The first load of a process (tiny, float16)"
 BYTES = "Bytes of models (float16): predicted, measured, returned, left behind"
 WORK = "Bytes of work (float16), texts as long as can be"
 CYCLES = "Loads and unloads of tiny, float16"
-"""
-Tables.
-"""
 
 
 class Heard:
@@ -79,9 +77,6 @@ class Heard:
                 return event
 
     def all_of(self, kind: type[E]) -> list[E]:
-        """
-        Returns those of a kind that have come, and drops the others.
-        """
         found = []
         while not self._events.empty():
             event = self._events.get()
@@ -121,9 +116,6 @@ def plain_cache(*, park: bool = False, variants: bool = False) -> ModelCache:
 
 
 def look(setup: Setup, argument: str) -> Rows:
-    """
-    Looks for a card, and for what keeps the benchmark from it.
-    """
     del argument
     import ctranslate2
 
@@ -140,9 +132,6 @@ def look(setup: Setup, argument: str) -> Rows:
 
 
 def machine(setup: Setup, argument: str) -> Rows:
-    """
-    Describes the machine, and times copies between host and card.
-    """
     del argument
     card = Card(setup.device)
     reading = card.probe.read(setup.device)
@@ -190,9 +179,6 @@ def warm_ups(setup: Setup, argument: str) -> Rows:
 
 
 def warm_up(setup: Setup, argument: str) -> Rows:
-    """
-    Times the first load of a process, and its first answer.
-    """
     size = setup.nearest("tiny")
     with plain_cache() as cache:
         heard = Heard(cache)
@@ -220,9 +206,6 @@ def warm_up(setup: Setup, argument: str) -> Rows:
 
 
 def sizes(setup: Setup, argument: str) -> Rows:
-    """
-    Loads each size, uses it in several ways, and unloads it.
-    """
     del argument
     card = Card(setup.device)
     with plain_cache() as cache:
@@ -299,9 +282,6 @@ def share(weights: int, returned: int | None, left: int) -> float:
 
 
 def workloads(batch: int) -> dict[str, Workload]:
-    """
-    Returns the workloads that are measured, by name.
-    """
     return {
         "beam 1": Workload(1, 1, 1, fallback=False),
         "beam 5": Workload(5, 1, 1, fallback=False),
@@ -351,9 +331,6 @@ def _work(whisper: WhisperModel, work: Workload) -> None:
 
 
 def cycles(setup: Setup, argument: str) -> Rows:
-    """
-    Loads and unloads the smallest model many times.
-    """
     del argument
     card, path = Card(setup.device), setup.model(setup.nearest("tiny"))
     with plain_cache() as cache:

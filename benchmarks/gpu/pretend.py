@@ -41,18 +41,14 @@ _CARDS = "\n".join(
     ]
 )
 
+# Behaviour of the cards by role: fields of ``standin.Conduct``.
 _CONDUCT: dict[str, dict[str, object]] = {
     # More than a full card has left, and less than the micro model that is evicted.
     "out of memory": {"work_bytes": 100 << 10, "handles_bytes": 0},
 }
-"""
-Behaviour of the cards by role: fields of ``standin.Conduct``.
-"""
 
+# Parts that leave the card to their own children.
 _ONLY_START_OTHERS = ("warm-up", "exit", "checkpoint", "switch")
-"""
-Parts that leave the card to their own children.
-"""
 
 
 def prepare(home: Path) -> None:
@@ -110,9 +106,6 @@ def write_models(directory: Path, sizes: Iterable[str]) -> None:
 
 
 def install(role: str) -> None:
-    """
-    Shows the cards to this process, with nothing held of them.
-    """
     if role in _ONLY_START_OTHERS:
         return
     sys.path.append(str(TESTS))
@@ -212,10 +205,6 @@ class _Library:
 
 
 class _Reference:
-    """
-    The result of ``ctypes.byref``.
-    """
-
     _obj: ctypes.c_uint64
 
 

@@ -48,9 +48,6 @@ class Target(NamedTuple):
 
 
 def judge(rows: Sequence[Row]) -> list[Target]:
-    """
-    Returns all targets, whatever was measured.
-    """
     times_s = seconds_of(rows)
     large_s = {m: s for m, s in times_s.items() if m.startswith(f"{SIZES[-1]} ")}
     sizes = cells_of(rows, parts.BYTES)
@@ -96,9 +93,6 @@ def _ratio(
 
 
 def seconds_of(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """
-    Returns the seconds of each way into the card and out of it, by model.
-    """
     found: dict[str, dict[str, float]] = {}
     for cells in cells_of(rows, ways.TIERS):
         model, _, step = cells[""].partition(": ")
@@ -110,9 +104,6 @@ def seconds_of(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 def _ratios(
     times_s: Mapping[str, Mapping[str, float]], one: str, other: str
 ) -> dict[str, float]:
-    """
-    Returns how much longer one step takes than the other, by model.
-    """
     return {
         model: steps[one] / steps[other]
         for model, steps in times_s.items()
@@ -174,9 +165,6 @@ def _astray(what: str, each: Sequence[Cells]) -> Target:
 
 
 def cell(value: object, head: str = "") -> str:
-    """
-    Formats a value: see `gpu.run.Row`.
-    """
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, int):
@@ -187,9 +175,6 @@ def cell(value: object, head: str = "") -> str:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """
-    Returns the tables of all rows, each with the columns that its rows have.
-    """
     found = []
     for title in dict.fromkeys(row.table for row in rows):
         if title in (ASIDE, ways.SWITCHES, ways.PEAKS):
@@ -206,9 +191,6 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def _switch_table(rows: Sequence[Row]) -> Table:
-    """
-    Shows the switches of each contender, but for the first to each model.
-    """
     switches, peaks = cells_of(rows, ways.SWITCHES), cells_of(rows, ways.PEAKS)
     names = list(dict.fromkeys(each["to"] for each in switches))
     heads = [h for name in names for h in (f"to {name}, s", "with an answer, s")]
@@ -231,9 +213,6 @@ def _switch_table(rows: Sequence[Row]) -> Table:
 
 
 def _copy_table(times_s: Mapping[str, Mapping[str, float]]) -> Table:
-    """
-    Shows what host copies gain, and what they cost.
-    """
     head = ["", "load, s", "restore, s", "ratio", "the copy costs, s"]
     table = Table("Copies on the host by default? What they gain and cost", head)
     steps = (ways.WARM, ways.RESTORE, ways.COPY, ways.LEAVE)
@@ -251,9 +230,6 @@ def _copy_table(times_s: Mapping[str, Mapping[str, float]]) -> Table:
 def report(
     card: str, setup: Setup, outcomes: Mapping[str, Outcome], names: Sequence[str]
 ) -> str:
-    """
-    Returns the report in Markdown of what was measured so far, of those *names*.
-    """
     rows = [row for each in outcomes.values() for row in each.rows]
     targets = Table("Asked of it, and seen", ["", "seen", "reached"])
     for asked, seen, reached in judge(rows):

@@ -22,10 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+# Models, the smallest first.
 SIZES = ("tiny", "base", "small", "medium", "large-v3-turbo", "large-v3")
-"""
-Models, the smallest first.
-"""
 
 PROGRAM = Path(__file__).parent
 _SHOWN_CHARACTERS = 300
@@ -62,9 +60,6 @@ def revive(line: str) -> Row | None:
 
 
 def cells_of(rows: Iterable[Row], table: str) -> list[dict[str, Any]]:
-    """
-    Returns the cells of the rows of one table.
-    """
     return [row.cells for row in rows if row.table == table]
 
 
@@ -73,10 +68,6 @@ def cells_of(rows: Iterable[Row], table: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """
-    The settings of all parts.
-    """
-
     home: str  # directory for caches
     models: str  # directory with a model for each size
     sizes: tuple[str, ...] = SIZES
@@ -97,22 +88,13 @@ class Setup:
 
     @classmethod
     def of(cls, text: str) -> Setup:
-        """
-        Returns the setup that `dump` wrote.
-        """
         found = json.loads(text)
         return cls(**{**found, "sizes": tuple(found["sizes"])})
 
     def dump(self) -> str:
-        """
-        Returns the setup as one line.
-        """
         return json.dumps(asdict(self))
 
     def model(self, size: str) -> Path:
-        """
-        Returns the directory of a model.
-        """
         return Path(self.models, size)
 
     def nearest(self, size: str) -> str:
@@ -175,18 +157,12 @@ class Child:
         self.pid = self._process.pid
 
     def rows(self) -> Rows:
-        """
-        Yields what it prints, as it comes.
-        """
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if (row := revive(line)) is not None:
                 yield row
 
     def go_on(self) -> None:
-        """
-        Writes it a line.
-        """
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -237,7 +213,4 @@ def spawn(
     timeout_s: float | None = None,
     leads: bool = False,
 ) -> Outcome:
-    """
-    Runs a role in a process of its own, to its end.
-    """
     return Child(role, setup, argument, leads=leads).outcome(timeout_s)

@@ -31,22 +31,16 @@ if TYPE_CHECKING:
 
 _ANSWER_S = 120.0
 
+# Tables.
 FULL = "A card that another tenant fills"
 PARKED = "A process with large-v3, parked by the driver from outside"
 PAIR = "Two cards at the same time"
-"""
-Tables.
-"""
 
 
 # Out of memory -----------------------------------------------------------------------
 
 
 class _Trial(NamedTuple):
-    """
-    One way to run out of memory.
-    """
-
     case: str
     there: tuple[Path, ...]  # models that are loaded before
     leave_bytes: int  # by the other tenant

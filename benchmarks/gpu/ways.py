@@ -37,14 +37,13 @@ if TYPE_CHECKING:
 
 TYPES = ("float16", "int8_float16")
 
+# Tables. Those of switches are shown in another form.
 TIERS = "Into the card and out of it"
 SWITCHES = "Switches"
 PEAKS = "Peaks of switches"
 EXITS = "Ends of programs that used tiny"
-"""
-Tables. Those of switches are shown in another form.
-"""
 
+# Ways into a card and out of it.
 COLD = "load, files not in the page cache"
 WARM = "load, files in the page cache"
 VARIANT = "load, its variant in the page cache"
@@ -55,9 +54,6 @@ LEAVE_AGAIN = "eviction, the copy is there"
 RESTORE = "restore from the copy"
 PAGEABLE = "the card's own copy of these bytes from pageable memory"
 PINNED = "the same from pinned memory"
-"""
-Ways into a card and out of it.
-"""
 
 CONTENDERS = PARKS, CACHE, LRU_CACHE, EACH_TIME = (
     "whispercache, copies on the host",
@@ -66,10 +62,8 @@ CONTENDERS = PARKS, CACHE, LRU_CACHE, EACH_TIME = (
     "construct each time",
 )
 WORK = Workload(beam_size=1, fallback=False)
+# The limit, as a multiple of what the larger model needs.
 SPARE = 1.05
-"""
-The limit, as a multiple of what the larger model needs.
-"""
 
 PROGRAMS = CLOSES, LEAVES, PLAIN = (
     "cache, with close()",
@@ -77,10 +71,8 @@ PROGRAMS = CLOSES, LEAVES, PLAIN = (
     "WhisperModel alone",
 )
 
+# Objects that live until the interpreter ends.
 _kept: list[object] = []
-"""
-Objects that live until the interpreter ends.
-"""
 
 
 # Into a card and out of it -----------------------------------------------------------
@@ -166,9 +158,6 @@ def prepare(model: Path, *, cold: bool = False) -> None:
 
 
 def _loads(model: _Model) -> Rows:
-    """
-    Times loads by a cache, from files in the page cache and not, and evictions.
-    """
     seconds: dict[str, list[float]] = {WARM: [], COLD: [], LEAVE: []}
     problem = ""
     for step in (WARM, COLD) * model.setup.rounds:
@@ -229,9 +218,6 @@ def _variants(model: _Model) -> Rows:
 
 
 def _constructions(model: _Model) -> Rows:
-    """
-    Times faster-whisper's own load of the model.
-    """
     card, seconds = model.card, []
     for _ in range(model.setup.rounds):
         prepare(model.path)
@@ -245,9 +231,6 @@ def _constructions(model: _Model) -> Rows:
 
 
 def _crossings(model: _Model) -> Rows:
-    """
-    Times copies of as many bytes by the driver alone.
-    """
     steps = {"pageable": PAGEABLE, "pinned": PINNED}
     n_bytes, rounds = model.n_bytes, model.setup.rounds
     for crossing in model.card.crossings(n_bytes, rounds, is_one_way=True):
@@ -296,9 +279,6 @@ def switch(setup: Setup, argument: str) -> Rows:
 
 
 def switcher(setup: Setup, argument: str) -> Rows:
-    """
-    Takes one contender's turn.
-    """
     number, _, contender = argument.partition(" ")
     turn = int(number)
     names = [setup.nearest(size) for size in ("large-v3", "medium")]
@@ -413,9 +393,6 @@ def exits(setup: Setup, argument: str) -> Rows:
 
 
 def exit_program(setup: Setup, argument: str) -> Rows:
-    """
-    Answers once, and ends.
-    """
     device, _, program = argument.partition(" ")
     path = setup.model(setup.nearest("tiny"))
     if program == PLAIN:

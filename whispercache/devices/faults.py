@@ -15,27 +15,17 @@ class Fault(Enum):
     A kind of error.
     """
 
+    # An allocation failed. With less in memory the same work may succeed.
     OUT_OF_MEMORY = auto()
-    """
-    An allocation failed. With less in memory the same work may succeed.
-    """
+    # A wording with two meanings, one of them that: free memory decides.
     PERHAPS_OUT_OF_MEMORY = auto()
-    """
-    A wording with two meanings, one of them that: free memory decides.
-    """
+    # The process's CUDA context is broken; every further call on the device fails.
     STICKY = auto()
-    """
-    The process's CUDA context is broken; every further call on the device fails.
-    """
+    # A library cannot compute this on that device. In another type, or with a newer
+    # library, the same model may work.
     UNSUPPORTED = auto()
-    """
-    A library cannot compute this on that device. In another type, or with a newer
-    library, the same model may work.
-    """
+    # Anything else: broken files, a missing library, a mistake in a call.
     OTHER = auto()
-    """
-    Anything else: broken files, a missing library, a mistake in a call.
-    """
 
 
 _OUT_OF_MEMORY = (

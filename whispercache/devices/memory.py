@@ -58,40 +58,30 @@ class MemoryReading:
 class MemoryProbe(Protocol):
     """
     The devices of a machine, and their memory. Called from any thread.
+
+    All but `cuda_devices` raise `DeviceUnavailable` where there is no such device, or
+    no driver for it.
     """
 
     def cuda_devices(self) -> tuple[str, ...]:
         """
         Returns the usable GPUs, ``"cuda:0"`` first; none without a working driver.
         """
-        ...
 
     def read(self, device: str) -> MemoryReading:
         """
         Reads the memory of *device*, ``"cpu"`` or for example ``"cuda:0"``, now.
-
-        Raises:
-            DeviceUnavailable: There is no such device, or no driver for it.
         """
-        ...
 
     def device_name(self, device: str) -> str:
         """
         Returns the name of the hardware. Equal names have equal footprints.
-
-        Raises:
-            DeviceUnavailable: There is no such device, or no driver for it.
         """
-        ...
 
     def device_id(self, device: str) -> str:
         """
         Returns the same id in every process of this machine, however it counts GPUs.
-
-        Raises:
-            DeviceUnavailable: There is no such device, or no driver for it.
         """
-        ...
 
 
 def headroom_bytes(device: str, total_bytes: int, floor_bytes: int = 0) -> int:

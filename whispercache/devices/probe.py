@@ -41,9 +41,6 @@ class SystemProbe:
         self._cards: dict[int, Card] = {}
 
     def cuda_devices(self) -> tuple[str, ...]:
-        """
-        Returns the GPUs that CUDA sees, in its order; none without a working driver.
-        """
         try:
             return _names(open_driver())
         except CudaError:  # a machine without GPUs is no error here
@@ -56,9 +53,6 @@ class SystemProbe:
         A GPU that shares the host's memory is read as the host, with the file cache
         counted as free. For others NVML is asked first, then CUDA, if it runs in this
         process already. If neither can tell, all memory counts as free.
-
-        Raises:
-            DeviceUnavailable: There is no such device, or no driver for it.
         """
         if device == "cpu":
             return MemoryReading(*host_room(self._root))
@@ -66,12 +60,6 @@ class SystemProbe:
             return self._read_cuda(*_find(device))
 
     def device_name(self, device: str) -> str:
-        """
-        Returns the name of the GPU, or the model of the processor.
-
-        Raises:
-            DeviceUnavailable: There is no such device, or no driver for it.
-        """
         if device == "cpu":
             return cpu_name(self._root)
         with _unavailable(device):
@@ -81,9 +69,6 @@ class SystemProbe:
     def device_id(self, device: str) -> str:
         """
         Returns the UUID of the GPU (of the slice, for a MIG device), or ``"cpu"``.
-
-        Raises:
-            DeviceUnavailable: There is no such device, or no driver for it.
         """
         if device == "cpu":
             return "cpu"

@@ -285,10 +285,6 @@ class Ledger:
 
 
 class _Pages:
-    """
-    The account that a ledger wrote last, in one process.
-    """
-
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
         self.lock = threading.Lock()
@@ -447,9 +443,6 @@ def _started_in_proc(pid: int) -> float | None:
 
 
 def _started_by_psutil(pid: int) -> float | None:
-    """
-    Returns seconds from 1970 to the start of *pid*; None if it has ended.
-    """
     import psutil
 
     try:
@@ -474,9 +467,6 @@ def _owner(path: Path) -> Owner | None:
 
 
 def _read(path: Path, owner: Owner) -> Account | None:
-    """
-    Reads the account in a file; None if there is none.
-    """
     try:
         found = json.loads(path.read_bytes())
         values = [found[field] for field in _FIELDS]

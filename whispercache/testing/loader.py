@@ -21,6 +21,7 @@ from .waiting import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
     from inspect import Signature
 
     import numpy as np
@@ -129,10 +130,22 @@ class Gate:
         assert self._open.wait(PATIENCE_S), "the gate was never opened"
 
 
+@contextmanager
+def _holding(gates: dict[str, Gate], model: str) -> Iterator[Gate]:
+    gate = gates[model] = Gate()
+    try:
+        yield gate
+    finally:
+        del gates[model]
+        gate.open()
+
+
 @dataclass(slots=True)
 class FakeLoader:
     """
     A loader of `FakeWhisper` models into the memory of a `FakeMachine`.
+
+    Its other methods are those of `whispercache.engine.api.Loader`, for the cache.
 
     Attributes:
         machine: The machine that has the memory.
@@ -187,8 +200,6 @@ class FakeLoader:
     unloads: Counter[str] = field(default_factory=Counter)
     downloads: Counter[str] = field(default_factory=Counter)
     resident: dict[ModelKey, FakeWhisper] = field(default_factory=dict)
-    remembered: list[tuple[ModelKey, int]] = field(default_factory=list)
-    remembered_work: list[tuple[str, int, int]] = field(default_factory=list)
     shells: dict[ModelKey, int] = field(default_factory=dict)
     copies: dict[ModelKey, int] = field(default_factory=dict)
     abandoned_bytes: Counter[str] = field(default_factory=Counter)
@@ -200,51 +211,30 @@ class FakeLoader:
     _unload_gates: dict[str, Gate] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @contextmanager
-    def holding_loads(self, model: str) -> Iterator[Gate]:
+    def holding_loads(self, model: str) -> AbstractContextManager[Gate]:
         """
         Holds loads of *model* before a gate, at most until the end of the block.
         """
-        gate = self._load_gates[model] = Gate()
-        try:
-            yield gate
-        finally:
-            del self._load_gates[model]
-            gate.open()
+        return _holding(self._load_gates, model)
 
-    @contextmanager
-    def holding_unloads(self, model: str) -> Iterator[Gate]:
+    def holding_unloads(self, model: str) -> AbstractContextManager[Gate]:
         """
         Holds unloads of *model* before a gate, at most until the end of the block.
         """
-        gate = self._unload_gates[model] = Gate()
-        try:
-            yield gate
-        finally:
-            del self._unload_gates[model]
-            gate.open()
+        return _holding(self._unload_gates, model)
 
     def _weights_bytes(self, key: ModelKey) -> int:
         return as_bytes(self.sizes.get(key.model, self.default_size))
 
     def devices(self) -> tuple[str, ...]:
-        """
-        Returns those of the machine.
-        """
         return tuple(self.machine.total_bytes)
 
     def supported_compute_types(self, device: str) -> frozenset[str]:
-        """
-        Returns the types that such a device typically supports.
-        """
         return TYPICAL_COMPUTE_TYPES[device.partition(":")[0]]
 
     def locate(
         self, model: str, options: Mapping[str, OptionValue], *, download: bool
     ) -> ModelFiles | None:
-        """
-        Returns files that are here, or are "downloaded" now; None if they may not be.
-        """
         del options
         # Several threads may ask at once, and only one of them downloads.
         with self._lock:
@@ -256,38 +246,23 @@ class FakeLoader:
         return ModelFiles(f"fake/{model}", self.saved_compute_type)
 
     def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
-        """
-        Returns *files*: there are no variants.
-        """
         del key
         return files
 
     def remember_work(
         self, device: str, predicted_bytes: int, measured_bytes: int
     ) -> None:
-        """
-        Notes that a measurement of work was offered.
-        """
-        self.remembered_work.append((device, predicted_bytes, measured_bytes))
+        pass
 
     def read_ahead(self, files: ModelFiles) -> None:
-        """
-        Notes the read.
-        """
         self.read_ahead_files[files.directory] += 1
 
     def read(self, files: ModelFiles) -> None:
-        """
-        Notes the read.
-        """
         self.read_files[files.directory] += 1
 
     def footprint(
         self, key: ModelKey, files: ModelFiles, workload: Workload
     ) -> Footprint:
-        """
-        Returns the size that was given, whatever the compute type.
-        """
         del files
         weights_bytes = self._weights_bytes(key)
         return Footprint(
@@ -298,20 +273,9 @@ class FakeLoader:
         )
 
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
-        """
-        Notes that a measurement was offered.
-        """
-        del files
-        self.remembered.append((key, measured_bytes))
+        pass
 
     def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
-        """
-        Takes the memory, and returns the model.
-
-        Raises:
-            BaseException: the next one of `fail_loads`.
-            RuntimeError: there is too little memory.
-        """
         # Before anything is taken, so that a test sees the reservation alone.
         if gate := self._load_gates.get(key.model):
             gate.pass_through()
@@ -345,16 +309,10 @@ class FakeLoader:
         )
 
     def warm_up_needed(self, key: ModelKey) -> str:
-        """
-        Returns the reason that was given, once for each card and type.
-        """
         is_warm = (key.device, key.compute_type) in self.warm
         return "" if key.device == "cpu" or is_warm else self.warm_up_reason
 
     def warm_up(self, key: ModelKey) -> int | None:
-        """
-        Takes the floor, the first time; returns it then.
-        """
         if errors := self.fail_loads.get(f"warm-up of {key.device}"):
             raise errors.pop(0)
         if self.clock is not None and self.warm_up_s:
@@ -369,34 +327,19 @@ class FakeLoader:
         return floor_bytes
 
     def parked(self) -> Mapping[ModelKey, int]:
-        """
-        Returns the host copies of models that are not on a card.
-        """
         return dict(self._parked)
 
     def forget(self, key: ModelKey) -> None:
-        """
-        Drops all that an unloaded model keeps on the host.
-        """
         self._parked.pop(key, 0)
         if shell_bytes := self.shells.pop(key, 0):
             self.machine.give_back("cpu", shell_bytes)
 
-    def follow_up(self, loaded: LoadedModel) -> None:
-        """
-        Does nothing.
-        """
+    def follow_up(self, loaded: LoadedModel) -> None: ...
 
     def shell_bytes(self) -> int:
-        """
-        Returns the host memory that unloaded models keep.
-        """
         return sum(list(self.shells.values()))
 
     def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
-        """
-        Drops what unloaded models keep, the oldest first.
-        """
         # Those that are spared do not count.
         most_bytes += sum(self.shells.get(each, 0) for each in but)
         for key in [each for each in self.shells if each not in but]:
@@ -404,9 +347,6 @@ class FakeLoader:
                 self.forget(key)
 
     def abandon(self, loaded: LoadedModel) -> None:
-        """
-        Leaves the model's memory taken for ever.
-        """
         key = loaded.key
         del self.resident[key]
         n_bytes = self._weights_bytes(key)
@@ -414,37 +354,22 @@ class FakeLoader:
         self.abandoned_bytes["cpu"] += self.copies.pop(key, 0)
 
     def lost(self, device: str) -> None:
-        """
-        Leaves host copies of models of *device* taken, and drops the rest.
-        """
         for key in [each for each in self.shells if each.device == device]:
             copy_bytes = self._parked.pop(key, 0)
             self.abandoned_bytes["cpu"] += copy_bytes
             self.machine.give_back("cpu", self.shells.pop(key) - copy_bytes)
 
-    def forked(self, loaded: Iterable[LoadedModel]) -> None:
-        """
-        Does nothing: fakes survive a fork.
-        """
+    def forked(self, loaded: Iterable[LoadedModel]) -> None: ...
 
     def quiesce(self, loaded: LoadedModel, timeout_s: float) -> bool:
-        """
-        Returns True: fakes have no calls in flight.
-        """
         del loaded, timeout_s
         return True
 
-    def return_memory(self, device: str) -> None:
-        """
-        Does nothing: no memory is ever kept back.
-        """
+    def return_memory(self, device: str) -> None: ...
 
     def unload(
         self, loaded: LoadedModel, *, load_follows: bool = False, parks: bool = False
     ) -> Released:
-        """
-        Gives the memory back, or does nothing and says so; see `refuse_unloads`.
-        """
         del load_follows
         key = loaded.key
         if gate := self._unload_gates.get(key.model):
@@ -486,20 +411,11 @@ class FakeLoader:
         )
 
     def signatures(self) -> Mapping[str, Signature]:
-        """
-        Returns those of `FakeWhisper`, which takes any parameters.
-        """
         return _SIGNATURES
 
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:
-        """
-        Returns the fake's own transcribe, which ignores the batch.
-        """
         transcribe: Callable[..., object] = whisper.transcribe
         return transcribe
 
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
-        """
-        Returns *audio* itself.
-        """
         return cast("NDArray[np.float32]", audio)

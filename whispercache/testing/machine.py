@@ -50,9 +50,6 @@ class FakeMachine:
         self.others_bytes[device] = as_bytes(n_bytes) if n_bytes else 0
 
     def cuda_devices(self) -> tuple[str, ...]:
-        """
-        Returns the fake cards.
-        """
         return tuple(name for name in self.total_bytes if name != "cpu")
 
     def read(self, device: str) -> MemoryReading:
@@ -71,28 +68,16 @@ class FakeMachine:
         return MemoryReading(self.total_bytes[device], self.free_bytes(device), "fake")
 
     def device_name(self, device: str) -> str:
-        """
-        Returns a name for people.
-        """
         return f"fake {device}"
 
     def device_id(self, device: str) -> str:
-        """
-        Returns a name that no other device has.
-        """
         return f"fake-{device}"
 
     def free_bytes(self, device: str) -> int:
-        """
-        Returns the bytes that are free.
-        """
         held_bytes = self.held_bytes[device] + self.others_bytes[device]
         return self.total_bytes[device] - held_bytes
 
     def used_bytes(self, device: str) -> int:
-        """
-        Returns the bytes that are in use, by loaders and other programs.
-        """
         return self.total_bytes[device] - self.free_bytes(device)
 
     def take(self, device: str, n_bytes: int) -> None:
