@@ -4,10 +4,9 @@ Bar charts of results, for the README.
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import TYPE_CHECKING, NamedTuple
 
-from report import RESULTS
+from report import RESULTS, today
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -72,8 +71,7 @@ def draw(name: str, title: str, rows: Sequence[Sequence[Panel]]) -> Path:
     )
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     RESULTS.mkdir(exist_ok=True)
-    day = dt.datetime.now(dt.timezone.utc).date()
-    path = RESULTS / f"{name}-{day}.png"
+    path = RESULTS / f"{name}-{today()}.png"
     figure.savefig(path, dpi=DOTS_PER_INCH)
     plt.close(figure)
     return path

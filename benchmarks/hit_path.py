@@ -39,10 +39,6 @@ ROUNDS = 7
 
 
 def bare_lru_cache(keys: list[str]) -> Callable[[str], None]:
-    """
-    ``@lru_cache``: finds the object, and pins nothing.
-    """
-
     @functools.lru_cache(maxsize=len(keys))
     def get_model(name: str, device: str, compute_type: str) -> tuple[str, ...]:
         return name, device, compute_type

@@ -140,10 +140,6 @@ def cpu_seconds() -> float:
 
 
 class Results:
-    """
-    Seconds of transcriptions by case and threads, and cores by case.
-    """
-
     def __init__(self) -> None:
         self.others: list[float] = []  # cores of other programs meanwhile
         self.cores: defaultdict[str, list[float]] = defaultdict(list)

@@ -37,9 +37,6 @@ def make_cold(files: Sequence[Path]) -> None:
     Puts *files* out of the page cache.
 
     Blocks: until pages that are still being read can be dropped.
-
-    Raises:
-        RuntimeError: They stayed, as on a tmpfs.
     """
     until_s = time.perf_counter() + PATIENCE_S
     while True:

@@ -79,10 +79,6 @@ class Tally:
 
 @dataclass
 class Server:
-    """
-    A running server, its directory for temporary files, and its log.
-    """
-
     process: psutil.Popen
     url: str
     temporary: Path
@@ -162,9 +158,6 @@ def wait_until_ready(server: Server) -> None:
 
 
 def clips() -> list[tuple[bytes, float]]:
-    """
-    Reads example clips of a few seconds, and how long they are.
-    """
     read = []
     for name in CLIPS:
         path = Path(ROOT, "examples", "clips", f"{name}.flac")
@@ -186,9 +179,6 @@ class Load:
         self.is_over = False
 
     async def run(self, clients: int, seconds: float) -> Tally:
-        """
-        Sends requests for so long, and waits for those that have begun.
-        """
         tally = Tally()
         limits = httpx.Limits(max_connections=None)
         url = self._server.url

@@ -130,9 +130,6 @@ def origin(model: Path) -> Origin:
 def files_of(contender: str, model: Path, compute_type: str) -> list[Path]:
     """
     Returns the files that a contender reads to load *model*.
-
-    Raises:
-        LookupError: Its variant is not there.
     """
     directory: Path | None = model
     if contender == WHISPERCACHE:

@@ -57,9 +57,6 @@ def write(size: str, directory: Path) -> Path:
     Writes a model of a known *size* to *directory*, made if missing, and returns it.
 
     Blocks: for as long as the disk takes; no more than one tensor is in memory.
-
-    Raises:
-        KeyError: There is no such size; see `ARCHITECTURES`.
     """
     tokens, special = _vocabulary(size)
     spec = _specification(size, tokens)

@@ -246,9 +246,6 @@ class Parking:
         self._pid = ctypes.c_int(pid)
 
     def state(self) -> str:
-        """
-        Returns one of `STATES`, or the number of an unknown one.
-        """
         number = ctypes.c_int()
         self._call("GetState", byref(number))
         known = 0 <= number.value < len(STATES)

@@ -56,10 +56,6 @@ CYCLES = "Loads and unloads of tiny, float16"
 
 
 class Heard:
-    """
-    The events of a cache, in order.
-    """
-
     def __init__(self, cache: ModelCache) -> None:
         self._events: SimpleQueue[Event] = SimpleQueue()
         cache.subscribe(self._events.put)
@@ -67,9 +63,6 @@ class Heard:
     def until(self, kind: type[E], timeout_s: float = 120.0) -> E:
         """
         Returns the next event of a kind and drops those before it.
-
-        Raises:
-            queue.Empty: None came in time.
         """
         while True:
             event = self._events.get(timeout=timeout_s)
@@ -96,9 +89,6 @@ def noise(seconds: float = 1.0) -> NDArray[np.float32]:
 
 
 def say(whisper: WhisperModel) -> str:
-    """
-    Returns a model's greedy answer to `noise`.
-    """
     segments, _ = whisper.transcribe(
         noise(), language="en", beam_size=1, temperature=0.0, without_timestamps=True
     )
@@ -115,8 +105,7 @@ def plain_cache(*, park: bool = False, variants: bool = False) -> ModelCache:
 # The machine -------------------------------------------------------------------------
 
 
-def look(setup: Setup, argument: str) -> Rows:
-    del argument
+def look(setup: Setup, _argument: str) -> Rows:
     import ctranslate2
 
     probe = SystemProbe()
@@ -131,8 +120,7 @@ def look(setup: Setup, argument: str) -> Rows:
     yield Row(ASIDE, {"card": name, "problem": problem})
 
 
-def machine(setup: Setup, argument: str) -> Rows:
-    del argument
+def machine(setup: Setup, _argument: str) -> Rows:
     card = Card(setup.device)
     reading = card.probe.read(setup.device)
     major, minor = card.driver.compute_capability(card.ordinal)
@@ -163,14 +151,10 @@ def machine(setup: Setup, argument: str) -> Rows:
 # Warm-up -----------------------------------------------------------------------------
 
 
-def warm_ups(setup: Setup, argument: str) -> Rows:
+def warm_ups(setup: Setup, _argument: str) -> Rows:
     """
     Runs `warm_up` in a process, and in another with the first one's kernel cache.
-
-    Raises:
-        RuntimeError: One of them failed.
     """
-    del argument
     for process in ("first", "second"):
         outcome = spawn("warm", setup, process)
         yield from outcome.rows
@@ -205,8 +189,7 @@ def warm_up(setup: Setup, argument: str) -> Rows:
 # Bytes -------------------------------------------------------------------------------
 
 
-def sizes(setup: Setup, argument: str) -> Rows:
-    del argument
+def sizes(setup: Setup, _argument: str) -> Rows:
     card = Card(setup.device)
     with plain_cache() as cache:
         heard = Heard(cache)
@@ -267,9 +250,6 @@ def _size(setup: Setup, card: Card, cache: ModelCache, heard: Heard, size: str) 
 
 
 def difference(one: int | None, other: int | None) -> int | None:
-    """
-    Returns how much more *one* is; None if either is unknown.
-    """
     return None if one is None or other is None else one - other
 
 
@@ -330,8 +310,7 @@ def _work(whisper: WhisperModel, work: Workload) -> None:
         pass
 
 
-def cycles(setup: Setup, argument: str) -> Rows:
-    del argument
+def cycles(setup: Setup, _argument: str) -> Rows:
     card, path = Card(setup.device), setup.model(setup.nearest("tiny"))
     with plain_cache() as cache:
         for number in range(setup.cycles):

@@ -47,14 +47,10 @@ class _Trial(NamedTuple):
     is_call: bool  # it comes before a call; else after a load was admitted
 
 
-def out_of_memory(setup: Setup, argument: str) -> Rows:
+def out_of_memory(setup: Setup, _argument: str) -> Rows:
     """
     Has another tenant take the card after a load was admitted, or before a call.
-
-    Raises:
-        RuntimeError: There are no two models.
     """
-    del argument
     card = Card(setup.device)
     large, small = setup.nearest("large-v3"), setup.nearest("small")
     if large == small:
@@ -147,16 +143,12 @@ def _another_tenant(
 # Two cards ---------------------------------------------------------------------------
 
 
-def two_cards(setup: Setup, argument: str) -> Rows:
+def two_cards(setup: Setup, _argument: str) -> Rows:
     """
     Loads one model on each of two cards at the same time, and has both work.
 
     Illegal memory accesses were seen there (SYSTRAN/faster-whisper#946).
-
-    Raises:
-        RuntimeError: There are no two cards.
     """
-    del argument
     card = Card(setup.device)
     count = card.driver.device_count
     if count < 2:  # noqa: PLR2004 - two
@@ -194,26 +186,18 @@ def two_cards(setup: Setup, argument: str) -> Rows:
 # Parked from outside -----------------------------------------------------------------
 
 
-def checkpoint(setup: Setup, argument: str) -> Rows:
+def checkpoint(setup: Setup, _argument: str) -> Rows:
     """
     Moves a process with a large model off the card and back.
 
     It is done by this user, and by one without privileges.
-
-    Raises:
-        RuntimeError: It could not even be tried.
     """
-    del argument
-    users: list[int | None] = [None]
-    if setup.nobody is not None:
-        users.append(setup.nobody)
     failed = []
-    for user in users:
-        home = Path(setup.home)
-        if user is not None:
-            home = _home_of(user, home, Path(setup.kernels))
+    # One user where nobody else can be had.
+    for user in dict.fromkeys((None, setup.nobody)):
         environment = {}
         if user is not None:
+            home = _home_of(user, Path(setup.home), Path(setup.kernels))
             parts = {"CUDA_CACHE_PATH": "kernels", "XDG_CACHE_HOME": "cache"}
             environment = {name: str(home / part) for name, part in parts.items()}
         try:
@@ -246,14 +230,10 @@ def _name(user: int | None) -> str:
     return str(os.geteuid() if user is None else user)
 
 
-def parker(setup: Setup, argument: str) -> Rows:
+def parker(setup: Setup, _argument: str) -> Rows:
     """
     Starts a process with a model, moves it off the card and back, and asks it again.
-
-    Raises:
-        RuntimeError: That process failed.
     """
-    del argument
     card = Card(setup.device)
     before_bytes = card.gauge_bytes()
     child = Child("holder", setup)
@@ -323,11 +303,10 @@ def _resident_bytes(pid: int) -> int:
         return 0
 
 
-def holder(setup: Setup, argument: str) -> Rows:
+def holder(setup: Setup, _argument: str) -> Rows:
     """
     Holds a large model; answers once, and once more for each line that it reads.
     """
-    del argument
     path = setup.model(setup.nearest("large-v3"))
     with plain_cache() as cache, cache.lease(path, setup.device, "float16") as whisper:
         yield Row(ASIDE, {"text": say(whisper)})

@@ -115,11 +115,10 @@ class _Model:
         return heard.until(ModelLoaded), heard.until(ModelEvicted)
 
 
-def tiers(setup: Setup, argument: str) -> Rows:
+def tiers(setup: Setup, _argument: str) -> Rows:
     """
     Takes a small and a large model, in two types, every way in and out.
     """
-    del argument
     card = Card(setup.device)
     chosen = dict.fromkeys(map(setup.nearest, ("small", "large-v3")))
     ways = (_loads, _copies, _variants, _constructions, _crossings)
@@ -145,9 +144,6 @@ def tiers(setup: Setup, argument: str) -> Rows:
 def prepare(model: Path, *, cold: bool = False) -> None:
     """
     Puts a model's files into the page cache, or out of it.
-
-    Raises:
-        RuntimeError: They stay there, as on a file system in memory.
     """
     files = [file for file in model.iterdir() if file.is_file()]
     if cold:
@@ -176,9 +172,6 @@ def _loads(model: _Model) -> Rows:
 def _copies(model: _Model) -> Rows:
     """
     Times evictions that keep a host copy, and restores from it.
-
-    Raises:
-        RuntimeError: No copy was kept.
     """
     seconds: dict[str, list[float]] = {COPY: [], RESTORE: [], LEAVE_AGAIN: []}
     prepare(model.path)
@@ -196,9 +189,6 @@ def _copies(model: _Model) -> Rows:
 def _variants(model: _Model) -> Rows:
     """
     Times loads from a variant, where the type has one.
-
-    Raises:
-        RuntimeError: It was not used.
     """
     header = read_header(str(model.path))
     kind = kind_for(header, model.kind)
@@ -256,9 +246,6 @@ def switch(setup: Setup, argument: str) -> Rows:
     Their order changes from turn to turn. A second turn is taken only if *argument*,
     the seconds that there are, allows one as long as the first: a turn that is cut off
     gives no figure.
-
-    Raises:
-        RuntimeError: There are no two models, or a contender failed.
     """
     if setup.nearest("large-v3") == setup.nearest("medium"):
         raise RuntimeError("it takes two models to switch between; --sizes names one")
@@ -321,9 +308,6 @@ def _limit_bytes(setup: Setup, names: list[str]) -> int:
 def _user(
     contender: str, setup: Setup, limit_bytes: int
 ) -> Callable[[str], Callable[[], str]]:
-    """
-    Returns a function that makes a model ready, and returns one that asks it.
-    """
     versions()  # imports CTranslate2 the cache's way
     if contender in (CACHE, PARKS):
         cache = ModelCache(
@@ -365,14 +349,10 @@ def _user(
 # Exits -------------------------------------------------------------------------------
 
 
-def exits(setup: Setup, argument: str) -> Rows:
+def exits(setup: Setup, _argument: str) -> Rows:
     """
     Times the ends of programs with a small model, on the card and beside it.
-
-    Raises:
-        RuntimeError: One failed before its last line.
     """
-    del argument
     failed = []
     for device in filter(None, (setup.device, setup.beside)):
         for program in PROGRAMS:
