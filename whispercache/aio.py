@@ -431,8 +431,6 @@ class AsyncCachedModel(Handle):
     A `CachedModel` whose calls are awaited. Made by `AsyncModelCache.get_model`.
     """
 
-    _source: ModelSource
-
     def __init__(self, cache: AsyncModelCache, source: ModelSource) -> None:
         super().__init__(source)
         self._cache = cache

@@ -349,6 +349,8 @@ class Departure:
 class ModelSource:
     """
     The source of a `CachedModel`: one model of a cache, and the terms of its leases.
+
+    A `Callee`, too, for the preparation of calls.
     """
 
     cache: ModelCache

@@ -21,11 +21,13 @@ Errors: every exception of whispercache.
         └── CacheForked                         in a child, after os.fork()
 
 Each message is one line: the problem, the model, the numbers with their units, and the
-next step. The same data are attributes, and every exception pickles: all of them are
-passed to the base class by position, which the default pickle needs.
+next step. The same data are attributes, and every exception pickles. *model* is the
+model's key as text, if nothing else is said.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 __all__ = [
     "AudioError",
@@ -68,7 +70,12 @@ class WhisperCacheError(Exception):
     The base of all errors that whispercache raises on purpose.
     """
 
+    def __post_init__(self) -> None:
+        # By position, as the default pickle makes an error anew.
+        self.args = tuple(vars(self).values())
 
+
+@dataclass(eq=False, repr=False)
 class UnknownModel(WhisperCacheError, LookupError):
     """
     The name is no known size, and no directory with a model is there.
@@ -78,15 +85,14 @@ class UnknownModel(WhisperCacheError, LookupError):
         reason: The places that were searched, and a name to try instead.
     """
 
-    def __init__(self, model: str, reason: str) -> None:
-        super().__init__(model, reason)
-        self.model = model
-        self.reason = reason
+    model: str
+    reason: str
 
     def __str__(self) -> str:
         return f"unknown model {self.model!r}: {self.reason}"
 
 
+@dataclass(eq=False, repr=False)
 class UnsupportedComputeType(WhisperCacheError, ValueError):
     """
     The device has no arithmetic for this compute type, or no such type exists.
@@ -97,13 +103,9 @@ class UnsupportedComputeType(WhisperCacheError, ValueError):
         supported: The types that the device does support, sorted.
     """
 
-    def __init__(
-        self, compute_type: str, device: str, supported: tuple[str, ...]
-    ) -> None:
-        super().__init__(compute_type, device, supported)
-        self.compute_type = compute_type
-        self.device = device
-        self.supported = supported
+    compute_type: str
+    device: str
+    supported: tuple[str, ...]
 
     def __str__(self) -> str:
         return (
@@ -112,6 +114,7 @@ class UnsupportedComputeType(WhisperCacheError, ValueError):
         )
 
 
+@dataclass(eq=False, repr=False)
 class DeviceUnavailable(WhisperCacheError, RuntimeError):
     """
     The device does not exist here, or its driver or libraries cannot be used.
@@ -121,41 +124,30 @@ class DeviceUnavailable(WhisperCacheError, RuntimeError):
         reason: The part that is missing, and how to mend it.
     """
 
-    def __init__(self, device: str, reason: str) -> None:
-        super().__init__(device, reason)
-        self.device = device
-        self.reason = reason
+    device: str
+    reason: str
 
     def __str__(self) -> str:
         return f"device {self.device!r} cannot be used: {self.reason}"
 
 
+@dataclass(eq=False, repr=False)
 class ModelTooLarge(WhisperCacheError, MemoryError):
     """
     The request can never be served, so it fails at once and evicts nothing.
 
     Attributes:
-        model: The model, as text.
         device: The device whose memory is too small.
         needed_bytes: Bytes that loading and one call would take there.
         capacity_bytes: Most bytes that the cache could use there.
         reason: The bound of the capacity, and the next step.
     """
 
-    def __init__(
-        self,
-        model: str,
-        device: str,
-        needed_bytes: int,
-        capacity_bytes: int,
-        reason: str,
-    ) -> None:
-        super().__init__(model, device, needed_bytes, capacity_bytes, reason)
-        self.model = model
-        self.device = device
-        self.needed_bytes = needed_bytes
-        self.capacity_bytes = capacity_bytes
-        self.reason = reason
+    model: str
+    device: str
+    needed_bytes: int
+    capacity_bytes: int
+    reason: str
 
     def __str__(self) -> str:
         return (
@@ -165,6 +157,7 @@ class ModelTooLarge(WhisperCacheError, MemoryError):
         )
 
 
+@dataclass(eq=False, repr=False)
 class LeaseTimeout(WhisperCacheError, TimeoutError):
     """
     The lease was not granted within its ``timeout_s``.
@@ -172,19 +165,14 @@ class LeaseTimeout(WhisperCacheError, TimeoutError):
     A load that was already running goes on; its model will be there next time.
 
     Attributes:
-        model: The model, as text.
         waited_s: Seconds waited.
         position: Place in the queue when time ran out, 1 for the next; None where it
             waited in none.
     """
 
-    def __init__(
-        self, model: str, waited_s: float, position: int | None = None
-    ) -> None:
-        super().__init__(model, waited_s, position)
-        self.model = model
-        self.waited_s = waited_s
-        self.position = position
+    model: str
+    waited_s: float
+    position: int | None = None
 
     def __str__(self) -> str:
         # Downloads and evictions have no queue.
@@ -222,19 +210,17 @@ class EvictionTimeout(LeaseTimeout):
         )
 
 
+@dataclass(eq=False, repr=False)
 class TooManyWaiters(WhisperCacheError):
     """
     ``max_waiting`` requests wait already; this one was refused at the door.
 
     Attributes:
-        model: The model, as text.
         waiting: Number of requests that wait.
     """
 
-    def __init__(self, model: str, waiting: int) -> None:
-        super().__init__(model, waiting)
-        self.model = model
-        self.waiting = waiting
+    model: str
+    waiting: int
 
     def __str__(self) -> str:
         return (
@@ -243,22 +229,20 @@ class TooManyWaiters(WhisperCacheError):
         )
 
 
+@dataclass(eq=False, repr=False)
 class LeaseDeadlock(WhisperCacheError, RuntimeError):
     """
     The request waited for memory that only its own caller could free, or callers that
     wait in the same way. None would ever have been served; the others go on.
 
     Attributes:
-        model: The model, as text.
         held: The models on which the caller holds leases.
         own: True if the caller waited for its own leases to end, and nothing else.
     """
 
-    def __init__(self, model: str, held: tuple[str, ...], own: bool = False) -> None:  # noqa: FBT001, FBT002 - errors pickle with what is passed by position
-        super().__init__(model, held, own)
-        self.model = model
-        self.held = held
-        self.own = own
+    model: str
+    held: tuple[str, ...]
+    own: bool = False
 
     def __str__(self) -> str:
         if self.own:
@@ -275,24 +259,20 @@ class LeaseDeadlock(WhisperCacheError, RuntimeError):
         )
 
 
+@dataclass(eq=False, repr=False)
 class LoadFailed(WhisperCacheError):
     """
     The model could not be downloaded or loaded; ``__cause__`` tells more.
 
     Attributes:
-        model: The model, as text.
         reason: The problem, and the next step.
         retry_in_s: Seconds for which further requests fail at once, since loads failed
             again and again; None if the next one is tried.
     """
 
-    def __init__(
-        self, model: str, reason: str, retry_in_s: float | None = None
-    ) -> None:
-        super().__init__(model, reason, retry_in_s)
-        self.model = model
-        self.reason = reason
-        self.retry_in_s = retry_in_s
+    model: str
+    reason: str
+    retry_in_s: float | None = None
 
     def __str__(self) -> str:
         return f"cannot load {self.model}: {self.reason}{self._again()}"
@@ -313,6 +293,7 @@ class NotDownloaded(LoadFailed):
     """
 
 
+@dataclass(eq=False, repr=False)
 class CorruptModel(LoadFailed):
     """
     A model's files are truncated, or are not what they should be.
@@ -323,17 +304,7 @@ class CorruptModel(LoadFailed):
         cure: The next step.
     """
 
-    def __init__(
-        self,
-        model: str,
-        reason: str,
-        retry_in_s: float | None = None,
-        cure: str = "delete it and download or convert it again",
-    ) -> None:
-        super().__init__(model, reason, retry_in_s)
-        # Once more with *cure*: the default pickle takes the arguments from here.
-        WhisperCacheError.__init__(self, model, reason, retry_in_s, cure)
-        self.cure = cure
+    cure: str = "delete it and download or convert it again"
 
     def __str__(self) -> str:
         return (
@@ -342,6 +313,7 @@ class CorruptModel(LoadFailed):
         )
 
 
+@dataclass(eq=False, repr=False)
 class AudioError(WhisperCacheError, ValueError):
     """
     The audio could not be opened or decoded. No model was loaded for it.
@@ -351,10 +323,8 @@ class AudioError(WhisperCacheError, ValueError):
         reason: The decoder's own words.
     """
 
-    def __init__(self, audio: str, reason: str) -> None:
-        super().__init__(audio, reason)
-        self.audio = audio
-        self.reason = reason
+    audio: str
+    reason: str
 
     def __str__(self) -> str:
         return (

@@ -182,13 +182,9 @@ class CacheCollector:
 class _Histogram:
     """
     A count of seconds by bucket. A further value makes a new one.
-
-    Attributes:
-        counts: Number of values in each of `BUCKETS_S`, and above the last.
-        sum_s: Their sum.
     """
 
-    counts: tuple[int, ...] = (0,) * (len(BUCKETS_S) + 1)
+    counts: tuple[int, ...] = (0,) * (len(BUCKETS_S) + 1)  # the last: beyond them
     sum_s: float = 0.0
 
     def plus(self, value_s: float) -> _Histogram:

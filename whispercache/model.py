@@ -12,11 +12,10 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from .core.threads import current_owner
 from .engine.calls.prepare import (
-    Callee,
     prepared,
     prepared_detection,
 )
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from faster_whisper.transcribe import Segment, TranscriptionInfo
     from typing_extensions import Self
 
+    from .base import ModelSource
     from .engine.api import AudioInput
     from .keys import ModelKey
     from .lease import Lease
@@ -57,30 +57,6 @@ _METHODS = (
     "generate_with_fallback",
     "get_prompt",
 )
-
-
-class Source(Callee, Protocol):
-    """
-    A source of leases on one model.
-    """
-
-    @property
-    def key(self) -> ModelKey:
-        """
-        The model.
-        """
-
-    def lease(self, workload: Workload) -> Lease:
-        """
-        Returns a lease on the model, loaded if need be. Blocks until it is granted.
-        """
-
-    def transcriber(
-        self, lease: Lease, batch_size: int | None
-    ) -> Callable[..., object]:
-        """
-        Returns the ``transcribe`` of a leased model, batched or not.
-        """
 
 
 class LeasedIterator(Iterator[T]):
@@ -198,10 +174,8 @@ class LeasedIterator(Iterator[T]):
         try:
             return next(self._items)
         except Exception as error:
-            if isinstance(error, StopIteration) or not self._lease.recover(error):
+            if isinstance(error, StopIteration) or not _has_room(self._lease, error):
                 raise
-            # The frames of the traceback hold what did not fit.
-            traceback.clear_frames(error.__traceback__)
         self._items = self._again()
         return next(self._items)
 
@@ -283,10 +257,8 @@ def call_leased(
         try:
             result = call(*args, **options)
         except Exception as error:
-            if not lease.recover(error):
+            if not _has_room(lease, error):
                 raise
-            # The frames of the traceback hold what did not fit.
-            traceback.clear_frames(error.__traceback__)
             result = call(*args, **options)
     except BaseException:
         # No result, so nothing else would release it.
@@ -295,7 +267,9 @@ def call_leased(
 
     # For a lazy result, the memory is needed by its first item, not by this call.
     def again() -> Iterator[object]:
-        return _lazy(call(*args, **options))
+        result = call(*args, **options)
+        first = result[0] if isinstance(result, tuple) else result
+        return cast("Iterator[object]", first)
 
     if isinstance(result, Iterator):
         return LeasedIterator(result, lease, again)
@@ -305,9 +279,12 @@ def call_leased(
     return result
 
 
-def _lazy(result: object) -> Iterator[object]:
-    first = result[0] if isinstance(result, tuple) else result
-    return cast("Iterator[object]", first)
+def _has_room(lease: Lease, error: Exception) -> bool:
+    has_room = lease.recover(error)
+    if has_room:
+        # The frames of the traceback hold what did not fit.
+        traceback.clear_frames(error.__traceback__)
+    return has_room
 
 
 class Handle:
@@ -315,7 +292,7 @@ class Handle:
     A name for a model of a cache, without anything of its own that could be changed.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ModelSource) -> None:
         self._source = source
         self._served_by: ModelKey | None = None
 

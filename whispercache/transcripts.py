@@ -32,20 +32,13 @@ class Cue:
 class Transcript:
     """
     The transcript of one file by one model.
-
-    Attributes:
-        file: The file, as it was named.
-        model: The model's key, as text.
-        language: Code of the language, given or detected.
-        duration_s: Length of the audio in seconds.
-        cues: The speech; often a generator, to be consumed once.
     """
 
-    file: str
-    model: str
-    language: str
+    file: str  # as it was named
+    model: str  # its key, as text
+    language: str  # its code, given or detected
     duration_s: float
-    cues: Iterable[Cue]
+    cues: Iterable[Cue]  # often a generator, to be consumed once
 
 
 def _txt(transcript: Transcript) -> Iterator[str]:

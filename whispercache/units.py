@@ -51,14 +51,10 @@ _SECONDS = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,18})?")
 class Limit:
     """
     The part of a device that may be used: bytes, a fraction of it, or all.
-
-    Attributes:
-        n_bytes: The limit in bytes, or None if it is not given in bytes.
-        fraction: The share of the device, above 0 and at most 1, or None.
     """
 
     n_bytes: int | None = None
-    fraction: float | None = None
+    fraction: float | None = None  # above 0 and at most 1
 
     def of(self, total_bytes: int) -> int | None:
         """

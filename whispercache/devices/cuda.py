@@ -49,16 +49,11 @@ class Pool:
     CTranslate2 allocates from it (``cudaMallocAsync``), as other libraries here may.
     Other processes have their own. The numbers are read one after the other and may
     disagree while another thread allocates.
-
-    Attributes:
-        used_bytes: Allocated and not freed.
-        reserved_bytes: Held of the card, in use or not.
-        peak_bytes: The most that was in use since `Driver.forget_peak`.
     """
 
-    used_bytes: int
-    reserved_bytes: int
-    peak_bytes: int
+    used_bytes: int  # allocated and not freed
+    reserved_bytes: int  # held of the card, in use or not
+    peak_bytes: int  # the most that was in use since `Driver.forget_peak`
 
     @property
     def idle_bytes(self) -> int:

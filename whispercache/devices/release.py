@@ -60,14 +60,10 @@ _CUBLAS_OF_BLACKWELL = (12, 8)
 class Holdings:
     """
     The memory of a card that is held at one moment.
-
-    Attributes:
-        pool: This process's memory pool there; None where there is none, or not yet.
-        used_bytes: Held by all programs together, by the gauge; None if unknown.
     """
 
-    pool: Pool | None
-    used_bytes: int | None
+    pool: Pool | None  # this process's there; None where there is none, or not yet
+    used_bytes: int | None  # by all programs together, by the gauge; None if unknown
 
     def growth_since(self, before: Holdings) -> int | None:
         """
@@ -93,16 +89,11 @@ class Holdings:
 class Return:
     """
     How much of the memory that was freed the card has again.
-
-    Attributes:
-        returned_bytes: The fall that was seen; None where nothing can be seen.
-        unreturned_bytes: Bytes that have to count as still held.
-        used_bytes: Held by all programs afterwards, by the gauge; None if unknown.
     """
 
-    returned_bytes: int | None
-    unreturned_bytes: int
-    used_bytes: int | None = None
+    returned_bytes: int | None  # the fall that was seen; None where nothing can be seen
+    unreturned_bytes: int  # to be counted as still held
+    used_bytes: int | None = None  # by all programs afterwards; None if unknown
 
 
 def holdings(device: str, probe: MemoryProbe) -> Holdings:

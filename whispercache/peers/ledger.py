@@ -58,18 +58,12 @@ _inherited: list[object] = []
 class Owner:
     """
     The process and the cache that an account belongs to.
-
-    Attributes:
-        pid: The process.
-        started_s: Its start; on Linux in seconds since that of the machine.
-        place: The boot and the namespace in which the process id is valid.
-        number: Of the ledger in the process: two caches in one process are peers.
     """
 
     pid: int
-    started_s: float
-    place: str
-    number: int
+    started_s: float  # on Linux since the start of the machine
+    place: str  # the boot and the namespace in which the process id is valid
+    number: int  # of the ledger in the process: two caches in one process are peers
 
     @property
     def file_name(self) -> str:
