@@ -56,13 +56,7 @@ _log = logging.getLogger("whispercache")
 
 class CacheBase:
     """
-    A cache without the methods that wait.
-
-    Args:
-        core: The state, shared by all caches on it.
-        resolver: Finds the models that requests mean.
-        limits: The limits as they were last given.
-        ladder: The fallbacks of requests that name none.
+    A cache without the methods that wait. The core is shared by all caches on it.
     """
 
     def __init__(
@@ -302,11 +296,6 @@ def outranked_by(error: BaseException | None) -> Iterator[None]:
 class Departure:
     """
     The unloading of some models, as one caller waits for it.
-
-    Args:
-        core: The core that unloads them.
-        leaving: Each of them with a future that is done once it was unloaded.
-        timeout_s: Most seconds to wait; None for as long as it takes.
     """
 
     def __init__(

@@ -290,15 +290,9 @@ class ModelCache(CacheBase):
         All or nothing: their memory is granted in one step, and nothing is held before,
         so that two callers cannot block each other. Duplicates share a model.
 
-        Args:
-            models: Names or paths, as for `get_model`; or tuples of a name with its own
-                device, or with its own device and compute type.
-            device: For those that name none.
-            compute_type: Likewise.
-            timeout_s: As for `lease`.
-            keep_alive: As for `lease`.
-            workload: The work that will be done with each of the models.
-            load_options: For all of them.
+        Takes what `lease` does. *models* are names or paths, or tuples of a name with
+        its own device, or with its own device and compute type; *device* and
+        *compute_type* are for those that name none, and *workload* is for each.
 
         Raises:
             ValueError: no models are named.

@@ -195,10 +195,6 @@ def compute_type_on(
 ) -> str:
     """
     Returns the type that was asked for on *device*; ``"default"`` if there is none.
-
-    Args:
-        compute_type: See `frozen_compute_type`.
-        device: ``"cpu"`` or ``"cuda:N"``.
     """
     if isinstance(compute_type, str):
         return compute_type

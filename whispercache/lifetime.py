@@ -34,12 +34,9 @@ def register(cache: _T, core: Core, after_fork: Callable[[_T], None]) -> None:
     """
     Notes a new cache, without keeping it alive.
 
-    Args:
-        cache: The cache.
-        core: Its core.
-        after_fork: Called with the cache in a forked child, after its core was told.
+    In a forked child *after_fork* is called with it, after its core was told.
     """
-    # *after_fork* is a plain function: a bound method would keep the cache alive.
+    # A plain function: a bound method would keep the cache alive.
     _caches[cache] = after_fork
     _cores.add(core)
 

@@ -66,11 +66,6 @@ class LeasedIterator(Iterator[T]):
     If memory runs out before the first item, idle models are evicted and the call is
     made again.
 
-    Args:
-        items: The result.
-        lease: The lease on the model that computes them.
-        again: Makes the call again.
-
     Attributes:
         has_moved: True if others than the first owner have iterated, or were announced
             to.

@@ -253,13 +253,7 @@ def as_requests(
     load_options: dict[str, object],
 ) -> list[Request]:
     """
-    Returns a request for each of several models.
-
-    Args:
-        models: As for `ModelCache.lease_many`.
-        device: For those that name none.
-        compute_type: Likewise.
-        load_options: For all of them.
+    Returns a request for each of several models, given as to `ModelCache.lease_many`.
     """
     # A text is a sequence, too, of letters.
     if isinstance(models, (str, os.PathLike)):

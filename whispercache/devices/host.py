@@ -51,9 +51,6 @@ def host_room(root: Path = Path("/")) -> tuple[int, int, str]:
     """
     Returns total bytes, free bytes, and their source: ``"psutil"`` or ``"cgroup"``.
 
-    Args:
-        root: Where ``proc`` and ``sys`` lie; only tests have another one.
-
     Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory and
     cgroup-v1/memory.html, section 4.
     """

@@ -31,13 +31,10 @@ class SystemProbe:
     Questions about ``"cpu"`` touch no GPU library. The first question about GPUs, that
     for `cuda_devices` too, opens the driver: it settles ``CUDA_VISIBLE_DEVICES`` and
     makes CUDA unusable in children forked afterwards, but takes no memory of the card.
-
-    Args:
-        root: Where ``proc`` and ``sys`` lie.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
-        self._root = root
+        self._root = root  # where ``proc`` and ``sys`` lie
         self._cards: dict[int, Card] = {}
 
     def cuda_devices(self) -> tuple[str, ...]:

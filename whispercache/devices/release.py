@@ -5,6 +5,8 @@ The free memory of a card is shared: other programs take and free some while a m
 unloaded. CUDA's memory pool, from which CTranslate2 allocates, is this process's own
 and exact to the byte. So the pool decides where there is one, and the gauge only where
 there is none.
+
+Functions that ask the card raise `CudaError` where an error has left it unusable.
 """
 
 from __future__ import annotations
@@ -99,21 +101,13 @@ class Return:
 def holdings(device: str, probe: MemoryProbe) -> Holdings:
     """
     Returns what is held of *device* now.
-
-    Raises:
-        CudaError: An earlier error left the device unusable.
     """
     return Holdings(_pool(device), _used_bytes(device, probe))
 
 
 def synchronize(device: str) -> None:
     """
-    Waits for all of this process's work on *device*.
-
-    Blocks: until it is done.
-
-    Raises:
-        CudaError: Some of it failed.
+    Waits for all of this process's work on *device*. Blocks until it is done.
     """
     if (found := _find(device)) is not None:
         driver, ordinal = found
@@ -143,9 +137,6 @@ def returned(
             the pool still has in use was left behind; else it may be others' work.
 
     Blocks: for the card's work; without a pool up to `RETURN_WAIT_S`.
-
-    Raises:
-        CudaError: An error has left the device unusable.
     """
     settle(device)
     after = holdings(device, probe)
@@ -220,19 +211,15 @@ def compile_reason(device: str) -> str:
 
     Empty if CTranslate2 brings some that the card can run.
     """
-    found = _find(device)
-    if found is None:
-        return ""
-    driver, ordinal = found
-    major, minor = driver.compute_capability(ordinal)
+    generation, card = _generation(device)
     # A card runs the code of its own generation; that of a later one is compiled.
-    if major <= _COMPILED_MAJOR:
+    if generation <= _COMPILED_MAJOR:
         return ""
     kept = f"CUDA keeps the result in {_kernel_cache()}"
     if os.environ.get("CUDA_CACHE_DISABLE", "0") not in ("", "0"):
         kept = "CUDA_CACHE_DISABLE is set, so each process does it anew"
     return (
-        f"CTranslate2 has no code for {driver.name(ordinal)} (sm_{major}{minor}), so "
+        f"CTranslate2 has no code for {card}, so "
         f"CUDA compiles it, which takes up to half a minute; {kept}"
     )
 
@@ -243,28 +230,31 @@ def cublas_reason(device: str) -> str:
 
     Loads cuBLAS if the card is of Blackwell's generation or later.
     """
-    found = _find(device)
-    if found is None:
-        return ""
-    driver, ordinal = found
-    major, minor = driver.compute_capability(ordinal)
-    if major < _BLACKWELL_MAJOR:
+    generation, card = _generation(device)
+    if generation < _BLACKWELL_MAJOR:
         return ""
     # Only for these cards is it worth to load the library.
     version = cublas_version()
     if version is None or version >= _CUBLAS_OF_BLACKWELL:
         return ""
     here, needed = (".".join(map(str, v)) for v in (version, _CUBLAS_OF_BLACKWELL))
-    card = f"{driver.name(ordinal)} (sm_{major}{minor})"
     return f"cuBLAS {here} is older than {card}, which needs {needed} or later"
 
 
-def _kernel_cache() -> str:
+def _generation(device: str) -> tuple[int, str]:
     """
-    Returns where CUDA keeps the kernels that it compiled.
+    Returns the generation of a card, and its name with it; 0 without a driver.
+    """
+    found = _find(device)
+    if found is None:
+        return 0, ""
+    driver, ordinal = found
+    major, minor = driver.compute_capability(ordinal)
+    return major, f"{driver.name(ordinal)} (sm_{major}{minor})"
 
-    Source: NVIDIA, CUDA programming guide, environment variables.
-    """
+
+def _kernel_cache() -> str:
+    # Source: NVIDIA, CUDA programming guide, environment variables.
     if path := os.environ.get("CUDA_CACHE_PATH"):
         return path
     if sys.platform == "win32":
@@ -292,9 +282,6 @@ def settle(device: str) -> None:
     A refusal is logged, and the memory stays in the pool.
 
     Blocks: until the card's work is done.
-
-    Raises:
-        CudaError: An error has left the device unusable.
     """
     if (found := _find(device)) is None:
         return

@@ -198,9 +198,6 @@ class Ledger:
         The kernel ends the turn of a process that dies, but not of one that is stuck.
         A caller that gets False must therefore go on without. Not reentrant.
 
-        Args:
-            timeout_s: Seconds to wait; 0 tries once. There is no waiting forever.
-
         Raises:
             OSError: The lock file cannot be made.
             ValueError: *timeout_s* is negative or not finite.
@@ -416,14 +413,9 @@ def _is_fresh(path: Path) -> bool:
 
 
 def _started_in_proc(pid: int) -> float | None:
-    """
-    Returns seconds from the machine's start to that of *pid*; None if it has ended.
-
-    psutil's create_time adds the time of boot, which moves when the clock is set. Two
-    processes that looked before and after that would take each other for ended.
-
-    Source: proc_pid_stat(5), fields 3 and 22.
-    """
+    # psutil's create_time adds the time of boot, which moves when the clock is set. Two
+    # processes that looked before and after that would take each other for ended.
+    # Source: proc_pid_stat(5), fields 3 and 22.
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

@@ -165,16 +165,13 @@ class FakeLoader:
         warm_up_s: Seconds that a warm-up takes, by a fake clock; see `clock`.
         floor_size: Memory of a card that the first warm-up takes for good.
         kept_size: Memory of a card that each unload does not give back.
-        loads: How often each model was loaded.
-        unloads: How often each was unloaded.
-        downloads: How often each was downloaded.
+        loads, unloads, downloads: How often each model was loaded, and so on.
         resident: The models in memory.
         shells: Host memory that unloaded models keep, host copies included.
         copies: Host copies of weights that are on a card as well.
         abandoned_bytes: Memory that models on lost devices hold for ever.
         warm: Devices and types that have been warmed up.
-        read_files: How often each directory was read.
-        read_ahead_files: How often each was asked to be read ahead.
+        read_files, read_ahead_files: How often each directory was read (ahead).
     """
 
     machine: FakeMachine
