@@ -72,7 +72,7 @@ class WhisperCacheError(Exception):
 
     def __post_init__(self) -> None:
         # By position, as the default pickle makes an error anew.
-        self.args = tuple(vars(self).values())
+        Exception.__init__(self, *vars(self).values())
 
 
 @dataclass(eq=False, repr=False)

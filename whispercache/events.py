@@ -4,15 +4,12 @@ Events and snapshots: what a cache reports of itself, as frozen values.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from .keys import ModelKey
-
-_log = logging.getLogger("whispercache")
 
 ModelState: TypeAlias = Literal["loading", "resident", "unloading"]
 ExplainedOutcome: TypeAlias = Literal["hit", "load", "evict", "wait", "never"]

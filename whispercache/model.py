@@ -81,7 +81,7 @@ class LeasedIterator(Iterator[T]):
         self._lease = lease
         self._again = again
         self._owner = lease.owner
-        self.has_moved = False
+        self.has_moved: bool = False
         self._failure = ""
         self._ending = ""  # the reason to end once no step is in flight
         # One step at a time: a close from another thread waits for the step in flight,
