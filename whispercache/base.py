@@ -282,7 +282,7 @@ class CacheBase:
 @contextmanager
 def outranked_by(error: BaseException | None) -> Iterator[None]:
     """
-    Only logs models that are still held, where *error* ends the block of a cache.
+    Only logs the models that are still held, where *error* ends the cache's block.
     """
     try:
         yield

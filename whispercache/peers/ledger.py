@@ -401,10 +401,6 @@ def _is_alive(owner: Owner, path: Path, place: str) -> bool:
             if started_s is None:
                 return False
             return abs(started_s - owner.started_s) < _SAME_START_S
-    return _is_fresh(path)
-
-
-def _is_fresh(path: Path) -> bool:
     try:
         # In either direction, since clocks are set back, too.
         return abs(time.time() - path.stat().st_mtime) < FRESH_S

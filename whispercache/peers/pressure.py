@@ -51,6 +51,7 @@ class LedgerPeers:
     The other caches of this machine and user that coordinate through `Ledger`.
 
     Where the ledger cannot be read or written, the cache logs that and goes on without.
+    The methods are those of `core.gauges.Peers`.
     """
 
     def __init__(
@@ -62,22 +63,13 @@ class LedgerPeers:
         self._told: set[str] = set()
 
     def promised_bytes(self, device: str) -> int:
-        """
-        Returns the bytes that others have reserved and the gauge does not show yet.
-        """
         return sum(account.promised_bytes for account in self._others(device))
 
     def held_bytes(self, device: str) -> int:
-        """
-        Returns the bytes of models that others would evict if asked.
-        """
         return sum(account.held_bytes for account in self._others(device))
 
     @contextlib.contextmanager
     def turn(self, device: str) -> Iterator[None]:
-        """
-        Waits until no other process loads. Blocks for `TURN_S` at most.
-        """
         with contextlib.ExitStack() as stack:
             # Turns avoid two loads that both count on the same free bytes. A load
             # without one may fail for lack of memory, and is then tried once more.
@@ -95,16 +87,9 @@ class LedgerPeers:
             yield
 
     def publish(self, device: str, numbers: dict[str, int]) -> Account | None:
-        """
-        Publishes this cache's account of a device; None if that fails.
-        """
-        try:
-            account = self._ledger(device).publish(**numbers)
-        except NO_LEDGER as error:
-            self._tell_once(f"the ledger of {device} cannot be written", error)
-            return None
-        self._told.discard(f"the ledger of {device} cannot be written")
-        return account
+        with self._telling(f"the ledger of {device} cannot be written"):
+            return self._ledger(device).publish(**numbers)
+        return None
 
     def bytes_to_free(self, device: str, own: Account, free_bytes: int) -> int:
         """
@@ -113,9 +98,6 @@ class LedgerPeers:
         return bytes_to_free(own, self._others(device), free_bytes)
 
     def close(self) -> None:
-        """
-        Removes this cache's accounts.
-        """
         for ledger in list(self._ledgers.values()):
             try:
                 ledger.close()
@@ -133,21 +115,23 @@ class LedgerPeers:
         return ledger
 
     def _others(self, device: str) -> tuple[Account, ...]:
-        try:
-            others = self._ledger(device).others()
-        except NO_LEDGER as error:
-            self._tell_once(f"the ledger of {device} cannot be read", error)
-            return ()
-        self._told.discard(f"the ledger of {device} cannot be read")
-        return others
+        with self._telling(f"the ledger of {device} cannot be read"):
+            return self._ledger(device).others()
+        return ()
 
-    def _tell_once(self, what: str, error: Exception) -> None:
+    @contextlib.contextmanager
+    def _telling(self, problem: str) -> Iterator[None]:
         """
-        Logs a problem when it begins, not at each look.
+        Logs a problem with the ledger when it begins, not at each look.
         """
-        if what not in self._told:
-            self._told.add(what)
-            _log.warning("%s: %s", what, error)
+        try:
+            yield
+        except NO_LEDGER as error:
+            if problem not in self._told:
+                self._told.add(problem)
+                _log.warning("%s: %s", problem, error)
+        else:
+            self._told.discard(problem)
 
 
 def look_after(core: Core, *, watches: bool, peers: LedgerPeers | None) -> None:
