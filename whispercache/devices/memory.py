@@ -12,11 +12,10 @@ from typing import Protocol
 
 _MIB = 1024**2
 
-# Sources are text for people; this one is compared with, too.
-# Source of a reading that measured nothing but the size of the device.
-#
-# It must not be compared with a later reading: memory that others held all the time
-# would look like memory that was taken in between.
+# Source of a reading that measured nothing but the size of the device. Sources are text
+# for people; this one is compared with, too. Such a reading must not be compared with a
+# later one: memory that others held all the time would look like memory that was taken
+# in between.
 TOTAL_ONLY = "cuda driver (total only)"
 
 # Bytes of a GPU that are never planned with: this process's context, kernels and

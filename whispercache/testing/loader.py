@@ -283,9 +283,8 @@ class FakeLoader:
         assert key not in self.resident, f"{key} was loaded twice"
         n_bytes = self._weights_bytes(key)
         # A host copy stays beside the model; what else was kept is used up by the load.
-        copy_bytes = self._parked.pop(key, 0)
-        if shell_bytes := self.shells.pop(key, 0):
-            self.machine.give_back("cpu", shell_bytes)
+        copy_bytes = self._parked.get(key, 0)
+        self.forget(key)
         self.machine.take(key.device, n_bytes)
         if copy_bytes:
             self.machine.take("cpu", copy_bytes)
