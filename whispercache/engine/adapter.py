@@ -18,8 +18,6 @@ from .sizes.architecture import HUB_COMPUTE_TYPE
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["completed"]
-
 
 def completed(engine: Engine) -> Loader:
     """
@@ -58,6 +56,7 @@ def _call(audio: object = None, **options: object) -> None:
     """
 
 
+# The defaults of all optional methods. A test compares the names with `Loader`'s.
 _DEFAULTS: Mapping[str, Callable[..., object]] = {
     "devices": lambda: ("cpu",),
     "supported_compute_types": lambda device: TYPICAL_COMPUTE_TYPES[
@@ -87,6 +86,3 @@ _DEFAULTS: Mapping[str, Callable[..., object]] = {
     "batched": lambda whisper: whisper.transcribe,
     "decode_audio": samples_of,
 }
-"""
-The defaults of all optional methods. A test compares the names with `Loader`'s.
-"""

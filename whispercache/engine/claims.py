@@ -23,16 +23,6 @@ if TYPE_CHECKING:
 
     from .sizes.header import ModelHeader
 
-__all__ = [
-    "Claims",
-    "Vocabulary",
-    "check_claims",
-    "check_tokens",
-    "read_vocabulary",
-    "unalignable",
-    "undetectable",
-]
-
 _END, _START = "<|endoftext|>", "<|startoftranscript|>"
 _NO_TIMESTAMPS, _TRANSCRIBE = "<|notimestamps|>", "<|transcribe|>"
 _CANTONESE = "<|yue|>"

@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from .kept import KeptModels
     from .rebound import Swaps
 
-__all__ = ["batched", "build", "described", "signatures"]
-
 _log = logging.getLogger("whispercache")
 
 _HUB_OPTIONS = ("download_root", "revision")

@@ -13,8 +13,6 @@ from whispercache.devices.faults import Fault, classify
 if TYPE_CHECKING:
     from whispercache.keys import ModelKey
 
-__all__ = ["cublas_error_reason"]
-
 
 def cublas_error_reason(error: Exception, key: ModelKey) -> str:
     """

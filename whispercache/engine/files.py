@@ -38,22 +38,10 @@ if TYPE_CHECKING:
 
     _Look: TypeAlias = tuple[ModelHeader, Claims]
 
-__all__ = [
-    "ModelFiles",
-    "claims_of",
-    "downloaded",
-    "files_in",
-    "is_whole",
-    "local_files",
-    "stamp_of",
-]
-
 _log = logging.getLogger("whispercache")
 
+# Most seconds for a question to the hub. Source: that of huggingface-hub for its own.
 _ASKING_S = 10.0
-"""
-Most seconds for a question to the hub. Source: that of huggingface-hub for its own.
-"""
 
 _STAMPED = ("model.bin", *SMALL_FILES)
 

@@ -16,18 +16,6 @@ from pathlib import Path
 
 from whispercache.errors import LoadFailed
 
-__all__ = [
-    "HUB_FILES",
-    "is_file",
-    "is_interrupted",
-    "is_there",
-    "is_usable",
-    "missing_files",
-    "repository_folder",
-    "snapshot_in",
-    "snapshots_in",
-]
-
 HUB_FILES = (
     "config.json",
     "preprocessor_config.json",

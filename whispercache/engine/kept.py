@@ -26,24 +26,18 @@ if TYPE_CHECKING:
 
     from whispercache.keys import ModelKey
 
-__all__ = ["MOST_KEPT", "KeptModel", "KeptModels"]
-
 MOST_KEPT = 8
 """
 Most models that are kept, whatever room there is: each has idle threads. Those with a
 host copy are not counted, as room alone bounds them.
 """
 
+# Size of a kept model besides its tokenizer. Source: growth of anonymous memory, CPU,
+# CTranslate2 4.8.5: 0.0 to 0.1 MiB.
 _OBJECT_BYTES = 128 * 1024
-"""
-Size of a kept model besides its tokenizer. Source: growth of anonymous memory, CPU,
-CTranslate2 4.8.5: 0.0 to 0.1 MiB.
-"""
 
+# Source: likewise, tokenizers 0.23: 10.9 MiB for tiny.en, 13.0 to 13.9 for base.
 _TOKENIZER_BYTES_PER_TOKEN = 285
-"""
-Source: likewise, tokenizers 0.23: 10.9 MiB for tiny.en, 13.0 to 13.9 for base.
-"""
 
 
 @dataclass(frozen=True, slots=True)

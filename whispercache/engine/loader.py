@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from .sizes.footprint import Footprint, Workload
     from .variants.store import Variants
 
-__all__ = ["FasterWhisperLoader"]
-
 _log = logging.getLogger("whispercache")
 
 

@@ -22,15 +22,6 @@ from whispercache.keys import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = [
-    "ModelSpec",
-    "anchored",
-    "canonical_model",
-    "directory_at",
-    "parse_spec",
-    "short_name",
-]
-
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 
 _BY_OTHER_NAME = {other.lower(): name for other, name in OTHER_NAMES.items()}

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from .api import LoadedModel
 
-__all__ = ["ctranslate2", "enter", "keep_for_ever", "quiesce", "versions"]
-
 QUIET_LOOKS = 10
 """
 Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.

@@ -11,8 +11,6 @@ import types
 from collections.abc import Callable
 from typing import TypeAlias
 
-__all__ = ["Swaps", "rebound", "swapped"]
-
 Swaps: TypeAlias = tuple[tuple[Callable[..., object], Callable[..., object]], ...]
 """
 Functions of another module, each with its replacement.

@@ -30,14 +30,10 @@ if TYPE_CHECKING:
     from .variants.build import Builder
     from .variants.store import Variants
 
-__all__ = ["ModelStore", "read_through"]
-
 _log = logging.getLogger("whispercache")
 
+# Files that are read ahead at once; more would push each other out of the page cache.
 _MOST_READERS = 2
-"""
-Files that are read ahead at once; more would push each other out of the page cache.
-"""
 
 
 @dataclass(slots=True)

@@ -12,16 +12,11 @@ import functools
 import os
 from typing import Literal
 
-__all__ = ["VARIABLE", "keep_off", "setting"]
-
 VARIABLE = "ORT_DISABLE_TELEMETRY"
 
+# Values that disable it, in any case and between spaces; "2" does not. Source: tried
+# with onnxruntime 1.32.0 for Linux; its Privacy.md names "1".
 _DISABLING = frozenset({"1", "true", "yes", "on"})
-"""
-Values that disable it, in any case and between spaces; "2" does not.
-
-Source: tried with onnxruntime 1.32.0 for Linux; its Privacy.md names "1".
-"""
 
 
 @functools.cache

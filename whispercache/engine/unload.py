@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ctranslate2.models import Whisper
 
-__all__ = ["StillLoaded", "unload_weights"]
-
 _log = logging.getLogger("whispercache")
 
 UNLOAD_TRIES_S = 2.0

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     Check: TypeAlias = Callable[[Mapping[str, object]], None]
 
-__all__ = ["lending", "lends", "own_values"]
-
 
 class _Lending:
     """

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
     Values = Callable[[Variable], NDArray[np.float16]]
 
-__all__ = ["WarmUps", "run_micro_model", "silent_window", "specification"]
-
 _log = logging.getLogger("whispercache")
 
 # Two languages, for one to be detected; the empty token makes CTranslate2 take a model
@@ -70,10 +68,8 @@ _MICRO = Architecture(
 )
 _NOISE = 0.02
 
+# Tokens of an answer: each step after the first few repeats what was done.
 _STEPS = 6
-"""
-Tokens of an answer: each step after the first few repeats what was done.
-"""
 
 _BATCH = 2
 _BEAMS = 5

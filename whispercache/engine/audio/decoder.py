@@ -36,19 +36,6 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from numpy.typing import NDArray
 
-__all__ = [
-    "SAMPLES_PER_S",
-    "SAMPLE_BYTES",
-    "UNDECODABLE",
-    "Audio",
-    "NoAudio",
-    "Recording",
-    "collect",
-    "name_of",
-    "open_audio",
-    "read_audio",
-]
-
 SAMPLES_PER_S = 16_000
 SAMPLE_BYTES = 2
 
@@ -82,22 +69,17 @@ Seconds that must be lost before it is told. No syllable is shorter, and the sea
 joined files is: one or two packets, of 26 ms each in an mp3.
 """
 
+# Errors of FFmpeg's where a container cannot be read on: it is broken there, or a part
+# of another kind was joined to it. All others are the machine's or the network's.
 _OF_CONTENT = (ValueError, av.error.PatchWelcomeError)
-"""
-Errors of FFmpeg's where a container cannot be read on: it is broken there, or a part of
-another kind was joined to it. All others are the machine's or the network's.
-"""
 
+# Containers whose header says how long each stream is, and not by way of an estimate.
 _COUNTED = frozenset({"flac", "mov"})
-"""
-Containers whose header says how long each stream is, and not by way of an estimate.
-"""
 
 _PYAV = int(av.__version__.partition(".")[0])
+# Options that let metadata be bytes that are no text; from PyAV 19 on they always may
+# be.
 _OPEN: dict[str, object] = {"metadata_errors": "ignore"} if _PYAV < 19 else {}  # noqa: PLR2004
-"""
-Options that let metadata be bytes that are no text; from PyAV 19 on they always may be.
-"""
 
 
 class NoAudio(Exception):

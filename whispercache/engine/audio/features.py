@@ -15,20 +15,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["FeatureExtractor", "InBlocks"]
-
 BLOCK_S = 30
 LONG_S = 60
 """
 Seconds of audio that are a block, and above which audio is taken in blocks.
 """
 
+# Powers of ten that the spectrogram spans; what is fainter is cut off. Source:
+# openai/whisper, audio.py, ``log_mel_spectrogram``; with the two lines after it.
 _RANGE = 8.0
-"""
-Powers of ten that the spectrogram spans; what is fainter is cut off.
-
-Source: openai/whisper, audio.py, ``log_mel_spectrogram``; with the two lines after it.
-"""
 
 
 class FeatureExtractor(Protocol):

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from whispercache.engine.api import AudioInput
 
-__all__ = ["samples_of"]
-
 _log = logging.getLogger("whispercache")
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     Samples = NDArray[np.float32]
     Clip = Mapping[str, int]
 
-__all__ = ["BLOCK_WINDOWS", "InBlocks", "bounded_names"]
-
 BLOCK_WINDOWS = 500
 """
 Windows of 32 ms that the model looks at in one go.

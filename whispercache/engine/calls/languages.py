@@ -25,15 +25,6 @@ if TYPE_CHECKING:
     from whispercache.engine.files import ModelFiles
     from whispercache.errors import CorruptModel
 
-__all__ = [
-    "LANGUAGES",
-    "Knowledge",
-    "check_knowledge",
-    "check_language",
-    "knowledge_of",
-    "language_code",
-]
-
 _NAMES = """\
 af afrikaans; am amharic; ar arabic; as assamese; az azerbaijani; ba bashkir;
 be belarusian; bg bulgarian; bn bengali; bo tibetan; br breton; bs bosnian;
@@ -63,6 +54,7 @@ Source: openai/whisper, tokenizer.py, ``LANGUAGES``; a test compares the codes w
 faster-whisper's.
 """
 
+# Source: openai/whisper, tokenizer.py, ``TO_LANGUAGE_CODE``.
 _OTHER_NAMES = {
     "burmese": "my",
     "castilian": "es",
@@ -77,10 +69,10 @@ _OTHER_NAMES = {
     "sinhalese": "si",
     "valencian": "ca",
 }
-"""
-Source: openai/whisper, tokenizer.py, ``TO_LANGUAGE_CODE``.
-"""
 
+# Codes that operating systems and speech services have for languages of Whisper's.
+# Source: IANA language subtag registry: deprecated codes, macrolanguages (``nb`` is
+# Norwegian, ``cmn`` Chinese, ``fil`` Tagalog) and the extended ``zh-yue``.
 _OTHER_CODES = {
     "cmn": "zh",
     "fil": "tl",
@@ -92,12 +84,6 @@ _OTHER_CODES = {
     "nb": "no",
     "zh-yue": "yue",
 }
-"""
-Codes that operating systems and speech services have for languages of Whisper's.
-
-Source: IANA language subtag registry: deprecated codes, macrolanguages (``nb`` is
-Norwegian, ``cmn`` Chinese, ``fil`` Tagalog) and the extended ``zh-yue``.
-"""
 
 _CODES: Mapping[str, str] = {
     **{name: code for code, name in LANGUAGES.items()},
@@ -109,10 +95,9 @@ _DETECT = ("", "auto")
 _LOCALE = re.compile(r"([a-z]{2,3})(?:-[a-z0-9]{1,8})+")
 _LONGEST_SHOWN = 20
 
+# Sizes of the vocabularies of Whisper's English-only models, and of those since
+# large-v3.
 _ENGLISH_TOKENS, _CANTONESE_TOKENS = 51864, 51866
-"""
-Sizes of the vocabularies of Whisper's English-only models, and of those since large-v3.
-"""
 
 
 def language_code(language: str | None) -> str | None:

@@ -20,15 +20,6 @@ if TYPE_CHECKING:
     Options: TypeAlias = Mapping[str, object]
     Check: TypeAlias = "Callable[[_Call, str, Any], object]"
 
-__all__ = [
-    "WINDOW_S",
-    "check_batch_size",
-    "check_tokens",
-    "checked",
-    "filters_speech",
-    "temperatures_of",
-]
-
 WINDOW_S = 30
 """
 Seconds in the window of a Whisper model; it does not hear what is beyond them.
@@ -36,24 +27,17 @@ Seconds in the window of a Whisper model; it does not hear what is beyond them.
 
 _TASKS = ("transcribe", "translate")
 
+# Temperatures that faster-whisper tries, one after the other, unless others are given.
 _LADDER = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""
-Temperatures that faster-whisper tries, one after the other, unless others are given.
-"""
 
+# Most tokens that a model writes in a window: its positions, less one for the prompt.
+# Source: faster_whisper/transcribe.py, ``WhisperModel.max_length``, 1.2.1.
 _LONGEST_TEXT = 447
-"""
-Most tokens that a model writes in a window: its positions, less one for the prompt.
-
-Source: faster_whisper/transcribe.py, ``WhisperModel.max_length``, 1.2.1.
-"""
 
 _LONGEST_SHOWN = 60
 
+# Source: faster_whisper/vad.py, ``get_speech_timestamps``, 512 samples.
 _VAD_WINDOW_S = 0.032
-"""
-Source: faster_whisper/vad.py, ``get_speech_timestamps``, 512 samples.
-"""
 
 
 # What was given ----------------------------------------------------------------------

@@ -31,15 +31,6 @@ if TYPE_CHECKING:
 
     from .languages import Knowledge
 
-__all__ = [
-    "Callee",
-    "Prepared",
-    "check_knowledge",
-    "prepared",
-    "prepared_detection",
-    "workload_of",
-]
-
 _RATE_HZ = 16_000
 
 

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["bound", "signature_of"]
-
 
 def bound(
     signature: inspect.Signature,

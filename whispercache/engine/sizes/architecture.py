@@ -13,18 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = [
-    "ARCHITECTURES",
-    "AUDIO_FRAMES",
-    "AUDIO_POSITIONS",
-    "HUB_COMPUTE_TYPE",
-    "ITEM_BYTES",
-    "TEXT_POSITIONS",
-    "Architecture",
-    "Variable",
-    "layout",
-]
-
 AUDIO_FRAMES = 3000
 """
 Mel frames in a window of 30 s.

@@ -31,7 +31,7 @@ from .architecture import (
     TEXT_POSITIONS,
     Architecture,
 )
-from .header import ModelHeader, read_header
+from .header import read_header
 from .weights import (
     DTYPES,
     Source,
@@ -46,21 +46,6 @@ from .weights import (
 
 if TYPE_CHECKING:
     import os
-
-__all__ = [
-    "ARCHITECTURES",
-    "DEFAULT_WORKLOAD",
-    "Architecture",
-    "Footprint",
-    "ModelHeader",
-    "Source",
-    "Workload",
-    "estimate",
-    "footprint",
-    "read_header",
-    "weights_bytes",
-    "workspace_bytes",
-]
 
 # Vocabulary tables and tokenizer.json, kept as long as the model. Source: growth of
 # anonymous memory less the weights, CTranslate2 4.8.5, tokenizers 0.23: 15.3 MiB for
@@ -86,22 +71,16 @@ to int8 in turn with tiny.en peaked at 1.21 times the prediction (benchmarks/swi
 _SAMPLES_BYTES_PER_S = 4 * 16_000
 _FRAMES_PER_S = 100
 
+# Memory of the detection of voice activity for a block (speech.py).
 _VAD_BYTES = 16 * 1024**2
-"""
-Memory of the detection of voice activity for a block (speech.py).
-"""
 
+# Size of the batched pipeline's windows, padded to 30 s, as a multiple of the features
+# in them. At most 2: two in a row are more than 30 s together, or they would be one.
 _PADDED = 1.5
-"""
-Size of the batched pipeline's windows, padded to 30 s, as a multiple of the features in
-them. At most 2: two in a row are more than 30 s together, or they would be one.
-"""
 
+# Most that features take while they are made: 0.9 MiB for each second of up to a
+# minute, and less for the blocks of longer audio (features.py).
 _EXTRACTING_BYTES = 54 * 1024**2
-"""
-Most that features take while they are made: 0.9 MiB for each second of up to a minute,
-and less for the blocks of longer audio (features.py).
-"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["SMALL_FILES", "ModelHeader", "read_header"]
-
 SMALL_FILES = (
     *("config.json", "preprocessor_config.json", "tokenizer.json"),
     *("vocabulary.json", "vocabulary.txt"),

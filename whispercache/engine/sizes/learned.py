@@ -15,8 +15,6 @@ from pathlib import Path
 
 from whispercache.devices.host import user_cache
 
-__all__ = ["LearnedFootprints"]
-
 _log = logging.getLogger("whispercache")
 
 _KEPT = 5

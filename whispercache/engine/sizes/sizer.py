@@ -21,14 +21,10 @@ if TYPE_CHECKING:
 
     from .footprint import Footprint, Workload
 
-__all__ = ["Sizer"]
-
 _log = logging.getLogger("whispercache")
 
+# Stands for a model's name where calls of all models are meant.
 _CALLS = "(calls)"
-"""
-Stands for a model's name where calls of all models are meant.
-"""
 
 # A model that is loaded again and again takes the same each time.
 _estimate = functools.lru_cache(maxsize=256)(estimate)

@@ -20,18 +20,6 @@ from .header import ModelHeader
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = [
-    "DTYPES",
-    "Source",
-    "architecture_of",
-    "converting_bytes",
-    "is_cpu",
-    "output_copy_bytes",
-    "packing_bytes",
-    "packs_weights",
-    "weights_bytes",
-]
-
 Source = ModelHeader | Architecture
 """
 The source of shapes: a file, or, before there is one, a known size.

@@ -32,8 +32,6 @@ from .store import IN_USE_S, LOCK_S, MIN_SOURCE_BYTES, VariantRefused, Variants
 if TYPE_CHECKING:
     from typing import NoReturn
 
-__all__ = ["Builder", "run_task"]
-
 _log = logging.getLogger("whispercache")
 
 BUILD_S = 2 * LOCK_S

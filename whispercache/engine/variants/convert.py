@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from whispercache.engine.sizes.header import ModelHeader
 
-__all__ = ["KINDS", "Origin", "converted_bytes", "kind_for", "write_converted"]
-
 KINDS = ("int8", "float32", "float16")
 """
 Weight types that can be written. numpy has no bfloat16, and int16 is scaled otherwise.

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["MANIFEST", "Manifest", "Stamp", "remove", "writing"]
-
 _log = logging.getLogger("whispercache")
 
 Stamp = tuple[int, ...]

@@ -33,13 +33,6 @@ from whispercache.errors import WhisperCacheError, format_bytes
 from .convert import Origin, converted_bytes, write_converted
 from .manifest import MANIFEST, Manifest, Stamp, remove, writing
 
-__all__ = [
-    "MIN_SOURCE_BYTES",
-    "Variant",
-    "VariantRefused",
-    "Variants",
-]
-
 _log = logging.getLogger("whispercache")
 
 MIN_SOURCE_BYTES = 16 * 1024**2
