@@ -50,12 +50,6 @@ def _nothing(*_arguments: object, **_options: object) -> None:
     pass
 
 
-def _call(audio: object = None, **options: object) -> None:
-    """
-    Any call; for its signature.
-    """
-
-
 # The defaults of all optional methods. A test compares the names with `Loader`'s.
 _DEFAULTS: Mapping[str, Callable[..., object]] = {
     "devices": lambda: ("cpu",),
@@ -81,7 +75,8 @@ _DEFAULTS: Mapping[str, Callable[..., object]] = {
     "forked": _nothing,
     "quiesce": lambda *_: True,
     "signatures": lambda: dict.fromkeys(
-        ("transcribe", "batched", "detect_language"), inspect.signature(_call)
+        ("transcribe", "batched", "detect_language"),
+        inspect.signature(lambda audio=None, **_: audio),
     ),
     "batched": lambda whisper: whisper.transcribe,
     "decode_audio": samples_of,

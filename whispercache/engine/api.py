@@ -1,5 +1,5 @@
 """
-Protocols: the parts that a cache needs of the library that runs the models.
+Protocols: all that a cache needs of the library that runs the models.
 
 A loader of your own needs an `Engine`'s three methods:
 
@@ -16,9 +16,7 @@ A loader of your own needs an `Engine`'s three methods:
 
     cache = ModelCache(loader=Stub())
 
-The other protocols are optional, method by method: `completed` adds what a loader lacks
-(see adapter.py for what that does), and makes a `Loader` of it, which the cache calls.
-loader.py has the one for faster-whisper, `whispercache.testing.FakeLoader` is a fake.
+A `Loader`'s other methods are optional, each by itself: adapter.py adds what lacks.
 """
 
 from __future__ import annotations
@@ -44,18 +42,7 @@ if TYPE_CHECKING:
 
     AudioInput: TypeAlias = str | os.PathLike[str] | BinaryIO | NDArray[np.float32]
 
-__all__ = [
-    "Calls",
-    "Devices",
-    "Engine",
-    "HostMemory",
-    "LoadedModel",
-    "Loader",
-    "ModelStore",
-    "ProcessLife",
-    "Released",
-    "Sizes",
-]
+__all__ = ["Engine", "LoadedModel", "Loader", "Released"]
 
 
 @dataclass(slots=True)
@@ -168,10 +155,12 @@ class Engine(Protocol):
         """
 
 
-class Devices(Protocol):
+class Loader(Engine, Protocol):
     """
-    The devices that models can be loaded to.
+    The interface that the cache calls.
     """
+
+    # Devices -------------------------------------------------------------------------
 
     def devices(self) -> tuple[str, ...]:
         """
@@ -201,11 +190,7 @@ class Devices(Protocol):
             measured now.
         """
 
-
-class ModelStore(Protocol):
-    """
-    The files of models.
-    """
+    # Files ---------------------------------------------------------------------------
 
     def locate(
         self, model: str, options: Mapping[str, OptionValue], *, download: bool
@@ -246,11 +231,7 @@ class ModelStore(Protocol):
         variant. Called when nothing waits for this load any more. Returns at once.
         """
 
-
-class Sizes(Protocol):
-    """
-    Measurements that correct later footprints.
-    """
+    # Measurements, which correct later footprints ------------------------------------
 
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
         """
@@ -264,12 +245,7 @@ class Sizes(Protocol):
         Notes what calls took of a card at their peak.
         """
 
-
-class HostMemory(Protocol):
-    """
-    What unloaded models keep in host memory. `forget` is called on the thread of the
-    model's device, `shrink_shells` on that of any device.
-    """
+    # What unloaded models keep in host memory ----------------------------------------
 
     def parked(self) -> Mapping[ModelKey, int]:
         """
@@ -279,7 +255,7 @@ class HostMemory(Protocol):
 
     def forget(self, key: ModelKey) -> None:
         """
-        Drops whatever is kept of an unloaded model.
+        Drops whatever is kept of an unloaded model, on the thread of its device.
         """
 
     def shell_bytes(self) -> int:
@@ -290,7 +266,7 @@ class HostMemory(Protocol):
     def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         """
         Drops what is kept until no more than *most_bytes* are left, besides those of
-        *but*.
+        *but*. Called on the thread of any device.
         """
 
     def return_memory(self, device: str) -> None:
@@ -298,11 +274,7 @@ class HostMemory(Protocol):
         Returns to the system what was freed on *device*.
         """
 
-
-class ProcessLife(Protocol):
-    """
-    Lost devices, forks, and the end of the interpreter.
-    """
+    # Lost devices, forks, and the end of the interpreter -----------------------------
 
     def abandon(self, loaded: LoadedModel) -> None:
         """
@@ -328,11 +300,7 @@ class ProcessLife(Protocol):
             True if they ended in time.
         """
 
-
-class Calls(Protocol):
-    """
-    Calls of models.
-    """
+    # Calls ---------------------------------------------------------------------------
 
     def signatures(self) -> Mapping[str, Signature]:
         """
@@ -354,11 +322,3 @@ class Calls(Protocol):
             AudioError: it cannot be decoded.
             OSError: it cannot be opened.
         """
-
-
-class Loader(
-    Engine, Devices, ModelStore, Sizes, HostMemory, ProcessLife, Calls, Protocol
-):
-    """
-    All of it: the interface that the cache calls.
-    """

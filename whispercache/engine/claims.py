@@ -85,10 +85,8 @@ class Claims:
     Attributes:
         vocabulary: The model's tokens.
         alignment_problem: Why word timestamps would end the process; nothing if not.
-        tells_words: Whether it names heads that are there, from which word timestamps
-            are read; without any, CTranslate2 raises an error.
-        can_detect: It names languages, from which that of a recording is detected, or
-            it knows but English.
+        tells_words: It names heads that are there, which word timestamps need.
+        can_detect: It names languages to detect, or it knows but English.
     """
 
     vocabulary: Vocabulary
@@ -110,9 +108,10 @@ def check_claims(directory: str, header: ModelHeader) -> Claims:
     Source: 13 ms for tiny.en and 20 for base, the least of 15 tries on two busy cores
     (Python 3.11); a model's files are looked at once for each state of them.
     """
-    config = _read_object(directory, "config.json", _CONVERT)
-    if config is None:
+    content = _read(directory, "config.json")
+    if content is None:
         raise CorruptModel(directory, "config.json is missing", cure=_CONVERT)
+    config = _as_object(directory, "config.json", content, _CONVERT)
     vocabulary = read_vocabulary(directory)
     rows = header.architecture.vocabulary
     # Fewer are allowed: converters may pad the embeddings.
@@ -206,7 +205,7 @@ def unalignable(directory: str, problem: str) -> CorruptModel:
 def undetectable(directory: str) -> CorruptModel:
     """
     Returns the error that refuses to detect a language where config.json names none, as
-    after the conversion of a fine-tune whose files name none.
+    after the conversion of some fine-tunes.
     """
     cure = (
         "name the language of each call, or take over lang_ids from the config.json of "
@@ -226,10 +225,15 @@ def _check_mels(directory: str, mels: int) -> None:
     name = "preprocessor_config.json"
     cure = f"take the {name} of the original model, or delete it"
     content = _read(directory, name)
-    if content is None or not _is_json(content):
-        # faster-whisper, too, goes on without what it cannot parse.
+    if content is None:
         return
-    config = _as_object(directory, name, content, cure)
+    try:
+        config = _as_object(directory, name, content, cure)
+    except CorruptModel as error:
+        # faster-whisper, too, goes on without what it cannot parse.
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return
+        raise
     told = config.get("feature_size", mels)
     # It takes whatever int() takes.
     if not re.fullmatch(rf"{mels}(\.0+)?", str(told).strip()):
@@ -244,14 +248,8 @@ def check_tokens(
     directory: str, vocabulary: Vocabulary, tokenizer: Tokenizer, origin: str
 ) -> None:
     """
-    Checks that the special tokens of a tokenizer have the numbers that the model gives
-    them. A token that only one of the two knows does no harm.
-
-    Args:
-        directory: Directory of the model.
-        vocabulary: Its tokens.
-        tokenizer: The tokenizer that will be used with it.
-        origin: Source of the tokenizer, for messages.
+    Checks that the special tokens of a tokenizer from *origin* have the numbers that
+    the model gives them. A token that only one of the two knows does no harm.
 
     Raises:
         CorruptModel: one has another number, or one is missing that each call needs.
@@ -281,8 +279,7 @@ def read_vocabulary(directory: str) -> Vocabulary:
     Reads the tokens of a model. Where both files are there, CTranslate2 takes the JSON.
 
     Raises:
-        CorruptModel: there are none, or they are no list of tokens.
-        LoadFailed: they cannot be read.
+        CorruptModel, LoadFailed: there are none, or they cannot be read.
     """
     cure = "take the vocabulary that was converted with model.bin"
     name = "vocabulary.json"
@@ -321,17 +318,11 @@ def _vocabulary(file: str, tokens: Sequence[str]) -> Vocabulary:
 
 
 def _check_tokenizer(directory: str, vocabulary: Vocabulary) -> None:
-    """
-    Checks the tokenizer.json, if there is one, as far as it takes to be sure.
-
-    The special tokens are in its first part. The rest, megabytes, is parsed only where
-    that part is unusual: the order of tokens decides their numbers, whatever the file
-    says.
-
-    Source: tokenizers 0.23, with files made up.
-    """
     name = "tokenizer.json"
     content = _read(directory, name)
+    # The special tokens are in its first part. The rest, megabytes, is parsed only if
+    # that part is unusual: the order of tokens decides their numbers, whatever the file
+    # says. Source: tokenizers 0.23, with files made up.
     if content is None or _is_usual(_added(content), vocabulary):
         return
     # Names the place of an error, which the tokenizers' own parser does not.
@@ -348,8 +339,8 @@ def _check_tokenizer(directory: str, vocabulary: Vocabulary) -> None:
 
 def _is_usual(added: Sequence[tuple[str, int]], vocabulary: Vocabulary) -> bool:
     """
-    Tells whether tokens are listed in the order of their numbers, without a gap, all
-    that are needed are among them, and the numbers are those of the model.
+    Tells whether the tokens are in the order of their numbers, without a gap, none that
+    is needed is missing, and the numbers are those of the model.
     """
     numbers = [number for _, number in added]
     found = dict(added)
@@ -379,14 +370,6 @@ def _added(content: bytes) -> list[tuple[str, int]]:
 # Files --------------------------------------------------------------------------------
 
 
-def _read_object(directory: str, name: str, cure: str) -> Mapping[str, object] | None:
-    """
-    Reads the object in a JSON file; None if there is no such file.
-    """
-    content = _read(directory, name)
-    return None if content is None else _as_object(directory, name, content, cure)
-
-
 def _as_object(
     directory: str, name: str, content: bytes, cure: str
 ) -> Mapping[str, object]:
@@ -403,16 +386,6 @@ def _parsed(directory: str, name: str, content: bytes, cure: str) -> object:
     except (ValueError, RecursionError) as error:
         reason = f"{name} is not JSON ({error})"
         raise CorruptModel(directory, reason, cure=cure) from error
-
-
-def _is_json(content: bytes) -> bool:
-    try:
-        json.loads(content)
-    except json.JSONDecodeError:
-        return False
-    except UnicodeDecodeError:  # which faster-whisper does not expect
-        return True
-    return True
 
 
 def _read(directory: str, name: str) -> bytes | None:

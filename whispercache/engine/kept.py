@@ -46,8 +46,8 @@ class KeptModel:
     One model without its weights.
 
     Attributes:
-        files: The files that it was built from. Weights of other files would be decoded
-            with the wrong tokenizer.
+        files: The files that it was built from: weights of others would be decoded with
+            the wrong tokenizer.
         tokenizer: Its tokenizer.
         n_tokens: Number of tokens that the tokenizer knows.
         whisper: The whole object, where it is kept.
@@ -63,8 +63,7 @@ class KeptModel:
 
 class KeptModels:
     """
-    The kept models of one loader; the least recently unloaded is dropped first.
-    Thread-safe.
+    The kept models of one loader, the least recently unloaded first. Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -110,8 +109,7 @@ class KeptModels:
 
     def keep(self, key: ModelKey, model: KeptModel) -> None:
         """
-        Keeps the rest of a model that was unloaded, and drops the oldest if there are
-        too many.
+        Keeps the rest of an unloaded model, and drops the oldest if there are too many.
         """
         with self._lock:
             # Popped first: setting an item anew would leave it in its old place.
@@ -148,10 +146,8 @@ class KeptModels:
 
     def shrink(self, most_bytes: int, but: Collection[ModelKey] = ()) -> int:
         """
-        Drops kept models until all *but* some take no more than *most_bytes*.
-
-        Returns:
-            How many were dropped.
+        Drops kept models until all *but* some take no more than *most_bytes*, and
+        returns how many were dropped.
         """
         dropped: list[KeptModel] = []
         with self._lock:

@@ -38,10 +38,9 @@ def ctranslate2() -> ModuleType:
     """
     Returns CTranslate2, imported in such a way that its idle threads sleep.
 
-    GNU OpenMP's threads spin for a while after each piece of work. Where anything else
-    wants the cores, loads to int8 and transcriptions then take several times as long;
-    where nothing does, sleeping costs nothing that could be measured. A value that the
-    user has set stands.
+    GNU OpenMP's threads spin after each piece of work. Where anything else wants the
+    cores, loads to int8 and transcriptions then take several times as long. A value
+    that the user has set stands.
 
     Source: two busy cores, CTranslate2 4.8.5: base to int8 in 0.29 s against 1.12 s, a
     transcription by base in 2.0 s against 6.0 s.
@@ -82,8 +81,8 @@ def enter() -> None:
     Notes that models live in this process.
 
     Raises:
-        CacheForked: models lived in the process that forked this one. OpenMP's threads
-            are not there, and the first parallel work would wait for them for ever.
+        CacheForked: they lived in the process that forked this one. The first parallel
+            work would wait for ever for OpenMP's threads, which are not there.
     """
     if not _models_of:
         _models_of.append(os.getpid())
@@ -101,8 +100,8 @@ def keep_for_ever(whisper: object) -> None:
 
 class _Gone:
     """
-    A model's stand-in once the interpreter ends. A daemon thread that touches it stops
-    there; any other thread gets an error.
+    A model's stand-in once the interpreter ends: daemon threads stop there, and other
+    threads get an error.
     """
 
     def __getattr__(self, name: str) -> object:
@@ -113,11 +112,7 @@ class _Gone:
 
 def quiesce(loaded: LoadedModel, timeout_s: float) -> bool:
     """
-    Replaces a model by something that stops daemon threads, and waits for calls in
-    flight.
-
-    Returns:
-        True if they ended in time.
+    Stops daemon threads at a model, and waits for calls in flight; see `Loader`.
 
     Source: a daemon thread in mid-transcription at exit was a SIGSEGV, 10 of 10 times
     (CTranslate2 4.8.5, CPU).

@@ -39,10 +39,8 @@ _MOST_READERS = 2
 @dataclass(slots=True)
 class ModelStore:
     """
-    The files of models, of one loader. Thread-safe.
-
-    Attributes:
-        variants_bytes: Most bytes of disk for all variants; None to use none.
+    The files of models, and their variants on at most *variants_bytes* of disk; on None
+    none are used. Thread-safe.
     """
 
     variants_bytes: int | None = None
@@ -56,8 +54,8 @@ class ModelStore:
         self, model: str, options: Mapping[str, OptionValue], *, download: bool
     ) -> ModelFiles | None:
         """
-        Returns a model's files: in a directory, in the hub's local cache, or after a
-        download into that; see `Loader.locate`.
+        Returns a model's files: in a directory, in the hub's local cache, or
+        downloaded.
         """
         if is_directory(model):
             return files_in(model)
@@ -81,8 +79,7 @@ class ModelStore:
 
     def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
         """
-        Returns the variant of *files* that CTranslate2 need not convert, if there is
-        one, or else the original files.
+        Returns the variant of *files* that need not be converted, if there is one.
         """
         original = files.original or files
         variants, wanted = self.variants, _wanted_variant(key, original)
@@ -119,9 +116,6 @@ class ModelStore:
             variants.reject(*wanted)
 
     def _get_builder(self) -> Builder | None:
-        """
-        Returns the builder of the user's variants; None if there should be none.
-        """
         if self.variants_bytes is None:
             return None
         if self._builder is None:
@@ -139,8 +133,7 @@ class ModelStore:
 
     def read_ahead(self, files: ModelFiles) -> None:
         """
-        Starts to read model.bin into the kernel's page cache, while something else goes
-        on. Returns at once.
+        Starts to read model.bin into the kernel's page cache. Returns at once.
 
         A thread reads it: advice to the kernel (posix_fadvise) returns no sooner, and
         reads no more at once than the kernel's own read-ahead (benchmarks/page.py).
@@ -204,14 +197,7 @@ class ModelStore:
 
 def read_through(path: Path) -> None:
     """
-    Reads a file, so that its pages are in memory as far as there is room.
-
-    No memory is charged for those pages; the kernel drops them when it needs the room.
-
-    Blocks: until it is read.
-
-    Raises:
-        OSError: it cannot be read.
+    Reads a file, so that its pages are in memory as far as there is room. Blocks.
     """
     # By sendfile() on Linux, which copies nothing and so takes a quarter of the CPU
     # time: 70 ms, 4 of them of CPU, against 118 and 18, for the cold file of base.
@@ -220,8 +206,7 @@ def read_through(path: Path) -> None:
 
 def _wanted_variant(key: ModelKey, files: ModelFiles) -> tuple[Origin, str] | None:
     """
-    Returns the source and the kind of the variant that *key* could use; None if *files*
-    need not be converted, or cannot be.
+    Returns the origin and the kind of the variant that *key* could use, if any.
     """
     if files.original is not None or not isinstance(files.source, ModelHeader):
         return None

@@ -33,13 +33,8 @@ def unload_weights(model: Whisper, name: object = "", *, to_host: bool = False) 
     """
     Unloads a model until CTranslate2 says that it happened.
 
-    Args:
-        model: CTranslate2's model.
-        name: Its name in the log.
-        to_host: Tries to leave a copy of the weights in host memory.
-
     Returns:
-        True if a copy of the weights is in host memory now.
+        True if a copy of the weights is in host memory now, as *to_host* asks for.
 
     Raises:
         StillLoaded: it did not happen in time.

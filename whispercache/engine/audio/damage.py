@@ -66,15 +66,8 @@ class AudioDamage:
 
 class Losses:
     """
-    The losses of a stream, counted as it is decoded.
-
-    Attributes:
-        n_bytes: Size of the packets that could be decoded.
-        heard_s: Seconds that came of them.
-        packets: As in `AudioDamage`.
-        broken_s: Likewise.
-        missing_s: Likewise.
-        breaks_off: Likewise.
+    The losses of a stream, counted as it is decoded: *n_bytes* of packets gave
+    *heard_s* seconds; the rest as in `AudioDamage`.
     """
 
     def __init__(self) -> None:
@@ -134,8 +127,7 @@ class Losses:
 
     def total(self, promised_s: float) -> AudioDamage:
         """
-        Returns all losses, also at the end of a stream that lasts *promised_s* by its
-        header.
+        Returns all losses of a stream that lasts *promised_s* by its header.
         """
         if self._stretch:
             self._close(0.0)

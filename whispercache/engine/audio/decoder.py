@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import inspect
 import io
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -177,8 +178,7 @@ def open_audio(source: str | BinaryIO, **options: object) -> InputContainer:
 
 def _refusal(source: object) -> str:
     """
-    Explains why nothing can be read from *source*, with a cure; empty if it can be
-    read.
+    Explains, with a cure, why nothing can be read from *source*; empty if it can.
     """
     if isinstance(source, str):
         return ""
@@ -213,8 +213,7 @@ def _reason(error: BaseException) -> str:
 
 def _joined(pieces: list[memoryview]) -> NDArray[np.float32]:
     """
-    Returns the samples as floats. *pieces* is emptied on the way, so that long audio is
-    in memory once.
+    Returns the samples as floats, and empties *pieces*: long audio is in memory once.
     """
     import numpy as np
 
@@ -233,12 +232,7 @@ def _joined(pieces: list[memoryview]) -> NDArray[np.float32]:
 
 class Recording:
     """
-    The first audio stream of a container, decoded once.
-
-    Args:
-        container: Opened for reading.
-        options: For FFmpeg's decoder.
-        highest_rate_hz: A rate beyond it is refused.
+    The first audio stream of a container, decoded once by FFmpeg with *options*.
 
     Raises:
         NoAudio: it has no such stream, or no decoder for it.
@@ -267,7 +261,7 @@ class Recording:
         time.
 
         Raises:
-            NoAudio: its rate is none, or too high.
+            NoAudio: its rate is none, or higher than allowed.
             UNDECODABLE: something else is wrong than single packets.
         """
         for frame in _resampled(_grouped(self._frames()), self._losses):
@@ -276,16 +270,13 @@ class Recording:
 
     def damage(self) -> AudioDamage | None:
         """
-        Returns the losses, once all pieces are there; None if none are worth telling.
+        Returns the losses, once all pieces are there, if any are worth telling.
         """
         damage = self._losses.total(_promised_s(self._container, self._stream))
         is_told = damage.lost_s >= WORTH_TELLING_S or damage.breaks_off
         return damage if is_told else None
 
     def _frames(self) -> Iterator[AudioFrame]:
-        """
-        Yields the frames that the stream decodes to, without their times.
-        """
         losses = self._losses
         for packet in self._packets():
             try:
@@ -307,9 +298,6 @@ class Recording:
                 yield frame
 
     def _packets(self) -> Iterator[Packet[AudioStream]]:
-        """
-        Yields the stream's packets, to where the container breaks off.
-        """
         try:
             yield from self._container.demux(self._stream)
         except av.error.FFmpegError as error:
@@ -334,24 +322,21 @@ def _promised_s(container: InputContainer, stream: AudioStream) -> float:
     return float((stream.duration - before) * stream.time_base)
 
 
+def _form(frame: AudioFrame) -> tuple[object, ...]:
+    return frame.format.name, frame.layout.name, frame.sample_rate
+
+
 def _grouped(frames: Iterable[AudioFrame]) -> Iterator[AudioFrame]:
     """
     Yields the same in larger frames, each of one form: format, channels and rate.
     """
-    fifo: av.AudioFifo | None = None
-    form: tuple[object, ...] = ()
-    for frame in frames:
-        of_frame = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if fifo is None or form != of_frame:
-            if fifo is not None:
+    # A queue that was made for other channels would read beyond a frame's.
+    for _, alike in itertools.groupby(frames, key=_form):
+        fifo = av.AudioFifo()
+        for frame in alike:
+            fifo.write(frame)
+            if fifo.samples >= min(GROUP_SAMPLES, GROUP_S * frame.sample_rate):
                 yield from _rest(fifo)
-            # One that was made for other channels would read beyond the frame's.
-            fifo, form = av.AudioFifo(), of_frame
-            most = min(GROUP_SAMPLES, GROUP_S * frame.sample_rate)
-        fifo.write(frame)
-        if fifo.samples >= most:
-            yield from _rest(fifo)
-    if fifo is not None:
         yield from _rest(fifo)
 
 
@@ -370,12 +355,12 @@ def _resampled(frames: Iterable[AudioFrame], losses: Losses) -> Iterator[AudioFr
     resampler: av.AudioResampler | None = None
     form: tuple[object, ...] = ()
     for frame in frames:
-        of_frame = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if resampler is None or form != of_frame:
+        if resampler is None or form != _form(frame):
             if resampler is not None:
                 # What the old one still holds comes before the new form's samples.
                 yield from resampler.resample(None)
-            resampler, form = av.AudioResampler("s16", "mono", SAMPLES_PER_S), of_frame
+            resampler = av.AudioResampler("s16", "mono", SAMPLES_PER_S)
+            form = _form(frame)
         try:
             resampled = resampler.resample(frame)
         except MemoryError:

@@ -26,7 +26,7 @@ Seconds of audio that are a block, and above which audio is taken in blocks.
 _RANGE = 8.0
 
 
-class FeatureExtractor(Protocol):
+class _Extractor(Protocol):
     """
     The part of faster-whisper's feature extractor that is used here.
     """
@@ -47,38 +47,28 @@ class FeatureExtractor(Protocol):
         window: NDArray[np.float32],
         center: bool,
         return_complex: bool,
-    ) -> NDArray[np.complexfloating]:
-        """
-        Returns the short-time Fourier transform of *samples*: complex (frequencies,
-        frames).
-        """
+    ) -> NDArray[np.complexfloating]: ...
 
     def __call__(
         self,
         waveform: NDArray[np.float32],
         padding: int = ...,
         chunk_length: int | None = ...,
-    ) -> NDArray[np.float32]:
-        """
-        Returns the spectrogram of *waveform*.
-        """
+    ) -> NDArray[np.float32]: ...
 
 
 class InBlocks:
     """
     A feature extractor that processes long audio in blocks, and else behaves as the one
-    that it wraps.
+    of faster-whisper that it wraps.
 
-    As with that one, the length of a window is kept for the next call: views of a model
-    have copies (``copy.copy``) with a length of their own.
-
-    Args:
-        extractor: faster-whisper's.
+    The length of a window is kept for the next call: views of a model have copies
+    (``copy.copy``) with a length of their own.
     """
 
-    _extractor: FeatureExtractor
+    _extractor: _Extractor
 
-    def __init__(self, extractor: FeatureExtractor) -> None:
+    def __init__(self, extractor: _Extractor) -> None:
         object.__setattr__(self, "_extractor", extractor)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -101,9 +91,7 @@ class InBlocks:
     ) -> NDArray[np.float32]:
         """
         Returns the log-Mel spectrogram of *waveform*: float32 (mels, frames), 100
-        frames a second.
-
-        It is the same as from faster-whisper, up to the rounding of float32.
+        frames a second; that of faster-whisper, up to the rounding of float32.
 
         Args:
             waveform: float32 (samples,), mono, 16 kHz.
@@ -122,7 +110,7 @@ class InBlocks:
 
 
 def _log_mel(
-    extractor: FeatureExtractor, waveform: NDArray[np.float32], padding: int
+    extractor: _Extractor, waveform: NDArray[np.float32], padding: int
 ) -> NDArray[np.float32]:
     import numpy as np
 
@@ -160,7 +148,7 @@ def _around(
     padding: int,
     start: int,
     stop: int,
-    extractor: FeatureExtractor,
+    extractor: _Extractor,
 ) -> NDArray[np.float32]:
     """
     Returns the samples of the frames from *start* to *stop*; each frame is centred on

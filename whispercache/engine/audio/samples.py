@@ -43,12 +43,6 @@ def samples_of(audio: AudioInput) -> NDArray[np.float32]:
 
 
 def _as_samples(audio: NDArray[np.generic]) -> NDArray[np.float32]:
-    """
-    Returns an array that was given in place of a file, if it holds samples.
-
-    Raises:
-        AudioError: it does not.
-    """
     if audio.ndim == 1 and audio.dtype.kind == "f":
         return audio.astype("float32", copy=False)
     got = f"an array of {audio.dtype}, shape {audio.shape}"

@@ -41,10 +41,7 @@ _building = threading.Lock()
 class _Session(Protocol):
     def run(
         self, outputs: None, inputs: Mapping[str, NDArray[np.float32]]
-    ) -> Sequence[NDArray[np.float32]]:
-        """
-        Returns the probabilities of a block, and the state after it.
-        """
+    ) -> Sequence[NDArray[np.float32]]: ...
 
 
 def bounded_names(
@@ -54,8 +51,8 @@ def bounded_names(
     vad_options: Callable[..., object],
 ) -> dict[str, Callable[..., object]]:
     """
-    Returns the replacements of functions of faster-whisper's for a ``transcribe`` whose
-    memory is bounded, by name; see `rebound.swapped`.
+    Returns replacements, by name, of faster-whisper's functions whose memory grows with
+    the audio; see `rebound.swapped`.
     """
 
     def bounded_model() -> object:
@@ -80,10 +77,6 @@ def bounded_names(
 
 
 def _without_copies(collect_chunks: Callable[..., object]) -> Callable[..., object]:
-    """
-    Returns a ``collect_chunks`` that does not copy what it has so far for each chunk.
-    """
-
     def bounded_chunks(
         audio: Samples,
         chunks: Sequence[Clip],
@@ -122,8 +115,7 @@ class InBlocks:
         Returns the probability of speech in each window: float32 (windows, 1).
 
         Args:
-            audio: float32 (windows × *num_samples*,), a copy of the caller's own: its
-                end is silenced, as by faster-whisper.
+            audio: float32 (windows × *num_samples*,), whose end is silenced.
             num_samples: Samples of a window.
             context_size_samples: Samples of the window before that are seen with it.
         """

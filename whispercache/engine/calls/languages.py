@@ -232,9 +232,6 @@ def check_knowledge(
 
 @functools.lru_cache(maxsize=64)
 def _by_size(n_tokens: int) -> Knowledge:
-    """
-    Returns what one of OpenAI's models knows, by the size of its vocabulary.
-    """
     # Compared, not looked up, so that any size has an answer.
     if n_tokens <= _ENGLISH_TOKENS:
         return Knowledge(n_tokens, is_multilingual=False, languages=("en",))

@@ -37,7 +37,6 @@ from .weights import (
     Source,
     architecture_of,
     converting_bytes,
-    is_cpu,
     output_copy_bytes,
     packing_bytes,
     packs_weights,
@@ -209,9 +208,9 @@ def footprint(
 
 def reserved(predicted: Footprint, device: str) -> Footprint:
     """
-    Returns the bytes that a cache reserves of *device* where so much was predicted.
+    Returns what a cache reserves of *device* where so much was predicted.
     """
-    if not is_cpu(device):
+    if device != "cpu":
         return predicted
     loading_bytes = int(predicted.loading_bytes * HEAP_SLACK)
     return replace(predicted, loading_bytes=loading_bytes)
@@ -224,14 +223,8 @@ def estimate(
     workload: Workload | None = None,
 ) -> Footprint:
     """
-    Returns the footprint of a model whose header or architecture is known.
-
-    Args:
-        source: `read_header()` of the model, or one of `ARCHITECTURES`; for the latter
-            the file is taken to be float16.
-        compute_type: An effective one, see `effective_compute_type()`.
-        device: ``"cpu"`` or ``"cuda:N"``.
-        workload: The work of a call; faster-whisper's defaults if None.
+    Returns the footprint of a model whose header or architecture is known; the latter
+    is that of a float16 file. *compute_type* is an effective one.
     """
     architecture = architecture_of(source)
     workspace = workspace_bytes(
@@ -241,7 +234,7 @@ def estimate(
     converting = converting_bytes(source, compute_type)
     host_bytes = architecture.vocabulary * _HOST_BYTES_PER_TOKEN
     parsing_bytes = architecture.vocabulary * _PARSING_BYTES_PER_TOKEN
-    if not is_cpu(device):
+    if device != "cpu":
         weights += output_copy_bytes(architecture, compute_type)
         host_loading = host_bytes + max(converting, parsing_bytes)
         return Footprint(weights, workspace, weights, host_loading)
@@ -270,7 +263,7 @@ def workspace_bytes(
     Source: layers of CTranslate2 4.8. Peaks on the CPU were 0.8 to 1.2 times this, for
     tiny.en and base, float32 and int8, batches of 1 to 8; none was measured on a card.
     """
-    on_cpu = is_cpu(device)
+    on_cpu = device == "cpu"
     item_bytes = 4 if on_cpu else ITEM_BYTES[DTYPES[compute_type][1]]
     buffers = _CPU_BUFFERS if on_cpu else _CUDA_BUFFERS
     batch, width = workload.batch_size, architecture.d_model
@@ -318,8 +311,7 @@ def audio_bytes(architecture: Architecture, workload: Workload) -> tuple[int, in
 
 def _decoding(architecture: Architecture, batch: int, rows: int, copies: int) -> int:
     """
-    Returns how many numbers decoding holds: keys and values of audio and text, and the
-    logits.
+    Returns how many numbers decoding holds: keys and values, and the logits.
     """
     layers, width = architecture.decoder_layers, architecture.d_model
     audio = 2 * layers * batch * copies * AUDIO_POSITIONS * width
@@ -329,9 +321,6 @@ def _decoding(architecture: Architecture, batch: int, rows: int, copies: int) ->
 
 
 def _source(model: str) -> tuple[Source, str]:
-    """
-    Returns the source of the shapes of *model*, and the compute type it is saved in.
-    """
     # Before any look at the disk: the answer is the same with and without files.
     if known := ARCHITECTURES.get(model):
         return known, HUB_COMPUTE_TYPE
@@ -340,12 +329,6 @@ def _source(model: str) -> tuple[Source, str]:
 
 
 def _downloaded(repository: str) -> str:
-    """
-    Returns the model.bin of a hub repository in the local cache.
-
-    Raises:
-        UnknownModel: it was not downloaded yet.
-    """
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, "model.bin")

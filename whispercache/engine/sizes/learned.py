@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from whispercache.devices.host import user_cache
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _log = logging.getLogger("whispercache")
 
@@ -32,8 +34,8 @@ class LearnedFootprints:
     file. A broken file counts as empty. Where nothing can be written, measurements are
     remembered until the process ends.
 
-    Args:
-        path: The JSON file; ``footprints.json`` in the user's cache directory if None.
+    The file is ``footprints.json`` in the user's cache directory, unless *path* is
+    given.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -57,14 +59,8 @@ class LearnedFootprints:
         measured_bytes: int,
     ) -> None:
         """
-        Remembers one measurement; an implausible one is refused as noise.
-
-        Args:
-            model: Canonical name or path.
-            compute_type: The effective one.
-            device_name: Name of the hardware, for example ``"NVIDIA L4"``.
-            predicted_bytes: The prediction before any correction.
-            measured_bytes: Growth of the memory in use.
+        Remembers one measurement beside the prediction before any correction. An
+        implausible one is refused as noise.
 
         Blocks: writes a small file, waiting up to 2 s for another process to do so.
         """
@@ -83,8 +79,7 @@ class LearnedFootprints:
         self, model: str, compute_type: str, device_name: str, predicted_bytes: int
     ) -> int:
         """
-        Returns *predicted_bytes*, times the median ratio once three measurements are
-        known.
+        Returns *predicted_bytes*, times the median of three ratios or more.
         """
         with self._lock:
             ratios = self._loaded_locked().get(
@@ -110,7 +105,14 @@ class LearnedFootprints:
                 # Read again under the lock: another process may have written.
                 ratios = _read(path)
                 _append(ratios, key, ratio)
-                _replace(path, ratios)
+                # Beside it, so that the rename is atomic: others read without the lock.
+                new = path.with_suffix(".new")
+                text = json.dumps(ratios, indent=1, sort_keys=True)
+                try:
+                    new.write_text(text, encoding="utf-8")
+                    new.replace(path)
+                finally:
+                    new.unlink(missing_ok=True)
             self._ratios = ratios
         except (OSError, Timeout, NotImplementedError) as error:
             self._is_writable = False
@@ -145,9 +147,6 @@ def _append(ratios: dict[str, list[float]], key: str, ratio: float) -> None:
 
 
 def _read(path: Path) -> dict[str, list[float]]:
-    """
-    Reads the ratios in the file; none if it is missing or broken.
-    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -167,17 +166,3 @@ def _read(path: Path) -> dict[str, list[float]]:
 
 def _is_plausible(ratio: object) -> bool:
     return isinstance(ratio, int | float) and _PLAUSIBLE[0] <= ratio <= _PLAUSIBLE[1]
-
-
-def _replace(path: Path, ratios: dict[str, list[float]]) -> None:
-    import tempfile
-
-    # In the same directory, so that the rename is atomic.
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(ratios, file, indent=1, sort_keys=True)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

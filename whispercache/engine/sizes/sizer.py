@@ -33,11 +33,7 @@ _estimate = functools.lru_cache(maxsize=256)(estimate)
 @dataclass(slots=True)
 class Sizer:
     """
-    Predicts footprints, and learns from measurements.
-
-    Attributes:
-        probe: Tells what devices are called; measurements count for a kind of card.
-        learned: The measurements.
+    Predicts footprints, and learns from measurements, which count for a kind of card.
     """
 
     probe: MemoryProbe
@@ -47,8 +43,7 @@ class Sizer:
         self, key: ModelKey, files: ModelFiles, workload: Workload
     ) -> Footprint:
         """
-        Returns what *key* takes, by the header or the architecture, corrected by what
-        was measured before.
+        Returns what *key* takes, corrected by what was measured before.
         """
         # Only other loaders' files have no source.
         assert files.source is not None
@@ -96,15 +91,15 @@ class Sizer:
         self, device: str, predicted_bytes: int, measured_bytes: int
     ) -> None:
         """
-        Notes what calls took, for the next footprint on a card of that name.
+        Notes what calls took, for a card of that name.
         """
         device_name = self._name_of(device)
         self.learned.record(_CALLS, "", device_name, predicted_bytes, measured_bytes)
 
     def _name_of(self, device: str) -> str:
         """
-        Returns the name of the hardware, or just its place if no driver of NVIDIA knows
-        it, as with ROCm.
+        Returns the name of the hardware, or its place where no driver of NVIDIA knows
+        it.
         """
         try:
             return self.probe.device_name(device)

@@ -46,13 +46,12 @@ _PACKED_INT8 = (1.0, 2.75)
 
 def weights_bytes(source: Source, compute_type: str, device: str) -> int:
     """
-    Returns the bytes of the tensors once loaded, exactly; single numbers are not
-    counted.
+    Returns the bytes of the tensors once loaded, exactly, but for single numbers and
+    the copies that MKL packs on Intel CPUs (`packing_bytes()`).
 
-    Not counted either: copies that MKL packs on Intel CPUs (`packing_bytes()`). On CPUs
-    without oneDNN (ARM) convolutions are quantized too, and take less.
+    On CPUs without oneDNN (ARM) convolutions are quantized too, and take less.
     """
-    on_cpu = is_cpu(device)
+    on_cpu = device == "cpu"
     variables, aliases = _tensors(source)
     total = sum(
         _resident_bytes(each, compute_type, on_cpu=on_cpu) for each in variables
@@ -62,13 +61,6 @@ def weights_bytes(source: Source, compute_type: str, device: str) -> int:
         rows = {each.name: each.shape[0] for each in variables if each.shape}
         total += sum(4 * rows[name] for alias, name in aliases if _is_linear(alias))
     return total
-
-
-def is_cpu(device: str) -> bool:
-    """
-    Tells whether *device* is the CPU, not a card.
-    """
-    return device == "cpu"
 
 
 def architecture_of(source: Source) -> Architecture:
@@ -117,10 +109,8 @@ def _resident_bytes(variable: Variable, compute_type: str, *, on_cpu: bool) -> i
 
 def converting_bytes(source: Source, compute_type: str) -> int:
     """
-    Returns the host bytes at the peak of reading the file and converting it tensor by
-    tensor.
-
-    The order is that of a hash map, so this is the worst one.
+    Returns the host bytes at the peak of reading and converting the file, tensor by
+    tensor in the worst order: the real one is that of a hash map.
     """
     total = worst = 0
     for each in _tensors(source)[0]:
@@ -154,8 +144,7 @@ def output_copy_bytes(architecture: Architecture, compute_type: str) -> int:
 
 def packing_bytes(source: Source, compute_type: str) -> tuple[int, int]:
     """
-    Returns the bytes that MKL's packed weights add, and those that they replace once
-    all are packed.
+    Returns the bytes that MKL's packed weights add, and those that they replace.
     """
     architecture = architecture_of(source)
     item_bytes = ITEM_BYTES[DTYPES[compute_type][0]]

@@ -66,10 +66,10 @@ class Builder:
 
     def build_soon(self, source: Origin, kind: str) -> None:
         """
-        Has a variant built, if it is worth it and was not tried before.
+        Has a variant built, if it is worth it and was not tried before. Returns at
+        once.
 
-        Returns at once. The process that builds it goes on if this one ends. The
-        outcome is logged.
+        The process that builds it goes on if this one ends. The outcome is logged.
         """
         if source.header.file_bytes < MIN_SOURCE_BYTES or not _has_python():
             return
@@ -111,8 +111,7 @@ class Builder:
 
     def _build(self, source: Origin, kind: str) -> float:
         """
-        Runs a process that builds a variant; returns the seconds until it may be tried
-        again.
+        Builds a variant; returns the seconds until it may be tried again.
         """
         if self.variants.is_rejected(source, kind):
             return math.inf
@@ -131,9 +130,6 @@ class Builder:
         return IN_USE_S if is_refused else math.inf
 
     def _run(self, source: Origin, kind: str) -> subprocess.CompletedProcess[str]:
-        """
-        Runs this module in a process that finds modules where this one does.
-        """
         task = {
             "model": source.model,
             "path": str(source.header.path),
@@ -200,10 +196,7 @@ def run_task(text: str) -> NoReturn:
 
 
 def _has_python() -> bool:
-    """
-    Tells whether this program is a Python. A frozen one, or one that has Python inside,
-    would start itself once more.
-    """
+    # A frozen one, or one that has Python inside, would start itself once more.
     name = Path(sys.executable or "").name.lower()
     return not getattr(sys, "frozen", False) and name.startswith(("python", "pypy"))
 

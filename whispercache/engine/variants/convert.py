@@ -47,13 +47,8 @@ _INT8_MAX = 127.0
 
 class Origin(NamedTuple):
     """
-    A model that variants are made of.
-
-    Attributes:
-        model: Its name.
-        header: The header of its model.bin.
-        stamp: Changes when one of its files does. Without one the files are read each
-            time.
+    A model that variants are made of: its name, and the header of its model.bin. The
+    *stamp* changes when one of its files does; without one they are read each time.
     """
 
     model: str
@@ -75,10 +70,8 @@ class _Writes(Protocol):
 def kind_for(header: ModelHeader, compute_type: str) -> str | None:
     """
     Returns the weight type that a file should have to be loaded in *compute_type* as it
-    is.
-
-    None if the file has that type already, or cannot be converted with the same result:
-    from int8 back to floats, or to a type that is none of `KINDS`.
+    is; None if it has that already, or cannot be converted with the same result: from
+    int8 back to floats, or to a type that is none of `KINDS`.
     """
     saved = {each.name: each.dtype for each in header.variables}
     weight = saved["decoder/embeddings/weight"]
@@ -91,8 +84,7 @@ def kind_for(header: ModelHeader, compute_type: str) -> str | None:
 
 def converted_bytes(header: ModelHeader, kind: str) -> int:
     """
-    Returns the size of the file that `write_converted` writes, but for a few bytes a
-    variable.
+    Returns the size of what `write_converted` writes, but for a few bytes a variable.
     """
     total = header.file_bytes
     for variable in header.variables:
@@ -179,8 +171,7 @@ def _quantize(
     rows: NDArray[np.float32],
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """
-    Returns whole numbers and their scales, row by row, as CTranslate2 quantizes on the
-    CPU.
+    Returns whole numbers and their scales, row by row, as CTranslate2 on the CPU.
 
     Source: CTranslate2 src/cpu/kernels.cc, quantize_s8 @ 0d8bcd3.
     """
@@ -209,9 +200,6 @@ def _row_elements(variable: Variable) -> int:
 def _blocks(
     header: ModelHeader, variable: Variable, source: BinaryIO
 ) -> Iterator[bytes]:
-    """
-    Yields the payload in whole rows.
-    """
     row_bytes = _row_elements(variable) * ITEM_BYTES[variable.dtype]
     # Whole rows, since each has a scale of its own.
     rows = max(1, _BLOCK_ELEMENTS // max(1, _row_elements(variable)))
@@ -226,9 +214,6 @@ def _blocks(
 
 
 def _entry(name: str, shape: tuple[int, ...], dtype: str) -> bytes:
-    """
-    Returns the bytes before a payload.
-    """
     elements = 1
     for size in shape:
         elements *= size

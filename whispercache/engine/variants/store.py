@@ -97,14 +97,13 @@ class Variant:
 
 class Variants:
     """
-    The variants of a user.
-
-    Thread-safe, and safe between processes.
+    The variants of a user, by default in the user's cache directory. Thread-safe, and
+    safe between processes.
 
     Args:
         engine: Name and version of the library that loads them.
         limit_bytes: Most bytes that all of them may take.
-        directory: Their directory; ``variants`` in the user's cache directory if None.
+        directory: Their directory, if it is another one.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class Variants:
 
     def find(self, source: Origin, kind: str) -> Path | None:
         """
-        Returns the directory of a variant, if there is one that can be trusted.
+        Returns the directory of a variant that can be trusted, if there is one.
 
         Blocks: for some system calls.
         """
@@ -230,16 +229,10 @@ class Variants:
         return target
 
     def _check_unchanged(self, source: Origin, kind: str, name: str) -> None:
-        """
-        Checks that the files did not change while they were read under this name.
-        """
         if self._name(source._replace(stamp=()), kind) != name:
             raise VariantRefused("the files of its source changed meanwhile")
 
     def _remove_stale(self, source: Origin, kind: str) -> None:
-        """
-        Removes the variants that a new one of *source* replaces.
-        """
         for other in self.list():
             # Those of another version may be in use by another environment.
             place = (other.source, other.kind, other.engine)
@@ -250,9 +243,6 @@ class Variants:
     def _make_room(self, n_bytes: int) -> None:
         """
         Removes what was least recently used until *n_bytes* more are within the limit.
-
-        Raises:
-            VariantRefused: there is too little room, even so.
         """
         limit = format_bytes(self.limit_bytes)
         wanted = f"it takes {format_bytes(n_bytes)}"
@@ -284,8 +274,7 @@ class Variants:
 
     def _is_of_use(self, variant: Variant) -> bool:
         """
-        Tells whether a load may find it: here, or in an environment with another
-        library.
+        Tells whether a load may find it, here or with another library.
         """
         return variant.state == "ready" or variant.engine not in ("?", self.engine)
 
@@ -341,9 +330,6 @@ class Variants:
         return Variant(directory, n_bytes, used_s, state, *told)
 
     def _is_current(self, directory: Path, manifest: Manifest) -> bool:
-        """
-        Tells whether a load of its source would find it.
-        """
         try:
             source = Origin(manifest.model, read_header(manifest.source))
             return self._name(source, manifest.kind) == directory.name
@@ -353,9 +339,6 @@ class Variants:
     # Names ---------------------------------------------------------------------------
 
     def _name(self, source: Origin, kind: str) -> str:
-        """
-        Returns the name of the directory of a variant.
-        """
         changed_ns = source.header.path.stat().st_ctime_ns
         # Without a stamp nothing tells whether the small files are as they were.
         identify = _known_identity if source.stamp else _identity
@@ -366,9 +349,6 @@ class Variants:
 def _write(
     header: ModelHeader, kind: str, small: dict[str, bytes], directory: Path
 ) -> dict[str, Stamp]:
-    """
-    Writes the files of a variant; returns their stamps.
-    """
     files: dict[str, Stamp] = {}
     with writing(directory / "model.bin", files) as target:
         write_converted(header, kind, target)
@@ -380,8 +360,8 @@ def _write(
 
 def _small_files(directory: Path) -> dict[str, bytes]:
     """
-    Returns the files beside a variant's weights: those of its source, but for a
-    vocabulary in JSON, which CTranslate2 takes twice as long to read as lines.
+    Returns the files beside the weights, a vocabulary in JSON as lines, which
+    CTranslate2 reads in half the time.
 
     Source: a third of a load of base as int8, 52 ms against 37 (CTranslate2 4.8.5).
     """
@@ -396,8 +376,7 @@ def _small_files(directory: Path) -> dict[str, bytes]:
 
 def _as_lines(vocabulary: bytes) -> bytes | None:
     """
-    Returns a vocabulary in JSON with a line for each token; None if that would be
-    another one.
+    Returns a vocabulary in JSON, line by line; None if that would be another one.
     """
     try:
         tokens = json.loads(vocabulary)
@@ -420,9 +399,8 @@ def _identity(
     Returns a digest of a source: its place and times, header and samples of its
     weights, and the small files whole.
 
-    The time of the last change is among them, which cannot be set as that of the last
-    writing can: files of one size, with a time that was set, may differ where there is
-    no sample.
+    The time of the last change cannot be set as that of the last writing can: files of
+    one size, with a time that was set, may differ where there is no sample.
     """
     digest = hashlib.blake2b(digest_size=16)
     with header.path.open("rb", buffering=0) as file:
