@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 def completed(engine: Engine) -> Loader:
     """
     Returns *engine* itself if it has all methods of a `Loader`, or else an object that
-    has its methods, and a default for each that it lacks.
+    has them, and a default for each that it lacks.
 
-    By default there is the CPU alone, all files are here, nothing is measured or kept
-    beside loaded models, calls take any parameters, and audio is decoded as for
-    faster-whisper.
+    By default there is the CPU alone, all files are here, nothing is measured or kept,
+    calls take any parameters, and audio is decoded as for faster-whisper.
 
     Raises:
         TypeError: it lacks a method of an `Engine`.

@@ -137,10 +137,11 @@ def _check_config(
     directory: str, config: Mapping[str, object], vocabulary: Vocabulary, rows: int
 ) -> None:
     """
-    Checks that what CTranslate2 reads in each call is there and within the vocabulary.
+    Checks that what CTranslate2 reads in each call, without a look if it is there, is
+    there and within the vocabulary.
 
-    Source: it looks nothing up before it uses it: src/models/whisper.cc:321 and 601,
-    include/ctranslate2/decoding_utils.h:44 @ 0d8bcd3.
+    Source: src/models/whisper.cc:321 and 601, include/ctranslate2/decoding_utils.h:44 @
+    0d8bcd3.
     """
     needed = [_BEGIN, _LANGUAGES] if vocabulary.is_multilingual else [_BEGIN]
     for name in needed:
@@ -158,12 +159,12 @@ def _check_config(
 
 def _alignment_problem(config: Mapping[str, object], header: ModelHeader) -> str:
     """
-    Returns the fault of the heads that word timestamps are read from; empty if they
-    have none, or if none are named, which CTranslate2 reports by itself.
+    Returns the fault of the heads that word timestamps are read from, if they have one.
+    If none are named, CTranslate2 reports that by itself.
 
-    It looks them up without a check, and a head that is not there ends the process. All
-    else works, and well-known distilled models are published with the heads of the
-    model that they were distilled from: so this is no reason to refuse the model.
+    A head that is not there ends the process. All else works, and well-known distilled
+    models name the heads of the model that they were distilled from: so this is no
+    reason to refuse the model.
 
     Source: CTranslate2 src/layers/transformer.cc:577-603 @ 0d8bcd3; issues 688 and 1283
     of SYSTRAN/faster-whisper, and 2 of kotoba-tech/kotoba-whisper.
@@ -219,8 +220,7 @@ def undetectable(directory: str) -> CorruptModel:
 
 def _check_mels(directory: str, mels: int) -> None:
     """
-    Checks that features are extracted in as many bands as the encoder takes. Without
-    the file the header's number is used.
+    Checks the number of mel bands; without the file the header's is used.
     """
     name = "preprocessor_config.json"
     cure = f"take the {name} of the original model, or delete it"

@@ -160,12 +160,14 @@ def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
     here = _local(model, options)
     may_load = here is not None and is_usable(here)
     # As in faster-whisper, which takes the same option.
-    if options.get("local_files_only") and not may_load:
-        reason = f"{_state(model, options)} and local_files_only is set"
+    is_local = bool(options.get("local_files_only"))
+    if is_local and not may_load:
         raise LoadFailed(
-            model, f"{reason}; allow the download, or give the directory of a model"
+            model,
+            f"{_state(model, options)} and local_files_only is set; allow the download, "
+            "or give the directory of a model",
         )
-    if not (may_load and (options.get("local_files_only") or is_whole(model, options))):
+    if not is_local and not (may_load and is_whole(model, options)):
         _log.info("downloading %s", model)
         try:
             here = _fetch(model, options)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from whispercache.errors import LoadFailed
 
+# The patterns of the files that are downloaded.
 HUB_FILES = (
     "config.json",
     "preprocessor_config.json",
@@ -24,9 +25,6 @@ HUB_FILES = (
     "tokenizer.json",
     "vocabulary.*",
 )
-"""
-The patterns of the files that are downloaded.
-"""
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 

@@ -23,11 +23,9 @@ from . import construct, process
 from .api import LoadedModel, Released
 from .audio.samples import samples_of
 from .files import stamp_of
-from .kept import KeptModel, KeptModels
-from .sizes.learned import LearnedFootprints
-from .sizes.sizer import Sizer
+from .kept import KeptModel, KeptModels, StillLoaded, unload_weights
+from .sizes.learned import LearnedFootprints, Sizer
 from .store import ModelStore
-from .unload import StillLoaded, unload_weights
 from .warmup import WarmUps, cublas_error_reason, silent_window
 
 if TYPE_CHECKING:

@@ -142,7 +142,7 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
         return os.path.realpath(_cached_snapshot(name, path))
     if os.path.exists(path):
         raise UnknownModel(name, "this is a file; give the directory of the model")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if _REPOSITORY.fullmatch(name):
         return name
     raise UnknownModel(name, _why_unknown(name))
 

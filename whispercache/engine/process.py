@@ -13,21 +13,26 @@ import functools
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from whispercache.errors import CacheClosed, CacheForked
-
-from . import telemetry
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from .api import LoadedModel
 
+# Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
 QUIET_LOOKS = 10
-"""
-Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
-"""
+
+# Variable for the telemetry of onnxruntime, which finds speech for faster-whisper: from
+# 1.29 on its first import starts a thread for that, and writes an id and a database
+# into the user's cache directory, unless this is set before.
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
+
+# Values that disable it, in any case and between spaces; "2" does not. Source: tried
+# with onnxruntime 1.32.0 for Linux; its Privacy.md names "1".
+_DISABLING = frozenset({"1", "true", "yes", "on"})
 
 # The process that first had models; empty until one has.
 _models_of: list[int] = []
@@ -46,7 +51,7 @@ def ctranslate2() -> ModuleType:
     transcription by base in 2.0 s against 6.0 s.
     """
     # faster-whisper, imported later, brings onnxruntime, which reads this.
-    telemetry.keep_off()
+    keep_telemetry_off()
     # Read once, by CTranslate2's own copy of OpenMP, when it is loaded.
     name = "OMP_WAIT_POLICY"
     given = os.environ.get(name)
@@ -58,6 +63,30 @@ def ctranslate2() -> ModuleType:
         if given is None:
             del os.environ[name]
     return cast("ModuleType", module)
+
+
+@functools.cache
+def keep_telemetry_off() -> bool:
+    """
+    Sets the variable for this process and its children, unless the user has set it.
+
+    Returns:
+        True if it was set here. Asked once: a later call changes nothing.
+    """
+    if TELEMETRY in os.environ:
+        return False
+    os.environ[TELEMETRY] = "1"
+    return True
+
+
+def telemetry_setting() -> tuple[bool, Literal["whispercache", "the environment"]]:
+    """
+    Tells whether telemetry is off, and what set it so.
+    """
+    # Set first: asked before any import, the answer would be wrong.
+    is_ours = keep_telemetry_off()
+    is_off = os.environ.get(TELEMETRY, "").strip().lower() in _DISABLING
+    return is_off, "whispercache" if is_ours else "the environment"
 
 
 def versions() -> dict[str, str]:

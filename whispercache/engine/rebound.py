@@ -11,10 +11,8 @@ import types
 from collections.abc import Callable
 from typing import TypeAlias
 
+# Functions of another module, each with its replacement.
 Swaps: TypeAlias = tuple[tuple[Callable[..., object], Callable[..., object]], ...]
-"""
-Functions of another module, each with its replacement.
-"""
 
 
 def rebound(function: Callable[..., object], **names: object) -> types.FunctionType:

@@ -53,10 +53,6 @@ class ModelStore:
     def locate(
         self, model: str, options: Mapping[str, OptionValue], *, download: bool
     ) -> ModelFiles | None:
-        """
-        Returns a model's files: in a directory, in the hub's local cache, or
-        downloaded.
-        """
         if is_directory(model):
             return files_in(model)
         if not download or is_whole(model, options):
@@ -71,16 +67,10 @@ class ModelStore:
 
     @property
     def variants(self) -> Variants | None:
-        """
-        The user's variants; None if none are to be used.
-        """
         builder = self._get_builder()
         return None if builder is None else builder.variants
 
     def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
-        """
-        Returns the variant of *files* that need not be converted, if there is one.
-        """
         original = files.original or files
         variants, wanted = self.variants, _wanted_variant(key, original)
         if variants is None or wanted is None:
@@ -99,18 +89,12 @@ class ModelStore:
         return replace(variant, saved_compute_type=saved, original=original)
 
     def follow_up(self, loaded: LoadedModel) -> None:
-        """
-        Starts to build the variant that the load would have used. Returns at once.
-        """
         builder = self._get_builder()
         wanted = _wanted_variant(loaded.key, loaded.files)
         if builder is not None and wanted is not None:
             builder.build_soon(*wanted)
 
     def reject(self, key: ModelKey, original: ModelFiles) -> None:
-        """
-        Uses a variant no more that could not be loaded.
-        """
         variants, wanted = self.variants, _wanted_variant(key, original)
         if variants is not None and wanted is not None:
             variants.reject(*wanted)
@@ -173,12 +157,6 @@ class ModelStore:
             self._reading.discard(path)
 
     def read(self, files: ModelFiles) -> None:
-        """
-        Reads model.bin into the kernel's page cache. Blocks until that is done.
-
-        Raises:
-            LoadFailed: it cannot be read.
-        """
         try:
             read_through(Path(files.directory, "model.bin"))
         except OSError as error:

@@ -18,8 +18,8 @@ from whispercache.devices.faults import Fault, classify
 from whispercache.errors import LoadFailed
 
 from . import process
+from .kept import StillLoaded, unload_weights
 from .sizes.architecture import AUDIO_FRAMES, Architecture, layout
-from .unload import StillLoaded, unload_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable

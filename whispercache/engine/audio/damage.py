@@ -12,11 +12,9 @@ if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.packet import Packet
 
+# Seconds that timestamps may leave out before that counts as missing: in containers
+# that keep milliseconds, or times of arrival, they tremble.
 JUMP_S = 0.1
-"""
-Seconds that timestamps may leave out before that counts as missing: in containers that
-keep milliseconds, or times of arrival, they tremble.
-"""
 
 # Beginnings of what stands between joined files and is no audio.
 _TAGS = (b"ID3", b"TAG", b"APETAGEX")

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 SAMPLES_PER_S = 16_000
 SAMPLE_BYTES = 2
 
+# The errors that PyAV was seen to raise on broken files, and their kin. A mistake in
+# the caller (a wrong name, say) raises none of these.
 UNDECODABLE = (
     av.error.FFmpegError,
     ArithmeticError,
@@ -50,25 +52,16 @@ UNDECODABLE = (
     TypeError,
     ValueError,
 )
-"""
-The errors that PyAV was seen to raise on broken files, and their kin. A mistake in the
-caller (a wrong name, say) raises none of these.
-"""
 
 GROUP_SAMPLES = 50_000
+# Samples, and seconds at a low rate, that are resampled at once. Source: one frame at a
+# time takes up to 1.9 times as long as faster-whisper, whose groups have 500,000
+# samples; with these it is 0.5 to 1.0 times (benchmarks/decode.py).
 GROUP_S = 30
-"""
-Samples, and seconds at a low rate, that are resampled at once.
 
-Source: one frame at a time takes up to 1.9 times as long as faster-whisper, whose
-groups have 500,000 samples; with these it is 0.5 to 1.0 times (benchmarks/decode.py).
-"""
-
+# Seconds that must be lost before it is told. No syllable is shorter, and the seam of
+# two joined files is: one or two packets, of 26 ms each in an mp3.
 WORTH_TELLING_S = 0.1
-"""
-Seconds that must be lost before it is told. No syllable is shorter, and the seam of two
-joined files is: one or two packets, of 26 ms each in an mp3.
-"""
 
 # Errors of FFmpeg's where a container cannot be read on: it is broken there, or a part
 # of another kind was joined to it. All others are the machine's or the network's.

@@ -44,49 +44,34 @@ sw swahili; ta tamil; te telugu; tg tajik; th thai; tk turkmen; tl tagalog;
 tr turkish; tt tatar; uk ukrainian; ur urdu; uz uzbek; vi vietnamese;
 yi yiddish; yo yoruba; zh chinese; yue cantonese"""
 
-LANGUAGES: Mapping[str, str] = MappingProxyType(
-    dict(entry.strip().split(" ", 1) for entry in _NAMES.replace("\n", " ").split(";"))
-)
-"""
-Names in English by code.
 
-Source: openai/whisper, tokenizer.py, ``LANGUAGES``; a test compares the codes with
-faster-whisper's.
-"""
+def _by_name(text: str) -> dict[str, str]:
+    entries = (
+        entry.strip().split(" ", 1) for entry in text.replace("\n", " ").split(";")
+    )
+    return {name: code for code, name in entries}
+
+
+# Names in English by code. Source: openai/whisper, tokenizer.py, ``LANGUAGES``; a test
+# compares the codes with faster-whisper's.
+LANGUAGES: Mapping[str, str] = MappingProxyType(
+    {code: name for name, code in _by_name(_NAMES).items()}
+)
 
 # Source: openai/whisper, tokenizer.py, ``TO_LANGUAGE_CODE``.
-_OTHER_NAMES = {
-    "burmese": "my",
-    "castilian": "es",
-    "flemish": "nl",
-    "haitian": "ht",
-    "letzeburgesch": "lb",
-    "mandarin": "zh",
-    "moldavian": "ro",
-    "moldovan": "ro",
-    "panjabi": "pa",
-    "pushto": "ps",
-    "sinhalese": "si",
-    "valencian": "ca",
-}
+_OTHER_NAMES = _by_name("""\
+my burmese; es castilian; nl flemish; ht haitian; lb letzeburgesch; zh mandarin;
+ro moldavian; ro moldovan; pa panjabi; ps pushto; si sinhalese; es valencian""")
 
 # Codes that operating systems and speech services have for languages of Whisper's.
 # Source: IANA language subtag registry: deprecated codes, macrolanguages (``nb`` is
 # Norwegian, ``cmn`` Chinese, ``fil`` Tagalog) and the extended ``zh-yue``.
-_OTHER_CODES = {
-    "cmn": "zh",
-    "fil": "tl",
-    "in": "id",
-    "iw": "he",
-    "ji": "yi",
-    "jv": "jw",
-    "mo": "ro",
-    "nb": "no",
-    "zh-yue": "yue",
-}
+_OTHER_CODES = _by_name(
+    "zh cmn; tl fil; id in; he iw; yi ji; jw jv; ro mo; no nb; yue zh-yue"
+)
 
 _CODES: Mapping[str, str] = {
-    **{name: code for code, name in LANGUAGES.items()},
+    **_by_name(_NAMES),
     **{code: code for code in LANGUAGES},
     **_OTHER_NAMES,
     **_OTHER_CODES,
@@ -164,9 +149,7 @@ class Knowledge:
 def knowledge_of(files: ModelFiles) -> Knowledge | None:
     """
     Returns the languages and tokens of the model of *files*; None if nothing is known
-    of it.
-
-    No look at the disk for files that were looked at before; see `files.claims_of`.
+    of it. Looks at no file twice, as `claims_of`.
 
     Raises:
         CorruptModel, LoadFailed: the files have changed for the worse since.

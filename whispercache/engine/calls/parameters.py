@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     Options: TypeAlias = Mapping[str, object]
     Check: TypeAlias = "Callable[[_Call, str, Any], object]"
 
+# Seconds in the window of a Whisper model; it does not hear what is beyond them.
 WINDOW_S = 30
-"""
-Seconds in the window of a Whisper model; it does not hear what is beyond them.
-"""
 
 _TASKS = ("transcribe", "translate")
 

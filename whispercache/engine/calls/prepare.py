@@ -59,7 +59,7 @@ def workload_of(
     options: Mapping[str, object], batch_size: int | None, n_samples: int = 0
 ) -> Workload:
     """
-    Returns the work of a ``transcribe`` call with these options, on so many samples.
+    Returns the work of a ``transcribe`` call with these options.
     """
 
     def count(name: str) -> int:

@@ -13,21 +13,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+# Mel frames in a window of 30 s.
 AUDIO_FRAMES = 3000
-"""
-Mel frames in a window of 30 s.
-"""
 
 AUDIO_POSITIONS = 1500
 TEXT_POSITIONS = 448
 
+# The type that the known models are saved in on the hub.
 HUB_COMPUTE_TYPE = "float16"
-"""
-The type that the known models are saved in on the hub.
-"""
 
 _CONV_WIDTH = 3
 
+# Bytes of one element, by type, in the order of the numbers that model.bin uses for
+# them.
 ITEM_BYTES: Mapping[str, int] = {
     "float32": 4,
     "int8": 1,
@@ -36,9 +34,6 @@ ITEM_BYTES: Mapping[str, int] = {
     "float16": 2,
     "bfloat16": 2,
 }
-"""
-Bytes of one element, by type, in the order of the numbers that model.bin uses for them.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +91,8 @@ class Variable:
 _ENGLISH, _MULTILINGUAL, _CANTONESE = 51864, 51865, 51866
 _LARGE = (1280, 32, 32, 20, 5120, 80, _MULTILINGUAL)
 
+# The known models, by canonical name; their files on the hub are float16. Source:
+# config.json of each on the model hub (openai, distil-whisper).
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         name: Architecture(*numbers)
@@ -120,11 +117,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         }.items()
     }
 )
-"""
-The known models, by canonical name; their files on the hub are float16.
-
-Source: config.json of each on the model hub (openai, distil-whisper).
-"""
 
 
 @lru_cache(maxsize=32)

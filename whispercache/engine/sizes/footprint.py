@@ -59,13 +59,10 @@ _PARSING_BYTES_PER_TOKEN = 600
 _CUDA_BUFFERS = 6
 _CPU_BUFFERS = 12
 
+# What a load on the CPU reserves, as a multiple of its predicted peak. Source: with the
+# heap's holes and the kept tokenizer of the model before, loads of base to int8 in turn
+# with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
 HEAP_SLACK = 1.25
-"""
-What a load on the CPU reserves, as a multiple of its predicted peak.
-
-Source: with the heap's holes and the kept tokenizer of the model before, loads of base
-to int8 in turn with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
-"""
 
 _SAMPLES_BYTES_PER_S = 4 * 16_000
 _FRAMES_PER_S = 100
@@ -255,10 +252,9 @@ def workspace_bytes(
     """
     Returns the bytes at the peak of one call: the larger of encoding and decoding.
 
-    Text is taken to be as long as Whisper allows. A temperature above 0 copies what the
-    decoder keeps of the audio *best_of* times; the batched pipeline stays at its first
-    temperature. On the CPU the features of the audio are included; see `audio_bytes`.
-    Not counted: features on a GPU's host, and the samples themselves.
+    Text is as long as Whisper allows. A temperature above 0 copies what the decoder
+    keeps of the audio *best_of* times. On the CPU `audio_bytes` are included. Not
+    counted: features on a GPU's host, and the samples themselves.
 
     Source: layers of CTranslate2 4.8. Peaks on the CPU were 0.8 to 1.2 times this, for
     tiny.en and base, float32 and int8, batches of 1 to 8; none was measured on a card.
@@ -290,9 +286,8 @@ def audio_bytes(architecture: Architecture, workload: Workload) -> tuple[int, in
     Returns the bytes of host memory that the audio takes besides its samples: at the
     peak while a call begins, and while its segments are iterated over.
 
-    The detection of voice activity works in blocks on a copy of the samples, and leaves
-    a copy of what is speech. The batched pipeline has features twice for a moment, and
-    padded ones twice for another.
+    The detection of voice activity copies the samples, and then what is speech. The
+    batched pipeline has features twice for a moment, and padded ones twice for another.
 
     Source: faster_whisper/transcribe.py, 1.2.1. Measured with 30 minutes, in MiB, and
     predicted: 97 and 109, with voice activity 214 and 219, batched 260 and 330; without

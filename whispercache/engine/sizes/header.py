@@ -20,13 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+# The files that a load reads beside model.bin, where they are there.
 SMALL_FILES = (
     *("config.json", "preprocessor_config.json", "tokenizer.json"),
     *("vocabulary.json", "vocabulary.txt"),
 )
-"""
-The files that a load reads beside model.bin, where they are there.
-"""
 
 # How files before version 4 named their types: by the width of an element.
 _TYPE_BY_WIDTH = {4: "float32", 2: "int16", 1: "int8"}

@@ -1,21 +1,32 @@
 """
-Measured footprints, remembered between processes.
+The bytes that a loader predicts, corrected by what was measured before.
 
 A prediction misses what a machine adds: another CTranslate2, packed weights, a shared
-tokenizer. The measurement after each load corrects the next prediction.
+tokenizer. So measurements are remembered between processes.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import threading
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from whispercache.devices.host import user_cache
+from whispercache.errors import DeviceUnavailable
+
+from .footprint import estimate, reserved
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from whispercache.devices.memory import MemoryProbe
+    from whispercache.engine.files import ModelFiles
+    from whispercache.keys import ModelKey
+
+    from .footprint import Footprint, Workload
 
 _log = logging.getLogger("whispercache")
 
@@ -24,6 +35,12 @@ _ENOUGH = 3
 # Outside of this another thread allocated or freed meanwhile.
 _PLAUSIBLE = (0.8, 1.5)
 _LOCK_TIMEOUT_S = 2.0
+
+# Stands for a model's name where calls of all models are meant.
+_CALLS = "(calls)"
+
+# A model that is loaded again and again takes the same each time.
+_estimate = functools.lru_cache(maxsize=256)(estimate)
 
 
 class LearnedFootprints:
@@ -135,6 +152,75 @@ class LearnedFootprints:
         if self._path is None:
             self._path = user_cache() / "footprints.json"
         return self._path
+
+
+@dataclass(slots=True)
+class Sizer:
+    """
+    Predicts footprints, and learns from measurements, which count for a kind of card.
+    """
+
+    probe: MemoryProbe
+    learned: LearnedFootprints = field(default_factory=LearnedFootprints)
+
+    def footprint(
+        self, key: ModelKey, files: ModelFiles, workload: Workload
+    ) -> Footprint:
+        # Only other loaders' files have no source.
+        assert files.source is not None
+        predicted = _estimate(files.source, key.compute_type, key.device, workload)
+        device_name = self._name_of(key.device)
+        weights_bytes = self.learned.correct(
+            key.model, key.compute_type, device_name, predicted.weights_bytes
+        )
+        # Upwards only: a load into memory that an earlier one left looks too small.
+        growth_bytes = max(0, weights_bytes - predicted.weights_bytes)
+        workspace_bytes = predicted.workspace_bytes
+        if key.device != "cpu":
+            # Upwards only, too: few calls do all that was reserved for.
+            seen_bytes = self.learned.correct(_CALLS, "", device_name, workspace_bytes)
+            workspace_bytes = max(workspace_bytes, seen_bytes)
+        corrected = replace(
+            predicted,
+            weights_bytes=predicted.weights_bytes + growth_bytes,
+            workspace_bytes=workspace_bytes,
+            loading_bytes=predicted.loading_bytes + growth_bytes,
+        )
+        return reserved(corrected, key.device)
+
+    def weights_bytes(self, key: ModelKey, files: ModelFiles) -> int:
+        """
+        Returns the predicted bytes of the weights; 0 if nothing is known of *files*.
+        """
+        if files.source is None:
+            return 0
+        return _estimate(files.source, key.compute_type, key.device).weights_bytes
+
+    def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
+        self.learned.record(
+            key.model,
+            key.compute_type,
+            self._name_of(key.device),
+            self.weights_bytes(key, files),
+            measured_bytes,
+        )
+
+    def remember_work(
+        self, device: str, predicted_bytes: int, measured_bytes: int
+    ) -> None:
+        device_name = self._name_of(device)
+        self.learned.record(_CALLS, "", device_name, predicted_bytes, measured_bytes)
+
+    def _name_of(self, device: str) -> str:
+        """
+        Returns the name of the hardware, or its place where no driver of NVIDIA knows
+        it.
+        """
+        try:
+            return self.probe.device_name(device)
+        except DeviceUnavailable as error:
+            _log.debug("%s has no name: %s", device, error)
+            return device
 
 
 def _key(model: str, compute_type: str, device_name: str) -> str:

@@ -20,11 +20,10 @@ from .header import ModelHeader
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# The source of shapes: a file, or, before there is one, a known size.
 Source = ModelHeader | Architecture
-"""
-The source of shapes: a file, or, before there is one, a known size.
-"""
 
+# Types of (linear layers, everything else) in each effective compute type.
 DTYPES: Mapping[str, tuple[str, str]] = {
     "float32": ("float32", "float32"),
     "float16": ("float16", "float16"),
@@ -34,9 +33,6 @@ DTYPES: Mapping[str, tuple[str, str]] = {
     "int8_float16": ("int8", "float16"),
     "int8_bfloat16": ("int8", "bfloat16"),
 }
-"""
-Types of (linear layers, everything else) in each effective compute type.
-"""
 
 # Packed copies as multiples of the unpacked bytes: (linear layers, projection). Source:
 # measured with CT2_USE_MKL=1, tiny.en and base, CTranslate2 4.8.5, MKL on AVX2.

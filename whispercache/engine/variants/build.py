@@ -34,10 +34,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("whispercache")
 
+# Most seconds for one build, its wait for others included.
 BUILD_S = 2 * LOCK_S
-"""
-Most seconds for one build, its wait for others included.
-"""
 
 _REFUSED = 3
 _LOWEST_PRIORITY = 19

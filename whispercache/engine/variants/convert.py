@@ -15,8 +15,9 @@ which a load does not: the encoder's output differs (by 17.8 at most, CTranslate
 
 from __future__ import annotations
 
+import math
 import struct
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from whispercache.engine.sizes.architecture import ITEM_BYTES, Variable
 from whispercache.engine.sizes.weights import DTYPES
@@ -31,10 +32,9 @@ if TYPE_CHECKING:
 
     from whispercache.engine.sizes.header import ModelHeader
 
+# Weight types that can be written. numpy has no bfloat16, and int16 is scaled
+# otherwise.
 KINDS = ("int8", "float32", "float16")
-"""
-Weight types that can be written. numpy has no bfloat16, and int16 is scaled otherwise.
-"""
 
 # The version decides how a quantized model rounds; all Whisper files have this one.
 # Source: CTranslate2 src/models/model.cc, round_before_cast_in_quantization.
@@ -61,10 +61,6 @@ class Origin(NamedTuple):
         The directory of its files.
         """
         return self.header.path.parent
-
-
-class _Writes(Protocol):
-    def write(self, data: bytes, /) -> object: ...
 
 
 def kind_for(header: ModelHeader, compute_type: str) -> str | None:
@@ -95,7 +91,7 @@ def converted_bytes(header: ModelHeader, kind: str) -> int:
     return total
 
 
-def write_converted(header: ModelHeader, kind: str, target: _Writes) -> None:
+def write_converted(header: ModelHeader, kind: str, target: BinaryIO) -> None:
     """
     Writes the model behind *header* with its weights in *kind*.
 
@@ -113,8 +109,7 @@ def write_converted(header: ModelHeader, kind: str, target: _Writes) -> None:
         for variable in header.variables:
             _write_variable(header, variable, kind, source, target)
     target.write(struct.pack("<I", len(header.aliases)))
-    for alias, name in header.aliases:
-        target.write(_string(alias) + _string(name))
+    target.writelines(_string(alias) + _string(name) for alias, name in header.aliases)
 
 
 def _is_quantized(variable: Variable, kind: str) -> bool:
@@ -138,7 +133,7 @@ def _write_variable(
     variable: Variable,
     kind: str,
     source: BinaryIO,
-    target: _Writes,
+    target: BinaryIO,
 ) -> None:
     import numpy as np
 
@@ -146,8 +141,7 @@ def _write_variable(
     target.write(_entry(variable.name, variable.shape, dtype))
     source.seek(variable.offset)
     if dtype == variable.dtype:
-        for raw in _blocks(header, variable, source):
-            target.write(raw)
+        target.writelines(_blocks(header, variable, source))
         return
     scales: list[NDArray[np.float32]] = []
     for raw in _blocks(header, variable, source):
@@ -214,12 +208,9 @@ def _blocks(
 
 
 def _entry(name: str, shape: tuple[int, ...], dtype: str) -> bytes:
-    elements = 1
-    for size in shape:
-        elements *= size
     kind = tuple(ITEM_BYTES).index(dtype)
     layout = f"<B{len(shape)}IBI"
-    n_bytes = elements * ITEM_BYTES[dtype]
+    n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
     return _string(name) + struct.pack(layout, len(shape), *shape, kind, n_bytes)
 
 

@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("whispercache")
 
+# Size of a file in bytes, its two times in nanoseconds, and its inode.
 Stamp = tuple[int, ...]
-"""
-Size of a file in bytes, its two times in nanoseconds, and its inode.
-"""
 
 MANIFEST = "variant.json"
 

@@ -35,26 +35,18 @@ from .manifest import MANIFEST, Manifest, Stamp, remove, writing
 
 _log = logging.getLogger("whispercache")
 
+# Size of a model.bin below which converting it costs too little to matter.
 MIN_SOURCE_BYTES = 16 * 1024**2
-"""
-Size of a model.bin below which converting it costs too little to matter.
-"""
 
+# Bytes that a new variant leaves free on its disk.
 KEPT_FREE_BYTES = 2 * 1024**3
-"""
-Bytes that a new variant leaves free on its disk.
-"""
 
+# Seconds after its last use in which a variant is not removed for another one: two that
+# take turns would be written again and again.
 IN_USE_S = 3600.0
-"""
-Seconds after its last use in which a variant is not removed for another one: two that
-take turns would be written again and again.
-"""
 
+# Most seconds that a build waits for others that build.
 LOCK_S = 1800.0
-"""
-Most seconds that a build waits for others that build.
-"""
 
 _NEEDED = frozenset({"config.json", "tokenizer.json"})
 _SAMPLES = 16
