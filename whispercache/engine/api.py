@@ -90,7 +90,6 @@ class LoadedModel:
         """
         Counts the references to the model and to CTranslate2's part of it.
         """
-        # CTranslate2's part is counted too: a program may hold that alone.
         return sys.getrefcount(self.whisper) + sys.getrefcount(self.whisper.model)
 
 
@@ -148,9 +147,8 @@ class Engine(Protocol):
 
         Args:
             loaded: The model, which nothing uses.
-            load_follows: A load on the same device is next. Freed memory may be left
-                for it to use; it returns the rest to the system, or `return_memory`
-                does.
+            load_follows: A load on the same device is next, which may use freed memory,
+                and returns the rest to the system; or `return_memory` does.
             parks: A copy of the weights should stay on the host.
         """
 
@@ -174,20 +172,16 @@ class Loader(Engine, Protocol):
 
     def warm_up_needed(self, key: ModelKey) -> str:
         """
-        Returns what the device of *key* has to do before its first model in that type,
-        in one line; empty if nothing.
+        Returns what comes before the first model in that type, in one line, or nothing.
         """
 
     def warm_up(self, key: ModelKey) -> int | None:
         """
-        Does it, so that it counts for no model, and shows what is missing.
+        Does it, so that it counts for no model, and shows what is missing. Returns what
+        the process keeps of the device for its life, or None if that was not measured
+        now.
 
-        Blocks: a second, or half a minute, as `warm_up_needed` says. Called on the
-        thread of the device.
-
-        Returns:
-            What the process keeps of the device for its life, or None if that was not
-            measured now.
+        Blocks: a second, or half a minute. Called on the thread of the device.
         """
 
     # Files ---------------------------------------------------------------------------
@@ -196,10 +190,8 @@ class Loader(Engine, Protocol):
         self, model: str, options: Mapping[str, OptionValue], *, download: bool
     ) -> ModelFiles | None:
         """
-        Returns a model's files, downloaded if allowed and needed; None if they are not
-        here.
-
-        Blocks for a download.
+        Returns a model's files, downloaded if allowed and needed; None if not here.
+        Blocks.
 
         Raises:
             CorruptModel: they are broken.
@@ -210,9 +202,7 @@ class Loader(Engine, Protocol):
     def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
         """
         Returns the files to load *key* from: *files*, or others that give the same
-        model faster.
-
-        Blocks: for some system calls.
+        model faster. Blocks for some system calls.
         """
 
     def read_ahead(self, files: ModelFiles) -> None:
@@ -227,8 +217,8 @@ class Loader(Engine, Protocol):
 
     def follow_up(self, loaded: LoadedModel) -> None:
         """
-        Starts work that makes the next load of this model faster, such as building a
-        variant. Called when nothing waits for this load any more. Returns at once.
+        Starts work, such as building a variant, that makes the next load of this model
+        faster, once nothing waits for this load any more. Returns at once.
         """
 
     # Measurements, which correct later footprints ------------------------------------
@@ -249,8 +239,7 @@ class Loader(Engine, Protocol):
 
     def parked(self) -> Mapping[ModelKey, int]:
         """
-        Returns the unloaded models that have a host copy of their weights, with its
-        bytes.
+        Returns the bytes of the host copies of unloaded models' weights.
         """
 
     def forget(self, key: ModelKey) -> None:
@@ -293,11 +282,8 @@ class Loader(Engine, Protocol):
 
     def quiesce(self, loaded: LoadedModel, timeout_s: float) -> bool:
         """
-        Keeps daemon threads from beginning calls on a model, as the interpreter ends,
-        and waits for calls in flight.
-
-        Returns:
-            True if they ended in time.
+        Stops daemon threads at a model, as the interpreter ends, and waits for calls in
+        flight. Returns True if they ended in time.
         """
 
     # Calls ---------------------------------------------------------------------------
@@ -319,6 +305,5 @@ class Loader(Engine, Protocol):
         Returns the samples of *audio*: float32 (samples,), mono, 16 kHz.
 
         Raises:
-            AudioError: it cannot be decoded.
-            OSError: it cannot be opened.
+            AudioError, OSError: it cannot be decoded, or opened.
         """

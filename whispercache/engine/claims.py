@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _END, _START = "<|endoftext|>", "<|startoftranscript|>"
 _NO_TIMESTAMPS, _TRANSCRIBE = "<|notimestamps|>", "<|transcribe|>"
 _CANTONESE = "<|yue|>"
-
 # Those that faster-whisper looks up: tasks and languages. Timestamps are counted from
 # the one before them, whatever stands there.
 _SPECIAL = re.compile(r"<\|(?:endoftext|startof\w+|trans\w+|no[cst]\w+|[a-z]{2,3})\|>")
@@ -136,13 +135,8 @@ def check_claims(directory: str, header: ModelHeader) -> Claims:
 def _check_config(
     directory: str, config: Mapping[str, object], vocabulary: Vocabulary, rows: int
 ) -> None:
-    """
-    Checks that what CTranslate2 reads in each call, without a look if it is there, is
-    there and within the vocabulary.
-
-    Source: src/models/whisper.cc:321 and 601, include/ctranslate2/decoding_utils.h:44 @
-    0d8bcd3.
-    """
+    # CTranslate2 looks nothing up before it uses it. Source: src/models/whisper.cc:321
+    # and 601, include/ctranslate2/decoding_utils.h:44 @ 0d8bcd3.
     needed = [_BEGIN, _LANGUAGES] if vocabulary.is_multilingual else [_BEGIN]
     for name in needed:
         if name not in config:
@@ -205,8 +199,7 @@ def unalignable(directory: str, problem: str) -> CorruptModel:
 
 def undetectable(directory: str) -> CorruptModel:
     """
-    Returns the error that refuses to detect a language where config.json names none, as
-    after the conversion of some fine-tunes.
+    Returns the error that refuses to detect a language where config.json has none.
     """
     cure = (
         "name the language of each call, or take over lang_ids from the config.json of "
@@ -219,12 +212,10 @@ def undetectable(directory: str) -> CorruptModel:
 
 
 def _check_mels(directory: str, mels: int) -> None:
-    """
-    Checks the number of mel bands; without the file the header's is used.
-    """
     name = "preprocessor_config.json"
     cure = f"take the {name} of the original model, or delete it"
     content = _read(directory, name)
+    # Without the file the header's number is used.
     if content is None:
         return
     try:
@@ -353,9 +344,6 @@ def _is_usual(added: Sequence[tuple[str, int]], vocabulary: Vocabulary) -> bool:
 
 
 def _added(content: bytes) -> list[tuple[str, int]]:
-    """
-    Returns the tokens that a tokenizer.json adds to its words, with their numbers.
-    """
     place = _ADDED_TOKENS.search(content)
     if place is None:
         return []

@@ -202,8 +202,7 @@ def _check_lookups(
     consequence: str,
 ) -> None:
     """
-    Warns, once, if a function of faster-whisper's own no longer looks up one of the
-    *names* that are replaced for it.
+    Warns, once, if faster-whisper no longer looks up a name that is replaced for it.
     """
     missing = {
         f"{name} in {function.__qualname__}"
@@ -232,8 +231,7 @@ def _refuse(
     whisper: WhisperModel, method: str, error: Callable[[], CorruptModel]
 ) -> None:
     """
-    Makes a method raise an *error* where CTranslate2 would end the process, or give no
-    useful message.
+    Makes a method raise an *error* where CTranslate2 would end the process.
     """
 
     def refused(*_: object, **__: object) -> None:
@@ -245,17 +243,14 @@ def _refuse(
 
 
 def _tokenizer_of(files: ModelFiles, kept: KeptModels) -> Tokenizer:
-    """
-    Returns the tokenizer of a model: its own, or else OpenAI's with the same tokens.
-    """
     path = Path(files.directory, "tokenizer.json")
     vocabulary = claims_of(files).vocabulary
     if path.is_file():
         found, origin = kept.tokenizer(str(path)), "tokenizer.json"
     else:
-        repository = vocabulary.tokenizer
-        found = _tokenizer_from_hub(files.directory, repository)
-        origin = f"the tokenizer of {repository}"
+        # OpenAI's with the same tokens.
+        found = _tokenizer_from_hub(files.directory, vocabulary.tokenizer)
+        origin = f"the tokenizer of {vocabulary.tokenizer}"
     check_tokens(files.directory, vocabulary, found, origin)
     return found
 

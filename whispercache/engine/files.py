@@ -164,8 +164,8 @@ def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
     if is_local and not may_load:
         raise LoadFailed(
             model,
-            f"{_state(model, options)} and local_files_only is set; allow the download, "
-            "or give the directory of a model",
+            f"{_state(model, options)} and local_files_only is set; allow the "
+            "download, or give the directory of a model",
         )
     if not is_local and not (may_load and is_whole(model, options)):
         _log.info("downloading %s", model)

@@ -34,15 +34,11 @@ _log = logging.getLogger("whispercache")
 # Most models that are kept, whatever room there is: each has idle threads. Those with a
 # host copy are not counted, as room alone bounds them.
 MOST_KEPT = 8
-
 # Size of a kept model besides its tokenizer. Source: growth of anonymous memory, CPU,
 # CTranslate2 4.8.5: 0.0 to 0.1 MiB.
 _OBJECT_BYTES = 128 * 1024
-
 # Source: likewise, tokenizers 0.23: 10.9 MiB for tiny.en, 13.0 to 13.9 for base.
 _TOKENIZER_BYTES_PER_TOKEN = 285
-
-
 # Seconds for which a busy model is asked again to unload before that counts as refused.
 # Source: right after a finished call 72 of 100 unloads did nothing, and a retry loop
 # ended within 4.2 ms (CTranslate2 4.8.5, CPU); the rest allows for a card's slowest
@@ -192,8 +188,7 @@ class KeptModels:
 
     def shrink(self, most_bytes: int, but: Collection[ModelKey] = ()) -> int:
         """
-        Drops kept models until all *but* some take no more than *most_bytes*, and
-        returns how many were dropped.
+        Drops models until all *but* some take *most_bytes* at most; returns how many.
         """
         dropped: list[KeptModel] = []
         with self._lock:

@@ -199,10 +199,8 @@ class FasterWhisperLoader:
     def _expected_bytes(
         self, key: ModelKey, files: ModelFiles, grown_bytes: int | None
     ) -> int:
-        """
-        Returns what an unload should give back to a card. The growth may be less than
-        the prediction where an allocator had kept memory of the model before.
-        """
+        # The growth may be less than the prediction where an allocator had kept memory
+        # of the model before.
         if key.device == "cpu":
             return 0
         n_bytes = self._sizer.weights_bytes(key, files)
@@ -359,10 +357,7 @@ class FasterWhisperLoader:
 
 
 def _check_unchanged(key: ModelKey, files: ModelFiles) -> None:
-    """
-    Refuses files that are no longer those whose header was read: with other weights the
-    footprint, the tokenizer and the variant would be wrong.
-    """
+    # With other weights the footprint, the tokenizer and the variant would be wrong.
     original = files.original or files
     if stamp_of(original.directory) != original.stamp:
         reason = "its files changed while the request waited; ask again"

@@ -48,7 +48,7 @@ class ModelSpec:
 
 def parse_spec(text: str) -> ModelSpec:
     """
-    Returns the model that *text* names: ``"base"``, ``"base:int8"``,
+    Returns the model of a text such as ``"base"``, ``"base:int8"``,
     ``"mine=/models/mine"``.
 
     Raises:
@@ -219,7 +219,8 @@ def anchored(name_or_path: str | os.PathLike[str]) -> str:
     name = os.fspath(name_or_path)
     path = directory_at(name)
     # A directory that only has the name of a size is none of ours; see above.
-    if _is_known(name) and not os.path.isfile(os.path.join(path, "model.bin")):
+    is_known = name in MODELS or name in ALIASES or name.lower() in _BY_OTHER_NAME
+    if is_known and not os.path.isfile(os.path.join(path, "model.bin")):
         return name
     # A path even if nothing is there yet.
     if not path and name.startswith((".", "~")):
@@ -233,7 +234,3 @@ def directory_at(name: str) -> str:
     """
     path = os.path.expanduser(name)
     return os.path.abspath(path) if os.path.isdir(path) else ""
-
-
-def _is_known(name: str) -> bool:
-    return name in MODELS or name in ALIASES or name.lower() in _BY_OTHER_NAME

@@ -24,12 +24,10 @@ if TYPE_CHECKING:
 
 # Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
 QUIET_LOOKS = 10
-
 # Variable for the telemetry of onnxruntime, which finds speech for faster-whisper: from
 # 1.29 on its first import starts a thread for that, and writes an id and a database
 # into the user's cache directory, unless this is set before.
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
-
 # Values that disable it, in any case and between spaces; "2" does not. Source: tried
 # with onnxruntime 1.32.0 for Linux; its Privacy.md names "1".
 _DISABLING = frozenset({"1", "true", "yes", "on"})
@@ -68,10 +66,7 @@ def ctranslate2() -> ModuleType:
 @functools.cache
 def keep_telemetry_off() -> bool:
     """
-    Sets the variable for this process and its children, unless the user has set it.
-
-    Returns:
-        True if it was set here. Asked once: a later call changes nothing.
+    Sets the variable for this process and its children, once; False if the user has.
     """
     if TELEMETRY in os.environ:
         return False

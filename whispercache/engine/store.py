@@ -141,7 +141,8 @@ class ModelStore:
         except RuntimeError as error:
             # There are too many threads, or the interpreter ends.
             _log.debug("%s is not read ahead: %s", path, error)
-            self._is_read(path)
+            with self._lock:
+                self._reading.discard(path)
 
     def _read_ahead(self, path: Path) -> None:
         try:
@@ -150,11 +151,8 @@ class ModelStore:
             # The load will raise it.
             _log.debug("%s is not read ahead: %s", path, error)
         finally:
-            self._is_read(path)
-
-    def _is_read(self, path: Path) -> None:
-        with self._lock:
-            self._reading.discard(path)
+            with self._lock:
+                self._reading.discard(path)
 
     def read(self, files: ModelFiles) -> None:
         try:
@@ -163,9 +161,6 @@ class ModelStore:
             raise LoadFailed(files.directory, f"it cannot be read: {error}") from error
 
     def forked(self) -> None:
-        """
-        Forgets, in a forked child, what threads of the parent are doing.
-        """
         self._lock = threading.Lock()
         self._downloading.clear()
         self._reading = set()
@@ -183,9 +178,6 @@ def read_through(path: Path) -> None:
 
 
 def _wanted_variant(key: ModelKey, files: ModelFiles) -> tuple[Origin, str] | None:
-    """
-    Returns the origin and the kind of the variant that *key* could use, if any.
-    """
     if files.original is not None or not isinstance(files.source, ModelHeader):
         return None
     kind = kind_for(files.source, key.compute_type)

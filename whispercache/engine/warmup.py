@@ -54,7 +54,6 @@ _SPECIAL = [
 _TIMES = [f"<|{step * 0.02:.2f}|>" for step in range(1501)]
 _TOKENS = [*_WORDS, *_SPECIAL, *_TIMES]
 _IDS = {token: number for number, token in enumerate(_TOKENS)}
-
 # Heads of width 64, as in every Whisper.
 _MICRO = Architecture(
     d_model=128,
@@ -66,13 +65,11 @@ _MICRO = Architecture(
     vocabulary=len(_TOKENS),
 )
 _NOISE = 0.02
-
 # Tokens of an answer: each step after the first few repeats what was done.
 _STEPS = 6
 
 _BATCH = 2
 _BEAMS = 5
-
 # What both pipelines of faster-whisper say in each call of generate().
 _ALWAYS: dict[str, Any] = {
     "length_penalty": 1.0,
@@ -276,13 +273,9 @@ def _encode(ctranslate2: ModuleType, model: Whisper, windows: int) -> StorageVie
     return model.encode(ctranslate2.StorageView.from_array(features), to_cpu=False)
 
 
+# The calls of ``WhisperModel.transcribe``. Source: faster-whisper 1.2.1, transcribe.py,
+# generate_with_fallback and find_alignment.
 def _transcribe(model: Whisper, encoded: StorageView) -> None:
-    """
-    Makes the calls of ``WhisperModel.transcribe``, with word timestamps and a prompt.
-
-    Source: faster-whisper 1.2.1, transcribe.py, generate_with_fallback and
-    find_alignment.
-    """
     # CTranslate2 4.2.1 goes by the size of the vocabulary, and takes this for English.
     if model.is_multilingual:
         model.detect_language(encoded)
@@ -308,12 +301,8 @@ def _transcribe(model: Whisper, encoded: StorageView) -> None:
     model.align(encoded, start, words, AUDIO_FRAMES, median_filter_width=7)
 
 
+# Those of ``BatchedInferencePipeline.transcribe``. Source: generate_segment_batched.
 def _transcribe_batch(model: Whisper, encoded: StorageView) -> None:
-    """
-    Makes the calls of ``BatchedInferencePipeline.transcribe``.
-
-    Source: faster-whisper 1.2.1, transcribe.py, generate_segment_batched.
-    """
     start = _ids("<|startoftranscript|>", "<|en|>", "<|transcribe|>")
     model.generate(
         encoded,

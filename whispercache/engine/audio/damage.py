@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 # Seconds that timestamps may leave out before that counts as missing: in containers
 # that keep milliseconds, or times of arrival, they tremble.
 JUMP_S = 0.1
-
 # Beginnings of what stands between joined files and is no audio.
 _TAGS = (b"ID3", b"TAG", b"APETAGEX")
 
@@ -64,8 +63,7 @@ class AudioDamage:
 
 class Losses:
     """
-    The losses of a stream, counted as it is decoded: *n_bytes* of packets gave
-    *heard_s* seconds; the rest as in `AudioDamage`.
+    The losses of a stream, of whose packets *n_bytes* gave *heard_s* seconds.
     """
 
     def __init__(self) -> None:
@@ -135,9 +133,7 @@ class Losses:
         return AudioDamage(self.packets, self.broken_s, self.missing_s, self.breaks_off)
 
     def _close(self, gap_s: float) -> None:
-        """
-        Counts a stretch of broken packets, over which timestamps went by *gap_s*.
-        """
+        # Over the stretch of broken packets, timestamps went by gap_s.
         if not self._is_tag:
             self.packets += self._stretch
             # Timestamps know better, but a joined file starts them anew.

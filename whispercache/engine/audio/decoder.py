@@ -1,8 +1,8 @@
 """
 The decoding of a file or a stream to samples, for the library and the server alike.
 
-It goes packet by packet, as in FFmpeg's own programs: a broken packet is left out, and
-all that follows is heard. The losses are counted.
+It goes packet by packet, as in FFmpeg's own programs: a broken packet is left out,
+counted, and all that follows is heard.
 
 This module imports PyAV and the standard library alone, since each new process of the
 server waits for its imports.
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 SAMPLES_PER_S = 16_000
 SAMPLE_BYTES = 2
-
 # The errors that PyAV was seen to raise on broken files, and their kin. A mistake in
 # the caller (a wrong name, say) raises none of these.
 UNDECODABLE = (
@@ -58,15 +57,12 @@ GROUP_SAMPLES = 50_000
 # time takes up to 1.9 times as long as faster-whisper, whose groups have 500,000
 # samples; with these it is 0.5 to 1.0 times (benchmarks/decode.py).
 GROUP_S = 30
-
 # Seconds that must be lost before it is told. No syllable is shorter, and the seam of
 # two joined files is: one or two packets, of 26 ms each in an mp3.
 WORTH_TELLING_S = 0.1
-
 # Errors of FFmpeg's where a container cannot be read on: it is broken there, or a part
 # of another kind was joined to it. All others are the machine's or the network's.
 _OF_CONTENT = (ValueError, av.error.PatchWelcomeError)
-
 # Containers whose header says how long each stream is, and not by way of an estimate.
 _COUNTED = frozenset({"flac", "mov"})
 
@@ -185,10 +181,6 @@ def _refusal(source: object) -> str:
 
 
 def _is_of_path(error: BaseException, source: object) -> bool:
-    """
-    Tells errors about the path itself from those that name a file inside of it, or
-    were FFmpeg's words for broken content.
-    """
     kinds = (FileNotFoundError, IsADirectoryError, PermissionError)
     if not isinstance(source, str) or not isinstance(error, kinds):
         return False
@@ -205,9 +197,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _joined(pieces: list[memoryview]) -> NDArray[np.float32]:
-    """
-    Returns the samples as floats, and empties *pieces*: long audio is in memory once.
-    """
+    # The list is emptied on the way, so that long audio is in memory once.
     import numpy as np
 
     n_samples = sum(piece.nbytes for piece in pieces) // SAMPLE_BYTES

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 BLOCK_S = 30
 # Seconds of audio that are a block, and above which audio is taken in blocks.
 LONG_S = 60
-
 # Powers of ten that the spectrogram spans; what is fainter is cut off. Source:
 # openai/whisper, audio.py, ``log_mel_spectrogram``; with the two lines after it.
 _RANGE = 8.0
@@ -88,13 +87,9 @@ class InBlocks:
         chunk_length: int | None = None,
     ) -> NDArray[np.float32]:
         """
-        Returns the log-Mel spectrogram of *waveform*: float32 (mels, frames), 100
-        frames a second; that of faster-whisper, up to the rounding of float32.
-
-        Args:
-            waveform: float32 (samples,), mono, 16 kHz.
-            padding: Samples of silence after it.
-            chunk_length: Seconds of a window, if not 30.
+        Returns the log-Mel spectrogram of *waveform*, float32 (samples,), with
+        *padding* samples of silence: float32 (mels, frames), 100 frames a second; that
+        of faster-whisper, up to the rounding of float32. *chunk_length* is in seconds.
         """
         extractor = self._extractor
         # Short audio costs little, and is the common case.

@@ -103,12 +103,8 @@ class InBlocks:
         self, audio: Samples, num_samples: int = 512, context_size_samples: int = 64
     ) -> Samples:
         """
-        Returns the probability of speech in each window: float32 (windows, 1).
-
-        Args:
-            audio: float32 (windows × *num_samples*,), whose end is silenced.
-            num_samples: Samples of a window.
-            context_size_samples: Samples of the window before that are seen with it.
+        Returns the probability of speech in each window: float32 (windows, 1). The end
+        of *audio*, float32 (windows × *num_samples*,), is silenced.
         """
         import numpy as np
 

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING
 
 from whispercache.engine.claims import unalignable
 from whispercache.engine.files import claims_of
-from whispercache.engine.sizes.architecture import Architecture
+from whispercache.engine.sizes.architecture import (
+    CANTONESE_TOKENS,
+    ENGLISH_TOKENS,
+    Architecture,
+)
 
 from .parameters import check_tokens
 
@@ -46,9 +50,7 @@ yi yiddish; yo yoruba; zh chinese; yue cantonese"""
 
 
 def _by_name(text: str) -> dict[str, str]:
-    entries = (
-        entry.strip().split(" ", 1) for entry in text.replace("\n", " ").split(";")
-    )
+    entries = (entry.strip().split(" ", 1) for entry in text.split(";"))
     return {name: code for code, name in entries}
 
 
@@ -80,15 +82,10 @@ _DETECT = ("", "auto")
 _LOCALE = re.compile(r"([a-z]{2,3})(?:-[a-z0-9]{1,8})+")
 _LONGEST_SHOWN = 20
 
-# Sizes of the vocabularies of Whisper's English-only models, and of those since
-# large-v3.
-_ENGLISH_TOKENS, _CANTONESE_TOKENS = 51864, 51866
-
 
 def language_code(language: str | None) -> str | None:
     """
-    Returns Whisper's code of a language, given by code, name, or locale; None to detect
-    it.
+    Returns Whisper's code of a language, or None to detect it.
 
     ``"de"``, ``"German"``, ``"de-AT"`` and ``"de_DE.UTF-8"`` are ``"de"``; None, empty
     text and ``"auto"`` ask for detection.
@@ -216,7 +213,7 @@ def check_knowledge(
 @functools.lru_cache(maxsize=64)
 def _by_size(n_tokens: int) -> Knowledge:
     # Compared, not looked up, so that any size has an answer.
-    if n_tokens <= _ENGLISH_TOKENS:
+    if n_tokens <= ENGLISH_TOKENS:
         return Knowledge(n_tokens, is_multilingual=False, languages=("en",))
-    codes = (c for c in LANGUAGES if c != "yue" or n_tokens >= _CANTONESE_TOKENS)
+    codes = (c for c in LANGUAGES if c != "yue" or n_tokens >= CANTONESE_TOKENS)
     return Knowledge(n_tokens, is_multilingual=True, languages=tuple(codes))

@@ -24,16 +24,13 @@ if TYPE_CHECKING:
 WINDOW_S = 30
 
 _TASKS = ("transcribe", "translate")
-
 # Temperatures that faster-whisper tries, one after the other, unless others are given.
 _LADDER = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-
 # Most tokens that a model writes in a window: its positions, less one for the prompt.
 # Source: faster_whisper/transcribe.py, ``WhisperModel.max_length``, 1.2.1.
 _LONGEST_TEXT = 447
 
 _LONGEST_SHOWN = 60
-
 # Source: faster_whisper/vad.py, ``get_speech_timestamps``, 512 samples.
 _VAD_WINDOW_S = 0.032
 
@@ -69,14 +66,14 @@ class _Call:
     def is_plain(self) -> bool:
         return not self.is_batched
 
+    def temperatures(self) -> tuple[object, ...]:
+        return temperatures_of(self.options)
+
     def samples(self) -> bool:
         return not self.is_batched and any(map(_is_above_0, self.temperatures()))
 
     def searches(self) -> bool:
         return self.is_batched or not all(map(_is_above_0, self.temperatures()))
-
-    def temperatures(self) -> tuple[object, ...]:
-        return temperatures_of(self.options)
 
     def detects(self) -> bool:
         return self.options.get("language") is None
@@ -110,12 +107,10 @@ def _refuse(name: str, wanted: str, value: object, *, kind: bool = False) -> Exc
 
 
 def _count(name: str, value: object, least: int = 1, most: int | None = None) -> int:
-    """
-    Returns a whole number within bounds; NumPy's will do, and so will True.
-    """
     wanted = f"a whole number of {least} or more"
     if most is not None:
         wanted = f"a whole number from {least} to {most}"
+    # NumPy's will do, and so will True.
     # operator.index() refuses 1.5 and "1", which int() would take.
     try:
         number = operator.index(value)  # type: ignore[arg-type]
@@ -185,14 +180,11 @@ def _where(matters: Callable[[_Call], bool], check: Check) -> Check:
 
 
 def _items(name: str, wanted: str, value: object) -> list[object]:
-    """
-    Returns a copy as a list: faster-whisper adds to it, and a second try needs the
-    original.
-    """
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(
         value, Iterable
     ):
         raise _refuse(name, wanted, value, kind=True)
+    # A copy: faster-whisper adds to it, and a second try needs the original.
     return list(value)
 
 
@@ -297,9 +289,7 @@ def _clips(name: str, value: object) -> list[dict[str, object]]:
 
 
 def _detection_threshold(call: _Call, name: str, value: object) -> object:
-    """
-    Returns 0 for None, which once meant that the first window decides.
-    """
+    # None meant in earlier versions of faster-whisper that the first window decides.
     if value is None:
         return 0.0 if call.detects() else value
     return _number(name, value)
@@ -309,12 +299,6 @@ def _detection_threshold(call: _Call, name: str, value: object) -> object:
 
 
 def _vad_parameters(call: _Call, name: str, value: object) -> object:
-    """
-    Returns a copy, which the pipeline writes into.
-
-    Options have no limit unless one is given, and the pipeline would not hear what is
-    beyond 30 s of a stretch of speech; in a mapping it sets the limit itself.
-    """
     if not call.filters() or value is None:
         return value
     if isinstance(value, Mapping):
@@ -331,6 +315,8 @@ def _vad_parameters(call: _Call, name: str, value: object) -> object:
     known = (*_VAD_RULES, "neg_threshold", _VAD_LIMIT)
     fields = {key: getattr(value, key) for key in known if hasattr(value, key)}
     _check_vad(name, fields)
+    # Options have no limit unless one is given, and the pipeline would not hear what is
+    # beyond 30 s of a stretch of speech; in a mapping it sets the limit itself.
     own: Any = copy.copy(value)
     if call.is_batched:
         window_s: Any = call.options.get("chunk_length") or WINDOW_S
@@ -405,12 +391,7 @@ def checked(
 ) -> dict[str, object]:
     """
     Returns a copy of the parameters of one call, which faster-whisper can work with and
-    write into.
-
-    Args:
-        options: By name; see `bound`.
-        is_batched: They are for the batched pipeline.
-        vad_names: Names that ``vad_parameters`` may have, if they are known.
+    write into. In ``vad_parameters`` only *vad_names* may be, if there are any.
 
     Raises:
         TypeError, ValueError: one of them is nonsense.

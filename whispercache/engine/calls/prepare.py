@@ -146,9 +146,6 @@ def _values(
 
 
 def _check_position(audio: AudioInput) -> None:
-    """
-    Refuses a stream that has nothing left to read, as after it was written.
-    """
     if not hasattr(audio, "seek") or not hasattr(audio, "tell"):
         return
     try:

@@ -52,13 +52,11 @@ if TYPE_CHECKING:
 _HOST_BYTES_PER_TOKEN = 340
 # What parsing tokenizer.json takes besides; 13 to 29 MiB, measured as above.
 _PARSING_BYTES_PER_TOKEN = 600
-
 # Hidden states at the peak of the encoder, besides the attention scores. Source: a
 # layer holds 6 (CTranslate2 src/layers/attention.cc @ 0d8bcd3); on the CPU malloc keeps
 # freed ones, and 5 to 18 were measured, mostly 6 to 13.
 _CUDA_BUFFERS = 6
 _CPU_BUFFERS = 12
-
 # What a load on the CPU reserves, as a multiple of its predicted peak. Source: with the
 # heap's holes and the kept tokenizer of the model before, loads of base to int8 in turn
 # with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
@@ -66,14 +64,11 @@ HEAP_SLACK = 1.25
 
 _SAMPLES_BYTES_PER_S = 4 * 16_000
 _FRAMES_PER_S = 100
-
 # Memory of the detection of voice activity for a block (speech.py).
 _VAD_BYTES = 16 * 1024**2
-
 # Size of the batched pipeline's windows, padded to 30 s, as a multiple of the features
 # in them. At most 2: two in a row are more than 30 s together, or they would be one.
 _PADDED = 1.5
-
 # Most that features take while they are made: 0.9 MiB for each second of up to a
 # minute, and less for the blocks of longer audio (features.py).
 _EXTRACTING_BYTES = 54 * 1024**2
@@ -217,16 +212,14 @@ def estimate(
     source: Source,
     compute_type: str,
     device: str,
-    workload: Workload | None = None,
+    workload: Workload = DEFAULT_WORKLOAD,
 ) -> Footprint:
     """
     Returns the footprint of a model whose header or architecture is known; the latter
     is that of a float16 file. *compute_type* is an effective one.
     """
     architecture = architecture_of(source)
-    workspace = workspace_bytes(
-        architecture, compute_type, device, workload or Workload()
-    )
+    workspace = workspace_bytes(architecture, compute_type, device, workload)
     weights = weights_bytes(source, compute_type, device)
     converting = converting_bytes(source, compute_type)
     host_bytes = architecture.vocabulary * _HOST_BYTES_PER_TOKEN

@@ -118,10 +118,6 @@ def read_header(path: str | os.PathLike[str]) -> ModelHeader:
 
 
 class _Reader:
-    """
-    A cursor over an open model.bin that reads small windows and skips payloads.
-    """
-
     def __init__(self, file: BinaryIO, path: Path, size_bytes: int) -> None:
         self._file = file
         self._path = path

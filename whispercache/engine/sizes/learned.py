@@ -35,7 +35,6 @@ _ENOUGH = 3
 # Outside of this another thread allocated or freed meanwhile.
 _PLAUSIBLE = (0.8, 1.5)
 _LOCK_TIMEOUT_S = 2.0
-
 # Stands for a model's name where calls of all models are meant.
 _CALLS = "(calls)"
 
@@ -110,27 +109,18 @@ class LearnedFootprints:
             return round(predicted_bytes * statistics.median(ratios))
 
     def _record_locked(self, key: str, ratio: float) -> None:
-        if not self._is_writable:
-            _append(self._loaded_locked(), key, ratio)
-            return
         from filelock import FileLock, Timeout
 
         try:
-            path = self._file()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
-                # Read again under the lock: another process may have written.
-                ratios = _read(path)
-                _append(ratios, key, ratio)
-                # Beside it, so that the rename is atomic: others read without the lock.
-                new = path.with_suffix(".new")
-                text = json.dumps(ratios, indent=1, sort_keys=True)
-                try:
-                    new.write_text(text, encoding="utf-8")
-                    new.replace(path)
-                finally:
-                    new.unlink(missing_ok=True)
-            self._ratios = ratios
+            if self._is_writable:
+                path = self._file()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
+                    # Read again under the lock: another process may have written.
+                    ratios = _with(_read(path), key, ratio)
+                    _replace(path, json.dumps(ratios, indent=1, sort_keys=True))
+                self._ratios = ratios
+                return
         except (OSError, Timeout, NotImplementedError) as error:
             self._is_writable = False
             _log.warning(
@@ -138,7 +128,7 @@ class LearnedFootprints:
                 "XDG_CACHE_HOME to a directory that can be written",
                 error,
             )
-            _append(self._loaded_locked(), key, ratio)
+        self._ratios = _with(self._loaded_locked(), key, ratio)
 
     def _loaded_locked(self) -> dict[str, list[float]]:
         if self._ratios is None:
@@ -149,9 +139,7 @@ class LearnedFootprints:
         return self._ratios
 
     def _file(self) -> Path:
-        if self._path is None:
-            self._path = user_cache() / "footprints.json"
-        return self._path
+        return self._path or user_cache() / "footprints.json"
 
 
 @dataclass(slots=True)
@@ -189,9 +177,6 @@ class Sizer:
         return reserved(corrected, key.device)
 
     def weights_bytes(self, key: ModelKey, files: ModelFiles) -> int:
-        """
-        Returns the predicted bytes of the weights; 0 if nothing is known of *files*.
-        """
         if files.source is None:
             return 0
         return _estimate(files.source, key.compute_type, key.device).weights_bytes
@@ -212,13 +197,10 @@ class Sizer:
         self.learned.record(_CALLS, "", device_name, predicted_bytes, measured_bytes)
 
     def _name_of(self, device: str) -> str:
-        """
-        Returns the name of the hardware, or its place where no driver of NVIDIA knows
-        it.
-        """
         try:
             return self.probe.device_name(device)
         except DeviceUnavailable as error:
+            # No driver of NVIDIA knows it, as with ROCm.
             _log.debug("%s has no name: %s", device, error)
             return device
 
@@ -227,9 +209,21 @@ def _key(model: str, compute_type: str, device_name: str) -> str:
     return json.dumps([model, compute_type, device_name])
 
 
-def _append(ratios: dict[str, list[float]], key: str, ratio: float) -> None:
+def _with(
+    ratios: dict[str, list[float]], key: str, ratio: float
+) -> dict[str, list[float]]:
     # The latest ones: a new driver or library counts after three loads.
-    ratios[key] = [*ratios.get(key, []), ratio][-_KEPT:]
+    return {**ratios, key: [*ratios.get(key, []), ratio][-_KEPT:]}
+
+
+def _replace(path: Path, text: str) -> None:
+    # Renamed, which is atomic: others read without the lock.
+    new = path.with_suffix(".new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, list[float]]:

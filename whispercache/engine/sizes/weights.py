@@ -88,9 +88,6 @@ def _loaded_dtype(variable: Variable, compute_type: str) -> str:
 
 
 def _resident_bytes(variable: Variable, compute_type: str, *, on_cpu: bool) -> int:
-    """
-    Returns the bytes of one saved tensor once it is loaded, its scales included.
-    """
     if not variable.shape or variable.name.endswith("weight_scale"):
         return 0
     dtype = _loaded_dtype(variable, compute_type)
@@ -105,8 +102,7 @@ def _resident_bytes(variable: Variable, compute_type: str, *, on_cpu: bool) -> i
 
 def converting_bytes(source: Source, compute_type: str) -> int:
     """
-    Returns the host bytes at the peak of reading and converting the file, tensor by
-    tensor in the worst order: the real one is that of a hash map.
+    Returns the host bytes at the worst peak of reading and converting the file.
     """
     total = worst = 0
     for each in _tensors(source)[0]:
@@ -122,8 +118,7 @@ def converting_bytes(source: Source, compute_type: str) -> int:
 
 def output_copy_bytes(architecture: Architecture, compute_type: str) -> int:
     """
-    Returns the bytes of the second output layer that the first call makes, with its
-    rows padded for tensor cores.
+    Returns the bytes of the padded second output layer that the first call makes.
 
     Source: CTranslate2 src/layers/decoder.cc:72-139, src/types.cc:345-363 @ 0d8bcd3.
     """

@@ -1,10 +1,10 @@
 """
 Builds of variants in the background, by a process of the lowest priority.
 
-A thread would do the same work in this process, but with the share of a core that the
-models could use, and with the GIL now and then. Beside work on all cores it is felt all
-the same, for the second that it takes: OpenMP's threads meet thousands of times a
-second, and one that sleeps meanwhile has to get its core back (benchmarks/overlap.py).
+A thread would take the share of a core that the models could use, and the GIL now and
+then. Beside work on all cores the process is felt all the same, for the second that it
+takes: OpenMP's threads meet thousands of times a second, and one that sleeps meanwhile
+has to get its core back (benchmarks/overlap.py).
 """
 
 from __future__ import annotations

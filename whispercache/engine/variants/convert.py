@@ -2,15 +2,14 @@
 The conversion of a model.bin to another weight type, exactly as a load would do it.
 
 CTranslate2 converts a file to the compute type at each load. Here that is done once,
-variable by variable and block by block, in a few megabytes of memory. Only what every
-load converts alike is converted: for int8 the linear layers and embeddings, each row
-with a scale of its own. All else stays as it was saved, such as convolutions, and each
-load converts it; so one int8 file serves int8_float32, int8_float16
-and int8_bfloat16, and the loaded weights are the same to the last bit.
+block by block, in a few megabytes of memory. Only what every load converts alike is
+converted: for int8 the linear layers and embeddings, each row with a scale of its own.
+So one int8 file serves int8_float32, int8_float16 and int8_bfloat16, and the loaded
+weights are the same to the last bit.
 
-``ctranslate2.specs`` can write such files, too, but `optimize` quantizes convolutions,
-which a load does not: the encoder's output differs (by 17.8 at most, CTranslate2
-4.8.5). And it holds the whole model in memory.
+``ctranslate2.specs`` can write such files, too, but holds the whole model in memory,
+and `optimize` quantizes convolutions, which a load does not: the encoder's output
+differs (by 17.8 at most, CTranslate2 4.8.5).
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 # Weight types that can be written. numpy has no bfloat16, and int16 is scaled
 # otherwise.
 KINDS = ("int8", "float32", "float16")
-
 # The version decides how a quantized model rounds; all Whisper files have this one.
 # Source: CTranslate2 src/models/model.cc, round_before_cast_in_quantization.
 _VERSION = 6
@@ -119,11 +117,9 @@ def _is_quantized(variable: Variable, kind: str) -> bool:
 
 
 def _dtype(variable: Variable, kind: str) -> str:
-    """
-    Returns the type that a variable is written in; single numbers stay as they are.
-    """
     if _is_quantized(variable, kind):
         return "int8"
+    # Single numbers stay as they are.
     is_float = bool(variable.shape) and variable.dtype in _FLOATS
     return kind if is_float and kind != "int8" else variable.dtype
 
@@ -164,11 +160,7 @@ def _write_variable(
 def _quantize(
     rows: NDArray[np.float32],
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """
-    Returns whole numbers and their scales, row by row, as CTranslate2 on the CPU.
-
-    Source: CTranslate2 src/cpu/kernels.cc, quantize_s8 @ 0d8bcd3.
-    """
+    # As on the CPU. Source: CTranslate2 src/cpu/kernels.cc, quantize_s8 @ 0d8bcd3.
     import numpy as np
 
     largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))

@@ -2,12 +2,12 @@
 The store of variants: copies of models in another weight type, in the user's cache.
 
 A load whose file has another type converts it each time, which takes several times as
-long as reading it. A variant is the same model converted once: a directory with a
-model.bin in its type, copies of the small files beside it, and a manifest. It appears
-whole, by a rename, or not at all; one that somebody has written to is removed.
+long as reading it. A variant was converted once: a directory with a model.bin, the
+small files beside it, and a manifest. It appears whole, by a rename, or not at all; one
+that somebody has written to is removed.
 
 Its name is a digest of the source, the version of the library that loads it, and the
-type. So a variant of a changed source is not found, and is removed when its room is
+type. So a variant of a changed source is not found, and removed when its room is
 needed.
 """
 
@@ -37,14 +37,11 @@ _log = logging.getLogger("whispercache")
 
 # Size of a model.bin below which converting it costs too little to matter.
 MIN_SOURCE_BYTES = 16 * 1024**2
-
 # Bytes that a new variant leaves free on its disk.
 KEPT_FREE_BYTES = 2 * 1024**3
-
 # Seconds after its last use in which a variant is not removed for another one: two that
 # take turns would be written again and again.
 IN_USE_S = 3600.0
-
 # Most seconds that a build waits for others that build.
 LOCK_S = 1800.0
 
@@ -89,13 +86,11 @@ class Variant:
 
 class Variants:
     """
-    The variants of a user, by default in the user's cache directory. Thread-safe, and
-    safe between processes.
+    The variants of a user, for an *engine*: name and version of the library that loads
+    them. All of them may take *limit_bytes*. Without a *directory* they are in the
+    user's cache directory.
 
-    Args:
-        engine: Name and version of the library that loads them.
-        limit_bytes: Most bytes that all of them may take.
-        directory: Their directory, if it is another one.
+    Thread-safe, and safe between processes.
     """
 
     def __init__(
@@ -112,19 +107,15 @@ class Variants:
     @property
     def directory(self) -> Path:
         """
-        The directory of the variants.
+        The directory of the variants. Raises an OSError if the user has none.
         """
-        if self._directory is None:
-            self._directory = user_cache() / "variants"
-        return self._directory
+        return self._directory or user_cache() / "variants"
 
     # Use -----------------------------------------------------------------------------
 
     def find(self, source: Origin, kind: str) -> Path | None:
         """
-        Returns the directory of a variant that can be trusted, if there is one.
-
-        Blocks: for some system calls.
+        Returns the directory of a variant that can be trusted, if any. Blocks briefly.
         """
         try:
             directory = self.directory / self._name(source, kind)
@@ -227,15 +218,11 @@ class Variants:
     def _remove_stale(self, source: Origin, kind: str) -> None:
         for other in self.list():
             # Those of another version may be in use by another environment.
-            place = (other.source, other.kind, other.engine)
-            taken = (str(source.directory), kind, self.engine)
-            if other.state == "stale" and place == taken:
+            place = (other.state, other.source, other.kind, other.engine)
+            if place == ("stale", str(source.directory), kind, self.engine):
                 self._remove_if_possible(other)
 
     def _make_room(self, n_bytes: int) -> None:
-        """
-        Removes what was least recently used until *n_bytes* more are within the limit.
-        """
         limit = format_bytes(self.limit_bytes)
         wanted = f"it takes {format_bytes(n_bytes)}"
         if n_bytes > self.limit_bytes:
@@ -280,9 +267,7 @@ class Variants:
 
     def list(self) -> list[Variant]:
         """
-        Returns all variants on the disk, of whatever source.
-
-        Blocks: for system calls.
+        Returns all variants on the disk, of whatever source. Blocks for system calls.
         """
         if not self.directory.is_dir():
             return []
@@ -351,14 +336,10 @@ def _write(
 
 
 def _small_files(directory: Path) -> dict[str, bytes]:
-    """
-    Returns the files beside the weights, a vocabulary in JSON as lines, which
-    CTranslate2 reads in half the time.
-
-    Source: a third of a load of base as int8, 52 ms against 37 (CTranslate2 4.8.5).
-    """
     paths = (directory / name for name in SMALL_FILES)
     found = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    # CTranslate2 takes twice as long to read a vocabulary in JSON: a third of a load of
+    # base as int8, 52 ms against 37 (4.8.5).
     lines = _as_lines(found.get("vocabulary.json", b""))
     if lines is not None:
         del found["vocabulary.json"]
@@ -367,9 +348,6 @@ def _small_files(directory: Path) -> dict[str, bytes]:
 
 
 def _as_lines(vocabulary: bytes) -> bytes | None:
-    """
-    Returns a vocabulary in JSON, line by line; None if that would be another one.
-    """
     try:
         tokens = json.loads(vocabulary)
     except ValueError:
