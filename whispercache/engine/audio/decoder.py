@@ -52,10 +52,10 @@ UNDECODABLE = (
     ValueError,
 )
 
-GROUP_SAMPLES = 50_000
 # Samples, and seconds at a low rate, that are resampled at once. Source: one frame at a
 # time takes up to 1.9 times as long as faster-whisper, whose groups have 500,000
 # samples; with these it is 0.5 to 1.0 times (benchmarks/decode.py).
+GROUP_SAMPLES = 50_000
 GROUP_S = 30
 # Seconds that must be lost before it is told. No syllable is shorter, and the seam of
 # two joined files is: one or two packets, of 26 ms each in an mp3.

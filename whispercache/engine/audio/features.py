@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-BLOCK_S = 30
 # Seconds of audio that are a block, and above which audio is taken in blocks.
+BLOCK_S = 30
 LONG_S = 60
 # Powers of ten that the spectrogram spans; what is fainter is cut off. Source:
 # openai/whisper, audio.py, ``log_mel_spectrogram``; with the two lines after it.

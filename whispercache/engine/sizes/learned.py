@@ -113,7 +113,7 @@ class LearnedFootprints:
 
         try:
             if self._is_writable:
-                path = self._file()
+                path = self._file
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
                     # Read again under the lock: another process may have written.
@@ -133,11 +133,12 @@ class LearnedFootprints:
     def _loaded_locked(self) -> dict[str, list[float]]:
         if self._ratios is None:
             try:
-                self._ratios = _read(self._file())
+                self._ratios = _read(self._file)
             except OSError:
                 self._ratios = {}
         return self._ratios
 
+    @functools.cached_property
     def _file(self) -> Path:
         return self._path or user_cache() / "footprints.json"
 

@@ -94,17 +94,14 @@ class Variants:
     """
 
     def __init__(
-        self,
-        engine: str,
-        limit_bytes: int,
-        directory: Path | None = None,
+        self, engine: str, limit_bytes: int, directory: Path | None = None
     ) -> None:
         self.engine: str = engine
         self.limit_bytes: int = limit_bytes
         self._directory = directory
         self._rejected: set[str] = set()
 
-    @property
+    @functools.cached_property
     def directory(self) -> Path:
         """
         The directory of the variants. Raises an OSError if the user has none.
@@ -299,11 +296,10 @@ class Variants:
         except OSError as error:
             _log.warning("a variant cannot be read: %s", error)
             return Variant(directory, 0, 0.0, "broken")
+        state: Literal["ready", "stale", "broken"] = "broken"
+        if is_intact:
+            state = "ready" if self._is_current(directory, manifest) else "stale"
         told = (manifest.model, manifest.source, manifest.kind, manifest.engine)
-        if not is_intact:
-            return Variant(directory, n_bytes, used_s, "broken", *told)
-        is_current = self._is_current(directory, manifest)
-        state: Literal["ready", "stale"] = "ready" if is_current else "stale"
         return Variant(directory, n_bytes, used_s, state, *told)
 
     def _is_current(self, directory: Path, manifest: Manifest) -> bool:
