@@ -162,7 +162,7 @@ def _is_amount(number: float) -> bool:
     return 0 <= number < math.inf
 
 
-def _numeric(wanted: str, is_fine: Callable[[float], bool] = lambda _: True) -> Check:
+def _numeric(wanted: str, is_fine: Callable[[float], bool]) -> Check:
     return lambda _call, name, value: _number(name, value, wanted, is_fine)
 
 
