@@ -17,7 +17,7 @@ from real import child, micro, micro_copy
 
 from whispercache import ModelCache, UnknownModel, UnsupportedComputeType
 from whispercache.engine.naming import canonical_model
-from whispercache.engine.sizes.footprint import read_header
+from whispercache.engine.sizes.header import read_header
 from whispercache.keys import (
     ALIASES,
     COMPUTE_TYPES,

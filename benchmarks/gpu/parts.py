@@ -20,12 +20,9 @@ from whispercache.devices.nvml import driver_version
 from whispercache.devices.probe import SystemProbe
 from whispercache.engine.process import versions
 from whispercache.engine.sizes.architecture import TEXT_POSITIONS
-from whispercache.engine.sizes.footprint import (
-    Workload,
-    read_header,
-    weights_bytes,
-    workspace_bytes,
-)
+from whispercache.engine.sizes.footprint import Workload, workspace_bytes
+from whispercache.engine.sizes.header import read_header
+from whispercache.engine.sizes.weights import weights_bytes
 from whispercache.errors import DeviceUnavailable, WhisperCacheError, format_bytes
 from whispercache.events import (
     DeviceWarmedUp,

@@ -18,7 +18,8 @@ from gpu.card import Card, Parking
 from gpu.parts import Heard, noise, plain_cache, say
 from gpu.run import ASIDE, Child, Row
 from whispercache.devices.cuda import CudaError
-from whispercache.engine.sizes.footprint import read_header, weights_bytes
+from whispercache.engine.sizes.header import read_header
+from whispercache.engine.sizes.weights import weights_bytes
 from whispercache.errors import WhisperCacheError
 from whispercache.events import EvictionCause, ModelEvicted, ModelLoaded, ModelLoading
 

@@ -20,7 +20,8 @@ from gpu.parts import Heard, plain_cache, say
 from gpu.run import ASIDE, Row, cells_of, spawn
 from whispercache import ModelCache, Workload
 from whispercache.engine.process import versions
-from whispercache.engine.sizes.footprint import read_header, weights_bytes
+from whispercache.engine.sizes.header import read_header
+from whispercache.engine.sizes.weights import weights_bytes
 from whispercache.engine.variants.convert import Origin, kind_for
 from whispercache.engine.variants.store import Variants
 from whispercache.errors import WhisperCacheError

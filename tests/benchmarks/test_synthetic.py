@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from synthetic import model_bytes, write
 
 from whispercache.engine.sizes.architecture import ARCHITECTURES
-from whispercache.engine.sizes.footprint import read_header, weights_bytes
+from whispercache.engine.sizes.header import read_header
+from whispercache.engine.sizes.weights import weights_bytes
 
 SECONDS_2 = np.random.default_rng(0).standard_normal(32_000).astype(np.float32) / 10
 OTHER_2 = np.sin(np.arange(32_000) / 20).astype(np.float32)

@@ -14,7 +14,8 @@ from micro import build_micro
 from real import TEXT, micro, micro_copy
 from standin import ILLEGAL_ACCESS, OUT_OF_MEMORY, run_on_cards
 
-from whispercache.engine.sizes.footprint import HEAP_SLACK, estimate, read_header
+from whispercache.engine.sizes.footprint import HEAP_SLACK, estimate
+from whispercache.engine.sizes.header import read_header
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -28,7 +28,8 @@ from micro import build_micro
 from real import TEXT, micro
 from standin import OUT_OF_MEMORY, run_on_cards
 
-from whispercache.engine.sizes.footprint import estimate, read_header
+from whispercache.engine.sizes.footprint import estimate
+from whispercache.engine.sizes.header import read_header
 
 pytestmark = [needs_linux, pytest.mark.process]
 

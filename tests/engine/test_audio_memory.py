@@ -16,8 +16,8 @@ from real import MIB, at_once, clip, micro_copy, model_of
 from whispercache import ModelCache, ModelTooLarge, Workload, footprint
 from whispercache.engine.audio.speech import BLOCK_WINDOWS, InBlocks, bounded_names
 from whispercache.engine.calls.prepare import workload_of
+from whispercache.engine.sizes.architecture import ARCHITECTURES
 from whispercache.engine.sizes.footprint import (
-    ARCHITECTURES,
     DEFAULT_WORKLOAD,
     audio_bytes,
     rounded_audio_s,

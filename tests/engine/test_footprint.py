@@ -22,18 +22,17 @@ from hypothesis import strategies as st
 from micro import build_micro
 from real import packaged
 
-from whispercache.engine.sizes.architecture import ITEM_BYTES, layout
+from whispercache.engine.sizes.architecture import ARCHITECTURES, ITEM_BYTES, layout
 from whispercache.engine.sizes.footprint import (
-    ARCHITECTURES,
     HEAP_SLACK,
     Footprint,
     Workload,
     estimate,
     footprint,
-    read_header,
-    weights_bytes,
     workspace_bytes,
 )
+from whispercache.engine.sizes.header import read_header
+from whispercache.engine.sizes.weights import weights_bytes
 from whispercache.errors import CorruptModel, UnknownModel, UnsupportedComputeType
 from whispercache.keys import COMPUTE_TYPES, MODELS
 

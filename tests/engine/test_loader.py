@@ -184,7 +184,7 @@ class TestLoad:
         """
         CTranslate2 refuses it without a word; it is asked again until all is done.
         """
-        monkeypatch.setattr("whispercache.engine.unload.UNLOAD_TRIES_S", 30.0)
+        monkeypatch.setattr("whispercache.engine.kept.UNLOAD_TRIES_S", 30.0)
         loaded = load_busy(loader)
         model = loaded.whisper.model
         results = keep_busy(loaded, 100)
@@ -205,7 +205,7 @@ class TestLoad:
         loaded = load_busy(loader)
         model = loaded.whisper.model
         with monkeypatch.context() as patch:
-            patch.setattr("whispercache.engine.unload.UNLOAD_TRIES_S", 0.0)
+            patch.setattr("whispercache.engine.kept.UNLOAD_TRIES_S", 0.0)
             results = keep_busy(loaded, 100)
             released = loader.unload(loaded, load_follows=False)
         assert not released.confirmed

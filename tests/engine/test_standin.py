@@ -17,8 +17,8 @@ from standin import (
     run_on_cards,
 )
 
-from whispercache.engine.sizes.footprint import read_header, weights_bytes
-from whispercache.engine.sizes.weights import output_copy_bytes
+from whispercache.engine.sizes.header import read_header
+from whispercache.engine.sizes.weights import output_copy_bytes, weights_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ import pytest
 from real import child, micro
 
 from whispercache.cli import doctor
-from whispercache.engine import telemetry
+from whispercache.engine import process
 from whispercache.testing import FakeLoader, FakeMachine
 
 if TYPE_CHECKING:
@@ -46,15 +46,15 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     Nobody has said anything yet, and what is said here is forgotten.
     """
-    monkeypatch.setenv(telemetry.VARIABLE, "")
-    monkeypatch.delenv(telemetry.VARIABLE)
-    telemetry.keep_off.cache_clear()
+    monkeypatch.setenv(process.TELEMETRY, "")
+    monkeypatch.delenv(process.TELEMETRY)
+    process.keep_telemetry_off.cache_clear()
     yield
     monkeypatch.undo()
-    telemetry.keep_off.cache_clear()
+    process.keep_telemetry_off.cache_clear()
     # As the process was, if it has the variable.
-    if telemetry.VARIABLE not in os.environ:
-        telemetry.keep_off()
+    if process.TELEMETRY not in os.environ:
+        process.keep_telemetry_off()
 
 
 @pytest.mark.process
@@ -72,19 +72,19 @@ def test_what_the_user_has_said_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     On or off.
     """
     for said, is_off in (("0", False), ("", False), ("2", False), ("True", True)):
-        monkeypatch.setenv(telemetry.VARIABLE, said)
-        telemetry.keep_off.cache_clear()
-        assert telemetry.setting() == (is_off, "the environment")
-        assert os.environ[telemetry.VARIABLE] == said
+        monkeypatch.setenv(process.TELEMETRY, said)
+        process.keep_telemetry_off.cache_clear()
+        assert process.telemetry_setting() == (is_off, "the environment")
+        assert os.environ[process.TELEMETRY] == said
 
 
 def test_who_says_nothing_has_it_off_and_his_children_too() -> None:
     """
     The variable is there for as long as the process is.
     """
-    assert telemetry.setting() == (True, "whispercache")
-    assert os.environ[telemetry.VARIABLE] == "1"
-    assert telemetry.setting() == (True, "whispercache")
+    assert process.telemetry_setting() == (True, "whispercache")
+    assert os.environ[process.TELEMETRY] == "1"
+    assert process.telemetry_setting() == (True, "whispercache")
 
 
 class TestDoctor:
@@ -116,7 +116,7 @@ class TestDoctor:
         """
         Worth a note, no more.
         """
-        monkeypatch.setenv(telemetry.VARIABLE, "0")
+        monkeypatch.setenv(process.TELEMETRY, "0")
         found = self.found()
         assert found.mark == "note"
         assert "its telemetry is on, by the environment" in found.text

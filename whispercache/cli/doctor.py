@@ -20,8 +20,7 @@ from whispercache.devices.cublas import cublas_problem, cublas_version
 from whispercache.devices.cuda import DRIVER_LIBRARY
 from whispercache.devices.nvml import driver_version, nvml_problem
 from whispercache.devices.release import compile_reason, cublas_reason
-from whispercache.engine import telemetry
-from whispercache.engine.process import versions
+from whispercache.engine.process import TELEMETRY, telemetry_setting, versions
 from whispercache.errors import DeviceUnavailable, WhisperCacheError, format_bytes
 
 if TYPE_CHECKING:
@@ -150,8 +149,8 @@ def _onnxruntime() -> Finding:
             "not installed: vad_filter= and batch_size= find no speech without it",
             "pip install onnxruntime",
         )
-    is_off, by = telemetry.setting()
-    value = f"{telemetry.VARIABLE}={os.environ[telemetry.VARIABLE]}"
+    is_off, by = telemetry_setting()
+    value = f"{TELEMETRY}={os.environ[TELEMETRY]}"
     text = f"{version(name)}; its telemetry is {'off' if is_off else 'on'}, by {by}"
     if is_off:
         return Finding("works", "onnxruntime", f"{text} ({value})")
@@ -160,7 +159,7 @@ def _onnxruntime() -> Finding:
         "onnxruntime",
         f"{text} ({value}): from 1.29 on it sends usage data, and writes an id and a "
         "database into the cache directory",
-        f"unset {telemetry.VARIABLE}, or set it to 1, to keep it off",
+        f"unset {TELEMETRY}, or set it to 1, to keep it off",
     )
 
 

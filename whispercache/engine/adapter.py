@@ -18,17 +18,14 @@ from .sizes.architecture import HUB_COMPUTE_TYPE
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["completed"]
-
 
 def completed(engine: Engine) -> Loader:
     """
     Returns *engine* itself if it has all methods of a `Loader`, or else an object that
-    has its methods, and a default for each that it lacks.
+    has them, and a default for each that it lacks.
 
-    By default there is the CPU alone, all files are here, nothing is measured or kept
-    beside loaded models, calls take any parameters, and audio is decoded as for
-    faster-whisper.
+    By default there is the CPU alone, all files are here, nothing is measured or kept,
+    calls take any parameters, and audio is decoded as for faster-whisper.
 
     Raises:
         TypeError: it lacks a method of an `Engine`.
@@ -52,12 +49,7 @@ def _nothing(*_arguments: object, **_options: object) -> None:
     pass
 
 
-def _call(audio: object = None, **options: object) -> None:
-    """
-    Any call; for its signature.
-    """
-
-
+# The defaults of all optional methods. A test compares the names with `Loader`'s.
 _DEFAULTS: Mapping[str, Callable[..., object]] = {
     "devices": lambda: ("cpu",),
     "supported_compute_types": lambda device: TYPICAL_COMPUTE_TYPES[
@@ -82,11 +74,9 @@ _DEFAULTS: Mapping[str, Callable[..., object]] = {
     "forked": _nothing,
     "quiesce": lambda *_: True,
     "signatures": lambda: dict.fromkeys(
-        ("transcribe", "batched", "detect_language"), inspect.signature(_call)
+        ("transcribe", "batched", "detect_language"),
+        inspect.signature(lambda audio=None, **_: audio),
     ),
     "batched": lambda whisper: whisper.transcribe,
     "decode_audio": samples_of,
 }
-"""
-The defaults of all optional methods. A test compares the names with `Loader`'s.
-"""

@@ -1,5 +1,5 @@
 """
-Protocols: the parts that a cache needs of the library that runs the models.
+Protocols: all that a cache needs of the library that runs the models.
 
 A loader of your own needs an `Engine`'s three methods:
 
@@ -16,9 +16,8 @@ A loader of your own needs an `Engine`'s three methods:
 
     cache = ModelCache(loader=Stub())
 
-The other protocols are optional, method by method: `completed` adds what a loader lacks
-(see adapter.py for what that does), and makes a `Loader` of it, which the cache calls.
-loader.py has the one for faster-whisper, `whispercache.testing.FakeLoader` is a fake.
+The methods of the other protocols, which together are a `Loader`, are optional, each by
+itself: adapter.py adds what lacks.
 """
 
 from __future__ import annotations
@@ -44,18 +43,7 @@ if TYPE_CHECKING:
 
     AudioInput: TypeAlias = str | os.PathLike[str] | BinaryIO | NDArray[np.float32]
 
-__all__ = [
-    "Calls",
-    "Devices",
-    "Engine",
-    "HostMemory",
-    "LoadedModel",
-    "Loader",
-    "ModelStore",
-    "ProcessLife",
-    "Released",
-    "Sizes",
-]
+__all__ = ["Engine", "LoadedModel", "Loader", "Released"]
 
 
 @dataclass(slots=True)
@@ -103,7 +91,6 @@ class LoadedModel:
         """
         Counts the references to the model and to CTranslate2's part of it.
         """
-        # CTranslate2's part is counted too: a program may hold that alone.
         return sys.getrefcount(self.whisper) + sys.getrefcount(self.whisper.model)
 
 
@@ -161,9 +148,8 @@ class Engine(Protocol):
 
         Args:
             loaded: The model, which nothing uses.
-            load_follows: A load on the same device is next. Freed memory may be left
-                for it to use; it returns the rest to the system, or `return_memory`
-                does.
+            load_follows: A load on the same device is next, which may use freed memory,
+                and returns the rest to the system; or `return_memory` does.
             parks: A copy of the weights should stay on the host.
         """
 
@@ -185,36 +171,30 @@ class Devices(Protocol):
 
     def warm_up_needed(self, key: ModelKey) -> str:
         """
-        Returns what the device of *key* has to do before its first model in that type,
-        in one line; empty if nothing.
+        Returns what comes before the first model in that type, in one line, or nothing.
         """
 
     def warm_up(self, key: ModelKey) -> int | None:
         """
-        Does it, so that it counts for no model, and shows what is missing.
+        Does it, so that it counts for no model, and shows what is missing. Returns what
+        the process keeps of the device for its life, or None if that was not measured
+        now.
 
-        Blocks: a second, or half a minute, as `warm_up_needed` says. Called on the
-        thread of the device.
-
-        Returns:
-            What the process keeps of the device for its life, or None if that was not
-            measured now.
+        Blocks: a second, or half a minute. Called on the thread of the device.
         """
 
 
 class ModelStore(Protocol):
     """
-    The files of models.
+    The files of models on this disk.
     """
 
     def locate(
         self, model: str, options: Mapping[str, OptionValue], *, download: bool
     ) -> ModelFiles | None:
         """
-        Returns a model's files, downloaded if allowed and needed; None if they are not
-        here.
-
-        Blocks for a download.
+        Returns a model's files, downloaded if allowed and needed; None if not here.
+        Blocks.
 
         Raises:
             CorruptModel: they are broken.
@@ -225,9 +205,7 @@ class ModelStore(Protocol):
     def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
         """
         Returns the files to load *key* from: *files*, or others that give the same
-        model faster.
-
-        Blocks: for some system calls.
+        model faster. Blocks for some system calls.
         """
 
     def read_ahead(self, files: ModelFiles) -> None:
@@ -242,14 +220,14 @@ class ModelStore(Protocol):
 
     def follow_up(self, loaded: LoadedModel) -> None:
         """
-        Starts work that makes the next load of this model faster, such as building a
-        variant. Called when nothing waits for this load any more. Returns at once.
+        Starts work, such as building a variant, that makes the next load of this model
+        faster, once nothing waits for this load any more. Returns at once.
         """
 
 
 class Sizes(Protocol):
     """
-    Measurements that correct later footprints.
+    Measurements, which correct later footprints.
     """
 
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
@@ -267,19 +245,17 @@ class Sizes(Protocol):
 
 class HostMemory(Protocol):
     """
-    What unloaded models keep in host memory. `forget` is called on the thread of the
-    model's device, `shrink_shells` on that of any device.
+    The host memory that unloaded models keep.
     """
 
     def parked(self) -> Mapping[ModelKey, int]:
         """
-        Returns the unloaded models that have a host copy of their weights, with its
-        bytes.
+        Returns the bytes of the host copies of unloaded models' weights.
         """
 
     def forget(self, key: ModelKey) -> None:
         """
-        Drops whatever is kept of an unloaded model.
+        Drops whatever is kept of an unloaded model, on the thread of its device.
         """
 
     def shell_bytes(self) -> int:
@@ -290,7 +266,7 @@ class HostMemory(Protocol):
     def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         """
         Drops what is kept until no more than *most_bytes* are left, besides those of
-        *but*.
+        *but*. Called on the thread of any device.
         """
 
     def return_memory(self, device: str) -> None:
@@ -321,17 +297,14 @@ class ProcessLife(Protocol):
 
     def quiesce(self, loaded: LoadedModel, timeout_s: float) -> bool:
         """
-        Keeps daemon threads from beginning calls on a model, as the interpreter ends,
-        and waits for calls in flight.
-
-        Returns:
-            True if they ended in time.
+        Stops daemon threads at a model, as the interpreter ends, and waits for calls in
+        flight. Returns True if they ended in time.
         """
 
 
 class Calls(Protocol):
     """
-    Calls of models.
+    The calls that a model takes, and their audio.
     """
 
     def signatures(self) -> Mapping[str, Signature]:
@@ -351,8 +324,7 @@ class Calls(Protocol):
         Returns the samples of *audio*: float32 (samples,), mono, 16 kHz.
 
         Raises:
-            AudioError: it cannot be decoded.
-            OSError: it cannot be opened.
+            AudioError, OSError: it cannot be decoded, or opened.
         """
 
 

@@ -23,20 +23,9 @@ if TYPE_CHECKING:
 
     from .sizes.header import ModelHeader
 
-__all__ = [
-    "Claims",
-    "Vocabulary",
-    "check_claims",
-    "check_tokens",
-    "read_vocabulary",
-    "unalignable",
-    "undetectable",
-]
-
 _END, _START = "<|endoftext|>", "<|startoftranscript|>"
 _NO_TIMESTAMPS, _TRANSCRIBE = "<|notimestamps|>", "<|transcribe|>"
 _CANTONESE = "<|yue|>"
-
 # Those that faster-whisper looks up: tasks and languages. Timestamps are counted from
 # the one before them, whatever stands there.
 _SPECIAL = re.compile(r"<\|(?:endoftext|startof\w+|trans\w+|no[cst]\w+|[a-z]{2,3})\|>")
@@ -95,10 +84,8 @@ class Claims:
     Attributes:
         vocabulary: The model's tokens.
         alignment_problem: Why word timestamps would end the process; nothing if not.
-        tells_words: Whether it names heads that are there, from which word timestamps
-            are read; without any, CTranslate2 raises an error.
-        can_detect: It names languages, from which that of a recording is detected, or
-            it knows but English.
+        tells_words: It names heads that are there, which word timestamps need.
+        can_detect: It names languages to detect, or it knows but English.
     """
 
     vocabulary: Vocabulary
@@ -120,9 +107,10 @@ def check_claims(directory: str, header: ModelHeader) -> Claims:
     Source: 13 ms for tiny.en and 20 for base, the least of 15 tries on two busy cores
     (Python 3.11); a model's files are looked at once for each state of them.
     """
-    config = _read_object(directory, "config.json", _CONVERT)
-    if config is None:
+    content = _read(directory, "config.json")
+    if content is None:
         raise CorruptModel(directory, "config.json is missing", cure=_CONVERT)
+    config = _as_object(directory, "config.json", content, _CONVERT)
     vocabulary = read_vocabulary(directory)
     rows = header.architecture.vocabulary
     # Fewer are allowed: converters may pad the embeddings.
@@ -147,12 +135,8 @@ def check_claims(directory: str, header: ModelHeader) -> Claims:
 def _check_config(
     directory: str, config: Mapping[str, object], vocabulary: Vocabulary, rows: int
 ) -> None:
-    """
-    Checks that what CTranslate2 reads in each call is there and within the vocabulary.
-
-    Source: it looks nothing up before it uses it: src/models/whisper.cc:321 and 601,
-    include/ctranslate2/decoding_utils.h:44 @ 0d8bcd3.
-    """
+    # CTranslate2 looks nothing up before it uses it. Source: src/models/whisper.cc:321
+    # and 601, include/ctranslate2/decoding_utils.h:44 @ 0d8bcd3.
     needed = [_BEGIN, _LANGUAGES] if vocabulary.is_multilingual else [_BEGIN]
     for name in needed:
         if name not in config:
@@ -169,12 +153,12 @@ def _check_config(
 
 def _alignment_problem(config: Mapping[str, object], header: ModelHeader) -> str:
     """
-    Returns the fault of the heads that word timestamps are read from; empty if they
-    have none, or if none are named, which CTranslate2 reports by itself.
+    Returns the fault of the heads that word timestamps are read from, if they have one.
+    If none are named, CTranslate2 reports that by itself.
 
-    It looks them up without a check, and a head that is not there ends the process. All
-    else works, and well-known distilled models are published with the heads of the
-    model that they were distilled from: so this is no reason to refuse the model.
+    A head that is not there ends the process. All else works, and well-known distilled
+    models name the heads of the model that they were distilled from: so this is no
+    reason to refuse the model.
 
     Source: CTranslate2 src/layers/transformer.cc:577-603 @ 0d8bcd3; issues 688 and 1283
     of SYSTRAN/faster-whisper, and 2 of kotoba-tech/kotoba-whisper.
@@ -215,8 +199,7 @@ def unalignable(directory: str, problem: str) -> CorruptModel:
 
 def undetectable(directory: str) -> CorruptModel:
     """
-    Returns the error that refuses to detect a language where config.json names none, as
-    after the conversion of a fine-tune whose files name none.
+    Returns the error that refuses to detect a language where config.json has none.
     """
     cure = (
         "name the language of each call, or take over lang_ids from the config.json of "
@@ -229,17 +212,19 @@ def undetectable(directory: str) -> CorruptModel:
 
 
 def _check_mels(directory: str, mels: int) -> None:
-    """
-    Checks that features are extracted in as many bands as the encoder takes. Without
-    the file the header's number is used.
-    """
     name = "preprocessor_config.json"
     cure = f"take the {name} of the original model, or delete it"
     content = _read(directory, name)
-    if content is None or not _is_json(content):
-        # faster-whisper, too, goes on without what it cannot parse.
+    # Without the file the header's number is used.
+    if content is None:
         return
-    config = _as_object(directory, name, content, cure)
+    try:
+        config = _as_object(directory, name, content, cure)
+    except CorruptModel as error:
+        # faster-whisper, too, goes on without what it cannot parse.
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return
+        raise
     told = config.get("feature_size", mels)
     # It takes whatever int() takes.
     if not re.fullmatch(rf"{mels}(\.0+)?", str(told).strip()):
@@ -254,14 +239,8 @@ def check_tokens(
     directory: str, vocabulary: Vocabulary, tokenizer: Tokenizer, origin: str
 ) -> None:
     """
-    Checks that the special tokens of a tokenizer have the numbers that the model gives
-    them. A token that only one of the two knows does no harm.
-
-    Args:
-        directory: Directory of the model.
-        vocabulary: Its tokens.
-        tokenizer: The tokenizer that will be used with it.
-        origin: Source of the tokenizer, for messages.
+    Checks that the special tokens of a tokenizer from *origin* have the numbers that
+    the model gives them. A token that only one of the two knows does no harm.
 
     Raises:
         CorruptModel: one has another number, or one is missing that each call needs.
@@ -291,8 +270,7 @@ def read_vocabulary(directory: str) -> Vocabulary:
     Reads the tokens of a model. Where both files are there, CTranslate2 takes the JSON.
 
     Raises:
-        CorruptModel: there are none, or they are no list of tokens.
-        LoadFailed: they cannot be read.
+        CorruptModel, LoadFailed: there are none, or they cannot be read.
     """
     cure = "take the vocabulary that was converted with model.bin"
     name = "vocabulary.json"
@@ -331,17 +309,11 @@ def _vocabulary(file: str, tokens: Sequence[str]) -> Vocabulary:
 
 
 def _check_tokenizer(directory: str, vocabulary: Vocabulary) -> None:
-    """
-    Checks the tokenizer.json, if there is one, as far as it takes to be sure.
-
-    The special tokens are in its first part. The rest, megabytes, is parsed only where
-    that part is unusual: the order of tokens decides their numbers, whatever the file
-    says.
-
-    Source: tokenizers 0.23, with files made up.
-    """
     name = "tokenizer.json"
     content = _read(directory, name)
+    # The special tokens are in its first part. The rest, megabytes, is parsed only if
+    # that part is unusual: the order of tokens decides their numbers, whatever the file
+    # says. Source: tokenizers 0.23, with files made up.
     if content is None or _is_usual(_added(content), vocabulary):
         return
     # Names the place of an error, which the tokenizers' own parser does not.
@@ -358,8 +330,8 @@ def _check_tokenizer(directory: str, vocabulary: Vocabulary) -> None:
 
 def _is_usual(added: Sequence[tuple[str, int]], vocabulary: Vocabulary) -> bool:
     """
-    Tells whether tokens are listed in the order of their numbers, without a gap, all
-    that are needed are among them, and the numbers are those of the model.
+    Tells whether the tokens are in the order of their numbers, without a gap, none that
+    is needed is missing, and the numbers are those of the model.
     """
     numbers = [number for _, number in added]
     found = dict(added)
@@ -372,9 +344,6 @@ def _is_usual(added: Sequence[tuple[str, int]], vocabulary: Vocabulary) -> bool:
 
 
 def _added(content: bytes) -> list[tuple[str, int]]:
-    """
-    Returns the tokens that a tokenizer.json adds to its words, with their numbers.
-    """
     place = _ADDED_TOKENS.search(content)
     if place is None:
         return []
@@ -387,14 +356,6 @@ def _added(content: bytes) -> list[tuple[str, int]]:
 
 
 # Files --------------------------------------------------------------------------------
-
-
-def _read_object(directory: str, name: str, cure: str) -> Mapping[str, object] | None:
-    """
-    Reads the object in a JSON file; None if there is no such file.
-    """
-    content = _read(directory, name)
-    return None if content is None else _as_object(directory, name, content, cure)
 
 
 def _as_object(
@@ -413,16 +374,6 @@ def _parsed(directory: str, name: str, content: bytes, cure: str) -> object:
     except (ValueError, RecursionError) as error:
         reason = f"{name} is not JSON ({error})"
         raise CorruptModel(directory, reason, cure=cure) from error
-
-
-def _is_json(content: bytes) -> bool:
-    try:
-        json.loads(content)
-    except json.JSONDecodeError:
-        return False
-    except UnicodeDecodeError:  # which faster-whisper does not expect
-        return True
-    return True
 
 
 def _read(directory: str, name: str) -> bytes | None:

@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from .kept import KeptModels
     from .rebound import Swaps
 
-__all__ = ["batched", "build", "described", "signatures"]
-
 _log = logging.getLogger("whispercache")
 
 _HUB_OPTIONS = ("download_root", "revision")
@@ -58,9 +56,8 @@ _signature = functools.cache(inspect.signature)
 
 def build(key: ModelKey, files: ModelFiles, kept: KeptModels) -> WhisperModel:
     """
-    Returns the WhisperModel of *key*, built from *files*.
-
-    Methods for which the files lack something are replaced by ones that say so.
+    Returns the WhisperModel of *key*, built from *files*. Methods for which these lack
+    something are replaced by ones that say so.
 
     Blocks: for the load of the weights.
 
@@ -113,8 +110,7 @@ def described(key: ModelKey, files: ModelFiles, whisper: WhisperModel) -> Loaded
 
 def batched(whisper: WhisperModel) -> Callable[..., object]:
     """
-    Returns the ``transcribe`` of a new batched pipeline, which keeps state from call to
-    call.
+    Returns the ``transcribe`` of a new batched pipeline: it keeps state between calls.
     """
     ctranslate2()
     from faster_whisper import BatchedInferencePipeline
@@ -124,7 +120,7 @@ def batched(whisper: WhisperModel) -> Callable[..., object]:
 
 def signatures() -> Mapping[str, Signature]:
     """
-    Returns the signatures of the faster-whisper that is installed; see `Loader`.
+    Returns the signatures of the faster-whisper that is installed.
     """
     ctranslate2()
     from faster_whisper import BatchedInferencePipeline, WhisperModel
@@ -142,10 +138,9 @@ def _construct(files: ModelFiles, kept: KeptModels, **options: object) -> Whispe
     """
     Returns a WhisperModel of *files* that shares its tokenizer with equal ones.
 
-    Parsing a tokenizer takes a third of a small model's load and holds the GIL all the
-    while. Where a model has none, faster-whisper would fetch one that does not know
-    large-v3's tokens; and where no file gives the number of mel bands, it would take
-    80.
+    Parsing one takes a third of a small model's load and holds the GIL. Where a model
+    has none, faster-whisper would fetch one that does not know large-v3's tokens; and
+    where no file gives the number of mel bands, it would take 80.
 
     Source: the peak of loading base as int8 was 1.28 times what it leaves, and is 1.02
     (tests/engine/test_variants.py, benchmarks/switch.py).
@@ -180,10 +175,6 @@ def _construct(files: ModelFiles, kept: KeptModels, **options: object) -> Whispe
 
 @functools.cache
 def _swaps() -> Swaps:
-    """
-    Returns the functions that calls find in place of those of faster-whisper that take
-    much memory.
-    """
     ctranslate2()
     from faster_whisper import BatchedInferencePipeline, WhisperModel, vad
 
@@ -211,8 +202,7 @@ def _check_lookups(
     consequence: str,
 ) -> None:
     """
-    Warns, once, if one of faster-whisper's own *functions* no longer looks up one of
-    the *names* that are replaced for it.
+    Warns, once, if faster-whisper no longer looks up a name that is replaced for it.
     """
     missing = {
         f"{name} in {function.__qualname__}"
@@ -232,9 +222,7 @@ def _check_lookups(
 
 
 def _languages(whisper: WhisperModel, known: Knowledge | None) -> tuple[str, ...]:
-    """
-    Returns the languages that a model has tokens for; faster-whisper lists all.
-    """
+    # faster-whisper lists all.
     every: list[str] = whisper.supported_languages
     return tuple(code for code in every if known is None or code in known.languages)
 
@@ -243,8 +231,7 @@ def _refuse(
     whisper: WhisperModel, method: str, error: Callable[[], CorruptModel]
 ) -> None:
     """
-    Makes a method of *whisper* raise an *error* where CTranslate2 would end the process
-    or give no useful message.
+    Makes a method raise an *error* where CTranslate2 would end the process.
     """
 
     def refused(*_: object, **__: object) -> None:
@@ -256,21 +243,14 @@ def _refuse(
 
 
 def _tokenizer_of(files: ModelFiles, kept: KeptModels) -> Tokenizer:
-    """
-    Returns the tokenizer of a model: its own, or else OpenAI's with the same tokens.
-
-    Raises:
-        CorruptModel: it is broken, or numbers its tokens otherwise than the model.
-        LoadFailed: there is none, and the hub cannot be reached.
-    """
     path = Path(files.directory, "tokenizer.json")
     vocabulary = claims_of(files).vocabulary
     if path.is_file():
         found, origin = kept.tokenizer(str(path)), "tokenizer.json"
     else:
-        repository = vocabulary.tokenizer
-        found = _tokenizer_from_hub(files.directory, repository)
-        origin = f"the tokenizer of {repository}"
+        # OpenAI's with the same tokens.
+        found = _tokenizer_from_hub(files.directory, vocabulary.tokenizer)
+        origin = f"the tokenizer of {vocabulary.tokenizer}"
     check_tokens(files.directory, vocabulary, found, origin)
     return found
 

@@ -38,22 +38,10 @@ if TYPE_CHECKING:
 
     _Look: TypeAlias = tuple[ModelHeader, Claims]
 
-__all__ = [
-    "ModelFiles",
-    "claims_of",
-    "downloaded",
-    "files_in",
-    "is_whole",
-    "local_files",
-    "stamp_of",
-]
-
 _log = logging.getLogger("whispercache")
 
+# Most seconds for a question to the hub. Source: that of huggingface-hub for its own.
 _ASKING_S = 10.0
-"""
-Most seconds for a question to the hub. Source: that of huggingface-hub for its own.
-"""
 
 _STAMPED = ("model.bin", *SMALL_FILES)
 
@@ -103,12 +91,9 @@ def stamp_of(directory: str) -> tuple[int, ...]:
     return tuple(stamp)
 
 
+# They are read again when the stamp has changed.
 @functools.lru_cache(maxsize=64)
 def _looked_at(directory: str, _stamp: tuple[int, ...]) -> _Look:
-    """
-    Returns the header and the claims of a model's files. They are read again when the
-    stamp has changed.
-    """
     header = read_header(directory)
     return header, check_claims(directory, header)
 
@@ -117,8 +102,7 @@ def files_in(directory: str) -> ModelFiles:
     """
     Returns the files of the model in *directory*.
 
-    Blocks: for some system calls; if it is new, for milliseconds of small reads, and
-    for `check_claims`.
+    Blocks: for some system calls; if it is new, for `read_header` and `check_claims`.
 
     Raises:
         CorruptModel, UnknownModel, LoadFailed: there is no whole model, or its files
@@ -131,8 +115,8 @@ def files_in(directory: str) -> ModelFiles:
 
 def claims_of(files: ModelFiles) -> Claims:
     """
-    Returns the claims of the files of a model that `files_in` has found, mostly without
-    a look at the disk.
+    Returns the claims of files that `files_in` has found, mostly without a look at the
+    disk.
 
     Raises:
         CorruptModel, LoadFailed: the files have changed for the worse since.
@@ -142,8 +126,8 @@ def claims_of(files: ModelFiles) -> Claims:
 
 def local_files(model: str, options: Mapping[str, OptionValue]) -> ModelFiles | None:
     """
-    Returns the files of a repository in the hub's local cache; None if they are not, or
-    not all, there.
+    Returns the usable files of a repository in the hub's local cache, if they are
+    there.
 
     Raises:
         CorruptModel, LoadFailed: they are broken, or cannot be read.
@@ -176,12 +160,14 @@ def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
     here = _local(model, options)
     may_load = here is not None and is_usable(here)
     # As in faster-whisper, which takes the same option.
-    if options.get("local_files_only") and not may_load:
-        reason = f"{_state(model, options)} and local_files_only is set"
+    is_local = bool(options.get("local_files_only"))
+    if is_local and not may_load:
         raise LoadFailed(
-            model, f"{reason}; allow the download, or give the directory of a model"
+            model,
+            f"{_state(model, options)} and local_files_only is set; allow the "
+            "download, or give the directory of a model",
         )
-    if not (may_load and (options.get("local_files_only") or is_whole(model, options))):
+    if not is_local and not (may_load and is_whole(model, options)):
         _log.info("downloading %s", model)
         try:
             here = _fetch(model, options)
@@ -193,17 +179,11 @@ def downloaded(model: str, options: Mapping[str, OptionValue]) -> ModelFiles:
 
 
 def _local(model: str, options: Mapping[str, OptionValue]) -> Path | None:
-    """
-    Returns the snapshot of a repository in the hub's local cache, complete or not.
-    """
     folder = repository_folder(MODELS.get(model, model), _root(options))
     return snapshot_in(folder, _text(options.get("revision")))
 
 
 def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
-    """
-    Downloads the missing files of a repository; returns its snapshot.
-    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -258,9 +238,6 @@ def _text(value: OptionValue) -> str | None:
 
 
 def _state(model: str, options: Mapping[str, OptionValue]) -> str:
-    """
-    Describes the state of an incomplete repository on this disk.
-    """
     here = _local(model, options)
     if here is not None:
         missing = ", ".join(missing_files(here))

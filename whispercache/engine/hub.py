@@ -2,7 +2,8 @@
 The model hub's cache on this disk: the files of repositories, and missing ones.
 
 They are looked up here, not by huggingface-hub: its versions differ in what they take
-for complete, and none sees a link whose file is gone.
+for complete, and none sees a link whose file is gone. What cannot be read, or found
+out, raises `LoadFailed`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,7 @@ from pathlib import Path
 
 from whispercache.errors import LoadFailed
 
-__all__ = [
-    "HUB_FILES",
-    "is_file",
-    "is_interrupted",
-    "is_there",
-    "is_usable",
-    "missing_files",
-    "repository_folder",
-    "snapshot_in",
-    "snapshots_in",
-]
-
+# The patterns of the files that are downloaded.
 HUB_FILES = (
     "config.json",
     "preprocessor_config.json",
@@ -35,9 +25,6 @@ HUB_FILES = (
     "tokenizer.json",
     "vocabulary.*",
 )
-"""
-The patterns of the files that are downloaded.
-"""
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -60,9 +47,6 @@ def snapshot_in(folder: Path, revision: str | None = None) -> Path | None:
     """
     Returns the snapshot of a branch, a tag or a commit in a repository's folder,
     complete or not; None if there is none.
-
-    Raises:
-        LoadFailed: the folder cannot be read.
     """
     try:
         commit = (folder / "refs" / (revision or "main")).read_text().strip()
@@ -81,9 +65,6 @@ def snapshot_in(folder: Path, revision: str | None = None) -> Path | None:
 def snapshots_in(folder: Path) -> list[Path]:
     """
     Returns all snapshots in a repository's folder; none if it is no such folder.
-
-    Raises:
-        LoadFailed: it cannot be read.
     """
     return sorted(folder / "snapshots" / name for name in _names(folder / "snapshots"))
 
@@ -94,9 +75,6 @@ def missing_files(directory: Path) -> list[str]:
 
     A few repositories have no tokenizer; they look interrupted for ever, which costs a
     question to the hub each time. Without preprocessor_config.json nothing is missing.
-
-    Raises:
-        LoadFailed: it cannot be read.
     """
     names = _names(directory)
     found = (fnmatch.filter(names, pattern) for pattern in HUB_FILES)
@@ -110,9 +88,6 @@ def missing_files(directory: Path) -> list[str]:
 def is_usable(directory: Path) -> bool:
     """
     Tells whether the files in *directory* are enough to load a model.
-
-    Raises:
-        LoadFailed: it cannot be read.
     """
     # Earlier converters wrote vocabulary.txt.
     has_words = any(is_there(directory / name) for name in _VOCABULARIES)
@@ -122,9 +97,6 @@ def is_usable(directory: Path) -> bool:
 def is_interrupted(folder: Path) -> bool:
     """
     Tells whether a download of the repository began, and did not end.
-
-    Raises:
-        LoadFailed: the folder cannot be read.
     """
     return any(name.endswith(".incomplete") for name in _names(folder / "blobs"))
 
@@ -132,9 +104,6 @@ def is_interrupted(folder: Path) -> bool:
 def is_there(path: str | Path) -> bool:
     """
     Tells whether a file or directory is there, not only a link to it.
-
-    Raises:
-        LoadFailed: that cannot be found out.
     """
     return _status(path) is not None
 
@@ -142,9 +111,6 @@ def is_there(path: str | Path) -> bool:
 def is_file(path: str | Path) -> bool:
     """
     Tells whether a file is there.
-
-    Raises:
-        LoadFailed: that cannot be found out.
     """
     status = _status(path)
     return status is not None and stat.S_ISREG(status.st_mode)

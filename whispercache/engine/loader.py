@@ -22,32 +22,23 @@ from whispercache.errors import DeviceUnavailable, LoadFailed
 from . import construct, process
 from .api import LoadedModel, Released
 from .audio.samples import samples_of
-from .cublas import cublas_error_reason
 from .files import stamp_of
-from .kept import KeptModel, KeptModels
-from .sizes.learned import LearnedFootprints
-from .sizes.sizer import Sizer
+from .kept import KeptModel, KeptModels, StillLoaded, unload_weights
+from .sizes.learned import LearnedFootprints, Sizer
 from .store import ModelStore
-from .unload import StillLoaded, unload_weights
-from .warmup import WarmUps, silent_window
+from .warmup import WarmUps, cublas_error_reason, silent_window
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
-    from inspect import Signature
+    from collections.abc import Collection, Iterable, Mapping
 
-    import numpy as np
     from faster_whisper import WhisperModel
-    from numpy.typing import NDArray
 
     from whispercache.devices.memory import MemoryProbe
     from whispercache.keys import ModelKey, OptionValue
 
-    from .api import AudioInput
     from .files import ModelFiles
     from .sizes.footprint import Footprint, Workload
     from .variants.store import Variants
-
-__all__ = ["FasterWhisperLoader"]
 
 _log = logging.getLogger("whispercache")
 
@@ -120,9 +111,6 @@ class FasterWhisperLoader:
 
     @property
     def variants(self) -> Variants | None:
-        """
-        The user's variants; None if none are to be used.
-        """
         return self._store.variants
 
     def footprint(
@@ -141,9 +129,6 @@ class FasterWhisperLoader:
     # Load ----------------------------------------------------------------------------
 
     def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
-        """
-        Builds the model, or reloads the weights of one whose rest was kept.
-        """
         _check_unchanged(key, files)
         process.enter()
         before = self._held(key.device)
@@ -174,9 +159,6 @@ class FasterWhisperLoader:
     def _with_weights(
         self, key: ModelKey, files: ModelFiles, kept: KeptModel | None
     ) -> WhisperModel:
-        """
-        Returns a model with its weights on the device: the kept one, or a new one.
-        """
         whisper = None if kept is None else kept.whisper
         try:
             if kept is not None and whisper is not None:
@@ -207,9 +189,6 @@ class FasterWhisperLoader:
         whisper: WhisperModel | None,
         error: Exception,
     ) -> None:
-        """
-        Rejects a variant that did not load, and never frees what is on a lost device.
-        """
         fault = classify(error)
         if files.original is not None and fault is Fault.OTHER:
             self._store.reject(key, files.original)
@@ -220,10 +199,8 @@ class FasterWhisperLoader:
     def _expected_bytes(
         self, key: ModelKey, files: ModelFiles, grown_bytes: int | None
     ) -> int:
-        """
-        Returns what an unload should give back to a card: the prediction, or the growth
-        if that is less, as where an allocator had kept memory of the model before.
-        """
+        # The growth may be less than the prediction where an allocator had kept memory
+        # of the model before.
         if key.device == "cpu":
             return 0
         n_bytes = self._sizer.weights_bytes(key, files)
@@ -237,8 +214,8 @@ class FasterWhisperLoader:
         """
         Unloads the weights, confirms that they are gone, and returns the memory.
 
-        A load that follows at once takes the host's freed pages as they are: asking the
-        system for new ones costs a third of a small model's load.
+        A load that follows takes the host's freed pages as they are: asking the system
+        for new ones costs a third of a small model's load.
 
         On the CPU all but the weights is kept. On a GPU that would keep cuBLAS handles
         and their memory on the card, so only the tokenizer is kept; unless the model
@@ -271,9 +248,6 @@ class FasterWhisperLoader:
     def _released(
         self, loaded: LoadedModel, before: release.Holdings, references: int
     ) -> Released:
-        """
-        Measures what a card got back.
-        """
         device = loaded.key.device
         seen = release.returned(
             device,
@@ -293,9 +267,6 @@ class FasterWhisperLoader:
         )
 
     def _rest_of(self, loaded: LoadedModel, *, has_copy: bool) -> KeptModel:
-        """
-        Returns what is kept of a model whose weights are unloaded.
-        """
         key, whisper = loaded.key, loaded.whisper
         copy_bytes = self._sizer.weights_bytes(key, loaded.files) if has_copy else 0
         keeps_object = key.device == "cpu" or copy_bytes > 0
@@ -308,26 +279,18 @@ class FasterWhisperLoader:
         )
 
     def _is_quiet(self, device: str) -> bool:
-        """
-        Tells whether no call runs on any model on *device*, on whose thread this is.
-        """
         # A copy: other devices' threads change it meanwhile.
         here = [e for e in list(self._present.values()) if e.key.device == device]
         return not any(each.whisper.model.num_active_batches for each in here)
 
     def _held(self, device: str) -> release.Holdings:
-        """
-        Returns the memory in use: of this process on the host, and both ways on a card.
-        """
         if device == "cpu":
             return release.Holdings(None, host.anonymous_bytes())
         return release.holdings(device, self.probe)
 
     def return_memory(self, device: str) -> None:
-        """
-        Trims the heap: a load to a GPU has its buffers on the host, too.
-        """
         del device
+        # A load to a GPU has its buffers on the host, too.
         host.return_free_memory()
 
     # Kept models ---------------------------------------------------------------------
@@ -362,9 +325,6 @@ class FasterWhisperLoader:
             process.keep_for_ever(whisper.model)
 
     def lost(self, device: str) -> None:
-        """
-        Keeps the host copies of models of *device* for ever, likewise.
-        """
         for key in [each for each in self._kept.copies() if each.device == device]:
             kept = self._kept.take(key)
             if kept is not None and kept.whisper is not None:
@@ -387,31 +347,17 @@ class FasterWhisperLoader:
         self._store.forked()
         self.learned.forked()
 
-    def quiesce(self, loaded: LoadedModel, timeout_s: float) -> bool:
-        return process.quiesce(loaded, timeout_s)
+    quiesce = staticmethod(process.quiesce)
 
     # Calls ---------------------------------------------------------------------------
 
-    def signatures(self) -> Mapping[str, Signature]:
-        return construct.signatures()
-
-    def batched(self, whisper: WhisperModel) -> Callable[..., object]:
-        return construct.batched(whisper)
-
-    def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
-        return samples_of(audio)
+    signatures = staticmethod(construct.signatures)
+    batched = staticmethod(construct.batched)
+    decode_audio = staticmethod(samples_of)
 
 
 def _check_unchanged(key: ModelKey, files: ModelFiles) -> None:
-    """
-    Checks that the files are still those whose header was read.
-
-    CTranslate2 loads whatever is there: with other weights the footprint, the tokenizer
-    and the variant would be wrong.
-
-    Raises:
-        LoadFailed: they are not.
-    """
+    # With other weights the footprint, the tokenizer and the variant would be wrong.
     original = files.original or files
     if stamp_of(original.directory) != original.stamp:
         reason = "its files changed while the request waited; ask again"
@@ -419,9 +365,6 @@ def _check_unchanged(key: ModelKey, files: ModelFiles) -> None:
 
 
 def _references_left(loaded: LoadedModel) -> int:
-    """
-    Counts the references to an idle model beyond those of the cache.
-    """
     if loaded.count_references() > loaded.references:
         # Programs that put methods on a leased model tie it to itself.
         gc.collect()

@@ -22,15 +22,6 @@ from whispercache.keys import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = [
-    "ModelSpec",
-    "anchored",
-    "canonical_model",
-    "directory_at",
-    "parse_spec",
-    "short_name",
-]
-
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 
 _BY_OTHER_NAME = {other.lower(): name for other, name in OTHER_NAMES.items()}
@@ -57,7 +48,7 @@ class ModelSpec:
 
 def parse_spec(text: str) -> ModelSpec:
     """
-    Returns the model that *text* names: ``"base"``, ``"base:int8"``,
+    Returns the model of a text such as ``"base"``, ``"base:int8"``,
     ``"mine=/models/mine"``.
 
     Raises:
@@ -79,10 +70,7 @@ def parse_spec(text: str) -> ModelSpec:
 
 
 def _named(text: str) -> tuple[str | None, str]:
-    """
-    Returns the name in *text*, if it has one, and the rest. Paths, too, may hold an
-    ``=``.
-    """
+    # Paths, too, may hold an "=", or a colon.
     name, equals, rest = text.partition("=")
     is_path = "\\" in name or ("/" in name and not _REPOSITORY.fullmatch(name))
     if not equals or is_path or directory_at(_typed(text)[0]):
@@ -91,9 +79,6 @@ def _named(text: str) -> tuple[str | None, str]:
 
 
 def _typed(text: str) -> tuple[str, str]:
-    """
-    Returns the model in *text*, and its type. Paths, too, may hold a colon.
-    """
     model, colon, kind = text.rpartition(":")
     if not colon or any(mark in kind for mark in "/\\") or directory_at(text):
         return text, "default"
@@ -102,8 +87,7 @@ def _typed(text: str) -> tuple[str, str]:
 
 def short_name(model: str | ModelKey) -> str:
     """
-    Returns a name for people: of a directory its last part, of a key with its compute
-    type.
+    Returns a name for people: of a directory its last part, of a key with its type.
     """
     if isinstance(model, ModelKey):
         return f"{short_name(model.model)}:{model.compute_type}"
@@ -117,8 +101,7 @@ def short_name(model: str | ModelKey) -> str:
 
 def _of_snapshot(path: Path) -> str:
     """
-    Returns the name of the repository in whose folder in the hub's cache *path* is;
-    nothing if it is in none.
+    Returns the repository in whose folder of the hub's cache *path* is, if in any.
     """
     folder = path.parent.parent if path.parent.name == "snapshots" else path
     prefix, *names = folder.name.split("--")
@@ -159,15 +142,12 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
         return os.path.realpath(_cached_snapshot(name, path))
     if os.path.exists(path):
         raise UnknownModel(name, "this is a file; give the directory of the model")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if _REPOSITORY.fullmatch(name):
         return name
     raise UnknownModel(name, _why_unknown(name))
 
 
 def _why_unknown(name: str) -> str:
-    """
-    Explains why *name* is neither a model nor a path of anything, with a hint.
-    """
     if name.startswith((os.sep, ".", "~")):
         return "no such directory"
     if os.sep in name:
@@ -186,12 +166,6 @@ def _why_unknown(name: str) -> str:
 
 
 def _cached_snapshot(name: str, path: str) -> Path:
-    """
-    Returns the snapshot in a repository's folder of the model hub's cache.
-
-    Raises:
-        UnknownModel: *path* is no such folder, or its snapshot has no model.
-    """
     from pathlib import Path
 
     from .hub import is_file, snapshot_in, snapshots_in
@@ -223,9 +197,6 @@ _NOT_WHOLE = (
 
 
 def _why_no_model(directory: Path) -> str:
-    """
-    Explains why a directory is no model.
-    """
     file = directory / "model.bin"
     if directory.absolute().parent.name == "snapshots":
         return _NOT_WHOLE
@@ -243,13 +214,13 @@ def _why_no_model(directory: Path) -> str:
 def anchored(name_or_path: str | os.PathLike[str]) -> str:
     """
     Returns the absolute path of a directory, so that it means the same after
-    `os.chdir`, and any other name as it is. A link stays a link: it may point elsewhere
-    later on.
+    `os.chdir`, and any other name as it is. A link stays a link, which may change.
     """
     name = os.fspath(name_or_path)
     path = directory_at(name)
     # A directory that only has the name of a size is none of ours; see above.
-    if _is_known(name) and not os.path.isfile(os.path.join(path, "model.bin")):
+    is_known = name in MODELS or name in ALIASES or name.lower() in _BY_OTHER_NAME
+    if is_known and not os.path.isfile(os.path.join(path, "model.bin")):
         return name
     # A path even if nothing is there yet.
     if not path and name.startswith((".", "~")):
@@ -263,7 +234,3 @@ def directory_at(name: str) -> str:
     """
     path = os.path.expanduser(name)
     return os.path.abspath(path) if os.path.isdir(path) else ""
-
-
-def _is_known(name: str) -> bool:
-    return name in MODELS or name in ALIASES or name.lower() in _BY_OTHER_NAME

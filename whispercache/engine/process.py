@@ -13,23 +13,24 @@ import functools
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from whispercache.errors import CacheClosed, CacheForked
-
-from . import telemetry
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from .api import LoadedModel
 
-__all__ = ["ctranslate2", "enter", "keep_for_ever", "quiesce", "versions"]
-
+# Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
 QUIET_LOOKS = 10
-"""
-Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
-"""
+# Variable for the telemetry of onnxruntime, which finds speech for faster-whisper: from
+# 1.29 on its first import starts a thread for that, and writes an id and a database
+# into the user's cache directory, unless this is set before.
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
+# Values that disable it, in any case and between spaces; "2" does not. Source: tried
+# with onnxruntime 1.32.0 for Linux; its Privacy.md names "1".
+_DISABLING = frozenset({"1", "true", "yes", "on"})
 
 # The process that first had models; empty until one has.
 _models_of: list[int] = []
@@ -40,16 +41,15 @@ def ctranslate2() -> ModuleType:
     """
     Returns CTranslate2, imported in such a way that its idle threads sleep.
 
-    GNU OpenMP's threads spin for a while after each piece of work. Where anything else
-    wants the cores, loads to int8 and transcriptions then take several times as long;
-    where nothing does, sleeping costs nothing that could be measured. A value that the
-    user has set stands.
+    GNU OpenMP's threads spin after each piece of work. Where anything else wants the
+    cores, loads to int8 and transcriptions then take several times as long. A value
+    that the user has set stands.
 
     Source: two busy cores, CTranslate2 4.8.5: base to int8 in 0.29 s against 1.12 s, a
     transcription by base in 2.0 s against 6.0 s.
     """
     # faster-whisper, imported later, brings onnxruntime, which reads this.
-    telemetry.keep_off()
+    keep_telemetry_off()
     # Read once, by CTranslate2's own copy of OpenMP, when it is loaded.
     name = "OMP_WAIT_POLICY"
     given = os.environ.get(name)
@@ -61,6 +61,27 @@ def ctranslate2() -> ModuleType:
         if given is None:
             del os.environ[name]
     return cast("ModuleType", module)
+
+
+@functools.cache
+def keep_telemetry_off() -> bool:
+    """
+    Sets the variable for this process and its children, once; False if the user has.
+    """
+    if TELEMETRY in os.environ:
+        return False
+    os.environ[TELEMETRY] = "1"
+    return True
+
+
+def telemetry_setting() -> tuple[bool, Literal["whispercache", "the environment"]]:
+    """
+    Tells whether telemetry is off, and what set it so.
+    """
+    # Set first: asked before any import, the answer would be wrong.
+    is_ours = keep_telemetry_off()
+    is_off = os.environ.get(TELEMETRY, "").strip().lower() in _DISABLING
+    return is_off, "whispercache" if is_ours else "the environment"
 
 
 def versions() -> dict[str, str]:
@@ -84,8 +105,8 @@ def enter() -> None:
     Notes that models live in this process.
 
     Raises:
-        CacheForked: models lived in the process that forked this one. OpenMP's threads
-            are not there, and the first parallel work would wait for them for ever.
+        CacheForked: they lived in the process that forked this one. The first parallel
+            work would wait for ever for OpenMP's threads, which are not there.
     """
     if not _models_of:
         _models_of.append(os.getpid())
@@ -103,8 +124,8 @@ def keep_for_ever(whisper: object) -> None:
 
 class _Gone:
     """
-    A model's stand-in once the interpreter ends. A daemon thread that touches it stops
-    there; any other thread gets an error.
+    A model's stand-in once the interpreter ends: daemon threads stop there, and other
+    threads get an error.
     """
 
     def __getattr__(self, name: str) -> object:
@@ -115,11 +136,7 @@ class _Gone:
 
 def quiesce(loaded: LoadedModel, timeout_s: float) -> bool:
     """
-    Replaces a model by something that stops daemon threads, and waits for calls in
-    flight.
-
-    Returns:
-        True if they ended in time.
+    Stops daemon threads at a model, and waits for calls in flight; see `Loader`.
 
     Source: a daemon thread in mid-transcription at exit was a SIGSEGV, 10 of 10 times
     (CTranslate2 4.8.5, CPU).

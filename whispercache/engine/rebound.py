@@ -11,20 +11,14 @@ import types
 from collections.abc import Callable
 from typing import TypeAlias
 
-__all__ = ["Swaps", "rebound", "swapped"]
-
+# Functions of another module, each with its replacement.
 Swaps: TypeAlias = tuple[tuple[Callable[..., object], Callable[..., object]], ...]
-"""
-Functions of another module, each with its replacement.
-"""
 
 
 def rebound(function: Callable[..., object], **names: object) -> types.FunctionType:
     """
     Returns a copy of a Python *function* for which some global *names* mean something
-    else.
-
-    A name that the function does not look up changes nothing.
+    else. Names that it does not look up change nothing.
 
     Raises:
         TypeError: *function* is not written in Python.
@@ -47,10 +41,8 @@ def rebound(function: Callable[..., object], **names: object) -> types.FunctionT
 
 def swapped(method: Callable[..., object], swaps: Swaps) -> Callable[..., object]:
     """
-    Returns a bound *method* that finds replacements for some functions.
-
-    A function that a program has replaced already stays replaced, and a method that is
-    not plainly written in Python is returned as it is.
+    Returns a bound *method* that finds replacements for some functions, but for those
+    that a program has replaced. One that is not plainly Python is returned as it is.
     """
     # A mock or a wrapper of a test, say.
     if type(method) is not types.MethodType:

@@ -30,23 +30,17 @@ if TYPE_CHECKING:
     from .variants.build import Builder
     from .variants.store import Variants
 
-__all__ = ["ModelStore", "read_through"]
-
 _log = logging.getLogger("whispercache")
 
+# Files that are read ahead at once; more would push each other out of the page cache.
 _MOST_READERS = 2
-"""
-Files that are read ahead at once; more would push each other out of the page cache.
-"""
 
 
 @dataclass(slots=True)
 class ModelStore:
     """
-    The files of models, of one loader. Thread-safe.
-
-    Attributes:
-        variants_bytes: Most bytes of disk for all variants; None to use none.
+    The files of models, and their variants on at most *variants_bytes* of disk; on None
+    none are used. Thread-safe.
     """
 
     variants_bytes: int | None = None
@@ -59,10 +53,6 @@ class ModelStore:
     def locate(
         self, model: str, options: Mapping[str, OptionValue], *, download: bool
     ) -> ModelFiles | None:
-        """
-        Returns a model's files: in a directory, in the hub's local cache, or after a
-        download into that; see `Loader.locate`.
-        """
         if is_directory(model):
             return files_in(model)
         if not download or is_whole(model, options):
@@ -77,17 +67,10 @@ class ModelStore:
 
     @property
     def variants(self) -> Variants | None:
-        """
-        The user's variants; None if none are to be used.
-        """
         builder = self._get_builder()
         return None if builder is None else builder.variants
 
     def choose(self, key: ModelKey, files: ModelFiles) -> ModelFiles:
-        """
-        Returns the variant of *files* that CTranslate2 need not convert, if there is
-        one, or else the original files.
-        """
         original = files.original or files
         variants, wanted = self.variants, _wanted_variant(key, original)
         if variants is None or wanted is None:
@@ -106,26 +89,17 @@ class ModelStore:
         return replace(variant, saved_compute_type=saved, original=original)
 
     def follow_up(self, loaded: LoadedModel) -> None:
-        """
-        Starts to build the variant that the load would have used. Returns at once.
-        """
         builder = self._get_builder()
         wanted = _wanted_variant(loaded.key, loaded.files)
         if builder is not None and wanted is not None:
             builder.build_soon(*wanted)
 
     def reject(self, key: ModelKey, original: ModelFiles) -> None:
-        """
-        Uses a variant no more that could not be loaded.
-        """
         variants, wanted = self.variants, _wanted_variant(key, original)
         if variants is not None and wanted is not None:
             variants.reject(*wanted)
 
     def _get_builder(self) -> Builder | None:
-        """
-        Returns the builder of the user's variants; None if there should be none.
-        """
         if self.variants_bytes is None:
             return None
         if self._builder is None:
@@ -143,8 +117,7 @@ class ModelStore:
 
     def read_ahead(self, files: ModelFiles) -> None:
         """
-        Starts to read model.bin into the kernel's page cache, while something else goes
-        on. Returns at once.
+        Starts to read model.bin into the kernel's page cache. Returns at once.
 
         A thread reads it: advice to the kernel (posix_fadvise) returns no sooner, and
         reads no more at once than the kernel's own read-ahead (benchmarks/page.py).
@@ -168,7 +141,8 @@ class ModelStore:
         except RuntimeError as error:
             # There are too many threads, or the interpreter ends.
             _log.debug("%s is not read ahead: %s", path, error)
-            self._is_read(path)
+            with self._lock:
+                self._reading.discard(path)
 
     def _read_ahead(self, path: Path) -> None:
         try:
@@ -177,28 +151,16 @@ class ModelStore:
             # The load will raise it.
             _log.debug("%s is not read ahead: %s", path, error)
         finally:
-            self._is_read(path)
-
-    def _is_read(self, path: Path) -> None:
-        with self._lock:
-            self._reading.discard(path)
+            with self._lock:
+                self._reading.discard(path)
 
     def read(self, files: ModelFiles) -> None:
-        """
-        Reads model.bin into the kernel's page cache. Blocks until that is done.
-
-        Raises:
-            LoadFailed: it cannot be read.
-        """
         try:
             read_through(Path(files.directory, "model.bin"))
         except OSError as error:
             raise LoadFailed(files.directory, f"it cannot be read: {error}") from error
 
     def forked(self) -> None:
-        """
-        Forgets, in a forked child, what threads of the parent are doing.
-        """
         self._lock = threading.Lock()
         self._downloading.clear()
         self._reading = set()
@@ -208,14 +170,7 @@ class ModelStore:
 
 def read_through(path: Path) -> None:
     """
-    Reads a file, so that its pages are in memory as far as there is room.
-
-    No memory is charged for those pages; the kernel drops them when it needs the room.
-
-    Blocks: until it is read.
-
-    Raises:
-        OSError: it cannot be read.
+    Reads a file, so that its pages are in memory as far as there is room. Blocks.
     """
     # By sendfile() on Linux, which copies nothing and so takes a quarter of the CPU
     # time: 70 ms, 4 of them of CPU, against 118 and 18, for the cold file of base.
@@ -223,10 +178,6 @@ def read_through(path: Path) -> None:
 
 
 def _wanted_variant(key: ModelKey, files: ModelFiles) -> tuple[Origin, str] | None:
-    """
-    Returns the source and the kind of the variant that *key* could use; None if *files*
-    need not be converted, or cannot be.
-    """
     if files.original is not None or not isinstance(files.source, ModelHeader):
         return None
     kind = kind_for(files.source, key.compute_type)

@@ -26,16 +26,14 @@ if TYPE_CHECKING:
 
     Check: TypeAlias = Callable[[Mapping[str, object]], None]
 
-__all__ = ["lending", "lends", "own_values"]
-
 
 class _Lending:
     """
     The base of WhisperModels of which views can be made.
 
-    A view has the attributes that were set on it, and looks all others up, at each use,
-    in the object that it is a view of. So a model that is replaced when the interpreter
-    ends is replaced for all its views, and references to views count as its own.
+    A view looks up what was not set on it, at each use, in the object that it is a view
+    of. So a model that is replaced when the interpreter ends is replaced for all its
+    views, and references to views count as its own.
     """
 
     _lender: _Lending | None = None
@@ -80,12 +78,8 @@ def lends(
     kind: type[WhisperModel], check: Check
 ) -> Callable[[WhisperModel], WhisperModel]:
     """
-    Returns a function that makes a view of a model, if its class can be lent, and else
-    returns the model itself, as in tests.
-
-    Args:
-        kind: The class of the model.
-        check: Raises if a parameter of a call, given by name, is wrong.
+    Returns a function that makes views of models, whose calls *check* their parameters;
+    of a class that cannot be lent, as in tests, it returns the model itself.
     """
     if not issubclass(kind, _Lending):
         return lambda whisper: whisper
@@ -110,18 +104,11 @@ def own_values(
 ) -> tuple[tuple[object, ...], dict[str, object]]:
     """
     Returns the parameters of a call, by position and by name as they were given,
-    checked and copied.
-
-    Those by position are not checked where the method takes any number of them.
-
-    Args:
-        function: The method of the class.
-        args: Those by position.
-        options: Those by name.
-        check: Raises if one of them, by name, is wrong for this model.
+    checked and copied. Those by position are not checked where the method takes any
+    number.
 
     Raises:
-        TypeError, ValueError: one of them is nonsense.
+        TypeError, ValueError: one of them is nonsense, or *check* refuses it.
     """
     # A decorator may take other parameters than the method that it wraps.
     signature = signature_of(function, follow_wrapped=False)
@@ -144,11 +131,8 @@ def own_values(
 @functools.cache
 def lending(base: type[WhisperModel], swaps: Swaps = ()) -> type[WhisperModel]:
     """
-    Returns a subclass of *base* whose models can be lent.
-
-    Args:
-        base: faster-whisper's.
-        swaps: Replacements that its calls find for some functions; see `swapped`.
+    Returns a subclass of faster-whisper's *base* whose models can be lent, and whose
+    calls find *swaps*.
     """
 
     def called(method: str) -> Callable[..., object]:

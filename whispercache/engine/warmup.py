@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from whispercache.devices import release
-from whispercache.devices.cublas import load_cublas
+from whispercache.devices.cublas import cublas_problem, load_cublas
 from whispercache.devices.faults import Fault, classify
 from whispercache.errors import LoadFailed
 
 from . import process
-from .cublas import cublas_error_reason
+from .kept import StillLoaded, unload_weights
 from .sizes.architecture import AUDIO_FRAMES, Architecture, layout
-from .unload import StillLoaded, unload_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 
     Values = Callable[[Variable], NDArray[np.float16]]
 
-__all__ = ["WarmUps", "run_micro_model", "silent_window", "specification"]
-
 _log = logging.getLogger("whispercache")
 
 # Two languages, for one to be detected; the empty token makes CTranslate2 take a model
@@ -57,7 +54,6 @@ _SPECIAL = [
 _TIMES = [f"<|{step * 0.02:.2f}|>" for step in range(1501)]
 _TOKENS = [*_WORDS, *_SPECIAL, *_TIMES]
 _IDS = {token: number for number, token in enumerate(_TOKENS)}
-
 # Heads of width 64, as in every Whisper.
 _MICRO = Architecture(
     d_model=128,
@@ -69,22 +65,26 @@ _MICRO = Architecture(
     vocabulary=len(_TOKENS),
 )
 _NOISE = 0.02
-
+# Tokens of an answer: each step after the first few repeats what was done.
 _STEPS = 6
-"""
-Tokens of an answer: each step after the first few repeats what was done.
-"""
 
 _BATCH = 2
 _BEAMS = 5
+# What both pipelines of faster-whisper say in each call of generate().
+_ALWAYS: dict[str, Any] = {
+    "length_penalty": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "return_scores": True,
+    "return_no_speech_prob": True,
+    "suppress_blank": True,
+    "suppress_tokens": [-1],
+}
 
 
 class WarmUps:
     """
     The warm-ups of one loader: which devices are ready for which types.
-
-    Args:
-        probe: Gauge of the cards' memory.
     """
 
     def __init__(self, probe: MemoryProbe) -> None:
@@ -94,8 +94,7 @@ class WarmUps:
 
     def needed(self, key: ModelKey) -> str:
         """
-        Returns what the device of *key* has to do before its first model in that type;
-        nothing for the CPU. See `release.warm_up_reason`.
+        Returns what the device of *key* has to do before; nothing for the CPU.
         """
         if key.device == "cpu" or (key.device, key.compute_type) in self._warm:
             return ""
@@ -140,22 +139,35 @@ class WarmUps:
         return release.floor_bytes(key.device, self._probe, before)
 
 
+def cublas_error_reason(error: Exception, key: ModelKey) -> str:
+    """
+    Explains an error of cuBLAS, with its cure; empty if it is another error.
+
+    Source: the texts of CTranslate2 4.8.5. Before 4.7 it asks for products in int8 that
+    no cuBLAS has for Blackwell (OpenNMT/CTranslate2#1982).
+    """
+    if "libcublas" in str(error) or "cublas64" in str(error):
+        return cublas_problem() or str(error)
+    if classify(error) is not Fault.UNSUPPORTED:
+        return ""
+    why = release.cublas_reason(key.device) or (
+        f"it cannot compute in {key.compute_type} on {key.device}"
+    )
+    other = "another device, such as 'cpu'"
+    if key.compute_type.startswith("int8"):
+        other = "compute_type='float16'"
+    update = "pip install -U nvidia-cublas-cu12 ctranslate2"
+    return f"{error}: {why}; {update}, or take {other}"
+
+
 def run_micro_model(
     ctranslate2: ModuleType, kind: str, index: int, compute_type: str
 ) -> None:
     """
-    Runs a micro model on a device, through every kind of kernel that a transcription
-    uses.
+    Runs a micro model through every kind of kernel that a transcription uses.
 
-    An error is the one that a real model would have raised: libraries are missing, or
-    the device does not work. The micro model is unloaded then, too, unless the device
-    was lost: on such a one it is never freed.
-
-    Args:
-        ctranslate2: The module of that name.
-        kind: ``"cuda"`` or ``"cpu"``.
-        index: Which of that kind.
-        compute_type: What to compute in.
+    It is unloaded also after an error, which is that of a real model: libraries are
+    missing, or the device does not work. On a device that was lost it is never freed.
 
     Blocks: for as long as the device takes to become ready.
 
@@ -188,10 +200,8 @@ def run_micro_model(
 
 def silent_window(whisper: WhisperModel) -> None:
     """
-    Runs one window of silence through encode and generate.
-
-    A model's first call does what its load left undone. Later calls, and their answers,
-    are as if this one had not been.
+    Runs one window of silence through encode and generate, which does what a load left
+    undone. Later calls, and their answers, are as if this one had not been.
 
     Blocks: for one run of the encoder. Only the thread that loads the model may call
     this: it reads properties of it.
@@ -218,13 +228,9 @@ def specification(
     """
     Returns CTranslate2's specification of a Whisper, valid, with tied output layer.
 
-    Args:
-        ctranslate2: The module of that name.
-        architecture: The numbers behind the shapes.
-        tokens: The vocabulary.
-        values: Returns the numbers (float16) of a tensor, called in the order of
-            `layout`. They are not copied, so views of the same memory take no more than
-            that until they are saved, which copies one tensor at a time.
+    *values* gives the float16 numbers of each tensor, in the order of `layout`. They
+    are not copied: views of the same memory take no more than that until they are
+    saved, one tensor at a time.
     """
     specs = ctranslate2.specs
     spec = specs.WhisperSpec(
@@ -267,13 +273,9 @@ def _encode(ctranslate2: ModuleType, model: Whisper, windows: int) -> StorageVie
     return model.encode(ctranslate2.StorageView.from_array(features), to_cpu=False)
 
 
+# The calls of ``WhisperModel.transcribe``. Source: faster-whisper 1.2.1, transcribe.py,
+# generate_with_fallback and find_alignment.
 def _transcribe(model: Whisper, encoded: StorageView) -> None:
-    """
-    Makes the calls of ``WhisperModel.transcribe``, with word timestamps and a prompt.
-
-    Source: faster-whisper 1.2.1, transcribe.py, generate_with_fallback and
-    find_alignment.
-    """
     # CTranslate2 4.2.1 goes by the size of the vocabulary, and takes this for English.
     if model.is_multilingual:
         model.detect_language(encoded)
@@ -290,42 +292,26 @@ def _transcribe(model: Whisper, encoded: StorageView) -> None:
         model.generate(
             encoded,
             [prompt],
-            length_penalty=1.0,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
             max_length=len(prompt) + _STEPS,
-            return_scores=True,
-            return_no_speech_prob=True,
-            suppress_blank=True,
-            suppress_tokens=[-1],
             max_initial_timestamp_index=50,
+            **_ALWAYS,
             **options,
         )
     words = [_ids(*_WORDS[:5])]
     model.align(encoded, start, words, AUDIO_FRAMES, median_filter_width=7)
 
 
+# Those of ``BatchedInferencePipeline.transcribe``. Source: generate_segment_batched.
 def _transcribe_batch(model: Whisper, encoded: StorageView) -> None:
-    """
-    Makes the calls of ``BatchedInferencePipeline.transcribe``.
-
-    Source: faster-whisper 1.2.1, transcribe.py, generate_segment_batched.
-    """
     start = _ids("<|startoftranscript|>", "<|en|>", "<|transcribe|>")
     model.generate(
         encoded,
         [[*start, *_ids("<|notimestamps|>")]] * _BATCH,
         beam_size=_BEAMS,
         patience=1.0,
-        length_penalty=1.0,
         max_length=len(start) + 1 + _STEPS,
-        suppress_blank=True,
-        suppress_tokens=[-1],
-        return_scores=True,
-        return_no_speech_prob=True,
         sampling_temperature=0.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
+        **_ALWAYS,
     )
     words = [_ids(*_WORDS[:5]), _ids(*_WORDS[:3])]
     frames = [AUDIO_FRAMES] * _BATCH
@@ -333,9 +319,7 @@ def _transcribe_batch(model: Whisper, encoded: StorageView) -> None:
 
 
 def _unload(model: Whisper) -> None:
-    """
-    Frees the weights now: an error that is still referenced holds the model.
-    """
+    # Now: an error that is still referenced holds the model.
     try:
         unload_weights(model)
     except StillLoaded as still:

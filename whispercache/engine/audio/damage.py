@@ -12,18 +12,11 @@ if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.packet import Packet
 
-__all__ = ["AudioDamage", "Losses"]
-
+# Seconds that timestamps may leave out before that counts as missing: in containers
+# that keep milliseconds, or times of arrival, they tremble.
 JUMP_S = 0.1
-"""
-Seconds that timestamps may leave out before that counts as missing: in containers that
-keep milliseconds, or times of arrival, they tremble.
-"""
-
+# Beginnings of what stands between joined files and is no audio.
 _TAGS = (b"ID3", b"TAG", b"APETAGEX")
-"""
-Beginnings of what stands between joined files and is no audio.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +63,7 @@ class AudioDamage:
 
 class Losses:
     """
-    The losses of a stream, counted as it is decoded.
-
-    Attributes:
-        n_bytes: Size of the packets that could be decoded.
-        heard_s: Seconds that came of them.
-        packets: As in `AudioDamage`.
-        broken_s: Likewise.
-        missing_s: Likewise.
-        breaks_off: Likewise.
+    The losses of a stream, of whose packets *n_bytes* gave *heard_s* seconds.
     """
 
     def __init__(self) -> None:
@@ -138,8 +123,7 @@ class Losses:
 
     def total(self, promised_s: float) -> AudioDamage:
         """
-        Returns all losses, also at the end of a stream that lasts *promised_s* by its
-        header.
+        Returns all losses of a stream that lasts *promised_s* by its header.
         """
         if self._stretch:
             self._close(0.0)
@@ -149,9 +133,7 @@ class Losses:
         return AudioDamage(self.packets, self.broken_s, self.missing_s, self.breaks_off)
 
     def _close(self, gap_s: float) -> None:
-        """
-        Counts a stretch of broken packets, over which timestamps went by *gap_s*.
-        """
+        # Over the stretch of broken packets, timestamps went by gap_s.
         if not self._is_tag:
             self.packets += self._stretch
             # Timestamps know better, but a joined file starts them anew.

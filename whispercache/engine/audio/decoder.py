@@ -1,8 +1,8 @@
 """
 The decoding of a file or a stream to samples, for the library and the server alike.
 
-It goes packet by packet, as in FFmpeg's own programs: a broken packet is left out, and
-all that follows is heard. The losses are counted.
+It goes packet by packet, as in FFmpeg's own programs: a broken packet is left out,
+counted, and all that follows is heard.
 
 This module imports PyAV and the standard library alone, since each new process of the
 server waits for its imports.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import inspect
 import io
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -36,22 +37,10 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from numpy.typing import NDArray
 
-__all__ = [
-    "SAMPLES_PER_S",
-    "SAMPLE_BYTES",
-    "UNDECODABLE",
-    "Audio",
-    "NoAudio",
-    "Recording",
-    "collect",
-    "name_of",
-    "open_audio",
-    "read_audio",
-]
-
 SAMPLES_PER_S = 16_000
 SAMPLE_BYTES = 2
-
+# The errors that PyAV was seen to raise on broken files, and their kin. A mistake in
+# the caller (a wrong name, say) raises none of these.
 UNDECODABLE = (
     av.error.FFmpegError,
     ArithmeticError,
@@ -62,42 +51,25 @@ UNDECODABLE = (
     TypeError,
     ValueError,
 )
-"""
-The errors that PyAV was seen to raise on broken files, and their kin. A mistake in the
-caller (a wrong name, say) raises none of these.
-"""
 
+# Samples, and seconds at a low rate, that are resampled at once. Source: one frame at a
+# time takes up to 1.9 times as long as faster-whisper, whose groups have 500,000
+# samples; with these it is 0.5 to 1.0 times (benchmarks/decode.py).
 GROUP_SAMPLES = 50_000
 GROUP_S = 30
-"""
-Samples, and seconds at a low rate, that are resampled at once.
-
-Source: one frame at a time takes up to 1.9 times as long as faster-whisper, whose
-groups have 500,000 samples; with these it is 0.5 to 1.0 times (benchmarks/decode.py).
-"""
-
+# Seconds that must be lost before it is told. No syllable is shorter, and the seam of
+# two joined files is: one or two packets, of 26 ms each in an mp3.
 WORTH_TELLING_S = 0.1
-"""
-Seconds that must be lost before it is told. No syllable is shorter, and the seam of two
-joined files is: one or two packets, of 26 ms each in an mp3.
-"""
-
+# Errors of FFmpeg's where a container cannot be read on: it is broken there, or a part
+# of another kind was joined to it. All others are the machine's or the network's.
 _OF_CONTENT = (ValueError, av.error.PatchWelcomeError)
-"""
-Errors of FFmpeg's where a container cannot be read on: it is broken there, or a part of
-another kind was joined to it. All others are the machine's or the network's.
-"""
-
+# Containers whose header says how long each stream is, and not by way of an estimate.
 _COUNTED = frozenset({"flac", "mov"})
-"""
-Containers whose header says how long each stream is, and not by way of an estimate.
-"""
 
 _PYAV = int(av.__version__.partition(".")[0])
+# Options that let metadata be bytes that are no text; from PyAV 19 on they always may
+# be.
 _OPEN: dict[str, object] = {"metadata_errors": "ignore"} if _PYAV < 19 else {}  # noqa: PLR2004
-"""
-Options that let metadata be bytes that are no text; from PyAV 19 on they always may be.
-"""
 
 
 class NoAudio(Exception):
@@ -195,8 +167,7 @@ def open_audio(source: str | BinaryIO, **options: object) -> InputContainer:
 
 def _refusal(source: object) -> str:
     """
-    Explains why nothing can be read from *source*, with a cure; empty if it can be
-    read.
+    Explains, with a cure, why nothing can be read from *source*; empty if it can.
     """
     if isinstance(source, str):
         return ""
@@ -210,10 +181,6 @@ def _refusal(source: object) -> str:
 
 
 def _is_of_path(error: BaseException, source: object) -> bool:
-    """
-    Tells errors about the path itself from those that name a file inside of it, or
-    were FFmpeg's words for broken content.
-    """
     kinds = (FileNotFoundError, IsADirectoryError, PermissionError)
     if not isinstance(source, str) or not isinstance(error, kinds):
         return False
@@ -230,10 +197,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _joined(pieces: list[memoryview]) -> NDArray[np.float32]:
-    """
-    Returns the samples as floats. *pieces* is emptied on the way, so that long audio is
-    in memory once.
-    """
+    # The list is emptied on the way, so that long audio is in memory once.
     import numpy as np
 
     n_samples = sum(piece.nbytes for piece in pieces) // SAMPLE_BYTES
@@ -251,12 +215,7 @@ def _joined(pieces: list[memoryview]) -> NDArray[np.float32]:
 
 class Recording:
     """
-    The first audio stream of a container, decoded once.
-
-    Args:
-        container: Opened for reading.
-        options: For FFmpeg's decoder.
-        highest_rate_hz: A rate beyond it is refused.
+    The first audio stream of a container, decoded once by FFmpeg with *options*.
 
     Raises:
         NoAudio: it has no such stream, or no decoder for it.
@@ -285,7 +244,7 @@ class Recording:
         time.
 
         Raises:
-            NoAudio: its rate is none, or too high.
+            NoAudio: its rate is none, or higher than allowed.
             UNDECODABLE: something else is wrong than single packets.
         """
         for frame in _resampled(_grouped(self._frames()), self._losses):
@@ -294,16 +253,13 @@ class Recording:
 
     def damage(self) -> AudioDamage | None:
         """
-        Returns the losses, once all pieces are there; None if none are worth telling.
+        Returns the losses, once all pieces are there, if any are worth telling.
         """
         damage = self._losses.total(_promised_s(self._container, self._stream))
         is_told = damage.lost_s >= WORTH_TELLING_S or damage.breaks_off
         return damage if is_told else None
 
     def _frames(self) -> Iterator[AudioFrame]:
-        """
-        Yields the frames that the stream decodes to, without their times.
-        """
         losses = self._losses
         for packet in self._packets():
             try:
@@ -325,9 +281,6 @@ class Recording:
                 yield frame
 
     def _packets(self) -> Iterator[Packet[AudioStream]]:
-        """
-        Yields the stream's packets, to where the container breaks off.
-        """
         try:
             yield from self._container.demux(self._stream)
         except av.error.FFmpegError as error:
@@ -352,24 +305,21 @@ def _promised_s(container: InputContainer, stream: AudioStream) -> float:
     return float((stream.duration - before) * stream.time_base)
 
 
+def _form(frame: AudioFrame) -> tuple[object, ...]:
+    return frame.format.name, frame.layout.name, frame.sample_rate
+
+
 def _grouped(frames: Iterable[AudioFrame]) -> Iterator[AudioFrame]:
     """
     Yields the same in larger frames, each of one form: format, channels and rate.
     """
-    fifo: av.AudioFifo | None = None
-    form: tuple[object, ...] = ()
-    for frame in frames:
-        of_frame = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if fifo is None or form != of_frame:
-            if fifo is not None:
+    # A queue that was made for other channels would read beyond a frame's.
+    for _, alike in itertools.groupby(frames, key=_form):
+        fifo = av.AudioFifo()
+        for frame in alike:
+            fifo.write(frame)
+            if fifo.samples >= min(GROUP_SAMPLES, GROUP_S * frame.sample_rate):
                 yield from _rest(fifo)
-            # One that was made for other channels would read beyond the frame's.
-            fifo, form = av.AudioFifo(), of_frame
-            most = min(GROUP_SAMPLES, GROUP_S * frame.sample_rate)
-        fifo.write(frame)
-        if fifo.samples >= most:
-            yield from _rest(fifo)
-    if fifo is not None:
         yield from _rest(fifo)
 
 
@@ -388,12 +338,12 @@ def _resampled(frames: Iterable[AudioFrame], losses: Losses) -> Iterator[AudioFr
     resampler: av.AudioResampler | None = None
     form: tuple[object, ...] = ()
     for frame in frames:
-        of_frame = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if resampler is None or form != of_frame:
+        if resampler is None or form != _form(frame):
             if resampler is not None:
                 # What the old one still holds comes before the new form's samples.
                 yield from resampler.resample(None)
-            resampler, form = av.AudioResampler("s16", "mono", SAMPLES_PER_S), of_frame
+            resampler = av.AudioResampler("s16", "mono", SAMPLES_PER_S)
+            form = _form(frame)
         try:
             resampled = resampler.resample(frame)
         except MemoryError:

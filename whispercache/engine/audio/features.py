@@ -15,23 +15,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["FeatureExtractor", "InBlocks"]
-
+# Seconds of audio that are a block, and above which audio is taken in blocks.
 BLOCK_S = 30
 LONG_S = 60
-"""
-Seconds of audio that are a block, and above which audio is taken in blocks.
-"""
-
+# Powers of ten that the spectrogram spans; what is fainter is cut off. Source:
+# openai/whisper, audio.py, ``log_mel_spectrogram``; with the two lines after it.
 _RANGE = 8.0
-"""
-Powers of ten that the spectrogram spans; what is fainter is cut off.
-
-Source: openai/whisper, audio.py, ``log_mel_spectrogram``; with the two lines after it.
-"""
 
 
-class FeatureExtractor(Protocol):
+class _Extractor(Protocol):
     """
     The part of faster-whisper's feature extractor that is used here.
     """
@@ -52,38 +44,28 @@ class FeatureExtractor(Protocol):
         window: NDArray[np.float32],
         center: bool,
         return_complex: bool,
-    ) -> NDArray[np.complexfloating]:
-        """
-        Returns the short-time Fourier transform of *samples*: complex (frequencies,
-        frames).
-        """
+    ) -> NDArray[np.complexfloating]: ...
 
     def __call__(
         self,
         waveform: NDArray[np.float32],
         padding: int = ...,
         chunk_length: int | None = ...,
-    ) -> NDArray[np.float32]:
-        """
-        Returns the spectrogram of *waveform*.
-        """
+    ) -> NDArray[np.float32]: ...
 
 
 class InBlocks:
     """
     A feature extractor that processes long audio in blocks, and else behaves as the one
-    that it wraps.
+    of faster-whisper that it wraps.
 
-    As with that one, the length of a window is kept for the next call: views of a model
-    have copies (``copy.copy``) with a length of their own.
-
-    Args:
-        extractor: faster-whisper's.
+    The length of a window is kept for the next call: views of a model have copies
+    (``copy.copy``) with a length of their own.
     """
 
-    _extractor: FeatureExtractor
+    _extractor: _Extractor
 
-    def __init__(self, extractor: FeatureExtractor) -> None:
+    def __init__(self, extractor: _Extractor) -> None:
         object.__setattr__(self, "_extractor", extractor)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -105,15 +87,9 @@ class InBlocks:
         chunk_length: int | None = None,
     ) -> NDArray[np.float32]:
         """
-        Returns the log-Mel spectrogram of *waveform*: float32 (mels, frames), 100
-        frames a second.
-
-        It is the same as from faster-whisper, up to the rounding of float32.
-
-        Args:
-            waveform: float32 (samples,), mono, 16 kHz.
-            padding: Samples of silence after it.
-            chunk_length: Seconds of a window, if not 30.
+        Returns the log-Mel spectrogram of *waveform*, float32 (samples,), with
+        *padding* samples of silence: float32 (mels, frames), 100 frames a second; that
+        of faster-whisper, up to the rounding of float32. *chunk_length* is in seconds.
         """
         extractor = self._extractor
         # Short audio costs little, and is the common case.
@@ -127,7 +103,7 @@ class InBlocks:
 
 
 def _log_mel(
-    extractor: FeatureExtractor, waveform: NDArray[np.float32], padding: int
+    extractor: _Extractor, waveform: NDArray[np.float32], padding: int
 ) -> NDArray[np.float32]:
     import numpy as np
 
@@ -165,7 +141,7 @@ def _around(
     padding: int,
     start: int,
     stop: int,
-    extractor: FeatureExtractor,
+    extractor: _Extractor,
 ) -> NDArray[np.float32]:
     """
     Returns the samples of the frames from *start* to *stop*; each frame is centred on

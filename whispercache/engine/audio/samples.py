@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from whispercache.engine.api import AudioInput
 
-__all__ = ["samples_of"]
-
 _log = logging.getLogger("whispercache")
 
 
@@ -34,7 +32,14 @@ def samples_of(audio: AudioInput) -> NDArray[np.float32]:
     import numpy as np
 
     if isinstance(audio, np.ndarray):
-        return _as_samples(audio)
+        kind = audio.dtype.kind if audio.ndim == 1 else ""
+        if kind == "f":
+            return audio.astype("float32", copy=False)
+        reason = "samples are floats in one dimension"
+        if kind == "i":
+            full = 2 ** (8 * audio.dtype.itemsize - 1)
+            reason = f"samples are floats in ±1: take audio.astype('float32') / {full}"
+        raise AudioError(f"an array of {audio.dtype}, shape {audio.shape}", reason)
     # Imported late: PyAV takes longer than all else here.
     from .decoder import name_of, read_audio
 
@@ -42,20 +47,3 @@ def samples_of(audio: AudioInput) -> NDArray[np.float32]:
     if heard.damage is not None:
         _log.warning("%s is damaged: %s", name_of(audio), heard.damage)
     return heard.samples
-
-
-def _as_samples(audio: NDArray[np.generic]) -> NDArray[np.float32]:
-    """
-    Returns an array that was given in place of a file, if it holds samples.
-
-    Raises:
-        AudioError: it does not.
-    """
-    if audio.ndim == 1 and audio.dtype.kind == "f":
-        return audio.astype("float32", copy=False)
-    got = f"an array of {audio.dtype}, shape {audio.shape}"
-    if audio.ndim == 1 and audio.dtype.kind == "i":
-        full = 2 ** (8 * audio.dtype.itemsize - 1)
-        cure = f"samples are floats in ±1: take audio.astype('float32') / {full}"
-        raise AudioError(got, cure)
-    raise AudioError(got, "samples are floats in one dimension")

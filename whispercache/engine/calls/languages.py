@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING
 
 from whispercache.engine.claims import unalignable
 from whispercache.engine.files import claims_of
-from whispercache.engine.sizes.architecture import Architecture
+from whispercache.engine.sizes.architecture import (
+    CANTONESE_TOKENS,
+    ENGLISH_TOKENS,
+    Architecture,
+)
 
 from .parameters import check_tokens
 
@@ -24,15 +28,6 @@ if TYPE_CHECKING:
 
     from whispercache.engine.files import ModelFiles
     from whispercache.errors import CorruptModel
-
-__all__ = [
-    "LANGUAGES",
-    "Knowledge",
-    "check_knowledge",
-    "check_language",
-    "knowledge_of",
-    "language_code",
-]
 
 _NAMES = """\
 af afrikaans; am amharic; ar arabic; as assamese; az azerbaijani; ba bashkir;
@@ -53,54 +48,32 @@ sw swahili; ta tamil; te telugu; tg tajik; th thai; tk turkmen; tl tagalog;
 tr turkish; tt tatar; uk ukrainian; ur urdu; uz uzbek; vi vietnamese;
 yi yiddish; yo yoruba; zh chinese; yue cantonese"""
 
+
+def _by_name(text: str) -> dict[str, str]:
+    entries = (entry.strip().split(" ", 1) for entry in text.split(";"))
+    return {name: code for code, name in entries}
+
+
+# Names in English by code. Source: openai/whisper, tokenizer.py, ``LANGUAGES``; a test
+# compares the codes with faster-whisper's.
 LANGUAGES: Mapping[str, str] = MappingProxyType(
-    dict(entry.strip().split(" ", 1) for entry in _NAMES.replace("\n", " ").split(";"))
+    {code: name for name, code in _by_name(_NAMES).items()}
 )
-"""
-Names in English by code.
 
-Source: openai/whisper, tokenizer.py, ``LANGUAGES``; a test compares the codes with
-faster-whisper's.
-"""
+# Source: openai/whisper, tokenizer.py, ``TO_LANGUAGE_CODE``.
+_OTHER_NAMES = _by_name("""\
+my burmese; es castilian; nl flemish; ht haitian; lb letzeburgesch; zh mandarin;
+ro moldavian; ro moldovan; pa panjabi; ps pushto; si sinhalese; es valencian""")
 
-_OTHER_NAMES = {
-    "burmese": "my",
-    "castilian": "es",
-    "flemish": "nl",
-    "haitian": "ht",
-    "letzeburgesch": "lb",
-    "mandarin": "zh",
-    "moldavian": "ro",
-    "moldovan": "ro",
-    "panjabi": "pa",
-    "pushto": "ps",
-    "sinhalese": "si",
-    "valencian": "ca",
-}
-"""
-Source: openai/whisper, tokenizer.py, ``TO_LANGUAGE_CODE``.
-"""
-
-_OTHER_CODES = {
-    "cmn": "zh",
-    "fil": "tl",
-    "in": "id",
-    "iw": "he",
-    "ji": "yi",
-    "jv": "jw",
-    "mo": "ro",
-    "nb": "no",
-    "zh-yue": "yue",
-}
-"""
-Codes that operating systems and speech services have for languages of Whisper's.
-
-Source: IANA language subtag registry: deprecated codes, macrolanguages (``nb`` is
-Norwegian, ``cmn`` Chinese, ``fil`` Tagalog) and the extended ``zh-yue``.
-"""
+# Codes that operating systems and speech services have for languages of Whisper's.
+# Source: IANA language subtag registry: deprecated codes, macrolanguages (``nb`` is
+# Norwegian, ``cmn`` Chinese, ``fil`` Tagalog) and the extended ``zh-yue``.
+_OTHER_CODES = _by_name(
+    "zh cmn; tl fil; id in; he iw; yi ji; jw jv; ro mo; no nb; yue zh-yue"
+)
 
 _CODES: Mapping[str, str] = {
-    **{name: code for code, name in LANGUAGES.items()},
+    **_by_name(_NAMES),
     **{code: code for code in LANGUAGES},
     **_OTHER_NAMES,
     **_OTHER_CODES,
@@ -109,16 +82,10 @@ _DETECT = ("", "auto")
 _LOCALE = re.compile(r"([a-z]{2,3})(?:-[a-z0-9]{1,8})+")
 _LONGEST_SHOWN = 20
 
-_ENGLISH_TOKENS, _CANTONESE_TOKENS = 51864, 51866
-"""
-Sizes of the vocabularies of Whisper's English-only models, and of those since large-v3.
-"""
-
 
 def language_code(language: str | None) -> str | None:
     """
-    Returns Whisper's code of a language, given by code, name, or locale; None to detect
-    it.
+    Returns Whisper's code of a language, or None to detect it.
 
     ``"de"``, ``"German"``, ``"de-AT"`` and ``"de_DE.UTF-8"`` are ``"de"``; None, empty
     text and ``"auto"`` ask for detection.
@@ -179,9 +146,7 @@ class Knowledge:
 def knowledge_of(files: ModelFiles) -> Knowledge | None:
     """
     Returns the languages and tokens of the model of *files*; None if nothing is known
-    of it.
-
-    No look at the disk for files that were looked at before; see `files.claims_of`.
+    of it. Looks at no file twice, as `claims_of`.
 
     Raises:
         CorruptModel, LoadFailed: the files have changed for the worse since.
@@ -247,11 +212,8 @@ def check_knowledge(
 
 @functools.lru_cache(maxsize=64)
 def _by_size(n_tokens: int) -> Knowledge:
-    """
-    Returns what one of OpenAI's models knows, by the size of its vocabulary.
-    """
     # Compared, not looked up, so that any size has an answer.
-    if n_tokens <= _ENGLISH_TOKENS:
+    if n_tokens <= ENGLISH_TOKENS:
         return Knowledge(n_tokens, is_multilingual=False, languages=("en",))
-    codes = (c for c in LANGUAGES if c != "yue" or n_tokens >= _CANTONESE_TOKENS)
+    codes = (c for c in LANGUAGES if c != "yue" or n_tokens >= CANTONESE_TOKENS)
     return Knowledge(n_tokens, is_multilingual=True, languages=tuple(codes))

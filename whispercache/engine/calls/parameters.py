@@ -20,40 +20,19 @@ if TYPE_CHECKING:
     Options: TypeAlias = Mapping[str, object]
     Check: TypeAlias = "Callable[[_Call, str, Any], object]"
 
-__all__ = [
-    "WINDOW_S",
-    "check_batch_size",
-    "check_tokens",
-    "checked",
-    "filters_speech",
-    "temperatures_of",
-]
-
+# Seconds in the window of a Whisper model; it does not hear what is beyond them.
 WINDOW_S = 30
-"""
-Seconds in the window of a Whisper model; it does not hear what is beyond them.
-"""
 
 _TASKS = ("transcribe", "translate")
-
+# Temperatures that faster-whisper tries, one after the other, unless others are given.
 _LADDER = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""
-Temperatures that faster-whisper tries, one after the other, unless others are given.
-"""
-
+# Most tokens that a model writes in a window: its positions, less one for the prompt.
+# Source: faster_whisper/transcribe.py, ``WhisperModel.max_length``, 1.2.1.
 _LONGEST_TEXT = 447
-"""
-Most tokens that a model writes in a window: its positions, less one for the prompt.
-
-Source: faster_whisper/transcribe.py, ``WhisperModel.max_length``, 1.2.1.
-"""
 
 _LONGEST_SHOWN = 60
-
+# Source: faster_whisper/vad.py, ``get_speech_timestamps``, 512 samples.
 _VAD_WINDOW_S = 0.032
-"""
-Source: faster_whisper/vad.py, ``get_speech_timestamps``, 512 samples.
-"""
 
 
 # What was given ----------------------------------------------------------------------
@@ -84,28 +63,22 @@ class _Call:
     is_batched: bool = False
     vad_names: Collection[str] = ()
 
-    def samples(self) -> bool:
-        """
-        Tells whether it may sample, at a temperature above 0; the pipeline does not.
-        """
-        return not self.is_batched and any(map(_is_above_0, self.temperatures()))
-
-    def searches(self) -> bool:
-        """
-        Tells whether it searches with beams.
-        """
-        return self.is_batched or not all(map(_is_above_0, self.temperatures()))
+    def is_plain(self) -> bool:
+        return not self.is_batched
 
     def temperatures(self) -> tuple[object, ...]:
         return temperatures_of(self.options)
+
+    def samples(self) -> bool:
+        return not self.is_batched and any(map(_is_above_0, self.temperatures()))
+
+    def searches(self) -> bool:
+        return self.is_batched or not all(map(_is_above_0, self.temperatures()))
 
     def detects(self) -> bool:
         return self.options.get("language") is None
 
     def filters(self) -> bool:
-        """
-        Tells whether voice activity is looked for: not where clips are named.
-        """
         if self.is_batched:
             # The pipeline needs clips: without any it looks for speech by itself.
             is_asked = self.options.get("vad_filter", True)
@@ -134,12 +107,10 @@ def _refuse(name: str, wanted: str, value: object, *, kind: bool = False) -> Exc
 
 
 def _count(name: str, value: object, least: int = 1, most: int | None = None) -> int:
-    """
-    Returns a whole number within bounds; NumPy's will do, and so will True.
-    """
     wanted = f"a whole number of {least} or more"
     if most is not None:
         wanted = f"a whole number from {least} to {most}"
+    # NumPy's will do, and so will True.
     # operator.index() refuses 1.5 and "1", which int() would take.
     try:
         number = operator.index(value)  # type: ignore[arg-type]
@@ -176,22 +147,6 @@ def _number(
     return value
 
 
-def _above_0(_call: _Call, name: str, value: object) -> object:
-    wanted = "a number above 0"
-    return _number(name, value, wanted, lambda number: 0 < number < math.inf)
-
-
-def _finite(_call: _Call, name: str, value: object) -> object:
-    return _number(name, value, "a finite number", math.isfinite)
-
-
-def _threshold(call: _Call, name: str, value: object) -> object:
-    # The pipeline has no fallback, and looks at no threshold.
-    if value is None or call.is_batched:
-        return value
-    return _number(name, value, "a number or None")
-
-
 def _text(_call: _Call, name: str, value: object) -> object:
     # Anything empty counts as no text in faster-whisper, whatever its type.
     if value and not isinstance(value, str):
@@ -199,15 +154,37 @@ def _text(_call: _Call, name: str, value: object) -> object:
     return value
 
 
+def _whole(_call: _Call, name: str, value: object) -> object:
+    return _count(name, value)
+
+
+def _is_amount(number: float) -> bool:
+    return 0 <= number < math.inf
+
+
+def _numeric(wanted: str, is_fine: Callable[[float], bool]) -> Check:
+    return lambda _call, name, value: _number(name, value, wanted, is_fine)
+
+
+def _threshold(_call: _Call, name: str, value: object) -> object:
+    return value if value is None else _number(name, value, "a number or None")
+
+
+def _where(matters: Callable[[_Call], bool], check: Check) -> Check:
+    """
+    Returns a check of a parameter that passes whatever is given where none *matters*.
+    """
+    return lambda call, name, value: (
+        check(call, name, value) if matters(call) else value
+    )
+
+
 def _items(name: str, wanted: str, value: object) -> list[object]:
-    """
-    Returns a copy as a list: faster-whisper adds to it, and a second try needs the
-    original.
-    """
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(
         value, Iterable
     ):
         raise _refuse(name, wanted, value, kind=True)
+    # A copy: faster-whisper adds to it, and a second try needs the original.
     return list(value)
 
 
@@ -220,18 +197,6 @@ def _task(_call: _Call, name: str, value: object) -> object:
     return value
 
 
-def _beam_size(call: _Call, name: str, value: object) -> object:
-    return _count(name, value) if call.searches() else value
-
-
-def _best_of(call: _Call, name: str, value: object) -> object:
-    return _count(name, value) if call.samples() else value
-
-
-def _patience(call: _Call, name: str, value: object) -> object:
-    return _above_0(call, name, value) if call.searches() else value
-
-
 def _temperature(call: _Call, name: str, value: object) -> object:
     wanted = "a finite number of 0 or more, or a list of some"
     several = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -239,7 +204,7 @@ def _temperature(call: _Call, name: str, value: object) -> object:
         raise _refuse(name, wanted, value)
     # The pipeline uses the first one only.
     for each in several[: 1 if call.is_batched else None]:
-        _number(name, each, wanted, lambda number: 0 <= number < math.inf)
+        _number(name, each, wanted, _is_amount)
     return several if isinstance(value, list) else value
 
 
@@ -263,14 +228,6 @@ def _suppress_tokens(_call: _Call, name: str, value: object) -> object:
         return value
     wanted = "a list of token ids, with -1 for the usual symbols, or None"
     return [_count(name, each, -1) for each in _items(name, wanted, value)]
-
-
-def _initial_timestamp(call: _Call, name: str, value: object) -> object:
-    # The pipeline sets one of its own.
-    if call.is_batched:
-        return value
-    wanted = "a finite number of seconds, 0 or more"
-    return _number(name, value, wanted, lambda number: 0 <= number < math.inf)
 
 
 def _punctuations(call: _Call, name: str, value: object) -> object:
@@ -310,7 +267,7 @@ def _clip_timestamps(call: _Call, name: str, value: object) -> object:
     else:
         seconds = _items(name, wanted, value)
     for each in seconds:
-        _number(name, each, wanted, lambda number: 0 <= number < math.inf)
+        _number(name, each, wanted, _is_amount)
     # No clip is the whole file, but the detection of the language looks at the first
     # one without a check.
     if not seconds:
@@ -319,9 +276,6 @@ def _clip_timestamps(call: _Call, name: str, value: object) -> object:
 
 
 def _clips(name: str, value: object) -> list[dict[str, object]]:
-    """
-    Returns the clips of the batched pipeline.
-    """
     wanted = "a list of {'start': seconds, 'end': seconds} with batch_size"
     clips = []
     for each in _items(name, wanted, value):
@@ -329,36 +283,22 @@ def _clips(name: str, value: object) -> list[dict[str, object]]:
             raise _refuse(name, wanted, each, kind=True)
         # faster-whisper multiplies whatever else there is, too.
         for number in each.values():
-            _number(name, number, wanted, lambda number: 0 <= number < math.inf)
+            _number(name, number, wanted, _is_amount)
         clips.append(dict(each))
     return clips
 
 
 def _detection_threshold(call: _Call, name: str, value: object) -> object:
-    """
-    Returns the threshold, and 0 for None, which meant in earlier versions of
-    faster-whisper that the first window decides.
-    """
+    # None meant in earlier versions of faster-whisper that the first window decides.
     if value is None:
         return 0.0 if call.detects() else value
     return _number(name, value)
-
-
-def _detection_segments(call: _Call, name: str, value: object) -> object:
-    return _count(name, value) if call.detects() else value
 
 
 # Voice activity ----------------------------------------------------------------------
 
 
 def _vad_parameters(call: _Call, name: str, value: object) -> object:
-    """
-    Returns a copy of a mapping, or of options, of voice activity detection; the
-    pipeline writes into it.
-
-    Options have no limit unless one is given, and the pipeline would not hear what is
-    beyond 30 s of a stretch of speech; in a mapping it sets the limit itself.
-    """
     if not call.filters() or value is None:
         return value
     if isinstance(value, Mapping):
@@ -375,6 +315,8 @@ def _vad_parameters(call: _Call, name: str, value: object) -> object:
     known = (*_VAD_RULES, "neg_threshold", _VAD_LIMIT)
     fields = {key: getattr(value, key) for key in known if hasattr(value, key)}
     _check_vad(name, fields)
+    # Options have no limit unless one is given, and the pipeline would not hear what is
+    # beyond 30 s of a stretch of speech; in a mapping it sets the limit itself.
     own: Any = copy.copy(value)
     if call.is_batched:
         window_s: Any = call.options.get("chunk_length") or WINDOW_S
@@ -387,7 +329,7 @@ _VAD_RULES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     "threshold": ("a number from 0 to 1", lambda number: 0 <= number <= 1),
     **dict.fromkeys(
         ("min_speech_duration_ms", "min_silence_duration_ms", "speech_pad_ms"),
-        ("milliseconds, 0 or more", lambda number: 0 <= number < math.inf),
+        ("milliseconds, 0 or more", _is_amount),
     ),
 }
 
@@ -408,35 +350,39 @@ def _check_vad(name: str, fields: Mapping[str, Any]) -> None:
         _number(key, fields[_VAD_LIMIT], wanted, lambda s: s > least_s)
 
 
+_ABOVE_0 = _numeric("a number above 0", lambda number: 0 < number < math.inf)
+
 _CHECKS: Mapping[str, Check] = {
     "task": _task,
-    "beam_size": _beam_size,
-    "best_of": _best_of,
-    "patience": _patience,
-    "length_penalty": _finite,
-    "repetition_penalty": _above_0,
+    "beam_size": _where(_Call.searches, _whole),
+    "best_of": _where(_Call.samples, _whole),
+    "patience": _where(_Call.searches, _ABOVE_0),
+    "length_penalty": _numeric("a finite number", math.isfinite),
+    "repetition_penalty": _ABOVE_0,
     "no_repeat_ngram_size": lambda _call, name, value: _count(name, value, 0),
     "temperature": _temperature,
-    "compression_ratio_threshold": _threshold,
-    "log_prob_threshold": _threshold,
-    "no_speech_threshold": _threshold,
+    # The pipeline has no fallback, and looks at no threshold.
+    "compression_ratio_threshold": _where(_Call.is_plain, _threshold),
+    "log_prob_threshold": _where(_Call.is_plain, _threshold),
+    "no_speech_threshold": _where(_Call.is_plain, _threshold),
     "prompt_reset_on_temperature": _reset_temperature,
     "initial_prompt": _initial_prompt,
-    "prefix": lambda call, name, value: (
-        value if call.is_batched else _text(call, name, value)
-    ),
+    "prefix": _where(_Call.is_plain, _text),
     "suppress_tokens": _suppress_tokens,
-    "max_initial_timestamp": _initial_timestamp,
+    # The pipeline sets one of its own.
+    "max_initial_timestamp": _where(
+        _Call.is_plain, _numeric("a finite number of seconds, 0 or more", _is_amount)
+    ),
     "prepend_punctuations": _punctuations,
     "append_punctuations": _punctuations,
     "vad_parameters": _vad_parameters,
     "max_new_tokens": _max_new_tokens,
     "chunk_length": _chunk_length,
     "clip_timestamps": _clip_timestamps,
-    "hallucination_silence_threshold": _threshold,
+    "hallucination_silence_threshold": _where(_Call.is_plain, _threshold),
     "hotwords": _text,
     "language_detection_threshold": _detection_threshold,
-    "language_detection_segments": _detection_segments,
+    "language_detection_segments": _where(_Call.detects, _whole),
 }
 
 
@@ -445,12 +391,7 @@ def checked(
 ) -> dict[str, object]:
     """
     Returns a copy of the parameters of one call, which faster-whisper can work with and
-    write into.
-
-    Args:
-        options: By name; see `bound`.
-        is_batched: They are for the batched pipeline.
-        vad_names: Names that ``vad_parameters`` may have, if they are known.
+    write into. In ``vad_parameters`` only *vad_names* may be, if there are any.
 
     Raises:
         TypeError, ValueError: one of them is nonsense.

@@ -31,15 +31,6 @@ if TYPE_CHECKING:
 
     from .languages import Knowledge
 
-__all__ = [
-    "Callee",
-    "Prepared",
-    "check_knowledge",
-    "prepared",
-    "prepared_detection",
-    "workload_of",
-]
-
 _RATE_HZ = 16_000
 
 
@@ -60,8 +51,7 @@ class Callee(Protocol):
 
     def knowledge(self) -> Knowledge | None:
         """
-        Returns the languages and tokens of the model, if they are known. Blocks for a
-        download, if it takes one to find out.
+        Returns the languages and tokens of the model, if they are known. May download.
         """
 
 
@@ -69,7 +59,7 @@ def workload_of(
     options: Mapping[str, object], batch_size: int | None, n_samples: int = 0
 ) -> Workload:
     """
-    Returns the work of a ``transcribe`` call with these options, on so many samples.
+    Returns the work of a ``transcribe`` call with these options.
     """
 
     def count(name: str) -> int:
@@ -125,16 +115,10 @@ def prepared(
             language.
         AudioError: the audio cannot be decoded.
     """
-    signatures = source.signatures()
-    is_batched = batch_size is not None
     if batch_size is not None:
         batch_size = check_batch_size(batch_size)
-    signature = signatures["batched" if is_batched else "transcribe"]
-    given = bound(signature, (audio, *args), options)
-    given.pop("audio", None)
-    vad = signatures.get("vad")
-    names = () if vad is None else tuple(vad.parameters)
-    values = checked(given, is_batched=is_batched, vad_names=names)
+    method = "transcribe" if batch_size is None else "batched"
+    values = _values(source.signatures(), method, (audio, *args), options)
     if "language" in values:
         # A call that names none need not wait for this import.
         from .languages import language_code
@@ -148,13 +132,20 @@ def prepared(
     return Prepared(samples, values, batch_size, workload)
 
 
-def _check_position(audio: AudioInput) -> None:
-    """
-    Refuses a stream that has nothing left to read.
+def _values(
+    signatures: Mapping[str, Signature],
+    method: str,
+    args: tuple[object, ...],
+    options: Mapping[str, object],
+) -> dict[str, object]:
+    given = bound(signatures[method], args, options)
+    given.pop("audio", None)
+    vad = signatures.get("vad")
+    names = () if vad is None else tuple(vad.parameters)
+    return checked(given, is_batched=method == "batched", vad_names=names)
 
-    Raises:
-        AudioError: it is at its end, where it was left after it was written or read.
-    """
+
+def _check_position(audio: AudioInput) -> None:
     if not hasattr(audio, "seek") or not hasattr(audio, "tell"):
         return
     try:
@@ -176,12 +167,8 @@ def _check_position(audio: AudioInput) -> None:
 
 def check_knowledge(source: Callee, values: Mapping[str, object]) -> None:
     """
-    Refuses a call in a language or with tokens that the model does not know, or for
-    word timestamps that it cannot give.
-
-    Raises:
-        ValueError: it does not.
-        CorruptModel: it names heads for words that are not there.
+    Refuses a call that `languages.check_knowledge` does, without a look at the files,
+    which may have to be downloaded for it, where it asks for nothing special.
     """
     wants_words = bool(values.get("word_timestamps"))
     language = cast("str | None", values.get("language"))
@@ -204,14 +191,10 @@ def prepared_detection(
     options: Mapping[str, object],
 ) -> Prepared:
     """
-    Returns a call of ``detect_language``, checked and with its audio decoded; see
-    `prepared`.
+    Returns a call of ``detect_language``, checked and with its audio decoded.
     """
     signatures = source.signatures()
-    given = bound(signatures["detect_language"], (audio, *args), options)
-    given.pop("audio", None)
-    vad = signatures.get("vad")
-    values = checked(given, vad_names=() if vad is None else tuple(vad.parameters))
+    values = _values(signatures, "detect_language", (audio, *args), options)
     if audio is None:
         if "features" in signatures["detect_language"].parameters and (
             values.get("features") is None

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["bound", "signature_of"]
-
 
 def bound(
     signature: inspect.Signature,
@@ -56,12 +54,8 @@ def signature_of(
     function: Callable[..., object], *, follow_wrapped: bool = True
 ) -> inspect.Signature:
     """
-    Returns the signature of a method, given as a function of its class, without
-    ``self``.
-
-    Args:
-        function: The method.
-        follow_wrapped: Of a decorated one, takes the signature of what was decorated.
+    Returns the signature of a function of a class without ``self``; of a decorated one
+    that of what was decorated, if *follow_wrapped*.
     """
     signature = inspect.signature(function, follow_wrapped=follow_wrapped)
     first, *others = signature.parameters.values()

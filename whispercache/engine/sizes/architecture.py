@@ -13,33 +13,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = [
-    "ARCHITECTURES",
-    "AUDIO_FRAMES",
-    "AUDIO_POSITIONS",
-    "HUB_COMPUTE_TYPE",
-    "ITEM_BYTES",
-    "TEXT_POSITIONS",
-    "Architecture",
-    "Variable",
-    "layout",
-]
-
+# Mel frames in a window of 30 s.
 AUDIO_FRAMES = 3000
-"""
-Mel frames in a window of 30 s.
-"""
 
 AUDIO_POSITIONS = 1500
 TEXT_POSITIONS = 448
-
+# The type that the known models are saved in on the hub.
 HUB_COMPUTE_TYPE = "float16"
-"""
-The type that the known models are saved in on the hub.
-"""
 
 _CONV_WIDTH = 3
-
+# Bytes of one element, by type, in the order of the numbers that model.bin uses for
+# them.
 ITEM_BYTES: Mapping[str, int] = {
     "float32": 4,
     "int8": 1,
@@ -48,9 +32,6 @@ ITEM_BYTES: Mapping[str, int] = {
     "float16": 2,
     "bfloat16": 2,
 }
-"""
-Bytes of one element, by type, in the order of the numbers that model.bin uses for them.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,38 +86,34 @@ class Variable:
 
 
 # Sizes of the vocabularies; that of large-v3 added Cantonese.
-_ENGLISH, _MULTILINGUAL, _CANTONESE = 51864, 51865, 51866
+ENGLISH_TOKENS, _MULTILINGUAL, CANTONESE_TOKENS = 51864, 51865, 51866
 _LARGE = (1280, 32, 32, 20, 5120, 80, _MULTILINGUAL)
-
+# The known models, by canonical name; their files on the hub are float16. Source:
+# config.json of each on the model hub (openai, distil-whisper).
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         name: Architecture(*numbers)
         for name, numbers in {
             "tiny": (384, 4, 4, 6, 1536, 80, _MULTILINGUAL),
-            "tiny.en": (384, 4, 4, 6, 1536, 80, _ENGLISH),
+            "tiny.en": (384, 4, 4, 6, 1536, 80, ENGLISH_TOKENS),
             "base": (512, 6, 6, 8, 2048, 80, _MULTILINGUAL),
-            "base.en": (512, 6, 6, 8, 2048, 80, _ENGLISH),
+            "base.en": (512, 6, 6, 8, 2048, 80, ENGLISH_TOKENS),
             "small": (768, 12, 12, 12, 3072, 80, _MULTILINGUAL),
-            "small.en": (768, 12, 12, 12, 3072, 80, _ENGLISH),
+            "small.en": (768, 12, 12, 12, 3072, 80, ENGLISH_TOKENS),
             "medium": (1024, 24, 24, 16, 4096, 80, _MULTILINGUAL),
-            "medium.en": (1024, 24, 24, 16, 4096, 80, _ENGLISH),
+            "medium.en": (1024, 24, 24, 16, 4096, 80, ENGLISH_TOKENS),
             "large-v1": _LARGE,
             "large-v2": _LARGE,
-            "large-v3": (1280, 32, 32, 20, 5120, 128, _CANTONESE),
-            "large-v3-turbo": (1280, 32, 4, 20, 5120, 128, _CANTONESE),
-            "distil-small.en": (768, 12, 4, 12, 3072, 80, _ENGLISH),
-            "distil-medium.en": (1024, 24, 2, 16, 4096, 80, _ENGLISH),
+            "large-v3": (1280, 32, 32, 20, 5120, 128, CANTONESE_TOKENS),
+            "large-v3-turbo": (1280, 32, 4, 20, 5120, 128, CANTONESE_TOKENS),
+            "distil-small.en": (768, 12, 4, 12, 3072, 80, ENGLISH_TOKENS),
+            "distil-medium.en": (1024, 24, 2, 16, 4096, 80, ENGLISH_TOKENS),
             "distil-large-v2": (1280, 32, 2, 20, 5120, 80, _MULTILINGUAL),
-            "distil-large-v3": (1280, 32, 2, 20, 5120, 128, _CANTONESE),
-            "distil-large-v3.5": (1280, 32, 2, 20, 5120, 128, _CANTONESE),
+            "distil-large-v3": (1280, 32, 2, 20, 5120, 128, CANTONESE_TOKENS),
+            "distil-large-v3.5": (1280, 32, 2, 20, 5120, 128, CANTONESE_TOKENS),
         }.items()
     }
 )
-"""
-The known models, by canonical name; their files on the hub are float16.
-
-Source: config.json of each on the model hub (openai, distil-whisper).
-"""
 
 
 @lru_cache(maxsize=32)

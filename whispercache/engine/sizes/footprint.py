@@ -31,13 +31,12 @@ from .architecture import (
     TEXT_POSITIONS,
     Architecture,
 )
-from .header import ModelHeader, read_header
+from .header import read_header
 from .weights import (
     DTYPES,
     Source,
     architecture_of,
     converting_bytes,
-    is_cpu,
     output_copy_bytes,
     packing_bytes,
     packs_weights,
@@ -47,61 +46,32 @@ from .weights import (
 if TYPE_CHECKING:
     import os
 
-__all__ = [
-    "ARCHITECTURES",
-    "DEFAULT_WORKLOAD",
-    "Architecture",
-    "Footprint",
-    "ModelHeader",
-    "Source",
-    "Workload",
-    "estimate",
-    "footprint",
-    "read_header",
-    "weights_bytes",
-    "workspace_bytes",
-]
-
 # Vocabulary tables and tokenizer.json, kept as long as the model. Source: growth of
 # anonymous memory less the weights, CTranslate2 4.8.5, tokenizers 0.23: 15.3 MiB for
 # tiny.en, 18.3 MiB for base, most of it the tokenizer.
 _HOST_BYTES_PER_TOKEN = 340
 # What parsing tokenizer.json takes besides; 13 to 29 MiB, measured as above.
 _PARSING_BYTES_PER_TOKEN = 600
-
 # Hidden states at the peak of the encoder, besides the attention scores. Source: a
 # layer holds 6 (CTranslate2 src/layers/attention.cc @ 0d8bcd3); on the CPU malloc keeps
 # freed ones, and 5 to 18 were measured, mostly 6 to 13.
 _CUDA_BUFFERS = 6
 _CPU_BUFFERS = 12
-
+# What a load on the CPU reserves, as a multiple of its predicted peak. Source: with the
+# heap's holes and the kept tokenizer of the model before, loads of base to int8 in turn
+# with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
 HEAP_SLACK = 1.25
-"""
-What a load on the CPU reserves, as a multiple of its predicted peak.
-
-Source: with the heap's holes and the kept tokenizer of the model before, loads of base
-to int8 in turn with tiny.en peaked at 1.21 times the prediction (benchmarks/switch.py).
-"""
 
 _SAMPLES_BYTES_PER_S = 4 * 16_000
 _FRAMES_PER_S = 100
-
+# Memory of the detection of voice activity for a block (speech.py).
 _VAD_BYTES = 16 * 1024**2
-"""
-Memory of the detection of voice activity for a block (speech.py).
-"""
-
+# Size of the batched pipeline's windows, padded to 30 s, as a multiple of the features
+# in them. At most 2: two in a row are more than 30 s together, or they would be one.
 _PADDED = 1.5
-"""
-Size of the batched pipeline's windows, padded to 30 s, as a multiple of the features in
-them. At most 2: two in a row are more than 30 s together, or they would be one.
-"""
-
+# Most that features take while they are made: 0.9 MiB for each second of up to a
+# minute, and less for the blocks of longer audio (features.py).
 _EXTRACTING_BYTES = 54 * 1024**2
-"""
-Most that features take while they are made: 0.9 MiB for each second of up to a minute,
-and less for the blocks of longer audio (features.py).
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +200,9 @@ def footprint(
 
 def reserved(predicted: Footprint, device: str) -> Footprint:
     """
-    Returns the bytes that a cache reserves of *device* where so much was predicted.
+    Returns what a cache reserves of *device* where so much was predicted.
     """
-    if not is_cpu(device):
+    if device != "cpu":
         return predicted
     loading_bytes = int(predicted.loading_bytes * HEAP_SLACK)
     return replace(predicted, loading_bytes=loading_bytes)
@@ -242,27 +212,19 @@ def estimate(
     source: Source,
     compute_type: str,
     device: str,
-    workload: Workload | None = None,
+    workload: Workload = DEFAULT_WORKLOAD,
 ) -> Footprint:
     """
-    Returns the footprint of a model whose header or architecture is known.
-
-    Args:
-        source: `read_header()` of the model, or one of `ARCHITECTURES`; for the latter
-            the file is taken to be float16.
-        compute_type: An effective one, see `effective_compute_type()`.
-        device: ``"cpu"`` or ``"cuda:N"``.
-        workload: The work of a call; faster-whisper's defaults if None.
+    Returns the footprint of a model whose header or architecture is known; the latter
+    is that of a float16 file. *compute_type* is an effective one.
     """
     architecture = architecture_of(source)
-    workspace = workspace_bytes(
-        architecture, compute_type, device, workload or Workload()
-    )
+    workspace = workspace_bytes(architecture, compute_type, device, workload)
     weights = weights_bytes(source, compute_type, device)
     converting = converting_bytes(source, compute_type)
     host_bytes = architecture.vocabulary * _HOST_BYTES_PER_TOKEN
     parsing_bytes = architecture.vocabulary * _PARSING_BYTES_PER_TOKEN
-    if not is_cpu(device):
+    if device != "cpu":
         weights += output_copy_bytes(architecture, compute_type)
         host_loading = host_bytes + max(converting, parsing_bytes)
         return Footprint(weights, workspace, weights, host_loading)
@@ -283,15 +245,14 @@ def workspace_bytes(
     """
     Returns the bytes at the peak of one call: the larger of encoding and decoding.
 
-    Text is taken to be as long as Whisper allows. A temperature above 0 copies what the
-    decoder keeps of the audio *best_of* times; the batched pipeline stays at its first
-    temperature. On the CPU the features of the audio are included; see `audio_bytes`.
-    Not counted: features on a GPU's host, and the samples themselves.
+    Text is as long as Whisper allows. A temperature above 0 copies what the decoder
+    keeps of the audio *best_of* times. On the CPU `audio_bytes` are included. Not
+    counted: features on a GPU's host, and the samples themselves.
 
     Source: layers of CTranslate2 4.8. Peaks on the CPU were 0.8 to 1.2 times this, for
     tiny.en and base, float32 and int8, batches of 1 to 8; none was measured on a card.
     """
-    on_cpu = is_cpu(device)
+    on_cpu = device == "cpu"
     item_bytes = 4 if on_cpu else ITEM_BYTES[DTYPES[compute_type][1]]
     buffers = _CPU_BUFFERS if on_cpu else _CUDA_BUFFERS
     batch, width = workload.batch_size, architecture.d_model
@@ -318,9 +279,8 @@ def audio_bytes(architecture: Architecture, workload: Workload) -> tuple[int, in
     Returns the bytes of host memory that the audio takes besides its samples: at the
     peak while a call begins, and while its segments are iterated over.
 
-    The detection of voice activity works in blocks on a copy of the samples, and leaves
-    a copy of what is speech. The batched pipeline has features twice for a moment, and
-    padded ones twice for another.
+    The detection of voice activity copies the samples, and then what is speech. The
+    batched pipeline has features twice for a moment, and padded ones twice for another.
 
     Source: faster_whisper/transcribe.py, 1.2.1. Measured with 30 minutes, in MiB, and
     predicted: 97 and 109, with voice activity 214 and 219, batched 260 and 330; without
@@ -339,8 +299,7 @@ def audio_bytes(architecture: Architecture, workload: Workload) -> tuple[int, in
 
 def _decoding(architecture: Architecture, batch: int, rows: int, copies: int) -> int:
     """
-    Returns how many numbers decoding holds: keys and values of audio and text, and the
-    logits.
+    Returns how many numbers decoding holds: keys and values, and the logits.
     """
     layers, width = architecture.decoder_layers, architecture.d_model
     audio = 2 * layers * batch * copies * AUDIO_POSITIONS * width
@@ -350,9 +309,6 @@ def _decoding(architecture: Architecture, batch: int, rows: int, copies: int) ->
 
 
 def _source(model: str) -> tuple[Source, str]:
-    """
-    Returns the source of the shapes of *model*, and the compute type it is saved in.
-    """
     # Before any look at the disk: the answer is the same with and without files.
     if known := ARCHITECTURES.get(model):
         return known, HUB_COMPUTE_TYPE
@@ -361,12 +317,6 @@ def _source(model: str) -> tuple[Source, str]:
 
 
 def _downloaded(repository: str) -> str:
-    """
-    Returns the model.bin of a hub repository in the local cache.
-
-    Raises:
-        UnknownModel: it was not downloaded yet.
-    """
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, "model.bin")

@@ -20,15 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["SMALL_FILES", "ModelHeader", "read_header"]
-
+# The files that a load reads beside model.bin, where they are there.
 SMALL_FILES = (
     *("config.json", "preprocessor_config.json", "tokenizer.json"),
     *("vocabulary.json", "vocabulary.txt"),
 )
-"""
-The files that a load reads beside model.bin, where they are there.
-"""
 
 # How files before version 4 named their types: by the width of an element.
 _TYPE_BY_WIDTH = {4: "float32", 2: "int16", 1: "int8"}
@@ -106,7 +102,7 @@ def read_header(path: str | os.PathLike[str]) -> ModelHeader:
     try:
         if file_path.is_dir():
             file_path /= "model.bin"
-        with file_path.open("rb", buffering=0) as file:
+        with file_path.open("rb", buffering=_WINDOW_BYTES) as file:
             # Read-ahead would pull in most of the file behind the small reads.
             # Absent on macOS and Windows.
             if hasattr(os, "posix_fadvise"):
@@ -122,17 +118,11 @@ def read_header(path: str | os.PathLike[str]) -> ModelHeader:
 
 
 class _Reader:
-    """
-    A cursor over an open model.bin that reads small windows and skips payloads.
-    """
-
     def __init__(self, file: BinaryIO, path: Path, size_bytes: int) -> None:
         self._file = file
         self._path = path
         self._size_bytes = size_bytes
         self._position = 0
-        self._window = b""
-        self._window_start = 0
 
     def header(self) -> ModelHeader:
         (version,) = self._take("<I", "the version")
@@ -274,17 +264,14 @@ class _Reader:
         return struct.unpack(layout, self._bytes(struct.calcsize(layout), what))
 
     def _bytes(self, length: int, what: str) -> bytes:
-        start = self._position - self._window_start
-        if start < 0 or start + length > len(self._window):
-            if self._position + length > self._size_bytes:
-                raise self._truncated(what)
-            self._file.seek(self._position)
-            self._window = self._file.read(max(length, _WINDOW_BYTES))
-            self._window_start, start = self._position, 0
-            if len(self._window) < length:
-                raise self._truncated(what)
+        self._file.seek(self._position)
+        # Not read where it cannot be: a wrong length may be gigabytes.
+        is_there = self._position + length <= self._size_bytes
+        raw = self._file.read(length) if is_there else b""
+        if len(raw) < length:
+            raise self._truncated(what)
         self._position += length
-        return self._window[start : start + length]
+        return raw
 
     def _truncated(self, what: str) -> CorruptModel:
         return self._broken(

@@ -1,21 +1,32 @@
 """
-Measured footprints, remembered between processes.
+The bytes that a loader predicts, corrected by what was measured before.
 
 A prediction misses what a machine adds: another CTranslate2, packed weights, a shared
-tokenizer. The measurement after each load corrects the next prediction.
+tokenizer. So measurements are remembered between processes.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-import os
 import threading
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from whispercache.devices.host import user_cache
+from whispercache.errors import DeviceUnavailable
 
-__all__ = ["LearnedFootprints"]
+from .footprint import estimate, reserved
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from whispercache.devices.memory import MemoryProbe
+    from whispercache.engine.files import ModelFiles
+    from whispercache.keys import ModelKey
+
+    from .footprint import Footprint, Workload
 
 _log = logging.getLogger("whispercache")
 
@@ -24,6 +35,11 @@ _ENOUGH = 3
 # Outside of this another thread allocated or freed meanwhile.
 _PLAUSIBLE = (0.8, 1.5)
 _LOCK_TIMEOUT_S = 2.0
+# Stands for a model's name where calls of all models are meant.
+_CALLS = "(calls)"
+
+# A model that is loaded again and again takes the same each time.
+_estimate = functools.lru_cache(maxsize=256)(estimate)
 
 
 class LearnedFootprints:
@@ -34,8 +50,8 @@ class LearnedFootprints:
     file. A broken file counts as empty. Where nothing can be written, measurements are
     remembered until the process ends.
 
-    Args:
-        path: The JSON file; ``footprints.json`` in the user's cache directory if None.
+    The file is ``footprints.json`` in the user's cache directory, unless *path* is
+    given.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -59,14 +75,8 @@ class LearnedFootprints:
         measured_bytes: int,
     ) -> None:
         """
-        Remembers one measurement; an implausible one is refused as noise.
-
-        Args:
-            model: Canonical name or path.
-            compute_type: The effective one.
-            device_name: Name of the hardware, for example ``"NVIDIA L4"``.
-            predicted_bytes: The prediction before any correction.
-            measured_bytes: Growth of the memory in use.
+        Remembers one measurement beside the prediction before any correction. An
+        implausible one is refused as noise.
 
         Blocks: writes a small file, waiting up to 2 s for another process to do so.
         """
@@ -85,8 +95,7 @@ class LearnedFootprints:
         self, model: str, compute_type: str, device_name: str, predicted_bytes: int
     ) -> int:
         """
-        Returns *predicted_bytes*, times the median ratio once three measurements are
-        known.
+        Returns *predicted_bytes*, times the median of three ratios or more.
         """
         with self._lock:
             ratios = self._loaded_locked().get(
@@ -100,20 +109,18 @@ class LearnedFootprints:
             return round(predicted_bytes * statistics.median(ratios))
 
     def _record_locked(self, key: str, ratio: float) -> None:
-        if not self._is_writable:
-            _append(self._loaded_locked(), key, ratio)
-            return
         from filelock import FileLock, Timeout
 
         try:
-            path = self._file()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
-                # Read again under the lock: another process may have written.
-                ratios = _read(path)
-                _append(ratios, key, ratio)
-                _replace(path, ratios)
-            self._ratios = ratios
+            if self._is_writable:
+                path = self._file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
+                    # Read again under the lock: another process may have written.
+                    ratios = _with(_read(path), key, ratio)
+                    _replace(path, json.dumps(ratios, indent=1, sort_keys=True))
+                self._ratios = ratios
+                return
         except (OSError, Timeout, NotImplementedError) as error:
             self._is_writable = False
             _log.warning(
@@ -121,35 +128,106 @@ class LearnedFootprints:
                 "XDG_CACHE_HOME to a directory that can be written",
                 error,
             )
-            _append(self._loaded_locked(), key, ratio)
+        self._ratios = _with(self._loaded_locked(), key, ratio)
 
     def _loaded_locked(self) -> dict[str, list[float]]:
         if self._ratios is None:
             try:
-                self._ratios = _read(self._file())
+                self._ratios = _read(self._file)
             except OSError:
                 self._ratios = {}
         return self._ratios
 
+    @functools.cached_property
     def _file(self) -> Path:
-        if self._path is None:
-            self._path = user_cache() / "footprints.json"
-        return self._path
+        return self._path or user_cache() / "footprints.json"
+
+
+@dataclass(slots=True)
+class Sizer:
+    """
+    Predicts footprints, and learns from measurements, which count for a kind of card.
+    """
+
+    probe: MemoryProbe
+    learned: LearnedFootprints = field(default_factory=LearnedFootprints)
+
+    def footprint(
+        self, key: ModelKey, files: ModelFiles, workload: Workload
+    ) -> Footprint:
+        # Only other loaders' files have no source.
+        assert files.source is not None
+        predicted = _estimate(files.source, key.compute_type, key.device, workload)
+        device_name = self._name_of(key.device)
+        weights_bytes = self.learned.correct(
+            key.model, key.compute_type, device_name, predicted.weights_bytes
+        )
+        # Upwards only: a load into memory that an earlier one left looks too small.
+        growth_bytes = max(0, weights_bytes - predicted.weights_bytes)
+        workspace_bytes = predicted.workspace_bytes
+        if key.device != "cpu":
+            # Upwards only, too: few calls do all that was reserved for.
+            seen_bytes = self.learned.correct(_CALLS, "", device_name, workspace_bytes)
+            workspace_bytes = max(workspace_bytes, seen_bytes)
+        corrected = replace(
+            predicted,
+            weights_bytes=predicted.weights_bytes + growth_bytes,
+            workspace_bytes=workspace_bytes,
+            loading_bytes=predicted.loading_bytes + growth_bytes,
+        )
+        return reserved(corrected, key.device)
+
+    def weights_bytes(self, key: ModelKey, files: ModelFiles) -> int:
+        if files.source is None:
+            return 0
+        return _estimate(files.source, key.compute_type, key.device).weights_bytes
+
+    def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
+        self.learned.record(
+            key.model,
+            key.compute_type,
+            self._name_of(key.device),
+            self.weights_bytes(key, files),
+            measured_bytes,
+        )
+
+    def remember_work(
+        self, device: str, predicted_bytes: int, measured_bytes: int
+    ) -> None:
+        device_name = self._name_of(device)
+        self.learned.record(_CALLS, "", device_name, predicted_bytes, measured_bytes)
+
+    def _name_of(self, device: str) -> str:
+        try:
+            return self.probe.device_name(device)
+        except DeviceUnavailable as error:
+            # No driver of NVIDIA knows it, as with ROCm.
+            _log.debug("%s has no name: %s", device, error)
+            return device
 
 
 def _key(model: str, compute_type: str, device_name: str) -> str:
     return json.dumps([model, compute_type, device_name])
 
 
-def _append(ratios: dict[str, list[float]], key: str, ratio: float) -> None:
+def _with(
+    ratios: dict[str, list[float]], key: str, ratio: float
+) -> dict[str, list[float]]:
     # The latest ones: a new driver or library counts after three loads.
-    ratios[key] = [*ratios.get(key, []), ratio][-_KEPT:]
+    return {**ratios, key: [*ratios.get(key, []), ratio][-_KEPT:]}
+
+
+def _replace(path: Path, text: str) -> None:
+    # Renamed, which is atomic: others read without the lock.
+    new = path.with_suffix(".new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, list[float]]:
-    """
-    Reads the ratios in the file; none if it is missing or broken.
-    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -169,17 +247,3 @@ def _read(path: Path) -> dict[str, list[float]]:
 
 def _is_plausible(ratio: object) -> bool:
     return isinstance(ratio, int | float) and _PLAUSIBLE[0] <= ratio <= _PLAUSIBLE[1]
-
-
-def _replace(path: Path, ratios: dict[str, list[float]]) -> None:
-    import tempfile
-
-    # In the same directory, so that the rename is atomic.
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(ratios, file, indent=1, sort_keys=True)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

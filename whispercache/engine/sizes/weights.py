@@ -20,23 +20,10 @@ from .header import ModelHeader
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = [
-    "DTYPES",
-    "Source",
-    "architecture_of",
-    "converting_bytes",
-    "is_cpu",
-    "output_copy_bytes",
-    "packing_bytes",
-    "packs_weights",
-    "weights_bytes",
-]
-
+# The source of shapes: a file, or, before there is one, a known size.
 Source = ModelHeader | Architecture
-"""
-The source of shapes: a file, or, before there is one, a known size.
-"""
 
+# Types of (linear layers, everything else) in each effective compute type.
 DTYPES: Mapping[str, tuple[str, str]] = {
     "float32": ("float32", "float32"),
     "float16": ("float16", "float16"),
@@ -46,9 +33,6 @@ DTYPES: Mapping[str, tuple[str, str]] = {
     "int8_float16": ("int8", "float16"),
     "int8_bfloat16": ("int8", "bfloat16"),
 }
-"""
-Types of (linear layers, everything else) in each effective compute type.
-"""
 
 # Packed copies as multiples of the unpacked bytes: (linear layers, projection). Source:
 # measured with CT2_USE_MKL=1, tiny.en and base, CTranslate2 4.8.5, MKL on AVX2.
@@ -58,13 +42,12 @@ _PACKED_INT8 = (1.0, 2.75)
 
 def weights_bytes(source: Source, compute_type: str, device: str) -> int:
     """
-    Returns the bytes of the tensors once loaded, exactly; single numbers are not
-    counted.
+    Returns the bytes of the tensors once loaded, exactly, but for single numbers and
+    the copies that MKL packs on Intel CPUs (`packing_bytes()`).
 
-    Not counted either: copies that MKL packs on Intel CPUs (`packing_bytes()`). On CPUs
-    without oneDNN (ARM) convolutions are quantized too, and take less.
+    On CPUs without oneDNN (ARM) convolutions are quantized too, and take less.
     """
-    on_cpu = is_cpu(device)
+    on_cpu = device == "cpu"
     variables, aliases = _tensors(source)
     total = sum(
         _resident_bytes(each, compute_type, on_cpu=on_cpu) for each in variables
@@ -74,13 +57,6 @@ def weights_bytes(source: Source, compute_type: str, device: str) -> int:
         rows = {each.name: each.shape[0] for each in variables if each.shape}
         total += sum(4 * rows[name] for alias, name in aliases if _is_linear(alias))
     return total
-
-
-def is_cpu(device: str) -> bool:
-    """
-    Tells whether *device* is the CPU, not a card.
-    """
-    return device == "cpu"
 
 
 def architecture_of(source: Source) -> Architecture:
@@ -112,9 +88,6 @@ def _loaded_dtype(variable: Variable, compute_type: str) -> str:
 
 
 def _resident_bytes(variable: Variable, compute_type: str, *, on_cpu: bool) -> int:
-    """
-    Returns the bytes of one saved tensor once it is loaded, its scales included.
-    """
     if not variable.shape or variable.name.endswith("weight_scale"):
         return 0
     dtype = _loaded_dtype(variable, compute_type)
@@ -129,10 +102,7 @@ def _resident_bytes(variable: Variable, compute_type: str, *, on_cpu: bool) -> i
 
 def converting_bytes(source: Source, compute_type: str) -> int:
     """
-    Returns the host bytes at the peak of reading the file and converting it tensor by
-    tensor.
-
-    The order is that of a hash map, so this is the worst one.
+    Returns the host bytes at the worst peak of reading and converting the file.
     """
     total = worst = 0
     for each in _tensors(source)[0]:
@@ -148,8 +118,7 @@ def converting_bytes(source: Source, compute_type: str) -> int:
 
 def output_copy_bytes(architecture: Architecture, compute_type: str) -> int:
     """
-    Returns the bytes of the second output layer that the first call makes, with its
-    rows padded for tensor cores.
+    Returns the bytes of the padded second output layer that the first call makes.
 
     Source: CTranslate2 src/layers/decoder.cc:72-139, src/types.cc:345-363 @ 0d8bcd3.
     """
@@ -166,8 +135,7 @@ def output_copy_bytes(architecture: Architecture, compute_type: str) -> int:
 
 def packing_bytes(source: Source, compute_type: str) -> tuple[int, int]:
     """
-    Returns the bytes that MKL's packed weights add, and those that they replace once
-    all are packed.
+    Returns the bytes that MKL's packed weights add, and those that they replace.
     """
     architecture = architecture_of(source)
     item_bytes = ITEM_BYTES[DTYPES[compute_type][0]]

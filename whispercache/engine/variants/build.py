@@ -1,10 +1,10 @@
 """
 Builds of variants in the background, by a process of the lowest priority.
 
-A thread would do the same work in this process, but with the share of a core that the
-models could use, and with the GIL now and then. Beside work on all cores it is felt all
-the same, for the second that it takes: OpenMP's threads meet thousands of times a
-second, and one that sleeps meanwhile has to get its core back (benchmarks/overlap.py).
+A thread would take the share of a core that the models could use, and the GIL now and
+then. Beside work on all cores the process is felt all the same, for the second that it
+takes: OpenMP's threads meet thousands of times a second, and one that sleeps meanwhile
+has to get its core back (benchmarks/overlap.py).
 """
 
 from __future__ import annotations
@@ -32,14 +32,10 @@ from .store import IN_USE_S, LOCK_S, MIN_SOURCE_BYTES, VariantRefused, Variants
 if TYPE_CHECKING:
     from typing import NoReturn
 
-__all__ = ["Builder", "run_task"]
-
 _log = logging.getLogger("whispercache")
 
+# Most seconds for one build, its wait for others included.
 BUILD_S = 2 * LOCK_S
-"""
-Most seconds for one build, its wait for others included.
-"""
 
 _REFUSED = 3
 _LOWEST_PRIORITY = 19
@@ -68,10 +64,10 @@ class Builder:
 
     def build_soon(self, source: Origin, kind: str) -> None:
         """
-        Has a variant built, if it is worth it and was not tried before.
+        Has a variant built, if it is worth it and was not tried before. Returns at
+        once.
 
-        Returns at once. The process that builds it goes on if this one ends. The
-        outcome is logged.
+        The process that builds it goes on if this one ends. The outcome is logged.
         """
         if source.header.file_bytes < MIN_SOURCE_BYTES or not _has_python():
             return
@@ -113,8 +109,7 @@ class Builder:
 
     def _build(self, source: Origin, kind: str) -> float:
         """
-        Runs a process that builds a variant; returns the seconds until it may be tried
-        again.
+        Builds a variant; returns the seconds until it may be tried again.
         """
         if self.variants.is_rejected(source, kind):
             return math.inf
@@ -133,9 +128,6 @@ class Builder:
         return IN_USE_S if is_refused else math.inf
 
     def _run(self, source: Origin, kind: str) -> subprocess.CompletedProcess[str]:
-        """
-        Runs this module in a process that finds modules where this one does.
-        """
         task = {
             "model": source.model,
             "path": str(source.header.path),
@@ -202,10 +194,7 @@ def run_task(text: str) -> NoReturn:
 
 
 def _has_python() -> bool:
-    """
-    Tells whether this program is a Python. A frozen one, or one that has Python inside,
-    would start itself once more.
-    """
+    # A frozen one, or one that has Python inside, would start itself once more.
     name = Path(sys.executable or "").name.lower()
     return not getattr(sys, "frozen", False) and name.startswith(("python", "pypy"))
 

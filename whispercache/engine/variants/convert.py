@@ -2,21 +2,21 @@
 The conversion of a model.bin to another weight type, exactly as a load would do it.
 
 CTranslate2 converts a file to the compute type at each load. Here that is done once,
-variable by variable and block by block, in a few megabytes of memory. Only what every
-load converts alike is converted: for int8 the linear layers and embeddings, each row
-with a scale of its own. All else stays as it was saved, such as convolutions, and each
-load converts it; so one int8 file serves int8_float32, int8_float16
-and int8_bfloat16, and the loaded weights are the same to the last bit.
+block by block, in a few megabytes of memory. Only what every load converts alike is
+converted: for int8 the linear layers and embeddings, each row with a scale of its own.
+So one int8 file serves int8_float32, int8_float16 and int8_bfloat16, and the loaded
+weights are the same to the last bit.
 
-``ctranslate2.specs`` can write such files, too, but `optimize` quantizes convolutions,
-which a load does not: the encoder's output differs (by 17.8 at most, CTranslate2
-4.8.5). And it holds the whole model in memory.
+``ctranslate2.specs`` can write such files, too, but holds the whole model in memory,
+and `optimize` quantizes convolutions, which a load does not: the encoder's output
+differs (by 17.8 at most, CTranslate2 4.8.5).
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from whispercache.engine.sizes.architecture import ITEM_BYTES, Variable
 from whispercache.engine.sizes.weights import DTYPES
@@ -31,13 +31,9 @@ if TYPE_CHECKING:
 
     from whispercache.engine.sizes.header import ModelHeader
 
-__all__ = ["KINDS", "Origin", "converted_bytes", "kind_for", "write_converted"]
-
+# Weight types that can be written. numpy has no bfloat16, and int16 is scaled
+# otherwise.
 KINDS = ("int8", "float32", "float16")
-"""
-Weight types that can be written. numpy has no bfloat16, and int16 is scaled otherwise.
-"""
-
 # The version decides how a quantized model rounds; all Whisper files have this one.
 # Source: CTranslate2 src/models/model.cc, round_before_cast_in_quantization.
 _VERSION = 6
@@ -49,13 +45,8 @@ _INT8_MAX = 127.0
 
 class Origin(NamedTuple):
     """
-    A model that variants are made of.
-
-    Attributes:
-        model: Its name.
-        header: The header of its model.bin.
-        stamp: Changes when one of its files does. Without one the files are read each
-            time.
+    A model that variants are made of: its name, and the header of its model.bin. The
+    *stamp* changes when one of its files does; without one they are read each time.
     """
 
     model: str
@@ -70,17 +61,11 @@ class Origin(NamedTuple):
         return self.header.path.parent
 
 
-class _Writes(Protocol):
-    def write(self, data: bytes, /) -> object: ...
-
-
 def kind_for(header: ModelHeader, compute_type: str) -> str | None:
     """
     Returns the weight type that a file should have to be loaded in *compute_type* as it
-    is.
-
-    None if the file has that type already, or cannot be converted with the same result:
-    from int8 back to floats, or to a type that is none of `KINDS`.
+    is; None if it has that already, or cannot be converted with the same result: from
+    int8 back to floats, or to a type that is none of `KINDS`.
     """
     saved = {each.name: each.dtype for each in header.variables}
     weight = saved["decoder/embeddings/weight"]
@@ -93,8 +78,7 @@ def kind_for(header: ModelHeader, compute_type: str) -> str | None:
 
 def converted_bytes(header: ModelHeader, kind: str) -> int:
     """
-    Returns the size of the file that `write_converted` writes, but for a few bytes a
-    variable.
+    Returns the size of what `write_converted` writes, but for a few bytes a variable.
     """
     total = header.file_bytes
     for variable in header.variables:
@@ -105,7 +89,7 @@ def converted_bytes(header: ModelHeader, kind: str) -> int:
     return total
 
 
-def write_converted(header: ModelHeader, kind: str, target: _Writes) -> None:
+def write_converted(header: ModelHeader, kind: str, target: BinaryIO) -> None:
     """
     Writes the model behind *header* with its weights in *kind*.
 
@@ -123,8 +107,7 @@ def write_converted(header: ModelHeader, kind: str, target: _Writes) -> None:
         for variable in header.variables:
             _write_variable(header, variable, kind, source, target)
     target.write(struct.pack("<I", len(header.aliases)))
-    for alias, name in header.aliases:
-        target.write(_string(alias) + _string(name))
+    target.writelines(_string(alias) + _string(name) for alias, name in header.aliases)
 
 
 def _is_quantized(variable: Variable, kind: str) -> bool:
@@ -134,11 +117,9 @@ def _is_quantized(variable: Variable, kind: str) -> bool:
 
 
 def _dtype(variable: Variable, kind: str) -> str:
-    """
-    Returns the type that a variable is written in; single numbers stay as they are.
-    """
     if _is_quantized(variable, kind):
         return "int8"
+    # Single numbers stay as they are.
     is_float = bool(variable.shape) and variable.dtype in _FLOATS
     return kind if is_float and kind != "int8" else variable.dtype
 
@@ -148,7 +129,7 @@ def _write_variable(
     variable: Variable,
     kind: str,
     source: BinaryIO,
-    target: _Writes,
+    target: BinaryIO,
 ) -> None:
     import numpy as np
 
@@ -156,8 +137,7 @@ def _write_variable(
     target.write(_entry(variable.name, variable.shape, dtype))
     source.seek(variable.offset)
     if dtype == variable.dtype:
-        for raw in _blocks(header, variable, source):
-            target.write(raw)
+        target.writelines(_blocks(header, variable, source))
         return
     scales: list[NDArray[np.float32]] = []
     for raw in _blocks(header, variable, source):
@@ -180,12 +160,7 @@ def _write_variable(
 def _quantize(
     rows: NDArray[np.float32],
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """
-    Returns whole numbers and their scales, row by row, as CTranslate2 quantizes on the
-    CPU.
-
-    Source: CTranslate2 src/cpu/kernels.cc, quantize_s8 @ 0d8bcd3.
-    """
+    # As on the CPU. Source: CTranslate2 src/cpu/kernels.cc, quantize_s8 @ 0d8bcd3.
     import numpy as np
 
     largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
@@ -211,9 +186,6 @@ def _row_elements(variable: Variable) -> int:
 def _blocks(
     header: ModelHeader, variable: Variable, source: BinaryIO
 ) -> Iterator[bytes]:
-    """
-    Yields the payload in whole rows.
-    """
     row_bytes = _row_elements(variable) * ITEM_BYTES[variable.dtype]
     # Whole rows, since each has a scale of its own.
     rows = max(1, _BLOCK_ELEMENTS // max(1, _row_elements(variable)))
@@ -228,15 +200,9 @@ def _blocks(
 
 
 def _entry(name: str, shape: tuple[int, ...], dtype: str) -> bytes:
-    """
-    Returns the bytes before a payload.
-    """
-    elements = 1
-    for size in shape:
-        elements *= size
     kind = tuple(ITEM_BYTES).index(dtype)
     layout = f"<B{len(shape)}IBI"
-    n_bytes = elements * ITEM_BYTES[dtype]
+    n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
     return _string(name) + struct.pack(layout, len(shape), *shape, kind, n_bytes)
 
 

@@ -3,8 +3,7 @@ The manifest of a variant: its origin, and a stamp of each file.
 
 A stamp is size, times and inode, and takes one system call to compare. The time of the
 last change cannot be set, so a file that was written to is noticed even if its size and
-time are as before. A copied or restored variant is not trusted either: to build it anew
-takes about as long as to read it.
+time are as before. A copied variant is not trusted either, and built anew.
 """
 
 from __future__ import annotations
@@ -21,14 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["MANIFEST", "Manifest", "Stamp", "remove", "writing"]
-
 _log = logging.getLogger("whispercache")
 
+# Size of a file in bytes, its two times in nanoseconds, and its inode.
 Stamp = tuple[int, ...]
-"""
-Size of a file in bytes, its two times in nanoseconds, and its inode.
-"""
 
 MANIFEST = "variant.json"
 
@@ -97,8 +92,7 @@ class Manifest:
 
     def is_intact(self, directory: Path) -> bool:
         """
-        Tells whether it was written for this directory, the files are as they were, and
-        there are no others, which a loader might read.
+        Tells whether the directory has the files as they were, and no others.
         """
         known = {MANIFEST, *self.files}
         try:
@@ -126,8 +120,7 @@ def writing(path: Path, files: dict[str, Stamp]) -> Iterator[BinaryIO]:
 
 def remove(directory: Path) -> None:
     """
-    Deletes a directory, or whatever has its name. It is renamed first, so that no load
-    finds half of it.
+    Deletes a directory, renamed first so that no load finds half of it.
     """
     if directory.is_symlink() or directory.is_file():
         directory.unlink(missing_ok=True)

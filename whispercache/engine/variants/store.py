@@ -2,12 +2,12 @@
 The store of variants: copies of models in another weight type, in the user's cache.
 
 A load whose file has another type converts it each time, which takes several times as
-long as reading it. A variant is the same model converted once: a directory with a
-model.bin in its type, copies of the small files beside it, and a manifest. It appears
-whole, by a rename, or not at all; one that somebody has written to is removed.
+long as reading it. A variant was converted once: a directory with a model.bin, the
+small files beside it, and a manifest. It appears whole, by a rename, or not at all; one
+that somebody has written to is removed.
 
 Its name is a digest of the source, the version of the library that loads it, and the
-type. So a variant of a changed source is not found, and is removed when its room is
+type. So a variant of a changed source is not found, and removed when its room is
 needed.
 """
 
@@ -33,35 +33,17 @@ from whispercache.errors import WhisperCacheError, format_bytes
 from .convert import Origin, converted_bytes, write_converted
 from .manifest import MANIFEST, Manifest, Stamp, remove, writing
 
-__all__ = [
-    "MIN_SOURCE_BYTES",
-    "Variant",
-    "VariantRefused",
-    "Variants",
-]
-
 _log = logging.getLogger("whispercache")
 
+# Size of a model.bin below which converting it costs too little to matter.
 MIN_SOURCE_BYTES = 16 * 1024**2
-"""
-Size of a model.bin below which converting it costs too little to matter.
-"""
-
+# Bytes that a new variant leaves free on its disk.
 KEPT_FREE_BYTES = 2 * 1024**3
-"""
-Bytes that a new variant leaves free on its disk.
-"""
-
+# Seconds after its last use in which a variant is not removed for another one: two that
+# take turns would be written again and again.
 IN_USE_S = 3600.0
-"""
-Seconds after its last use in which a variant is not removed for another one: two that
-take turns would be written again and again.
-"""
-
+# Most seconds that a build waits for others that build.
 LOCK_S = 1800.0
-"""
-Most seconds that a build waits for others that build.
-"""
 
 _NEEDED = frozenset({"config.json", "tokenizer.json"})
 _SAMPLES = 16
@@ -104,43 +86,33 @@ class Variant:
 
 class Variants:
     """
-    The variants of a user.
+    The variants of a user, for an *engine*: name and version of the library that loads
+    them. All of them may take *limit_bytes*. Without a *directory* they are in the
+    user's cache directory.
 
     Thread-safe, and safe between processes.
-
-    Args:
-        engine: Name and version of the library that loads them.
-        limit_bytes: Most bytes that all of them may take.
-        directory: Their directory; ``variants`` in the user's cache directory if None.
     """
 
     def __init__(
-        self,
-        engine: str,
-        limit_bytes: int,
-        directory: Path | None = None,
+        self, engine: str, limit_bytes: int, directory: Path | None = None
     ) -> None:
         self.engine: str = engine
         self.limit_bytes: int = limit_bytes
         self._directory = directory
         self._rejected: set[str] = set()
 
-    @property
+    @functools.cached_property
     def directory(self) -> Path:
         """
-        The directory of the variants.
+        The directory of the variants. Raises an OSError if the user has none.
         """
-        if self._directory is None:
-            self._directory = user_cache() / "variants"
-        return self._directory
+        return self._directory or user_cache() / "variants"
 
     # Use -----------------------------------------------------------------------------
 
     def find(self, source: Origin, kind: str) -> Path | None:
         """
-        Returns the directory of a variant, if there is one that can be trusted.
-
-        Blocks: for some system calls.
+        Returns the directory of a variant that can be trusted, if any. Blocks briefly.
         """
         try:
             directory = self.directory / self._name(source, kind)
@@ -237,30 +209,17 @@ class Variants:
         return target
 
     def _check_unchanged(self, source: Origin, kind: str, name: str) -> None:
-        """
-        Checks that the files did not change while they were read under this name.
-        """
         if self._name(source._replace(stamp=()), kind) != name:
             raise VariantRefused("the files of its source changed meanwhile")
 
     def _remove_stale(self, source: Origin, kind: str) -> None:
-        """
-        Removes the variants that a new one of *source* replaces.
-        """
         for other in self.list():
             # Those of another version may be in use by another environment.
-            place = (other.source, other.kind, other.engine)
-            taken = (str(source.directory), kind, self.engine)
-            if other.state == "stale" and place == taken:
+            place = (other.state, other.source, other.kind, other.engine)
+            if place == ("stale", str(source.directory), kind, self.engine):
                 self._remove_if_possible(other)
 
     def _make_room(self, n_bytes: int) -> None:
-        """
-        Removes what was least recently used until *n_bytes* more are within the limit.
-
-        Raises:
-            VariantRefused: there is too little room, even so.
-        """
         limit = format_bytes(self.limit_bytes)
         wanted = f"it takes {format_bytes(n_bytes)}"
         if n_bytes > self.limit_bytes:
@@ -291,8 +250,7 @@ class Variants:
 
     def _is_of_use(self, variant: Variant) -> bool:
         """
-        Tells whether a load may find it: here, or in an environment with another
-        library.
+        Tells whether a load may find it, here or with another library.
         """
         return variant.state == "ready" or variant.engine not in ("?", self.engine)
 
@@ -306,9 +264,7 @@ class Variants:
 
     def list(self) -> list[Variant]:
         """
-        Returns all variants on the disk, of whatever source.
-
-        Blocks: for system calls.
+        Returns all variants on the disk, of whatever source. Blocks for system calls.
         """
         if not self.directory.is_dir():
             return []
@@ -340,17 +296,13 @@ class Variants:
         except OSError as error:
             _log.warning("a variant cannot be read: %s", error)
             return Variant(directory, 0, 0.0, "broken")
+        state: Literal["ready", "stale", "broken"] = "broken"
+        if is_intact:
+            state = "ready" if self._is_current(directory, manifest) else "stale"
         told = (manifest.model, manifest.source, manifest.kind, manifest.engine)
-        if not is_intact:
-            return Variant(directory, n_bytes, used_s, "broken", *told)
-        is_current = self._is_current(directory, manifest)
-        state: Literal["ready", "stale"] = "ready" if is_current else "stale"
         return Variant(directory, n_bytes, used_s, state, *told)
 
     def _is_current(self, directory: Path, manifest: Manifest) -> bool:
-        """
-        Tells whether a load of its source would find it.
-        """
         try:
             source = Origin(manifest.model, read_header(manifest.source))
             return self._name(source, manifest.kind) == directory.name
@@ -360,9 +312,6 @@ class Variants:
     # Names ---------------------------------------------------------------------------
 
     def _name(self, source: Origin, kind: str) -> str:
-        """
-        Returns the name of the directory of a variant.
-        """
         changed_ns = source.header.path.stat().st_ctime_ns
         # Without a stamp nothing tells whether the small files are as they were.
         identify = _known_identity if source.stamp else _identity
@@ -373,9 +322,6 @@ class Variants:
 def _write(
     header: ModelHeader, kind: str, small: dict[str, bytes], directory: Path
 ) -> dict[str, Stamp]:
-    """
-    Writes the files of a variant; returns their stamps.
-    """
     files: dict[str, Stamp] = {}
     with writing(directory / "model.bin", files) as target:
         write_converted(header, kind, target)
@@ -386,14 +332,10 @@ def _write(
 
 
 def _small_files(directory: Path) -> dict[str, bytes]:
-    """
-    Returns the files beside a variant's weights: those of its source, but for a
-    vocabulary in JSON, which CTranslate2 takes twice as long to read as lines.
-
-    Source: a third of a load of base as int8, 52 ms against 37 (CTranslate2 4.8.5).
-    """
     paths = (directory / name for name in SMALL_FILES)
     found = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    # CTranslate2 takes twice as long to read a vocabulary in JSON: a third of a load of
+    # base as int8, 52 ms against 37 (4.8.5).
     lines = _as_lines(found.get("vocabulary.json", b""))
     if lines is not None:
         del found["vocabulary.json"]
@@ -402,10 +344,6 @@ def _small_files(directory: Path) -> dict[str, bytes]:
 
 
 def _as_lines(vocabulary: bytes) -> bytes | None:
-    """
-    Returns a vocabulary in JSON with a line for each token; None if that would be
-    another one.
-    """
     try:
         tokens = json.loads(vocabulary)
     except ValueError:
@@ -427,9 +365,8 @@ def _identity(
     Returns a digest of a source: its place and times, header and samples of its
     weights, and the small files whole.
 
-    The time of the last change is among them, which cannot be set as that of the last
-    writing can: files of one size, with a time that was set, may differ where there is
-    no sample.
+    The time of the last change cannot be set as that of the last writing can: files of
+    one size, with a time that was set, may differ where there is no sample.
     """
     digest = hashlib.blake2b(digest_size=16)
     with header.path.open("rb", buffering=0) as file:
