@@ -97,6 +97,33 @@ def test_a_policy_that_fails_leaves_no_request_behind(make_cache: MakeCache) -> 
     assert (cache.stats().waiting, cache.stats().leases) == (0, 0)
 
 
+def test_ctrl_c_before_a_timer_was_set_stops_no_others(
+    make_cache: MakeCache,
+    clock: FakeClock,
+    driver: ThreadDriver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    Nobody waits for ever for a time-out, and the request whose caller left is gone.
+    """
+    cache = make_cache(vram="4GiB")
+    small = driver.lease(cache, "small", "cuda:0")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clock, "call_at", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.lease("medium", "cuda:0", timeout_s=1)
+    assert cache.stats().waiting == 0
+    waiting = driver.waiting(cache, "medium", "cuda:0", timeout_s=3)
+    clock.tick(10)
+    with pytest.raises(LeaseTimeout):
+        waiting.result(5)
+    small.release()
+
+
 def test_a_log_handler_may_ask_the_cache(
     make_cache: MakeCache, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

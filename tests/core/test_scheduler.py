@@ -36,6 +36,8 @@ from whispercache.units import Limit
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from whispercache.planning.policies import Policy, Resident
+
 CARD = "cuda:0"
 FILES = ModelFiles("", "float16")
 KEPT = Kept(0, 0, {})
@@ -46,7 +48,7 @@ class World:
     A card with room for ten, its scheduler, and what that asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy = POLICIES["lru"]) -> None:
         self.state = CacheState(lambda _: Limit(n_bytes=10), None, Outbox())
         for name in (CARD, "cpu"):
             device = Device(name, Limit(n_bytes=10), None, cast("Any", None))
@@ -56,7 +58,7 @@ class World:
         self.lessor = SimpleNamespace(drop=lambda *_: None)
         agenda = Agenda(
             self.state,
-            Rules(POLICIES["lru"], keep_alive_s=60.0, patience_s=5.0),
+            Rules(policy, keep_alive_s=60.0, patience_s=5.0),
             lambda: self.now_s,
             self.noted.append,
         )
@@ -271,6 +273,51 @@ def test_a_call_that_another_one_replaced_does_nothing(world: World) -> None:
     world.now_s = 200.0
     world.scheduler.tick(150.0)
     assert idle.state is State.RESIDENT
+
+
+def test_time_goes_on_when_a_policy_fails() -> None:
+    """
+    Its error ends one call; the next request times out all the same.
+    """
+
+    is_broken: list[bool] = []
+
+    def broken(resident: Resident, _now_s: float) -> float:
+        if is_broken:
+            raise ZeroDivisionError
+        return resident.last_used_s
+
+    world = World(broken)
+    world.idle("tiny", 1)
+    held = world.held("base", 6)
+    medium = world.model("medium", 9)
+    for timeout_s in (1.0, 2.0):
+        world.ask(medium, timeout_s=timeout_s)
+    is_broken.append(True)
+    with pytest.raises(ZeroDivisionError):
+        world.wake()
+    assert len(world.of(Settle)) == 1
+    assert world.state.wake_at_s == 102.0
+    world.wake()
+    assert len(world.of(Settle)) == 1
+    world.release(held)
+
+
+def test_no_timer_is_set_for_what_another_one_will_see(world: World) -> None:
+    """
+    There is no way to cancel one: they would pile up until the last keep-alive ends.
+    """
+    idle = world.idle("tiny", 1)
+    held = world.held("base", 6)
+    medium = world.model("medium", 9)
+    world.of(WakeAt)
+    for _ in range(5):
+        world.ask(medium, timeout_s=1.0)
+        world.wake()
+        assert len(world.of(WakeAt)) == 1
+        world.scheduler.hit(idle, DEFAULT_WORKLOAD, None, None)
+        world.release(idle)
+    assert held.leases
 
 
 def test_an_unload_that_did_nothing_is_tried_again(world: World) -> None:
