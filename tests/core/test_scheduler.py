@@ -144,6 +144,7 @@ class World:
         """
         Lets time pass until the scheduler wants to be called, and calls it.
         """
+        self.state.unset_s.clear()  # the clock knows of all
         at_s = self.state.wake_at_s
         self.now_s = max(self.now_s, at_s)
         self.scheduler.tick(at_s)

@@ -72,9 +72,13 @@ class Agenda:
         """
         Has `Scheduler.tick` called at *at_s*, or earlier.
         """
-        if at_s < self.state.wake_at_s:
-            self.state.wake_at_s = at_s
+        state = self.state
+        if at_s < state.wake_at_s:
+            state.add_timer(at_s)
             self.note(WakeAt(at_s))
+        # Another thread is about to set it, or was kept from that by Ctrl-C.
+        elif state.wake_at_s in state.unset_s:
+            self.note(WakeAt(state.wake_at_s))
 
     def stop_if_over(self) -> None:
         """

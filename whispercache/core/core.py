@@ -188,6 +188,7 @@ class Core:
                 self.gauges.look_again(device)
             case effects.WakeAt(at_s):
                 self.clock.call_at(at_s, partial(self._tick, at_s))
+                self.state.unset_s.discard(at_s)  # in one step, so without the lock
             case effects.Gone(future):
                 _done(future)
             case effects.KeepLost(device, host):
@@ -429,8 +430,12 @@ class Core:
                 see `Scheduler.enqueue`.
         """
         waiter = Waiter(tuple(wanted), keep_alive_s, self.clock.now(), owner)
-        with self.changing():
-            self.scheduler.enqueue(waiter, timeout_s)
+        try:
+            with self.changing():
+                self.scheduler.enqueue(waiter, timeout_s)
+        except BaseException:  # Ctrl-C while effects were performed: its caller is gone
+            self.abandon(waiter)
+            raise
         if waiter.waits:
             self._read_ahead(waiter)
         return waiter

@@ -87,7 +87,7 @@ class Evictions:
             self.unload(entry, entry.cause)
         elif keep_alive_s <= 0 and self._may_expire(entry):
             self.unload(entry, EvictionCause.EXPIRED)
-        elif entry.expires_at_s < self._state.wake_at_s:
+        elif entry.expires_at_s < self._state.wake_at_s or self._state.unset_s:
             self._agenda.wake_by(entry.expires_at_s)
 
     def _may_expire(self, entry: Entry) -> bool:

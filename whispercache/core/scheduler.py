@@ -417,15 +417,22 @@ class Scheduler:
 
     def tick(self, at_s: float) -> None:
         """
-        Does all that is due by now, if it was to be called at *at_s* and no earlier.
+        Does all that is due by now, unless that was done since *at_s* was set.
 
         Times requests out, unloads what was idle for its keep-alive, tries unloads
         again, reads gauges again, and looks for deadlocks.
         """
         state, now_s = self._state, self._now()
-        if at_s != state.wake_at_s:
-            return  # an earlier call took its place
-        state.wake_at_s = math.inf
+        if at_s not in state.timers_s:
+            return  # an earlier call did its work
+        state.end_timers(max(at_s, now_s))
+        try:
+            self._do_due(now_s)
+        finally:  # what a policy raises must not stop the time
+            self._agenda.wake_by(self._next_s(now_s))
+
+    def _do_due(self, now_s: float) -> None:
+        state = self._state
         # Places as they were before any of them left: the errors tell them.
         for place, waiter in enumerate(list(state.queue), start=1):
             if waiter.deadline_s <= now_s and waiter in state.queue:
@@ -444,7 +451,6 @@ class Scheduler:
             self.admit(looks_out=self._break_deadlocks(now_s))
         else:
             self.admit()
-        self._agenda.wake_by(self._next_s(now_s))
 
     def _next_s(self, now_s: float) -> float:
         """

@@ -60,7 +60,10 @@ class CacheState:
         grants: How many were ever granted.
         closed: Why new requests are refused; None while they are not.
         copied: The models that have a host copy while they are not in memory.
-        wake_at_s: When `Scheduler.tick` is called next.
+        timers_s: When `Scheduler.tick` will be called, the next time last. An earlier
+            time is added before the others, which stay: a clock forgets no call.
+        unset_s: Those of them that the clock may not know of yet.
+        wake_at_s: The next of them.
         deadlocks_at_s: When it looks for deadlocks next.
     """
 
@@ -82,7 +85,9 @@ class CacheState:
         self.grants: int = 0
         self.closed: CacheClosed | None = None
         self.copied: frozenset[Entry] = frozenset()
-        self.wake_at_s: float = math.inf
+        self.timers_s: list[float] = []
+        self.unset_s: set[float] = set()
+        self.wake_at_s: float = math.inf  # each release asks
         self.deadlocks_at_s: float = math.inf
         self._last_look: int = -1
 
@@ -110,6 +115,22 @@ class CacheState:
         if self.closed is not None:
             # A new one each time: errors keep the frames through which they went.
             raise type(self.closed)(*self.closed.args)
+
+    def add_timer(self, at_s: float) -> None:
+        """
+        Notes that `Scheduler.tick` will be called at *at_s*, earlier than ever so far.
+        """
+        self.timers_s.append(at_s)
+        self.unset_s.add(at_s)
+        self.wake_at_s = at_s
+
+    def end_timers(self, until_s: float) -> None:
+        """
+        Forgets the calls that were due by then.
+        """
+        while self.timers_s and self.timers_s[-1] <= until_s:
+            self.unset_s.discard(self.timers_s.pop())
+        self.wake_at_s = self.timers_s[-1] if self.timers_s else math.inf
 
     def copies_on(self, device: str) -> list[Entry]:
         """
@@ -147,6 +168,8 @@ class CacheState:
         """
         self.queue.clear()
         self.outbox = self.outbox.copy()
+        self.timers_s.clear()
+        self.unset_s.clear()
         self.wake_at_s = self.deadlocks_at_s = math.inf
         # Their holders were threads of the parent.
         for entry in self.entries.values():
@@ -158,6 +181,9 @@ class CacheState:
         """
         Asserts the invariants that can be seen from outside a critical section.
         """
+        timers_s = self.timers_s
+        assert timers_s == sorted(set(timers_s), reverse=True), timers_s
+        assert self.wake_at_s == min(timers_s, default=math.inf), timers_s
         for device in self.devices.values():
             device.budget.check()
         for entry in self.entries.values():
