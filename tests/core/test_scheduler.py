@@ -316,8 +316,9 @@ def test_no_timer_is_set_for_what_another_one_will_see(world: World) -> None:
         world.ask(medium, timeout_s=1.0)
         world.wake()
         assert len(world.of(WakeAt)) == 1
-        world.scheduler.hit(idle, DEFAULT_WORKLOAD, None, None)
+        lease = world.scheduler.hit(idle, DEFAULT_WORKLOAD, None, None)
         world.release(idle)
+        assert lease is not None
     assert held.leases
 
 
