@@ -280,7 +280,6 @@ def test_time_goes_on_when_a_policy_fails() -> None:
     """
     Its error ends one call; the next request times out all the same.
     """
-
     is_broken: list[bool] = []
 
     def broken(resident: Resident, _now_s: float) -> float:
