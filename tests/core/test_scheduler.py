@@ -17,7 +17,14 @@ from whispercache.core import effects, scheduler
 from whispercache.core.agenda import Agenda, Rules
 from whispercache.core.budget import Use
 from whispercache.core.device import Device
-from whispercache.core.effects import Settle, StartLoad, StartUnload, Stop, WakeAt
+from whispercache.core.effects import (
+    LookAgain,
+    Settle,
+    StartLoad,
+    StartUnload,
+    Stop,
+    WakeAt,
+)
 from whispercache.core.entries import Entry, State, Waiter, Wanted
 from whispercache.core.evictions import Evictions
 from whispercache.core.lock import Outbox
@@ -66,12 +73,14 @@ class World:
         self.scheduler = Scheduler(agenda, self.evictions, cast("Any", self.lessor))
         self.reports = Reports(agenda, self.evictions, self.scheduler)
 
-    def model(self, name: str, weights: int, workspace: int = 0) -> Entry:
+    def model(
+        self, name: str, weights: int, workspace: int = 0, device: str = CARD
+    ) -> Entry:
         """
         Returns a model that is located, and not in memory.
         """
-        key = ModelKey(name, CARD, "float16")
-        entry = Entry(key, self.state.devices[CARD], self.state.devices["cpu"])
+        key = ModelKey(name, device, "float16")
+        entry = Entry(key, self.state.devices[device], self.state.devices["cpu"])
         entry.locate(FILES, {DEFAULT_WORKLOAD: Footprint(weights, workspace, 0, 0)})
         self.state.entries[key] = entry
         return entry
@@ -301,6 +310,21 @@ def test_time_goes_on_when_a_policy_fails() -> None:
     world.wake()
     assert len(world.of(Settle)) == 1
     world.release(held)
+
+
+def test_a_gauge_is_read_again_for_what_a_time_out_left(world: World) -> None:
+    """
+    Even in the call that looks for deadlocks.
+    """
+    held, idle = world.held("base", 6), world.idle("tiny", 1)
+    coming = world.model("small", 1, device="cpu")
+    world.ask(idle, coming, timeout_s=1.0)
+    world.ask(world.model("medium", 9))
+    world.of(LookAgain)
+    world.state.deadlocks_at_s = 101.0
+    world.wake()
+    assert LookAgain(held.device) in world.of(LookAgain)
+    world.load(coming)
 
 
 def test_no_timer_is_set_for_what_another_one_will_see(world: World) -> None:

@@ -8,13 +8,11 @@ import logging
 import math
 import threading
 import weakref
-from typing import TYPE_CHECKING
+
+import pytest
 
 from whispercache.core.threads import DeviceThread, MonotonicClock
 from whispercache.testing import wait_until
-
-if TYPE_CHECKING:
-    import pytest
 
 
 def test_timed_calls_run_in_the_order_of_their_times() -> None:
@@ -52,6 +50,26 @@ def test_a_timed_call_that_fails_does_not_stop_the_clock(
     clock.call_at(clock.now(), done.set)
     assert done.wait(10)
     assert "out of order" in caplog.text
+    clock.close()
+
+
+def test_a_clock_whose_thread_did_not_start_starts_it_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    A process may be out of threads for a moment.
+    """
+    clock, called = MonotonicClock(), threading.Event()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            clock.call_at(clock.now(), called.set)
+    clock.call_at(clock.now(), called.set)
+    assert called.wait(3)
     clock.close()
 
 
