@@ -226,7 +226,7 @@ class Scheduler:
         rooms = {name: view.room(state, each) for name, each in state.devices.items()}
         return self._rules.plan(pending, rooms, idle, busy)
 
-    def admit(self, *, looks_out: bool = True) -> None:
+    def admit(self, *, suspects: bool = True) -> None:
         """
         Matches requests to memory, the only place that does.
 
@@ -259,8 +259,8 @@ class Scheduler:
                 for place in decision.overtakes:
                     queue[place].overtaken += 1
                 self._carry_out(waiter, decision)
-        if state.queue and looks_out:
-            self._look_out()
+        if state.queue:
+            self._look_out(suspects=suspects)
 
     def _carry_out(self, waiter: Waiter, decision: Decision) -> None:
         # (4) It fits.
@@ -281,10 +281,10 @@ class Scheduler:
         elif decision.lacking is not None:
             self.fail(waiter, too_large(self._state, str(waiter), *decision.lacking))
 
-    def _look_out(self) -> None:
+    def _look_out(self, *, suspects: bool) -> None:
         """
         Sees to it that no request waits in vain: for what a new reading would show, or
-        in a deadlock.
+        in a deadlock, unless that was just looked for.
         """
         state, now_s = self._state, self._now()
         for device in {e.device for waiter in state.queue for e in waiter.entries}:
@@ -296,7 +296,8 @@ class Scheduler:
                 # No event of ours will tell that it was returned.
                 device.look_at_s = now_s + LOOK_AGAIN_S
                 self._agenda.wake_by(device.look_at_s)
-        if state.deadlocks_at_s == math.inf and view.suspects(state):
+        is_looked_for = state.deadlocks_at_s < math.inf
+        if suspects and not is_looked_for and view.suspects(state):
             state.deadlocks_at_s = now_s + DEADLOCK_S
             self._agenda.wake_by(state.deadlocks_at_s)
 
@@ -448,7 +449,7 @@ class Scheduler:
                 self._agenda.note(LookAgain(device))
         if state.deadlocks_at_s <= now_s:
             state.deadlocks_at_s = math.inf
-            self.admit(looks_out=self._break_deadlocks(now_s))
+            self.admit(suspects=self._break_deadlocks(now_s))
         else:
             self.admit()
 

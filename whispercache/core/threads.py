@@ -180,10 +180,11 @@ class MonotonicClock:
                 return
             heapq.heappush(self._calls, (when_s, next(self._order), call))
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, name="whispercache-timer", daemon=True
                 )
-                self._thread.start()
+                thread.start()
+                self._thread = thread  # after it: the next call tries again
             self._changed.notify()
 
     def close(self) -> None:
