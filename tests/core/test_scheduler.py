@@ -319,7 +319,7 @@ def test_a_gauge_is_read_again_for_what_a_time_out_left(world: World) -> None:
     held, idle = world.held("base", 6), world.idle("tiny", 1)
     coming = world.model("small", 1, device="cpu")
     world.ask(idle, coming, timeout_s=1.0)
-    world.ask(world.model("medium", 9))
+    world.ask(world.model("medium", 9)).owner = "another thread"
     world.of(LookAgain)
     world.state.deadlocks_at_s = 101.0
     world.wake()
