@@ -124,6 +124,28 @@ def test_ctrl_c_before_a_timer_was_set_stops_no_others(
     small.release()
 
 
+def test_ctrl_c_while_a_cache_stops_leaves_no_thread(
+    make_cache: MakeCache, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    What is left of the end is done.
+    """
+    cache = make_cache()
+    cache.lease("tiny", "cpu").release()
+    cache.evict("tiny")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clock, "close", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.close()
+    for device in cache._core.all_devices():
+        device.thread.join(5)
+        assert not device.thread._thread.is_alive()
+
+
 def test_a_log_handler_may_ask_the_cache(
     make_cache: MakeCache, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
