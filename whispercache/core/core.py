@@ -28,7 +28,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import InvalidStateError
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -225,15 +225,18 @@ class Core:
         """
         Ends all threads, and what is kept on the host.
         """
-        # No timer may fire into what ends here.
-        self.clock.close()
-        host = self.devices.get("cpu")
-        if host is not None and host.kept_bytes:
-            host.thread.submit(partial(self.copies.shrink, host, 0))
-        self.gauges.peers.close()
-        # Last: each thread ends after all that it was given before.
-        for device in self.devices.values():
-            device.thread.stop()
+        # From the last to the first; all of it is done, whatever fails in between.
+        with ExitStack() as rest:
+            # Each thread ends after all that it was given before.
+            for device in self.devices.values():
+                rest.callback(device.thread.stop)
+            rest.callback(self.gauges.peers.close)
+            host = self.devices.get("cpu")
+            if host is not None and host.kept_bytes:
+                shrink = partial(self.copies.shrink, host, 0)
+                rest.callback(host.thread.submit, shrink)
+            # No timer may fire into what ends here.
+            rest.callback(self.clock.close)
 
     # State ----------------------------------------------------------------------------
 
