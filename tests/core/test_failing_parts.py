@@ -124,6 +124,27 @@ def test_ctrl_c_before_a_timer_was_set_stops_no_others(
     small.release()
 
 
+def test_ctrl_c_before_an_unload_was_begun_loses_no_memory(
+    make_cache: MakeCache, driver: ThreadDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The model does not stay on its way out, charged, until the process ends.
+    """
+    cache = make_cache(vram="3.5GiB")
+    cache.preload("small", "cuda:0")
+    thread = cache._core.devices["cuda:0"].thread
+    submit = thread.submit
+
+    def interrupt(_: object) -> None:
+        monkeypatch.setattr(thread, "submit", submit)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread, "submit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.lease("medium", "cuda:0")
+    driver.start(cache, "lease", "medium", "cuda:0").result(5).release()
+
+
 def test_ctrl_c_while_a_cache_stops_leaves_no_thread(
     make_cache: MakeCache, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
