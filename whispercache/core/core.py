@@ -171,10 +171,24 @@ class Core:
             try:
                 self._perform_one(effect)
             except BaseException:
+                self._make_sure_of(effect)
                 self._perform(noted[place + 1 :])
                 raise
         if self.state.outbox:
             self.state.outbox.deliver()
+
+    def _make_sure_of(self, effect: Effect) -> None:
+        """
+        Performs what others wait for again, unless it is known to be done.
+        """
+        # What a device's thread does twice, it does once.
+        if (work := self._work_of(effect)) is not None:
+            device, call = work
+            device.thread.submit(call)
+        elif isinstance(effect, effects.Settle) and not effect.future.done():
+            effect.settle()
+        elif isinstance(effect, effects.Gone):
+            _done(effect.future)
 
     def _perform_one(self, effect: Effect) -> None:
         if (work := self._work_of(effect)) is not None:

@@ -71,6 +71,8 @@ class Loads:
         """
         Loads a model whose memory is reserved.
         """
+        if entry.state is not State.LOADING:  # begun twice
+            return
         try:
             self._load(entry)
         except BaseException as error:  # or its waiters would wait for ever

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from whispercache.devices.faults import Fault, classify
 
+from .entries import State
 from .refusals import one_line
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Unloads:
         """
         Unloads a model, and has it confirmed.
         """
+        if entry.state is not State.UNLOADING:  # begun twice
+            return
         assert entry.loaded is not None
         device = entry.device
         with self._lock.changing():
