@@ -251,18 +251,17 @@ class Entry:
         """
         Returns what all leases may use at once, with *count* more of *n_bytes* at most.
         """
-        if not self.leases and count == 1:
-            return n_bytes
         running = min(len(self.leases) + count, self.num_workers)
-        return max(n_bytes, *self.leases.values(), 0) * running
+        return max((n_bytes, *self.leases.values())) * running
 
     def fits(self, n_bytes: int) -> bool:
         """
         Returns True if a lease with *n_bytes* of workspace can be granted at once.
         """
+        extra_bytes = n_bytes
         # Each hit asks, so this saves a call where nothing is leased.
-        all_bytes = self.workspace_with(n_bytes) if self.leases else n_bytes
-        extra_bytes = all_bytes - self.workspace_bytes
+        if self.leases:
+            extra_bytes = self.workspace_with(n_bytes) - self.workspace_bytes
         budget = self.device.budget
         return (
             extra_bytes <= 0
@@ -337,15 +336,17 @@ class Entry:
         """
         Notes one more lease with *n_bytes* of workspace.
         """
-        device, all_bytes = self.device, n_bytes
         if self.leases:
             all_bytes = self.workspace_with(n_bytes)
         else:
-            device.shelf.pop(self, None)
+            all_bytes = n_bytes
+            self.device.shelf.pop(self, None)
             if self.last_used_s is not None:
                 self.gap_s = next_gap_s(self.gap_s, now_s - self.last_used_s)
-        self.workspace_bytes = all_bytes
-        device.budget.work(self, all_bytes)
+        # Mostly nothing changes if it is leased already.
+        if all_bytes != self.workspace_bytes:
+            self.workspace_bytes = all_bytes
+            self.device.budget.work(self, all_bytes)
         self.leases[serial] = n_bytes
         self.owners[serial] = owner
 
@@ -361,8 +362,9 @@ class Entry:
         if self.leases:
             running = min(len(self.leases), self.num_workers)
             all_bytes = max(self.leases.values()) * running
-        self.workspace_bytes = all_bytes
-        self.device.budget.work(self, all_bytes)
+        if all_bytes != self.workspace_bytes:
+            self.workspace_bytes = all_bytes
+            self.device.budget.work(self, all_bytes)
         return True
 
     def shelve(self, keep_alive_s: float, now_s: float) -> None:
