@@ -1005,7 +1005,7 @@ def test_a_copy_in_the_making_is_not_yet_in_the_gauge(
         cache.lease("small", CARD, keep_alive=0).release()
         gate.wait_reached()
         core = cache._core
-        core.observe(core.device("cpu"))
+        core.gauges.observe(core.device("cpu"))
         info, account = host(cache), core.account(core.device("cpu"))
         gate.open()
     settle(cache)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from whispercache.devices.memory import MemoryReading
     from whispercache.units import Limit
 
-__all__ = ["Budget", "Use"]
-
 
 class Use(IntEnum):
     """

@@ -44,7 +44,6 @@ from .gauges import Base, Gauges, NoPeers
 from .host_copies import HostCopies
 from .loads import Loads
 from .lock import Outbox, StateLock
-from .refusals import refusal
 from .reports import Reports
 from .scheduler import Scheduler
 from .state import CacheState
@@ -56,15 +55,12 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from contextlib import AbstractContextManager
 
-    from whispercache.devices.memory import MemoryProbe, MemoryReading
+    from whispercache.devices.memory import MemoryProbe
     from whispercache.engine.api import Loader
     from whispercache.engine.sizes.footprint import Workload
-    from whispercache.errors import WhisperCacheError
     from whispercache.keys import ModelKey
     from whispercache.lease import Holder, Lease
     from whispercache.planning.deadlock import Owner
-    from whispercache.planning.placement import Candidate
-    from whispercache.planning.planner import Decision
     from whispercache.units import Limit
 
     from .agenda import Rules
@@ -73,8 +69,6 @@ if TYPE_CHECKING:
     from .evictions import Leaving
     from .gauges import Peers
     from .threads import Clock
-
-__all__ = ["Core", "Own"]
 
 _log = logging.getLogger("whispercache")
 
@@ -140,10 +134,11 @@ class Core:
         self._put_together(state, clock, make_peers())
 
     def _put_together(self, state: CacheState, clock: Clock, peers: Peers) -> None:
-        """
-        Makes the parts around *state*.
-        """
         self.state: CacheState = state
+        self.entries: dict[ModelKey, Entry] = state.entries
+        self.devices: dict[str, Device] = state.devices
+        self.queue: list[Waiter] = state.queue
+        self.outbox: Outbox = state.outbox
         self.clock: Clock = clock
         lock = StateLock(self._perform)
         self.lock: StateLock = lock
@@ -177,19 +172,30 @@ class Core:
             self.state.outbox.deliver()
 
     def _perform_one(self, effect: Effect) -> None:
-        if (work := self._work_of(effect)) is not None:
-            device, call = work
-            device.thread.submit(call)
-            return
+        match effect:
+            # What touches models and copies is left to the threads of their devices.
+            case effects.StartLoad(entry):
+                entry.device.thread.submit(partial(self._loads.load, entry))
+            case effects.StartUnload(entry):
+                entry.device.thread.submit(partial(self._unloads.unload, entry))
+            case effects.DropCopy(entry):
+                entry.device.thread.submit(partial(self.copies.drop, entry))
+            case effects.ShrinkKept(host, most_bytes):
+                host.thread.submit(partial(self.copies.shrink, host, most_bytes))
+            case _:
+                self._perform_at_once(effect)
+
+    def _perform_at_once(self, effect: Effect) -> None:
         match effect:
             case effects.Settle():
                 effect.settle()
+            case effects.Gone(future):
+                with suppress(InvalidStateError):  # cancelled: its caller left
+                    future.set_result(None)
             case effects.LookAgain(device):
                 self.gauges.look_again(device)
             case effects.WakeAt(at_s):
                 self.clock.call_at(at_s, partial(self._tick, at_s))
-            case effects.Gone(future):
-                _done(future)
             case effects.KeepLost(device, host):
                 self.copies.keep_lost(device, host)
             case effects.WriteOff(entry, loaded, lost_bytes):
@@ -201,29 +207,11 @@ class Core:
             case effects.Stop():
                 self._stop()
 
-    def _work_of(self, effect: Effect) -> tuple[Device, Callable[[], None]] | None:
-        """
-        Returns what is done on the thread of a device; None if it is done at once.
-        """
-        match effect:
-            case effects.StartLoad(entry):
-                return entry.device, partial(self._loads.load, entry)
-            case effects.StartUnload(entry):
-                return entry.device, partial(self._unloads.unload, entry)
-            case effects.DropCopy(entry):
-                return entry.device, partial(self.copies.drop, entry)
-            case effects.ShrinkKept(host, most_bytes):
-                return host, partial(self.copies.shrink, host, most_bytes)
-        return None
-
     def _tick(self, at_s: float) -> None:
         with self.lock.changing():
             self.scheduler.tick(at_s)
 
     def _stop(self) -> None:
-        """
-        Ends all threads, and what is kept on the host.
-        """
         # No timer may fire into what ends here.
         self.clock.close()
         host = self.devices.get("cpu")
@@ -237,53 +225,11 @@ class Core:
     # State ----------------------------------------------------------------------------
 
     @property
-    def entries(self) -> dict[ModelKey, Entry]:
-        """
-        Every model that was asked for.
-        """
-        return self.state.entries
-
-    @property
-    def devices(self) -> dict[str, Device]:
-        """
-        Every device that was used.
-        """
-        return self.state.devices
-
-    @property
-    def queue(self) -> list[Waiter]:
-        """
-        The requests that wait, the oldest first.
-        """
-        return self.state.queue
-
-    @property
-    def leases(self) -> int:
-        """
-        The number of leases that are held.
-        """
-        return self.state.leases
-
-    @property
-    def outbox(self) -> Outbox:
-        """
-        Events, and those who listen to them.
-        """
-        return self.state.outbox
-
-    @property
     def is_closed(self) -> bool:
         """
         True if new requests are refused.
         """
         return self.state.is_closed
-
-    @property
-    def is_over(self) -> bool:
-        """
-        True if it is closed and holds nothing any more.
-        """
-        return self.state.is_over
 
     def changing(self) -> AbstractContextManager[None]:
         """
@@ -333,25 +279,6 @@ class Core:
         with self.changing():
             return list(self.devices.values())
 
-    def refusal(self, key: ModelKey) -> WhisperCacheError | None:
-        """
-        Returns why a request for *key* would fail at once; None if it would not.
-        """
-        with self.changing():
-            entry = self.entries.get(key)
-            return None if entry is None else refusal(entry, self.clock.now())
-
-    def candidate(
-        self, key: ModelKey, needed_bytes: int, beside: Collection[Entry]
-    ) -> Candidate:
-        """
-        Returns the device of *key* as a place for that model *beside* others of the
-        same request.
-        """
-        with self.changing():
-            self._device(key.device)
-            return view.candidate(self.state, key, needed_bytes, beside)
-
     def uses(self, device: Device) -> bool:
         """
         Returns True if anything is on *device*, or waited for.
@@ -365,21 +292,6 @@ class Core:
         """
         with self.changing():
             return view.account(self.state, device)
-
-    def observe(self, device: Device) -> bool:
-        """
-        Reads a device's gauge, and returns True if that worked.
-
-        Raises:
-            DeviceUnavailable: there is no reading, and no limit to go by either.
-        """
-        return self.gauges.observe(device)
-
-    def take_reading(self, device: Device, reading: MemoryReading) -> None:
-        """
-        Takes in a reading that was made elsewhere.
-        """
-        self.gauges.take_in(device, reading)
 
     # Requests -------------------------------------------------------------------------
 
@@ -458,12 +370,6 @@ class Core:
         if not waiter.future.cancel():
             waiter.future.add_done_callback(_give_back)
 
-    def explain(self, waiter: Waiter) -> Decision:
-        """
-        Returns what would be decided on a request if it came now. Needs the lock.
-        """
-        return self.scheduler.plan([*self.queue, waiter])[-1]
-
     # Leases ---------------------------------------------------------------------------
 
     def release(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
@@ -520,7 +426,8 @@ class Core:
 
     def recover(self, entry: Entry, error: BaseException) -> bool:
         """
-        Makes room if the use of a leased model ran out of memory: `Unloads.recover`.
+        Makes room if the use of a leased model ran out of memory; returns True if it
+        did.
         """
         return self._unloads.recover(entry, error)
 
@@ -693,11 +600,6 @@ class Core:
         """
         with self.changing():
             self.scheduler.check()
-
-
-def _done(future: Future[None]) -> None:
-    with suppress(InvalidStateError):  # cancelled: its caller left
-        future.set_result(None)
 
 
 def _give_back(future: Future[tuple[Lease, ...]]) -> None:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from .budget import Budget
     from .device import Device
 
-__all__ = ["Entry", "State", "Waiter", "Wanted"]
-
 
 class State(str, Enum):
     """

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .scheduler import Scheduler
     from .state import CacheState
 
-__all__ = ["Base", "Gauges", "NoPeers", "Observation", "Peers"]
-
 _log = logging.getLogger("whispercache")
 
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .entries import Entry
     from .gauges import Base
 
-__all__ = ["HostCopies"]
-
 
 class HostCopies:
     """
@@ -82,9 +80,6 @@ class HostCopies:
         self._refresh(entry.host)
 
     def _refresh(self, host: Device) -> None:
-        """
-        Reports what is kept now to the scheduler.
-        """
         kept = self.look()
         with self._lock.changing():
             self._reports.noted(host, kept)

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from .threads import Clock
     from .unloads import Unloads
 
-__all__ = ["Loads"]
-
 _log = logging.getLogger("whispercache")
 
 RETURN_AFTER_S = 1.0

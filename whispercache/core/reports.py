@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from .scheduler import Scheduler
     from .state import Kept
 
-__all__ = ["Reports"]
-
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 30.0
 """

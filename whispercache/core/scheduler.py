@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from .entries import Entry, Waiter
     from .evictions import Evictions, Leaving
 
-__all__ = ["Scheduler"]
-
 DEADLOCK_S = 0.04
 """
 Delay before a possible deadlock is checked.
@@ -361,9 +359,6 @@ class Scheduler:
             self.let_go(waiter)
 
     def _settle(self, waiter: Waiter, leases: tuple[Lease, ...]) -> None:
-        """
-        Ends a request that is no longer in the queue with its leases.
-        """
         # A request that was served at once is a hit or a miss, not a wait.
         if waiter.waits:
             wait_s = self._now() - waiter.since_s
@@ -447,9 +442,6 @@ class Scheduler:
         self._agenda.wake_by(self._next_s(now_s))
 
     def _next_s(self, now_s: float) -> float:
-        """
-        Returns when something will be due next.
-        """
         state = self._state
         times_s = [state.deadlocks_at_s, *(w.deadline_s for w in state.queue)]
         for device in state.devices.values():

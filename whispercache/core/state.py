@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from .entries import Entry, Waiter
     from .lock import Outbox
 
-__all__ = ["CacheState", "Kept"]
-
 
 @dataclass(frozen=True, slots=True)
 class Kept:

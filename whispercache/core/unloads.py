@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from .gauges import Base
     from .host_copies import HostCopies
 
-__all__ = ["Unloads"]
-
 
 class Unloads:
     """

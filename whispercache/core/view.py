@@ -28,22 +28,6 @@ if TYPE_CHECKING:
     from .entries import Entry, Waiter, Wanted
     from .state import CacheState
 
-__all__ = [
-    "account",
-    "candidate",
-    "demands",
-    "detained",
-    "is_used",
-    "ordered",
-    "pending",
-    "queue_of",
-    "reservations",
-    "residents",
-    "room",
-    "suspects",
-    "victim_of_deadlock",
-]
-
 
 # What requests want -------------------------------------------------------------------
 

@@ -19,20 +19,6 @@ if TYPE_CHECKING:
 
     from .policies import Resident
 
-__all__ = [
-    "MAX_OVERTAKES",
-    "Decision",
-    "Demand",
-    "Need",
-    "Outcome",
-    "Pending",
-    "Planner",
-    "Room",
-    "choose_victims",
-    "plan",
-    "shrink",
-]
-
 MAX_OVERTAKES = 16
 """
 Loads that may pass a request which cannot be served yet.
@@ -401,9 +387,6 @@ def _never(scratch: _Scratch, pending: Pending) -> tuple[Demand, int] | None:
 
 
 def _victims_for(scratch: _Scratch, pending: Pending) -> tuple[Resident, ...] | None:
-    """
-    Returns idle models whose unload would meet all demands; None if there are too few.
-    """
     victims: list[Resident] = []
     for demand in pending.demands:
         # What an older request will use, or is being unloaded for it, is no candidate.

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from whispercache.keys import ModelKey
 
-__all__ = ["POLICIES", "Policy", "Resident", "next_gap_s"]
-
 
 @dataclass(frozen=True, slots=True)
 class Resident:
@@ -54,9 +52,6 @@ A policy: from a model and the time now to a score. The lowest score is evicted 
 
 
 def _lru(resident: Resident, now_s: float) -> float:
-    """
-    Evicts the least recently used first.
-    """
     return resident.last_used_s - now_s
 
 
