@@ -42,6 +42,7 @@ class State(str, Enum):
     UNLOADING = "unloading"
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Entry:
     """
     A model that was asked for, in memory or not.
@@ -80,70 +81,40 @@ class Entry:
         gone: Futures of those who wait for its unload.
     """
 
-    __slots__ = (
-        "cause",
-        "default_workspace_bytes",
-        "device",
-        "drained_for",
-        "drops_copy",
-        "expires_at_s",
-        "failure",
-        "failures",
-        "files",
-        "footprints",
-        "gap_s",
-        "gone",
-        "host",
-        "key",
-        "last_used_s",
-        "leases",
-        "load_s",
-        "loaded",
-        "loads",
-        "num_workers",
-        "owners",
-        "parked_bytes",
-        "pinned",
-        "refusals",
-        "restores",
-        "retry_at_s",
-        "state",
-        "unload_again_s",
-        "unload_started_s",
-        "workspace_bytes",
-    )
+    key: ModelKey
+    device: Device
+    host: Device
+    state: State = State.ABSENT
+    files: ModelFiles | None = None
+    footprints: dict[Workload, Footprint] = field(default_factory=dict)
+    default_workspace_bytes: int | None = None
+    num_workers: int = field(init=False)
+    loaded: LoadedModel | None = None
+    workspace_bytes: int = 0
+    parked_bytes: int = 0
+    restores: bool = False
+    drops_copy: bool = False
+    leases: dict[int, int] = field(default_factory=dict)
+    owners: dict[int, Owner] = field(default_factory=dict)
+    pinned: bool = False
+    expires_at_s: float = math.inf
+    last_used_s: float | None = None
+    gap_s: float | None = None
+    loads: int = 0
+    load_s: float = 0.0
+    cause: EvictionCause | None = None
+    drained_for: Waiter | None = None
+    refusals: int = 0
+    unload_again_s: float = math.inf
+    unload_started_s: float = 0.0
+    failures: int = 0
+    failure: str = ""
+    retry_at_s: float = -math.inf
+    gone: list[Future[None]] = field(default_factory=list)
 
-    def __init__(self, key: ModelKey, device: Device, host: Device) -> None:
-        self.key: ModelKey = key
-        self.device: Device = device
-        self.host: Device = host
-        self.state: State = State.ABSENT
-        self.files: ModelFiles | None = None
-        self.footprints: dict[Workload, Footprint] = {}
-        self.default_workspace_bytes: int | None = None
-        self.num_workers: int = key.num_workers
-        self.loaded: LoadedModel | None = None
-        self.workspace_bytes: int = 0
-        self.parked_bytes: int = 0
-        self.restores: bool = False
-        self.drops_copy: bool = False
-        self.leases: dict[int, int] = {}
-        self.owners: dict[int, Owner] = {}
-        self.pinned: bool = False
-        self.expires_at_s: float = math.inf
-        self.last_used_s: float | None = None
-        self.gap_s: float | None = None
-        self.loads: int = 0
-        self.load_s: float = 0.0
-        self.cause: EvictionCause | None = None
-        self.drained_for: Waiter | None = None
-        self.refusals: int = 0
-        self.unload_again_s: float = math.inf
-        self.unload_started_s: float = 0.0
-        self.failures: int = 0
-        self.failure: str = ""
-        self.retry_at_s: float = -math.inf
-        self.gone: list[Future[None]] = []
+    def __post_init__(self) -> None:
+        # Each hit asks, and would have to search the key's options.
+        self.num_workers = self.key.num_workers
 
     # Questions ------------------------------------------------------------------------
 

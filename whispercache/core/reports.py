@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from .device import Device
     from .entries import Entry
     from .evictions import Evictions
-    from .gauges import Observation
     from .scheduler import Scheduler
     from .state import Kept
 
@@ -249,18 +248,6 @@ class Reports:
         self._agenda.stop_if_over()
 
     # Gauges ---------------------------------------------------------------------------
-
-    def observed(
-        self, device: Device, seen: Observation, *, is_still: bool = False
-    ) -> None:
-        """
-        Takes a reading in. Without *is_still* it does not count while something moves.
-        """
-        if is_still or not device.is_moving or not device.budget.total_bytes:
-            device.is_stale = False
-            device.budget.observe(
-                seen.reading, device.kept_bytes, seen.promised_bytes, seen.held_bytes
-            )
 
     def looked(self, device: Device, *, is_known: bool) -> None:
         """

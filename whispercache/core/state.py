@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .entries import State
@@ -41,6 +42,7 @@ class Kept:
     copies: Mapping[ModelKey, int]
 
 
+@dataclass(eq=False, repr=False)
 class CacheState:
     """
     Everything that a cache knows.
@@ -62,27 +64,23 @@ class CacheState:
         deadlocks_at_s: When it looks for deadlocks next.
     """
 
-    def __init__(
-        self,
-        limit_of: Callable[[str], Limit],
-        max_models: int | None,
-        outbox: Outbox,
-    ) -> None:
-        self.limit_of: Callable[[str], Limit] = limit_of
-        self.max_models: int | None = max_models
-        self.outbox: Outbox = outbox
-        self.entries: dict[ModelKey, Entry] = {}
-        self.devices: dict[str, Device] = {}
-        self.queue: list[Waiter] = []
-        self.counts: Counter[str] = Counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.leases: int = 0
-        self.grants: int = 0
-        self.closed: CacheClosed | None = None
-        self.copied: frozenset[Entry] = frozenset()
-        self.wake_at_s: float = math.inf
-        self.deadlocks_at_s: float = math.inf
-        self._last_look: int = -1
+    limit_of: Callable[[str], Limit]
+    max_models: int | None
+    outbox: Outbox
+    entries: dict[ModelKey, Entry] = field(default_factory=dict)
+    devices: dict[str, Device] = field(default_factory=dict)
+    queue: list[Waiter] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(
+        default_factory=partial(defaultdict, float)
+    )
+    leases: int = 0
+    grants: int = 0
+    closed: CacheClosed | None = None
+    copied: frozenset[Entry] = frozenset()
+    wake_at_s: float = math.inf
+    deadlocks_at_s: float = math.inf
+    _last_look: int = -1
 
     @property
     def is_closed(self) -> bool:
