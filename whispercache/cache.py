@@ -542,12 +542,12 @@ class ModelCache(CacheBase):
         # None if a signal handler interrupted the core itself: a thread closes it then.
         if leaving is None:
             return
-        own = self._end_own(current_owners(), wait_s)
+        stuck = self._end_own(current_owners(), wait_s)
         # A step that this very call interrupted ends after it, and is not waited for.
-        awaited = [(entry, gone) for entry, gone in leaving if entry not in own.stuck]
+        awaited = [(entry, gone) for entry, gone in leaving if entry not in stuck]
         self._await_gone(awaited, wait_s)
         # A device's thread ends after its last model.
-        if not own.stuck:
+        if not stuck:
             self._core.join(wait_s)
 
     def __enter__(self) -> Self:

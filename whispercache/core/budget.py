@@ -287,12 +287,6 @@ class Budget:
         self.most_bytes = self._gauge_capacity_bytes + shared_bytes
         self.set_limit(self._limit)
 
-    def has_room(self, reading: MemoryReading, promised_bytes: int) -> bool:
-        """
-        Returns True if all that is charged and not in memory yet fits by *reading*.
-        """
-        return self.to_come_bytes <= self.usable_bytes(reading) - promised_bytes
-
     def usable_bytes(self, reading: MemoryReading) -> int:
         """
         Returns what models may take by *reading*; negative if others took too much.

@@ -29,7 +29,6 @@ import time
 import weakref
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -77,21 +76,6 @@ SIGNAL_S = 1.0
 Seconds after which `Core.close` takes the lock for one that its own thread holds, under
 the signal handler that calls it. Critical sections take microseconds.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Own:
-    """
-    Leases of those who close a cache, who hence would wait for themselves.
-
-    Attributes:
-        held: Models on which they hold leases, which only they could end.
-        stuck: Models at work for a step that a signal handler interrupted, in which the
-            cache is closed: it goes on, and ends, after that.
-    """
-
-    held: tuple[str, ...]
-    stuck: frozenset[Entry]
 
 
 class Core:
@@ -426,8 +410,7 @@ class Core:
 
     def recover(self, entry: Entry, error: BaseException) -> bool:
         """
-        Makes room if the use of a leased model ran out of memory; returns True if it
-        did.
+        Makes room after a leased model ran out of memory, and returns True if it did.
         """
         return self._unloads.recover(entry, error)
 
@@ -516,14 +499,18 @@ class Core:
         with self.changing():
             return self.scheduler.close()
 
-    def end_own(self, owners: Collection[Owner], why: str) -> Own:
+    def end_own(
+        self, owners: Collection[Owner], why: str
+    ) -> tuple[tuple[str, ...], set[Entry]]:
         """
         Ends what *owners*, who will wait, would wait for in vain: iterators of theirs,
         and those that never had other owners than threads and tasks that are over. A
         step in flight on another thread is not interrupted.
 
         Returns:
-            What they still hold.
+            The models on which they still hold leases, which only they could end; and
+            those at work for a step that a signal handler interrupted, in which the
+            cache is closed: it goes on, and ends, after that.
         """
         with self.changing():
             found = [
@@ -546,7 +533,7 @@ class Core:
             for entry, serial, owner, holder in found
             if holder is None and owner in owners and serial in entry.leases
         }
-        return Own(tuple(sorted(held)), frozenset(stuck))
+        return tuple(sorted(held)), stuck
 
     def quiesce(self, timeout_s: float) -> None:
         """
@@ -589,7 +576,7 @@ class Core:
             return
         new = CacheState(old.limit_of, old.max_models, old.outbox.copy())
         # Requests that failed before the fork are still counted.
-        new.counts, new.seconds = old.counts, old.seconds
+        new.counts, new.load_s, new.wait_s = old.counts, old.load_s, old.wait_s
         self._put_together(new, MonotonicClock(), self._make_peers())
 
     # Proof ----------------------------------------------------------------------------

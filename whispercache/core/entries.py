@@ -366,13 +366,6 @@ class Entry:
         self.gone.append(gone)
         return gone
 
-    def refuse_unload(self, again_s: float) -> None:
-        """
-        Notes that an unload did nothing. Its bytes stay charged.
-        """
-        self.refusals += 1
-        self.unload_again_s = again_s
-
     def write_off(self) -> int:
         """
         Charges it for good, on a device that was lost, and returns the bytes there.

@@ -183,13 +183,20 @@ class Gauges:
         with self._lock.changing():
             self._reports.looked(device, is_known=is_known)
 
-    def has_room(self, device: Device, reading: MemoryReading) -> bool:
+    def shortage(self, device: Device) -> MemoryReading | None:
         """
-        Returns True if all that is charged and not in memory yet fits by *reading*.
+        Returns a reading by which not all that is charged and not in memory yet fits;
+        None if it does, or if the gauge cannot be read.
         """
+        # `observe` told of a gauge that cannot be read; the limit has to do.
+        reading = self.read(device, logging.DEBUG)
+        if reading is None:
+            return None
         promised_bytes = self.peers.promised_bytes(device.name)
         with self._lock.changing():
-            return device.budget.has_room(reading, promised_bytes)
+            budget = device.budget
+            usable_bytes = budget.usable_bytes(reading) - promised_bytes
+            return reading if budget.to_come_bytes > usable_bytes else None
 
     def tell_peers(self, device: Device) -> None:
         """

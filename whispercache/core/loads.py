@@ -120,7 +120,9 @@ class Loads:
             for workload in entry.footprints
         }
         with self._lock.changing():
-            self._reports.relocated(entry, files, footprints)
+            self._reports.taken_back(entry)
+            entry.locate(files, footprints)
+            self._scheduler.admit()
         return True
 
     def _shortage(self, entry: Entry) -> MemoryReading | None:
@@ -129,21 +131,13 @@ class Loads:
         programs may have taken some. None if it does, or cannot be read.
         """
         device = entry.device
-        reading = self._too_little(device)
-        if reading is None:
+        if self._gauges.shortage(device) is None:
             return None
         if device is entry.host:  # on a card they are not in the way
             self._copies.shrink(device, 0)  # its own, too
         # What an unload left in the heap for this load.
         self._loader.return_memory(device.name)
-        return self._too_little(device)
-
-    def _too_little(self, device: Device) -> MemoryReading | None:
-        # `observe` told of a gauge that cannot be read; the limit has to do.
-        reading = self._gauges.read(device, logging.DEBUG)
-        if reading is None or self._gauges.has_room(device, reading):
-            return None
-        return reading
+        return self._gauges.shortage(device)
 
     def _put_back(self, entry: Entry, reading: MemoryReading) -> None:
         """

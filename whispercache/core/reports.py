@@ -26,8 +26,6 @@ from .scheduler import LOOK_AGAIN_S
 
 if TYPE_CHECKING:
     from whispercache.engine.api import LoadedModel, Released
-    from whispercache.engine.files import ModelFiles
-    from whispercache.engine.sizes.footprint import Footprint, Workload
 
     from .agenda import Agenda
     from .device import Device
@@ -80,7 +78,7 @@ class Reports:
         counts["loads"] += 1
         counts["reloads"] += loaded.reloaded
         counts["restores"] += loaded.restored
-        self._state.seconds["load_s"] += load_s
+        self._state.load_s += load_s
         self._agenda.tell(
             ModelLoaded(
                 entry.key,
@@ -147,19 +145,6 @@ class Reports:
             if waiter.held is not None and waiter.wants(entry):
                 self._scheduler.let_go(waiter)
 
-    def relocated(
-        self,
-        entry: Entry,
-        files: ModelFiles,
-        footprints: dict[Workload, Footprint],
-    ) -> None:
-        """
-        Takes a load back that should read other files, and admits it anew.
-        """
-        self.taken_back(entry)
-        entry.locate(files, footprints)
-        self._scheduler.admit()
-
     def load_follows(self, device: Device) -> bool:
         """
         Returns True if a request waits for room on *device* to load a model.
@@ -212,7 +197,8 @@ class Reports:
         # Counted once for each unload, however often it is tried.
         self._state.counts["unconfirmed"] += not entry.refusals
         retry_s = min(FIRST_RETRY_S * 2 ** min(entry.refusals, 32), LAST_RETRY_S)
-        entry.refuse_unload(self._now() + retry_s)
+        entry.refusals += 1
+        entry.unload_again_s = self._now() + retry_s
         self._agenda.tell(
             ReleaseUnconfirmed(entry.key, entry.weights_bytes, retry_s, reason)
         )

@@ -221,11 +221,12 @@ class Resolver:
         files may be gone since, and a link may point elsewhere.
         """
         # Copies: other threads change them meanwhile.
-        asked = [each for each in list(self._known.items()) if _is_name(each[0], name)]
+        known = list(self._known.items())
+        asked = [e for (given, *_), e in known if name in (given, os.fspath(given))]
         path = os.path.expanduser(name)
         spelled = {name, os.path.abspath(path), os.path.realpath(path)}
         meant = spelled & {key.model for key in list(self._core.entries)}
-        meant |= {entry.key.model for _, entry in asked}
+        meant |= {entry.key.model for entry in asked}
         try:
             return meant | {canonical_model(name)}
         except (UnknownModel, LoadFailed):
@@ -377,8 +378,3 @@ class _Wish:
     compute_type: str | tuple[tuple[str, str], ...]
     options: tuple[tuple[str, OptionValue], ...]
     files: ModelFiles
-
-
-def _is_name(request: Request, name: str) -> bool:
-    given = request[0]
-    return name in (given, os.fspath(given))

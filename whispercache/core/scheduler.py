@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 from whispercache.errors import (
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from whispercache.lease import _Lessor as Lessor
     from whispercache.planning.deadlock import Owner
     from whispercache.planning.planner import Decision
-    from whispercache.planning.policies import Resident
     from whispercache.units import Limit
 
     from .agenda import Agenda
@@ -179,7 +179,7 @@ class Scheduler:
         for entry in waiter.entries:
             if entry.is_idle:
                 self._agenda.wake_by(entry.expires_at_s)
-        self._state.seconds["wait_s"] += self._now() - waiter.since_s
+        self._state.wait_s += self._now() - waiter.since_s
 
     def fail(self, waiter: Waiter, error: BaseException) -> None:
         """
@@ -208,21 +208,13 @@ class Scheduler:
         """
         Returns what should happen to each request of *queue*; nothing is changed.
         """
-        state, policy, now_s = (
-            self._state,
-            self._rules.policy,
-            self._now(),
-        )
-
-        def idle(device: str) -> list[Resident]:
-            return view.residents(state, device, policy, now_s, idle=True)
-
-        def busy(device: str) -> list[Resident]:
-            return view.residents(state, device, policy, now_s, idle=False)
-
-        pending = view.queue_of(queue, now_s - self._rules.patience_s)
+        state, rules, now_s = self._state, self._rules, self._now()
+        look = partial(view.residents, state, policy=rules.policy, now_s=now_s)
+        pending = view.queue_of(queue, now_s - rules.patience_s)
         rooms = {name: view.room(state, each) for name, each in state.devices.items()}
-        return self._rules.plan(pending, rooms, idle, busy)
+        return rules.plan(
+            pending, rooms, partial(look, idle=True), partial(look, idle=False)
+        )
 
     def admit(self, *, looks_out: bool = True) -> None:
         """
@@ -424,7 +416,9 @@ class Scheduler:
         # Places as they were before any of them left: the errors tell them.
         for place, waiter in enumerate(list(state.queue), start=1):
             if waiter.deadline_s <= now_s and waiter in state.queue:
-                self._time_out(waiter, place)
+                state.counts["timeouts"] += 1
+                waited_s = now_s - waiter.since_s
+                self.fail(waiter, LeaseTimeout(str(waiter), waited_s, place))
         self._evictions.expire(now_s)
         for device in state.devices.values():
             for entry in device.entries.values():
@@ -450,11 +444,6 @@ class Scheduler:
             times_s += [entry.expires_at_s for entry in device.shelf]
         # What is due and was not done is kept by something that will end in an event.
         return min((at_s for at_s in times_s if at_s > now_s), default=math.inf)
-
-    def _time_out(self, waiter: Waiter, place: int) -> None:
-        waited_s = self._now() - waiter.since_s
-        self._state.counts["timeouts"] += 1
-        self.fail(waiter, LeaseTimeout(str(waiter), waited_s, place))
 
     def _break_deadlocks(self, now_s: float) -> bool:
         """

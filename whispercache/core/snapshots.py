@@ -32,8 +32,8 @@ def stats(core: Core) -> Stats:
         counts = dict(core.state.counts)
         return Stats(
             **counts,
-            load_s=core.state.seconds["load_s"],
-            wait_s=core.state.seconds["wait_s"],
+            load_s=core.state.load_s,
+            wait_s=core.state.wait_s,
             requests=counts.get("hits", 0) + counts.get("misses", 0),
             waiting=len(core.queue),
             leases=core.state.leases,

@@ -7,9 +7,8 @@ All of it is guarded by the cache's one lock. Nothing here waits, loads or calls
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 from .entries import State
@@ -55,7 +54,8 @@ class CacheState:
         devices: Every device that was used.
         queue: The requests that wait, the oldest first.
         counts: Counters of `Stats`.
-        seconds: Sums of seconds of `Stats`.
+        load_s: Seconds of all loads together.
+        wait_s: Seconds that all requests waited together.
         leases: How many are held.
         grants: How many were ever granted.
         closed: Why new requests are refused; None while they are not.
@@ -71,9 +71,8 @@ class CacheState:
     devices: dict[str, Device] = field(default_factory=dict)
     queue: list[Waiter] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    seconds: defaultdict[str, float] = field(
-        default_factory=partial(defaultdict, float)
-    )
+    load_s: float = 0.0
+    wait_s: float = 0.0
     leases: int = 0
     grants: int = 0
     closed: CacheClosed | None = None
