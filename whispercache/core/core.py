@@ -213,7 +213,7 @@ class Core:
         """
         True if new requests are refused.
         """
-        return self.state.is_closed
+        return self.state.closed is not None
 
     def changing(self) -> AbstractContextManager[None]:
         """

@@ -82,13 +82,6 @@ class CacheState:
     _last_look: int = -1
 
     @property
-    def is_closed(self) -> bool:
-        """
-        True if new requests are refused.
-        """
-        return self.closed is not None
-
-    @property
     def is_over(self) -> bool:
         """
         True if it is closed and holds nothing any more.

@@ -157,7 +157,7 @@ class Unloads:
                 raise
 
         with self._lock.changing():
-            if self._state.is_closed:  # its thread may have ended
+            if self._state.closed is not None:  # its thread may have ended
                 return False
             device.thread.submit(make_room)
         return bool(evicted.result())
