@@ -623,7 +623,7 @@ class CacheMachine(RuleBasedStateMachine):
         if (host := self.core.devices.get("cpu")) is not None:
             coming = [e for e in self.core.entries.values() if e.state is State.LOADING]
             claimed_bytes = sum(entry.copy_bytes for entry in coming)
-            assert host.kept_bytes + claimed_bytes == self.loader.shell_bytes()
+            assert host.kept_bytes + claimed_bytes == self.loader.kept_bytes()
 
     @invariant()
     def lives_make_sense(self) -> None:

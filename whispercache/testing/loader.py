@@ -322,7 +322,7 @@ class FakeLoader:
         self.machine.others_bytes[key.device] += floor_bytes
         return floor_bytes
 
-    def parked(self) -> Mapping[ModelKey, int]:
+    def host_copies(self) -> Mapping[ModelKey, int]:
         return dict(self._parked)
 
     def forget(self, key: ModelKey) -> None:
@@ -332,14 +332,14 @@ class FakeLoader:
 
     def follow_up(self, loaded: LoadedModel) -> None: ...
 
-    def shell_bytes(self) -> int:
+    def kept_bytes(self) -> int:
         return sum(list(self.shells.values()))
 
-    def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
+    def shrink_kept(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         # Those that are spared do not count.
         most_bytes += sum(self.shells.get(each, 0) for each in but)
         for key in [each for each in self.shells if each not in but]:
-            if self.shell_bytes() > most_bytes:
+            if self.kept_bytes() > most_bytes:
                 self.forget(key)
 
     def abandon(self, loaded: LoadedModel) -> None:
