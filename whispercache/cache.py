@@ -84,8 +84,8 @@ class ModelCache(CacheBase):
         keep_alive: Time that an idle model stays in memory: seconds, ``"5m"``, 0 to
             unload it at once, -1 for ever. It starts when the last lease ends.
         policy: Order of eviction: ``"lru"``, ``"gap"`` (cheapest second of absence per
-            byte), or a function of a `planner.Resident` and the time now to a score;
-            the lowest is evicted first.
+            byte), or a function of a `planning.policies.Resident` and the time now to a
+            score; the lowest is evicted first.
         patience_s: Seconds for which requests for models in memory may pass one that
             waits for memory; after that no new leases are granted on what it needs.
         max_waiting: Most requests that wait; more are refused at once.

@@ -8,7 +8,7 @@ Invariants, asserted by `Core.check` after every test; each has one home:
 2. A leased model is resident; it is never unloaded. (entries)
 3. At most one load per key is in flight; its waiters share it and its failure.
    (entries)
-4. Finding a model and pinning it are one critical section. (scheduler)
+4. Finding a model and leasing it are one critical section. (scheduler)
 5. Each request ends once: granted, failed, timed out, cancelled or closed; a grant
    offered to a caller that left is given back. (effects.Settle)
 6. No loader, probe, listener or log handler runs while the lock is held. (setup.cfg)

@@ -43,7 +43,7 @@ SLOW_WARM_UP_S = 2.0
 """
 Seconds after which those who wait for a device's first model are told why.
 
-Source: a context and cuBLAS take less; compiling takes 20 to 30 (FACTS, CUDA memory 9).
+Source: a context and cuBLAS take less; compiling takes 20 to 30.
 """
 
 

@@ -2,7 +2,7 @@
 The scheduler: which request gets memory, when, and which waits, fails or is served.
 
 `Scheduler.admit` is the only place that matches requests to memory, and every arrival,
-release, load and unload ends in it: there is no other notification.
+release, load and unload ends in it. Waiting requests are looked at nowhere else.
 
 All of it needs the lock. It never takes it, never waits and never calls out: what is to
 be done is noted as effects.

@@ -62,7 +62,7 @@ class FasterWhisperLoader:
     _sizer: Sizer = field(init=False)
     _warm_ups: WarmUps = field(init=False)
     _kept: KeptModels = field(default_factory=KeptModels)
-    _present: dict[ModelKey, LoadedModel] = field(default_factory=dict)
+    _present: dict[ModelKey, LoadedModel] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._store = ModelStore(self.variants_bytes)

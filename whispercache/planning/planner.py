@@ -24,7 +24,7 @@ MAX_OVERTAKES = 16
 Loads that may pass a request which cannot be served yet.
 
 Source: simulated; at a quarter of the working set, stall falls by 16 % against strict
-order, and more overtakes gain nothing (FACTS, simulated policies).
+order, and more overtakes gain nothing (benchmarks/simulate).
 """
 
 

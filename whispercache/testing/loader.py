@@ -167,6 +167,8 @@ class FakeLoader:
         kept_size: Memory of a card that each unload does not give back.
         loads, unloads, downloads: How often each model was loaded, and so on.
         resident: The models in memory.
+        remembered: Models, and the bytes that they were measured to take.
+        remembered_work: Devices, with the bytes predicted and measured of calls.
         shells: Host memory that unloaded models keep, host copies included.
         copies: Host copies of weights that are on a card as well.
         abandoned_bytes: Memory that models on lost devices hold for ever.
@@ -197,6 +199,8 @@ class FakeLoader:
     unloads: Counter[str] = field(default_factory=Counter)
     downloads: Counter[str] = field(default_factory=Counter)
     resident: dict[ModelKey, FakeWhisper] = field(default_factory=dict)
+    remembered: list[tuple[ModelKey, int]] = field(default_factory=list)
+    remembered_work: list[tuple[str, int, int]] = field(default_factory=list)
     shells: dict[ModelKey, int] = field(default_factory=dict)
     copies: dict[ModelKey, int] = field(default_factory=dict)
     abandoned_bytes: Counter[str] = field(default_factory=Counter)
@@ -249,7 +253,7 @@ class FakeLoader:
     def remember_work(
         self, device: str, predicted_bytes: int, measured_bytes: int
     ) -> None:
-        pass
+        self.remembered_work.append((device, predicted_bytes, measured_bytes))
 
     def read_ahead(self, files: ModelFiles) -> None:
         self.read_ahead_files[files.directory] += 1
@@ -270,7 +274,8 @@ class FakeLoader:
         )
 
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
-        pass
+        del files
+        self.remembered.append((key, measured_bytes))
 
     def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
         # Before anything is taken, so that a test sees the reservation alone.
