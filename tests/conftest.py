@@ -6,10 +6,14 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+# However pytest is started: docs/gpu.md does so without this project's settings.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import processes
 import pytest

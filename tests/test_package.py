@@ -89,6 +89,31 @@ def test_an_error_survives_pickling_with_its_data(error: WhisperCacheError) -> N
     assert vars(again) == vars(error)
 
 
+class Mine(errors.LoadFailed):
+    """
+    A user's own error, with data of its own.
+    """
+
+    def __init__(self, model: str, reason: str, code: int = 0) -> None:
+        self.code = code
+        super().__init__(model, reason)
+
+
+def test_an_error_of_a_user_s_own_pickles_with_its_data() -> None:
+    """
+    Whatever it sets, and when.
+    """
+    again = pickle.loads(pickle.dumps(Mine("base", "broken", 7)))
+    assert (again.model, again.reason, again.code) == ("base", "broken", 7)
+
+
+def test_a_lease_timeout_from_version_0_1_names_no_place() -> None:
+    """
+    It said 0 where there was no queue.
+    """
+    assert "place" not in str(errors.LeaseTimeout("base", 1.0, 0))
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_error_is_one_line(error: WhisperCacheError) -> None:
     """

@@ -5,8 +5,10 @@ One method, one signature: for threads, for tasks, and for the cache of the proc
 from __future__ import annotations
 
 import inspect
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 import whispercache
@@ -109,7 +111,16 @@ def test_a_timeout_is_a_duration(
         with pytest.raises((TypeError, ValueError), match="timeout_s must be"):
             driver.call(cache, method, *given, timeout_s=nonsense)
     assert not cache.is_closed
-    for timeout_s in ("5s", 5, 1.5, "1m", float("inf"), None):
+    for timeout_s in (
+        "5s",
+        5,
+        1.5,
+        Fraction(3, 2),
+        np.float32(1.5),
+        "1m",
+        float("inf"),
+        None,
+    ):
         result = driver.call(cache, method, *given, timeout_s=timeout_s)
         if method in ("lease", "lease_many"):
             result.release()

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .cache import ModelCache
-    from .core.core import Core, Own
-    from .core.entries import Wanted
+    from .core.core import Core
+    from .core.entries import Entry, Wanted
     from .core.evictions import Leaving
     from .core.fallback import Rung
     from .core.resolver import Request, Resolver, Target
@@ -271,12 +271,14 @@ class CacheBase:
 
     # Closing --------------------------------------------------------------------------
 
-    def _end_own(self, owners: tuple[Owner, ...], timeout_s: float | None) -> Own:
+    def _end_own(
+        self, owners: tuple[Owner, ...], timeout_s: float | None
+    ) -> set[Entry]:
         # Segments of the thread or task that closes, and of those that have ended.
-        own = self._core.end_own(owners, "the cache was closed")
-        if own.held and timeout_s is None:
-            raise LeaseDeadlock("the end of the cache", own.held, own=True)
-        return own
+        held, interrupted = self._core.end_own(owners, "the cache was closed")
+        if held and timeout_s is None:
+            raise LeaseDeadlock("the end of the cache", held, own=True)
+        return interrupted
 
 
 @contextmanager

@@ -84,8 +84,8 @@ class ModelCache(CacheBase):
         keep_alive: Time that an idle model stays in memory: seconds, ``"5m"``, 0 to
             unload it at once, -1 for ever. It starts when the last lease ends.
         policy: Order of eviction: ``"lru"``, ``"gap"`` (cheapest second of absence per
-            byte), or a function of a `planner.Resident` and the time now to a score;
-            the lowest is evicted first.
+            byte), or a function of a `planning.policies.Resident` and the time now to a
+            score; the lowest is evicted first.
         patience_s: Seconds for which requests for models in memory may pass one that
             waits for memory; after that no new leases are granted on what it needs.
         max_waiting: Most requests that wait; more are refused at once.
@@ -542,12 +542,12 @@ class ModelCache(CacheBase):
         # None if a signal handler interrupted the core itself: a thread closes it then.
         if leaving is None:
             return
-        own = self._end_own(current_owners(), wait_s)
+        stuck = self._end_own(current_owners(), wait_s)
         # A step that this very call interrupted ends after it, and is not waited for.
-        awaited = [(entry, gone) for entry, gone in leaving if entry not in own.stuck]
+        awaited = [(entry, gone) for entry, gone in leaving if entry not in stuck]
         self._await_gone(awaited, wait_s)
         # A device's thread ends after its last model.
-        if not own.stuck:
+        if not stuck:
             self._core.join(wait_s)
 
     def __enter__(self) -> Self:

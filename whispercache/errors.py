@@ -71,8 +71,10 @@ class WhisperCacheError(Exception):
     """
 
     def __post_init__(self) -> None:
-        # By position, as the default pickle makes an error anew.
-        Exception.__init__(self, *vars(self).values())
+        # By position, as the default pickle makes an error anew. Only the fields:
+        # subclasses of a user's own have other attributes besides.
+        fields: tuple[str, ...] = getattr(self, "__match_args__", ())
+        Exception.__init__(self, *(getattr(self, name) for name in fields))
 
 
 @dataclass(eq=False, repr=False)
@@ -175,9 +177,8 @@ class LeaseTimeout(WhisperCacheError, TimeoutError):
     position: int | None = None
 
     def __str__(self) -> str:
-        # Downloads and evictions have no queue.
-        is_in_none = self.position is None
-        place = "" if is_in_none else f" (place {self.position} in the queue)"
+        # Downloads and evictions have no queue; pickles of version 0.1 say 0 for that.
+        place = f" (place {self.position} in the queue)" if self.position else ""
         return (
             f"{self.model} could not be had within {self.waited_s:.2f} s{place}; "
             "release leases sooner, raise the limit, or wait longer with timeout_s"

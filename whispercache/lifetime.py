@@ -54,7 +54,7 @@ def _close_all() -> None:
         leaving = core.close() or []
         wait([gone for entry, gone in leaving if not entry.leases], EXIT_S)
         # Then what unloaded models have left on the host is dropped, too.
-        if core.is_over:
+        if core.state.is_over:
             core.join(EXIT_S)
         core.quiesce(EXIT_S)
 

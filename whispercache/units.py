@@ -11,6 +11,7 @@ import math
 import operator
 import re
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypeAlias
 
 LimitValue: TypeAlias = int | float | str | None
@@ -98,15 +99,15 @@ def parse_duration(value: DurationValue, name: str = "duration") -> float:
     ``"5m"``, ``"1h30m"``, ``"1.5h"``, ``"250ms"``, ``"-1"``, ``"-1m"``.
 
     Raises:
-        TypeError: *value* is neither a number nor text, or a bool.
+        TypeError: *value* is neither a real number nor text, or a bool.
         ValueError: It is not a number (NaN), or cannot be read.
 
     Source: Ollama's ``keep_alive``, so that its users need not learn other words.
     """
     if isinstance(value, str):
         return _duration_from_text(value, name)
-    if isinstance(value, float):
-        seconds = value
+    if isinstance(value, (float, Real)) and not isinstance(value, Integral):
+        seconds = float(value)
     else:
         whole = _whole(value, name)
         # Past that many seconds there is no difference to "never", whatever the sign.
@@ -186,8 +187,8 @@ def _duration_from_text(text: str, name: str) -> float:
         seconds = sum(float(number) * _DURATION_UNIT_S[unit] for number, unit in parts)
     else:
         raise ValueError(
-            f"{name} must be seconds or a duration such as '5m', '1h30m' or '-1' "
-            f"(never), not {_shown(text)}"
+            f"{name} must be seconds or a duration such as '5m' or '1h30m', "
+            f"not {_shown(text)}"
         )
     return math.inf if sign == "-" and seconds > 0 else seconds
 

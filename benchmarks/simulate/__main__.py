@@ -65,7 +65,7 @@ EARLIER = {
 """
 What an earlier study found, with generators and sizes of its own.
 
-Source: FACTS, simulated policies; 105 cells.
+Source: an earlier study of 105 cells, before this program.
 """
 
 CITATION = (

@@ -72,7 +72,7 @@ def _model(size: str, compute_type: str) -> Model:
     """
     What a model takes on a card, by the closed form.
 
-    Source: the seconds are those of the earlier study (FACTS, simulated policies): from
+    Source: the seconds are those of the earlier study: from
     a file at 0.6 GB/s, from host RAM at 12 GB/s. Files are float16 on the hub. From the
     page cache see `WARM_BYTES_PER_S`.
     """

@@ -55,11 +55,11 @@ def host(cache: ModelCache) -> DeviceInfo:
     return next(info for info in cache.devices() if info.device == "cpu")
 
 
-def parked(loader: FakeLoader) -> list[str]:
+def kept_copies(loader: FakeLoader) -> list[str]:
     """
     The models that have left a card and whose weights are on the host.
     """
-    return sorted(key.model for key in loader.parked())
+    return sorted(key.model for key in loader.host_copies())
 
 
 def record(cache: ModelCache, kind: type[Event]) -> list[Any]:
@@ -87,7 +87,7 @@ def test_nothing_is_copied_unless_asked_for(
     """
     cache = make_cache()
     visit(cache, "base", "base")
-    assert parked(loader) == []
+    assert kept_copies(loader) == []
     assert host(cache).shell_bytes == 0
     assert cache.stats().restores == 0
 
@@ -101,10 +101,10 @@ def test_a_model_comes_back_from_its_copy(
     cache = make_cache(park=True)
     evicted, loaded = record(cache, ModelEvicted), record(cache, ModelLoaded)
     visit(cache, "base")
-    assert parked(loader) == ["base"]
+    assert kept_copies(loader) == ["base"]
     with driver.lease(cache, "base", CARD):
         settle(cache)
-        assert parked(loader) == []
+        assert kept_copies(loader) == []
     assert [event.parked for event in evicted] == [True]
     assert [event.restored for event in loaded] == [False, True]
     assert cache.stats().restores == 1
@@ -175,11 +175,13 @@ def test_older_copies_make_way_within_the_limit(
     """
     cache = make_cache(**options)
     visit(cache, "tiny", "base")
-    assert parked(loader) == ["base", "tiny"]
+    assert kept_copies(loader) == ["base", "tiny"]
     visit(cache, "tiny.en")
-    assert parked(loader) == ["base", "tiny.en"]
+    assert kept_copies(loader) == ["base", "tiny.en"]
     visit(cache, "medium")
-    assert parked(loader) == ["base", "tiny.en"], "medium alone is more than the limit"
+    assert kept_copies(loader) == ["base", "tiny.en"], (
+        "medium alone is more than the limit"
+    )
 
 
 def test_copies_beside_their_models_count_against_the_limit(
@@ -192,7 +194,7 @@ def test_copies_beside_their_models_count_against_the_limit(
     visit(cache, "small")
     with cache.lease("small", CARD):
         visit(cache, "base")
-        assert parked(loader) == []
+        assert kept_copies(loader) == []
 
 
 def test_no_copy_is_made_that_other_programs_would_pay_for(
@@ -205,7 +207,7 @@ def test_no_copy_is_made_that_other_programs_would_pay_for(
     with cache.lease("base", CARD, keep_alive=0):
         machine.others("cpu", "61.5GiB")
     settle(cache)
-    assert parked(loader) == []
+    assert kept_copies(loader) == []
 
 
 def test_no_copy_is_made_without_a_gauge(
@@ -219,7 +221,7 @@ def test_no_copy_is_made_without_a_gauge(
         machine.reading_fails = OSError("no /proc")
     settle(cache)
     machine.reading_fails = None
-    assert parked(loader) == []
+    assert kept_copies(loader) == []
 
 
 def test_some_models_are_not_copied(make_cache: MakeCache, loader: FakeLoader) -> None:
@@ -232,7 +234,7 @@ def test_some_models_are_not_copied(make_cache: MakeCache, loader: FakeLoader) -
     cache.lease("small", CARD).release()
     cache.evict("small")
     settle(cache)
-    assert parked(loader) == []
+    assert kept_copies(loader) == []
 
 
 def test_an_eviction_drops_copies(
@@ -247,7 +249,7 @@ def test_an_eviction_drops_copies(
     assert driver.call(cache, "evict", "small") == 1
     driver.call(cache, "evict", "base", "cuda")
     settle(cache)
-    assert parked(loader) == ["tiny"]
+    assert kept_copies(loader) == ["tiny"]
     assert machine.held_bytes["cpu"] == host(cache).shell_bytes == GIB
     driver.call(cache, "evict")
     settle(cache)
@@ -275,7 +277,7 @@ def test_a_copy_that_cannot_be_used_costs_a_read(
     """
     cache = make_cache(park=True)
     visit(cache, "base")
-    loader.forget(next(iter(loader.parked())))
+    loader.forget(next(iter(loader.host_copies())))
     with driver.lease(cache, "base", CARD):
         assert cache.stats().restores == 0
         assert host(cache).charged_bytes == 0
@@ -290,7 +292,7 @@ def test_the_host_pays_for_a_read_where_the_copy_went(
     loader.host_loading_bytes = 3 * GIB
     cache = make_cache(park=True)
     visit(cache, "base")
-    loader.forget(next(iter(loader.parked())))
+    loader.forget(next(iter(loader.host_copies())))
     with loader.holding_loads("base") as gate:
         asked = DRIVERS["threads"]().start(cache, "lease", "base", CARD)
         gate.wait_reached()
@@ -364,7 +366,7 @@ def test_a_refused_unload_is_tried_again_with_its_copy(
     assert host(cache).charged_bytes == GIB
     check(cache)
     ticks(cache, clock, 2)
-    assert parked(loader) == ["base"]
+    assert kept_copies(loader) == ["base"]
     assert host(cache).charged_bytes == 0
 
 
@@ -385,7 +387,7 @@ def test_a_model_that_is_kept_alive_keeps_its_copy(
     assert host(cache).copies_bytes == 0
     clock.tick(60)
     settle(cache)
-    assert parked(loader) == ["base"]
+    assert kept_copies(loader) == ["base"]
 
 
 # Copies give way ----------------------------------------------------------------------
@@ -400,7 +402,7 @@ def test_copies_of_models_that_left_give_way_to_a_load(
     cache = make_cache(park=True, ram="4GiB")
     visit(cache, "tiny", "small")
     with driver.lease(cache, "medium", "cpu", timeout_s=5):
-        assert parked(loader) == []
+        assert kept_copies(loader) == []
 
 
 def test_idle_models_leave_for_the_room_of_their_copies(
@@ -418,7 +420,7 @@ def test_idle_models_leave_for_the_room_of_their_copies(
     assert host(cache).copies_bytes == 3 * GIB
     with driver.lease(cache, "medium", "cpu", timeout_s=5):
         assert {info.key.model for info in cache.models()} == {"tiny", "medium"}
-        assert parked(loader) == []
+        assert kept_copies(loader) == []
         assert host(cache).copies_bytes == GIB
 
 
@@ -456,7 +458,7 @@ def test_other_programs_get_copies_within_two_seconds(
         ticks(cache, clock, 2)
         assert {info.key.model for info in cache.models()} == {"small"}
         assert host(cache).copies_bytes == 2 * GIB
-    assert parked(loader) == []
+    assert kept_copies(loader) == []
 
 
 def test_models_of_the_cpu_do_not_leave_for_other_programs(
@@ -470,7 +472,7 @@ def test_models_of_the_cpu_do_not_leave_for_other_programs(
     cache.lease("tiny", "cpu").release()
     machine.others("cpu", "62GiB")
     ticks(cache, clock, 2)
-    assert parked(loader) == []
+    assert kept_copies(loader) == []
     assert [info.key.model for info in cache.models()] == ["tiny"]
 
 
@@ -484,7 +486,7 @@ def test_the_gauge_of_the_host_is_obeyed_by_a_watching_cache(
     visit(cache, "base", "small")
     machine.others("cpu", "59.5GiB")
     ticks(cache, clock, 2)
-    assert parked(loader) == ["small"]
+    assert kept_copies(loader) == ["small"]
 
 
 def ticks(cache: ModelCache, clock: FakeClock, count: int) -> None:
@@ -511,7 +513,7 @@ def test_a_model_that_leaves_for_other_programs_takes_its_copy_along(
     core.make_room_for_others(core.device("cpu"), GIB // 2)
     settle(cache)
     assert not cache.models()
-    assert parked(loader) == []
+    assert kept_copies(loader) == []
 
 
 def test_a_lowered_limit_drops_copies(
@@ -524,7 +526,7 @@ def test_a_lowered_limit_drops_copies(
     visit(cache, "base", "small")
     cache.resize(ram="2GiB")
     settle(cache)
-    assert parked(loader) == ["small"]
+    assert kept_copies(loader) == ["small"]
 
 
 def test_a_lowered_limit_sends_no_more_models_away_than_it_must(
@@ -561,7 +563,7 @@ def test_a_copy_that_is_about_to_be_used_gives_way_to_nothing(
         wait_until(lambda: host(cache).copies_bytes)
         driver.lease(cache, "medium", "cpu").release()  # 5 - 3 = 2: room for small
         driver.lease(cache, "turbo", "cpu").release()
-        kept = parked(loader)
+        kept = kept_copies(loader)
         gate.open()
         busy.result(10).release()
     asked.result(10).release()
@@ -586,7 +588,7 @@ def test_other_programs_on_a_card_cost_no_copies_on_the_host(
         gate.open()
         lease = busy.result(10)
     settle(cache)
-    kept = parked(loader)
+    kept = kept_copies(loader)
     machine.others(CARD, 0)
     lease.release()
     cache._core.gauges.look_again(cache._core.device(CARD))
@@ -679,7 +681,7 @@ def test_an_eviction_of_a_model_on_its_way_out_leaves_no_copy(
         gate.open()
         assert evicted.result(10) == 1
     settle(cache)
-    assert parked(loader) == []
+    assert kept_copies(loader) == []
 
 
 def test_a_copy_that_a_full_host_cannot_spare_fails_no_request(
@@ -864,8 +866,8 @@ def test_a_copy_that_was_lost_in_a_failed_load_is_not_counted(
         with pytest.raises(LoadFailed):
             asked.result(10)
     settle(cache)
-    assert parked(loader) == []
-    assert host(cache).shell_bytes == loader.shell_bytes() == 0
+    assert kept_copies(loader) == []
+    assert host(cache).shell_bytes == loader.kept_bytes() == 0
 
 
 def test_a_restore_that_is_put_back_invents_no_copy(
@@ -886,7 +888,7 @@ def test_a_restore_that_is_put_back_invents_no_copy(
         gate.open()
         lease = busy.result(10)
     settle(cache)
-    told_bytes, kept_bytes = host(cache).shell_bytes, loader.shell_bytes()
+    told_bytes, kept_bytes = host(cache).shell_bytes, loader.kept_bytes()
     machine.others(CARD, 0)
     lease.release()
     cache._core.gauges.look_again(cache._core.device(CARD))
@@ -936,7 +938,7 @@ def test_copies_of_models_that_had_left_a_lost_card_give_way_to_nothing(
     with pytest.raises(RuntimeError), cache.lease("tiny", CARD):
         raise RuntimeError(ILLEGAL_ACCESS)
     settle(cache)
-    assert loader.shell_bytes() == host(cache).shell_bytes == 0
+    assert loader.kept_bytes() == host(cache).shell_bytes == 0
 
 
 def test_a_large_copy_spares_small_ones(
@@ -1005,7 +1007,7 @@ def test_a_copy_in_the_making_is_not_yet_in_the_gauge(
         cache.lease("small", CARD, keep_alive=0).release()
         gate.wait_reached()
         core = cache._core
-        core.observe(core.device("cpu"))
+        core.gauges.observe(core.device("cpu"))
         info, account = host(cache), core.account(core.device("cpu"))
         gate.open()
     settle(cache)
@@ -1021,11 +1023,11 @@ class Meeting(FakeLoader):
 
     barrier: threading.Barrier | None = None
 
-    def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
+    def shrink_kept(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         """
         Meet the other one first, if it comes.
         """
-        super().shrink_shells(most_bytes, but)
+        super().shrink_kept(most_bytes, but)
         if self.barrier is not None:
             try:
                 self.barrier.wait(0.5)
@@ -1061,11 +1063,11 @@ class Late(FakeLoader):
     gate: threading.Event | None = None
     reached: threading.Event
 
-    def parked(self) -> Mapping[ModelKey, int]:
+    def host_copies(self) -> Mapping[ModelKey, int]:
         """
         Look, and then tell late, on the thread of one card.
         """
-        found = dict(super().parked())
+        found = dict(super().host_copies())
         is_late = threading.current_thread().name == "whispercache-cuda:1"
         if self.gate is not None and is_late:
             self.reached.set()
@@ -1092,7 +1094,7 @@ def test_one_card_does_not_tell_what_another_one_changed_since(
     late.gate.set()
     settle(cache)
     late.gate = None
-    assert host(cache).shell_bytes == late.shell_bytes() == GIB
+    assert host(cache).shell_bytes == late.kept_bytes() == GIB
 
 
 def test_a_limit_of_copies_spares_what_else_models_leave(
@@ -1105,7 +1107,7 @@ def test_a_limit_of_copies_spares_what_else_models_leave(
     cache = make_cache(park="1GiB")
     visit(cache, "tiny", device="cpu")
     visit(cache, "base")
-    assert parked(loader) == ["base"]
+    assert kept_copies(loader) == ["base"]
     assert "tiny" in {key.model for key in loader.shells}
 
 
@@ -1145,7 +1147,7 @@ def test_pressure_spares_a_copy_that_a_load_will_use(
         idle = threading.Event()
         core.devices["cpu"].thread.submit(idle.set)
         assert idle.wait(10)
-        kept = parked(loader)
+        kept = kept_copies(loader)
         gate.open()
         busy.result(10).release()
     asked.result(10).release()

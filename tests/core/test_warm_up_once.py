@@ -316,7 +316,7 @@ def look(cache: ModelCache, name: str = CARD) -> None:
     Read a gauge.
     """
     core = cache._core
-    core.observe(core.device(name))
+    core.gauges.observe(core.device(name))
     check(cache)
 
 

@@ -109,7 +109,7 @@ def tokenizer_of(cache: ModelCache, directory: Path) -> Tokenizer:
         return tokenizer
 
 
-def shell_bytes(cache: ModelCache, device: str = "cpu") -> int:
+def kept_bytes(cache: ModelCache, device: str = "cpu") -> int:
     """
     The bytes that are counted for kept models.
     """
@@ -226,17 +226,17 @@ class TestComingBack:
         From the unload until its model comes back, or the cache is closed.
         """
         with model_of(real, micro()).lease():
-            assert shell_bytes(real) == 0
+            assert kept_bytes(real) == 0
         real.evict()
-        assert shell_bytes(real) > 0
+        assert kept_bytes(real) > 0
         (host,) = real.devices()
         assert host.charged_bytes == 0
         load(real, micro())
-        assert shell_bytes(real) == 0
+        assert kept_bytes(real) == 0
         real.evict()
-        assert shell_bytes(real) > 0
+        assert kept_bytes(real) > 0
         real.close()
-        assert shell_bytes(real) == 0
+        assert kept_bytes(real) == 0
 
     def test_equal_tokenizers_are_counted_once(
         self, tmp_path: Path, real: ModelCache
@@ -246,10 +246,10 @@ class TestComingBack:
         """
         load(real, micro())
         real.evict()
-        one_bytes = shell_bytes(real)
+        one_bytes = kept_bytes(real)
         load(real, micro_copy(tmp_path / "copy"))
         real.evict()
-        assert one_bytes < shell_bytes(real) < 1.6 * one_bytes
+        assert one_bytes < kept_bytes(real) < 1.6 * one_bytes
 
     @pytest.mark.process
     @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
@@ -288,7 +288,7 @@ with ModelCache(variants=False) as cache:
         cache.evict()
 
     come_and_go(sys.argv[1])  # libraries, and their threads
-    cache._core.loader.shrink_shells(0)
+    cache._core.loader.shrink_kept(0)
     before_bytes = held_bytes()
     come_and_go(sys.argv[2])
     print(cache.devices()[0].shell_bytes, held_bytes() - before_bytes)
@@ -337,11 +337,11 @@ class TestTokenizers:
         gc.collect()
         assert alive() is not None  # the kept model has it
         load(real, micro())
-        real._core.loader.shrink_shells(0)
+        real._core.loader.shrink_kept(0)
         gc.collect()
         assert alive() is not None  # the model has it
         real.evict()
-        real._core.loader.shrink_shells(0)
+        real._core.loader.shrink_kept(0)
         gc.collect()
         assert alive() is None
         assert said(real, micro()) == TEXT
@@ -662,7 +662,7 @@ def test_a_cache_with_nothing_but_kept_models_was_used(
 
     assert in_child(use) == "forked"
     assert len(loader.shells) == 1
-    assert shell_bytes(cache) == GIB
+    assert kept_bytes(cache) == GIB
 
 
 # Fakes: room for anything else --------------------------------------------------------
@@ -708,7 +708,7 @@ class TestRoom:
             loading = pool.submit(cache.preload, "large-v3", "cpu")
             gate.wait_reached()
             assert names(loader) == []
-            assert shell_bytes(cache) == 0
+            assert kept_bytes(cache) == 0
             gate.open()
             loading.result(PATIENCE_S)
         assert [type(each) for each in events[:2]] == [ModelLoading, ModelLoaded]
@@ -727,7 +727,7 @@ class TestRoom:
         assert names(loader) == ["tiny.en", "tiny"]
         cache.preload("base.en", "cpu")
         assert names(loader) == ["tiny"]
-        assert shell_bytes(cache) == GIB
+        assert kept_bytes(cache) == GIB
 
     def test_its_own_rest_does_not_count(
         self, make_cache: MakeCache, loader: FakeLoader
@@ -801,8 +801,8 @@ class TestRoom:
         """
         cache = make_cache(vram="6GiB", ram="6GiB")
         come_and_go(cache, "base", device="cuda:0")
-        assert shell_bytes(cache, "cpu") == GIB
-        assert shell_bytes(cache, "cuda:0") == 0
+        assert kept_bytes(cache, "cpu") == GIB
+        assert kept_bytes(cache, "cuda:0") == 0
         cache.preload("large-v3", "cuda:0")
         assert names(loader) == ["base"]
         cache.preload("large-v3", "cpu")
@@ -820,7 +820,7 @@ class TestRoom:
         cache.evict("base")
         wait_until(lambda: not loader.shells, "a kept model that is dropped")
         settle(cache)
-        assert shell_bytes(cache) == 0
+        assert kept_bytes(cache) == 0
 
     def test_a_lowered_limit_lets_them_go(
         self, make_cache: MakeCache, loader: FakeLoader
@@ -836,7 +836,7 @@ class TestRoom:
         cache.resize(ram="3GiB")
         wait_until(lambda: not loader.shells, "the other")
         settle(cache)
-        assert shell_bytes(cache) == 0
+        assert kept_bytes(cache) == 0
         assert len(cache.models()) == 1
 
     def test_other_programs_get_them_first(
@@ -878,7 +878,7 @@ class TestRoom:
         loader.fail_loads["small"] = [MemoryError("std::bad_alloc")]
         cache.preload("small", "cpu")
         assert not loader.shells
-        assert shell_bytes(cache) == 0
+        assert kept_bytes(cache) == 0
         assert cache.stats().load_failures == 0
 
     def test_other_processes_may_ask_for_them(
@@ -915,7 +915,7 @@ class TestRoom:
             cache.close()
         wait_until(lambda: not loader.shells)
         assert not any(machine.held_bytes.values())
-        assert shell_bytes(cache) == 0
+        assert kept_bytes(cache) == 0
 
 
 names_of_models = st.sampled_from(["tiny", "base", "small", "medium", "large-v3"])
@@ -950,7 +950,7 @@ def test_the_machine_is_never_over_full(
                 if then == "evict":
                     cache.evict(model)
                 check(cache)
-                assert shell_bytes(cache) == sum(loader.shells.values())
+                assert kept_bytes(cache) == sum(loader.shells.values())
             assert cache.stats().load_failures == 0
             assert [each for each in events if cause_of(each) == "out of memory"] == []
             seen.append([(type(each), each.key) for each in events])

@@ -399,7 +399,7 @@ def test_a_copy_is_preferred_where_nobody_has_to_leave(
     cache = make_cache(park=True)
     driver.lease(cache, "medium", "cuda:1", keep_alive=0).release()
     settle(cache)
-    assert [key.device for key in loader.parked()] == ["cuda:1"]
+    assert [key.device for key in loader.host_copies()] == ["cuda:1"]
     driver.lease(cache, "medium", "cuda").release()
     assert places(cache) == ["medium@cuda:1"]
     assert cache.stats().restores == 1

@@ -503,7 +503,7 @@ class CacheMachine(RuleBasedStateMachine):
                 break
         assert not self.core.queue, f"stranded: {self.cache!r}"
         assert all(waiter.future.done() for waiter in self.requests)
-        assert self.core.leases == 0
+        assert self.core.state.leases == 0
         states = {info.state for info in self.cache.models()}
         if states <= {"resident"}:
             assert all(gone.done() for _, gone in self.evictions)
@@ -603,7 +603,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert not lease.is_released
             assert lease.whisper.detect_language()[0] == "en"
         held = sum(len(waiter.held or ()) for waiter in self.core.queue)
-        assert self.core.leases == len(self.leases) + held
+        assert self.core.state.leases == len(self.leases) + held
 
     @invariant()
     def memory_is_what_the_books_say(self) -> None:
@@ -623,7 +623,7 @@ class CacheMachine(RuleBasedStateMachine):
         if (host := self.core.devices.get("cpu")) is not None:
             coming = [e for e in self.core.entries.values() if e.state is State.LOADING]
             claimed_bytes = sum(entry.copy_bytes for entry in coming)
-            assert host.kept_bytes + claimed_bytes == self.loader.shell_bytes()
+            assert host.kept_bytes + claimed_bytes == self.loader.kept_bytes()
 
     @invariant()
     def lives_make_sense(self) -> None:

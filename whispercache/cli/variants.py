@@ -40,7 +40,8 @@ loaded get theirs by themselves, in the background; 'build' does it ahead.
 states:
   ready   used when its model is loaded in this type
   stale   its model has changed or gone, or CTranslate2 is another version by now
-  broken  somebody has written to its files; it is never loaded
+  broken  its files were written to, copied or made by an earlier version; it is never
+          loaded, and 'remove --all' removes it, or 'remove NAME' where it has one
 """
 
 _BUILD_HELP = """\

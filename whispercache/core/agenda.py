@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from .effects import Effect
     from .state import CacheState
 
-__all__ = ["Agenda", "Rules"]
-
 
 @dataclass(frozen=True, slots=True)
 class Rules:

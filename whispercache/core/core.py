@@ -8,7 +8,7 @@ Invariants, asserted by `Core.check` after every test; each has one home:
 2. A leased model is resident; it is never unloaded. (entries)
 3. At most one load per key is in flight; its waiters share it and its failure.
    (entries)
-4. Finding a model and pinning it are one critical section. (scheduler)
+4. Finding a model and leasing it are one critical section. (scheduler)
 5. Each request ends once: granted, failed, timed out, cancelled or closed; a grant
    offered to a caller that left is given back. (effects.Settle)
 6. No loader, probe, listener or log handler runs while the lock is held. (setup.cfg)
@@ -29,7 +29,6 @@ import time
 import weakref
 from concurrent.futures import InvalidStateError
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -44,7 +43,6 @@ from .gauges import Base, Gauges, NoPeers
 from .host_copies import HostCopies
 from .loads import Loads
 from .lock import Outbox, StateLock
-from .refusals import refusal
 from .reports import Reports
 from .scheduler import Scheduler
 from .state import CacheState
@@ -56,15 +54,12 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from contextlib import AbstractContextManager
 
-    from whispercache.devices.memory import MemoryProbe, MemoryReading
+    from whispercache.devices.memory import MemoryProbe
     from whispercache.engine.api import Loader
     from whispercache.engine.sizes.footprint import Workload
-    from whispercache.errors import WhisperCacheError
     from whispercache.keys import ModelKey
     from whispercache.lease import Holder, Lease
     from whispercache.planning.deadlock import Owner
-    from whispercache.planning.placement import Candidate
-    from whispercache.planning.planner import Decision
     from whispercache.units import Limit
 
     from .agenda import Rules
@@ -74,8 +69,6 @@ if TYPE_CHECKING:
     from .gauges import Peers
     from .threads import Clock
 
-__all__ = ["Core", "Own"]
-
 _log = logging.getLogger("whispercache")
 
 SIGNAL_S = 1.0
@@ -83,21 +76,6 @@ SIGNAL_S = 1.0
 Seconds after which `Core.close` takes the lock for one that its own thread holds, under
 the signal handler that calls it. Critical sections take microseconds.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Own:
-    """
-    Leases of those who close a cache, who hence would wait for themselves.
-
-    Attributes:
-        held: Models on which they hold leases, which only they could end.
-        stuck: Models at work for a step that a signal handler interrupted, in which the
-            cache is closed: it goes on, and ends, after that.
-    """
-
-    held: tuple[str, ...]
-    stuck: frozenset[Entry]
 
 
 class Core:
@@ -140,10 +118,11 @@ class Core:
         self._put_together(state, clock, make_peers())
 
     def _put_together(self, state: CacheState, clock: Clock, peers: Peers) -> None:
-        """
-        Makes the parts around *state*.
-        """
         self.state: CacheState = state
+        self.entries: dict[ModelKey, Entry] = state.entries
+        self.devices: dict[str, Device] = state.devices
+        self.queue: list[Waiter] = state.queue
+        self.outbox: Outbox = state.outbox
         self.clock: Clock = clock
         lock = StateLock(self._perform)
         self.lock: StateLock = lock
@@ -181,30 +160,45 @@ class Core:
         """
         Performs what others wait for again, unless it is known to be done.
         """
-        # What a device's thread does twice, it does once.
-        if (work := self._work_of(effect)) is not None:
-            device, call = work
-            device.thread.submit(call)
-        elif isinstance(effect, effects.Settle) and not effect.future.done():
-            effect.settle()
-        elif isinstance(effect, effects.Gone):
-            _done(effect.future)
+        match effect:
+            # Each may be done twice: a device's thread sees that it is done.
+            case (
+                effects.StartLoad()
+                | effects.StartUnload()
+                | effects.DropCopy()
+                | effects.ShrinkKept()
+                | effects.Gone()
+            ):
+                self._perform_one(effect)
+            case effects.Settle(future) if not future.done():
+                effect.settle()
 
     def _perform_one(self, effect: Effect) -> None:
-        if (work := self._work_of(effect)) is not None:
-            device, call = work
-            device.thread.submit(call)
-            return
+        match effect:
+            # What touches models and copies is left to the threads of their devices.
+            case effects.StartLoad(entry):
+                entry.device.thread.submit(partial(self._loads.load, entry))
+            case effects.StartUnload(entry):
+                entry.device.thread.submit(partial(self._unloads.unload, entry))
+            case effects.DropCopy(entry):
+                entry.device.thread.submit(partial(self.copies.drop, entry))
+            case effects.ShrinkKept(host, most_bytes):
+                host.thread.submit(partial(self.copies.shrink, host, most_bytes))
+            case _:
+                self._perform_at_once(effect)
+
+    def _perform_at_once(self, effect: Effect) -> None:
         match effect:
             case effects.Settle():
                 effect.settle()
+            case effects.Gone(future):
+                with suppress(InvalidStateError):  # cancelled: its caller left
+                    future.set_result(None)
             case effects.LookAgain(device):
                 self.gauges.look_again(device)
             case effects.WakeAt(at_s):
                 self.clock.call_at(at_s, partial(self._tick, at_s))
                 self.state.unset_s.discard(at_s)  # in one step, so without the lock
-            case effects.Gone(future):
-                _done(future)
             case effects.KeepLost(device, host):
                 self.copies.keep_lost(device, host)
             case effects.WriteOff(entry, loaded, lost_bytes):
@@ -216,29 +210,11 @@ class Core:
             case effects.Stop():
                 self._stop()
 
-    def _work_of(self, effect: Effect) -> tuple[Device, Callable[[], None]] | None:
-        """
-        Returns what is done on the thread of a device; None if it is done at once.
-        """
-        match effect:
-            case effects.StartLoad(entry):
-                return entry.device, partial(self._loads.load, entry)
-            case effects.StartUnload(entry):
-                return entry.device, partial(self._unloads.unload, entry)
-            case effects.DropCopy(entry):
-                return entry.device, partial(self.copies.drop, entry)
-            case effects.ShrinkKept(host, most_bytes):
-                return host, partial(self.copies.shrink, host, most_bytes)
-        return None
-
     def _tick(self, at_s: float) -> None:
         with self.lock.changing():
             self.scheduler.tick(at_s)
 
     def _stop(self) -> None:
-        """
-        Ends all threads, and what is kept on the host.
-        """
         # From the last to the first; all of it is done, whatever fails in between.
         with ExitStack() as rest:
             # Each thread ends after all that it was given before.
@@ -255,53 +231,11 @@ class Core:
     # State ----------------------------------------------------------------------------
 
     @property
-    def entries(self) -> dict[ModelKey, Entry]:
-        """
-        Every model that was asked for.
-        """
-        return self.state.entries
-
-    @property
-    def devices(self) -> dict[str, Device]:
-        """
-        Every device that was used.
-        """
-        return self.state.devices
-
-    @property
-    def queue(self) -> list[Waiter]:
-        """
-        The requests that wait, the oldest first.
-        """
-        return self.state.queue
-
-    @property
-    def leases(self) -> int:
-        """
-        The number of leases that are held.
-        """
-        return self.state.leases
-
-    @property
-    def outbox(self) -> Outbox:
-        """
-        Events, and those who listen to them.
-        """
-        return self.state.outbox
-
-    @property
     def is_closed(self) -> bool:
         """
         True if new requests are refused.
         """
-        return self.state.is_closed
-
-    @property
-    def is_over(self) -> bool:
-        """
-        True if it is closed and holds nothing any more.
-        """
-        return self.state.is_over
+        return self.state.closed is not None
 
     def changing(self) -> AbstractContextManager[None]:
         """
@@ -351,25 +285,6 @@ class Core:
         with self.changing():
             return list(self.devices.values())
 
-    def refusal(self, key: ModelKey) -> WhisperCacheError | None:
-        """
-        Returns why a request for *key* would fail at once; None if it would not.
-        """
-        with self.changing():
-            entry = self.entries.get(key)
-            return None if entry is None else refusal(entry, self.clock.now())
-
-    def candidate(
-        self, key: ModelKey, needed_bytes: int, beside: Collection[Entry]
-    ) -> Candidate:
-        """
-        Returns the device of *key* as a place for that model *beside* others of the
-        same request.
-        """
-        with self.changing():
-            self._device(key.device)
-            return view.candidate(self.state, key, needed_bytes, beside)
-
     def uses(self, device: Device) -> bool:
         """
         Returns True if anything is on *device*, or waited for.
@@ -383,21 +298,6 @@ class Core:
         """
         with self.changing():
             return view.account(self.state, device)
-
-    def observe(self, device: Device) -> bool:
-        """
-        Reads a device's gauge, and returns True if that worked.
-
-        Raises:
-            DeviceUnavailable: there is no reading, and no limit to go by either.
-        """
-        return self.gauges.observe(device)
-
-    def take_reading(self, device: Device, reading: MemoryReading) -> None:
-        """
-        Takes in a reading that was made elsewhere.
-        """
-        self.gauges.take_in(device, reading)
 
     # Requests -------------------------------------------------------------------------
 
@@ -480,12 +380,6 @@ class Core:
         if not waiter.future.cancel():
             waiter.future.add_done_callback(_give_back)
 
-    def explain(self, waiter: Waiter) -> Decision:
-        """
-        Returns what would be decided on a request if it came now. Needs the lock.
-        """
-        return self.scheduler.plan([*self.queue, waiter])[-1]
-
     # Leases ---------------------------------------------------------------------------
 
     def release(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
@@ -542,7 +436,7 @@ class Core:
 
     def recover(self, entry: Entry, error: BaseException) -> bool:
         """
-        Makes room if the use of a leased model ran out of memory: `Unloads.recover`.
+        Makes room after a leased model ran out of memory, and returns True if it did.
         """
         return self._unloads.recover(entry, error)
 
@@ -631,14 +525,18 @@ class Core:
         with self.changing():
             return self.scheduler.close()
 
-    def end_own(self, owners: Collection[Owner], why: str) -> Own:
+    def end_own(
+        self, owners: Collection[Owner], why: str
+    ) -> tuple[tuple[str, ...], set[Entry]]:
         """
         Ends what *owners*, who will wait, would wait for in vain: iterators of theirs,
         and those that never had other owners than threads and tasks that are over. A
         step in flight on another thread is not interrupted.
 
         Returns:
-            What they still hold.
+            The models on which they still hold leases, which only they could end; and
+            those at work for a step that a signal handler interrupted, in which the
+            cache is closed: it goes on, and ends, after that.
         """
         with self.changing():
             found = [
@@ -661,7 +559,7 @@ class Core:
             for entry, serial, owner, holder in found
             if holder is None and owner in owners and serial in entry.leases
         }
-        return Own(tuple(sorted(held)), frozenset(stuck))
+        return tuple(sorted(held)), stuck
 
     def quiesce(self, timeout_s: float) -> None:
         """
@@ -704,7 +602,7 @@ class Core:
             return
         new = CacheState(old.limit_of, old.max_models, old.outbox.copy())
         # Requests that failed before the fork are still counted.
-        new.counts, new.seconds = old.counts, old.seconds
+        new.counts, new.load_s, new.wait_s = old.counts, old.load_s, old.wait_s
         self._put_together(new, MonotonicClock(), self._make_peers())
 
     # Proof ----------------------------------------------------------------------------
@@ -715,11 +613,6 @@ class Core:
         """
         with self.changing():
             self.scheduler.check()
-
-
-def _done(future: Future[None]) -> None:
-    with suppress(InvalidStateError):  # cancelled: its caller left
-        future.set_result(None)
 
 
 def _give_back(future: Future[tuple[Lease, ...]]) -> None:

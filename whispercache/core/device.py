@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from .entries import Entry
     from .threads import DeviceThread
 
-__all__ = ["Device"]
-
 
 class Device:
     """

@@ -19,21 +19,6 @@ if TYPE_CHECKING:
     from .device import Device
     from .entries import Entry
 
-__all__ = [
-    "DropCopy",
-    "Effect",
-    "Gone",
-    "KeepLost",
-    "LookAgain",
-    "Settle",
-    "ShrinkKept",
-    "StartLoad",
-    "StartUnload",
-    "Stop",
-    "WakeAt",
-    "WriteOff",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class StartLoad:

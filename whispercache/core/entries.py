@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from .budget import Budget
     from .device import Device
 
-__all__ = ["Entry", "State", "Waiter", "Wanted"]
-
 
 class State(str, Enum):
     """
@@ -44,6 +42,7 @@ class State(str, Enum):
     UNLOADING = "unloading"
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Entry:
     """
     A model that was asked for, in memory or not.
@@ -82,70 +81,40 @@ class Entry:
         gone: Futures of those who wait for its unload.
     """
 
-    __slots__ = (
-        "cause",
-        "default_workspace_bytes",
-        "device",
-        "drained_for",
-        "drops_copy",
-        "expires_at_s",
-        "failure",
-        "failures",
-        "files",
-        "footprints",
-        "gap_s",
-        "gone",
-        "host",
-        "key",
-        "last_used_s",
-        "leases",
-        "load_s",
-        "loaded",
-        "loads",
-        "num_workers",
-        "owners",
-        "parked_bytes",
-        "pinned",
-        "refusals",
-        "restores",
-        "retry_at_s",
-        "state",
-        "unload_again_s",
-        "unload_started_s",
-        "workspace_bytes",
-    )
+    key: ModelKey
+    device: Device
+    host: Device
+    state: State = State.ABSENT
+    files: ModelFiles | None = None
+    footprints: dict[Workload, Footprint] = field(default_factory=dict)
+    default_workspace_bytes: int | None = None
+    num_workers: int = field(init=False)
+    loaded: LoadedModel | None = None
+    workspace_bytes: int = 0
+    parked_bytes: int = 0
+    restores: bool = False
+    drops_copy: bool = False
+    leases: dict[int, int] = field(default_factory=dict)
+    owners: dict[int, Owner] = field(default_factory=dict)
+    pinned: bool = False
+    expires_at_s: float = math.inf
+    last_used_s: float | None = None
+    gap_s: float | None = None
+    loads: int = 0
+    load_s: float = 0.0
+    cause: EvictionCause | None = None
+    drained_for: Waiter | None = None
+    refusals: int = 0
+    unload_again_s: float = math.inf
+    unload_started_s: float = 0.0
+    failures: int = 0
+    failure: str = ""
+    retry_at_s: float = -math.inf
+    gone: list[Future[None]] = field(default_factory=list)
 
-    def __init__(self, key: ModelKey, device: Device, host: Device) -> None:
-        self.key: ModelKey = key
-        self.device: Device = device
-        self.host: Device = host
-        self.state: State = State.ABSENT
-        self.files: ModelFiles | None = None
-        self.footprints: dict[Workload, Footprint] = {}
-        self.default_workspace_bytes: int | None = None
-        self.num_workers: int = key.num_workers
-        self.loaded: LoadedModel | None = None
-        self.workspace_bytes: int = 0
-        self.parked_bytes: int = 0
-        self.restores: bool = False
-        self.drops_copy: bool = False
-        self.leases: dict[int, int] = {}
-        self.owners: dict[int, Owner] = {}
-        self.pinned: bool = False
-        self.expires_at_s: float = math.inf
-        self.last_used_s: float | None = None
-        self.gap_s: float | None = None
-        self.loads: int = 0
-        self.load_s: float = 0.0
-        self.cause: EvictionCause | None = None
-        self.drained_for: Waiter | None = None
-        self.refusals: int = 0
-        self.unload_again_s: float = math.inf
-        self.unload_started_s: float = 0.0
-        self.failures: int = 0
-        self.failure: str = ""
-        self.retry_at_s: float = -math.inf
-        self.gone: list[Future[None]] = []
+    def __post_init__(self) -> None:
+        # Each hit asks, and would have to search the key's options.
+        self.num_workers = self.key.num_workers
 
     # Questions ------------------------------------------------------------------------
 
@@ -251,18 +220,17 @@ class Entry:
         """
         Returns what all leases may use at once, with *count* more of *n_bytes* at most.
         """
-        if not self.leases and count == 1:
-            return n_bytes
         running = min(len(self.leases) + count, self.num_workers)
-        return max(n_bytes, *self.leases.values(), 0) * running
+        return max((n_bytes, *self.leases.values())) * running
 
     def fits(self, n_bytes: int) -> bool:
         """
         Returns True if a lease with *n_bytes* of workspace can be granted at once.
         """
+        extra_bytes = n_bytes
         # Each hit asks, so this saves a call where nothing is leased.
-        all_bytes = self.workspace_with(n_bytes) if self.leases else n_bytes
-        extra_bytes = all_bytes - self.workspace_bytes
+        if self.leases:
+            extra_bytes = self.workspace_with(n_bytes) - self.workspace_bytes
         budget = self.device.budget
         return (
             extra_bytes <= 0
@@ -337,15 +305,17 @@ class Entry:
         """
         Notes one more lease with *n_bytes* of workspace.
         """
-        device, all_bytes = self.device, n_bytes
         if self.leases:
             all_bytes = self.workspace_with(n_bytes)
         else:
-            device.shelf.pop(self, None)
+            all_bytes = n_bytes
+            self.device.shelf.pop(self, None)
             if self.last_used_s is not None:
                 self.gap_s = next_gap_s(self.gap_s, now_s - self.last_used_s)
-        self.workspace_bytes = all_bytes
-        device.budget.work(self, all_bytes)
+        # Mostly nothing changes if it is leased already.
+        if all_bytes != self.workspace_bytes:
+            self.workspace_bytes = all_bytes
+            self.device.budget.work(self, all_bytes)
         self.leases[serial] = n_bytes
         self.owners[serial] = owner
 
@@ -361,8 +331,9 @@ class Entry:
         if self.leases:
             running = min(len(self.leases), self.num_workers)
             all_bytes = max(self.leases.values()) * running
-        self.workspace_bytes = all_bytes
-        self.device.budget.work(self, all_bytes)
+        if all_bytes != self.workspace_bytes:
+            self.workspace_bytes = all_bytes
+            self.device.budget.work(self, all_bytes)
         return True
 
     def shelve(self, keep_alive_s: float, now_s: float) -> None:
@@ -394,13 +365,6 @@ class Entry:
         gone.add_done_callback(_wake_if_cancelled)
         self.gone.append(gone)
         return gone
-
-    def refuse_unload(self, again_s: float) -> None:
-        """
-        Notes that an unload did nothing. Its bytes stay charged.
-        """
-        self.refusals += 1
-        self.unload_again_s = again_s
 
     def write_off(self) -> int:
         """

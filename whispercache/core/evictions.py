@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     # A model that is evicted, and a future that is done when its unload was confirmed.
     Leaving: TypeAlias = tuple[Entry, Future[None]]
 
-__all__ = ["Evictions"]
-
 
 class Evictions:
     """

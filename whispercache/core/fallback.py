@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from .core import Core
     from .resolver import Request
 
-__all__ = ["Attempts", "Rung", "Terms", "as_ladder"]
-
 _log = logging.getLogger("whispercache")
 
 WORTH_A_FALLBACK = (

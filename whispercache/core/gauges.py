@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .scheduler import Scheduler
     from .state import CacheState
 
-__all__ = ["Base", "Gauges", "NoPeers", "Observation", "Peers"]
-
 _log = logging.getLogger("whispercache")
 
 
@@ -36,18 +34,23 @@ class Peers(Protocol):
     """
     Other processes that keep models on the same devices, and what is known of them.
 
-    May be asked from any thread; never under the lock.
+    May be asked from any thread; never under the lock. By default nothing is known
+    of any.
     """
 
     def promised_bytes(self, device: str) -> int:
         """
         Returns what they will take of *device* that its gauge does not show yet.
         """
+        del device
+        return 0
 
     def held_bytes(self, device: str) -> int:
         """
         Returns what their models take of *device*, which they may be asked for.
         """
+        del device
+        return 0
 
     def publish(self, device: str, numbers: dict[str, int]) -> object:
         """
@@ -63,21 +66,14 @@ class Peers(Protocol):
         """
         Keeps other processes from loading to *device*. Blocks for a limited time.
         """
+        del device
+        return nullcontext()
 
 
-class NoPeers:
+class NoPeers(Peers):
     """
     The peers of a cache that does not coordinate.
     """
-
-    def promised_bytes(self, device: str) -> int:
-        """
-        Returns 0.
-        """
-        del device
-        return 0
-
-    held_bytes = promised_bytes
 
     def publish(self, device: str, numbers: dict[str, int]) -> None:
         """
@@ -88,29 +84,6 @@ class NoPeers:
         """
         Does nothing.
         """
-
-    def turn(self, device: str) -> AbstractContextManager[None]:
-        """
-        Returns at once.
-        """
-        del device
-        return nullcontext()
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """
-    The state of a device's memory as seen from outside.
-
-    Attributes:
-        reading: What the gauge shows.
-        promised_bytes: What other processes will take that it does not show yet.
-        held_bytes: What their models take, which they may be asked for.
-    """
-
-    reading: MemoryReading
-    promised_bytes: int = 0
-    held_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +162,14 @@ class Gauges:
         Without *is_still* it does not count while something moves.
         """
         # Asked before the lock is taken: peers read files.
-        seen = Observation(
-            reading,
-            self.peers.promised_bytes(device.name),
-            self.peers.held_bytes(device.name),
-        )
+        promised_bytes = self.peers.promised_bytes(device.name)
+        peers_bytes = self.peers.held_bytes(device.name)
         with self._lock.changing():
-            self._reports.observed(device, seen, is_still=is_still)
+            if is_still or not device.is_moving or not device.budget.total_bytes:
+                device.is_stale = False
+                device.budget.observe(
+                    reading, device.kept_bytes, promised_bytes, peers_bytes
+                )
 
     def look_again(self, device: Device) -> None:
         """
@@ -209,13 +183,20 @@ class Gauges:
         with self._lock.changing():
             self._reports.looked(device, is_known=is_known)
 
-    def has_room(self, device: Device, reading: MemoryReading) -> bool:
+    def shortage(self, device: Device) -> MemoryReading | None:
         """
-        Returns True if all that is charged and not in memory yet fits by *reading*.
+        Returns a reading by which not all that is charged and not in memory yet fits;
+        None if it does, or if the gauge cannot be read.
         """
+        # `observe` told of a gauge that cannot be read; the limit has to do.
+        reading = self.read(device, logging.DEBUG)
+        if reading is None:
+            return None
         promised_bytes = self.peers.promised_bytes(device.name)
         with self._lock.changing():
-            return device.budget.has_room(reading, promised_bytes)
+            budget = device.budget
+            usable_bytes = budget.usable_bytes(reading) - promised_bytes
+            return reading if budget.to_come_bytes > usable_bytes else None
 
     def tell_peers(self, device: Device) -> None:
         """

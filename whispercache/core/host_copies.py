@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .entries import Entry
     from .gauges import Base
 
-__all__ = ["HostCopies"]
-
 
 class HostCopies:
     """
@@ -52,7 +50,7 @@ class HostCopies:
         Returns what is kept now. Not to be called under the lock.
         """
         serial = next(self._looks)
-        return Kept(serial, self._loader.shell_bytes(), self._loader.parked())
+        return Kept(serial, self._loader.kept_bytes(), self._loader.host_copies())
 
     def shrink(
         self, host: Device, most_bytes: int | None = None, but: ModelKey | None = None
@@ -68,7 +66,7 @@ class HostCopies:
             spared = set() if but is None else {but}
             # Copies that loads will use are charged: no other model lacks that memory.
             spared |= {each.key for each in self._state.copied if each.claims_copy}
-        self._loader.shrink_shells(max(0, left_bytes), spared)
+        self._loader.shrink_kept(max(0, left_bytes), spared)
         self._refresh(host)
 
     def drop(self, entry: Entry) -> None:
@@ -82,9 +80,6 @@ class HostCopies:
         self._refresh(entry.host)
 
     def _refresh(self, host: Device) -> None:
-        """
-        Reports what is kept now to the scheduler.
-        """
         kept = self.look()
         with self._lock.changing():
             self._reports.noted(host, kept)
@@ -95,7 +90,7 @@ class HostCopies:
 
         Then it is admitted anew: to read the files takes more of the host.
         """
-        is_parked = entry.key in self._loader.parked()
+        is_parked = entry.key in self._loader.host_copies()
         if not entry.restores and is_parked:  # the host had no room for it to stay
             self._loader.forget(entry.key)
         if not entry.restores or is_parked:
@@ -111,7 +106,7 @@ class HostCopies:
         Charges the copies of a lost device for good; they give way no more.
         """
         # A broken CUDA context frees nothing, pinned host memory included.
-        parked = self._loader.parked()
+        parked = self._loader.host_copies()
         kept_bytes = sum(n for key, n in parked.items() if key.device == device.name)
         self._loader.lost(device.name)
         kept = self.look()
@@ -171,7 +166,7 @@ class HostCopies:
         Drops copies of models that are not in memory, the oldest first, until all
         copies together take no more than *most_bytes*.
         """
-        parked = self._loader.parked()
+        parked = self._loader.host_copies()
         with self._lock.changing():
             excess_bytes = self._copies_bytes(host) - most_bytes
             gone: list[ModelKey] = []

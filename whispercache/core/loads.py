@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from .threads import Clock
     from .unloads import Unloads
 
-__all__ = ["Loads"]
-
 _log = logging.getLogger("whispercache")
 
 RETURN_AFTER_S = 1.0
@@ -45,7 +43,7 @@ SLOW_WARM_UP_S = 2.0
 """
 Seconds after which those who wait for a device's first model are told why.
 
-Source: a context and cuBLAS take less; compiling takes 20 to 30 (FACTS, CUDA memory 9).
+Source: a context and cuBLAS take less; compiling takes 20 to 30.
 """
 
 
@@ -124,7 +122,9 @@ class Loads:
             for workload in entry.footprints
         }
         with self._lock.changing():
-            self._reports.relocated(entry, files, footprints)
+            self._reports.taken_back(entry)
+            entry.locate(files, footprints)
+            self._scheduler.admit()
         return True
 
     def _shortage(self, entry: Entry) -> MemoryReading | None:
@@ -133,21 +133,13 @@ class Loads:
         programs may have taken some. None if it does, or cannot be read.
         """
         device = entry.device
-        reading = self._too_little(device)
-        if reading is None:
+        if self._gauges.shortage(device) is None:
             return None
         if device is entry.host:  # on a card they are not in the way
             self._copies.shrink(device, 0)  # its own, too
         # What an unload left in the heap for this load.
         self._loader.return_memory(device.name)
-        return self._too_little(device)
-
-    def _too_little(self, device: Device) -> MemoryReading | None:
-        # `observe` told of a gauge that cannot be read; the limit has to do.
-        reading = self._gauges.read(device, logging.DEBUG)
-        if reading is None or self._gauges.has_room(device, reading):
-            return None
-        return reading
+        return self._gauges.shortage(device)
 
     def _put_back(self, entry: Entry, reading: MemoryReading) -> None:
         """

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from .effects import Effect
 
-__all__ = ["Outbox", "StateLock"]
-
 _log = logging.getLogger("whispercache")
 
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .entries import Entry
     from .state import CacheState
 
-__all__ = ["cool_down_s", "load_error", "lost", "one_line", "refusal", "too_large"]
-
 FIRST_COOL_DOWN_S = 1.0
 LAST_COOL_DOWN_S = 60.0
 """

@@ -26,18 +26,13 @@ from .scheduler import LOOK_AGAIN_S
 
 if TYPE_CHECKING:
     from whispercache.engine.api import LoadedModel, Released
-    from whispercache.engine.files import ModelFiles
-    from whispercache.engine.sizes.footprint import Footprint, Workload
 
     from .agenda import Agenda
     from .device import Device
     from .entries import Entry
     from .evictions import Evictions
-    from .gauges import Observation
     from .scheduler import Scheduler
     from .state import Kept
-
-__all__ = ["Reports"]
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 30.0
@@ -83,7 +78,7 @@ class Reports:
         counts["loads"] += 1
         counts["reloads"] += loaded.reloaded
         counts["restores"] += loaded.restored
-        self._state.seconds["load_s"] += load_s
+        self._state.load_s += load_s
         self._agenda.tell(
             ModelLoaded(
                 entry.key,
@@ -150,19 +145,6 @@ class Reports:
             if waiter.held is not None and waiter.wants(entry):
                 self._scheduler.let_go(waiter)
 
-    def relocated(
-        self,
-        entry: Entry,
-        files: ModelFiles,
-        footprints: dict[Workload, Footprint],
-    ) -> None:
-        """
-        Takes a load back that should read other files, and admits it anew.
-        """
-        self.taken_back(entry)
-        entry.locate(files, footprints)
-        self._scheduler.admit()
-
     def load_follows(self, device: Device) -> bool:
         """
         Returns True if a request waits for room on *device* to load a model.
@@ -215,7 +197,8 @@ class Reports:
         # Counted once for each unload, however often it is tried.
         self._state.counts["unconfirmed"] += not entry.refusals
         retry_s = min(FIRST_RETRY_S * 2 ** min(entry.refusals, 32), LAST_RETRY_S)
-        entry.refuse_unload(self._now() + retry_s)
+        entry.refusals += 1
+        entry.unload_again_s = self._now() + retry_s
         self._agenda.tell(
             ReleaseUnconfirmed(entry.key, entry.weights_bytes, retry_s, reason)
         )
@@ -251,18 +234,6 @@ class Reports:
         self._agenda.stop_if_over()
 
     # Gauges ---------------------------------------------------------------------------
-
-    def observed(
-        self, device: Device, seen: Observation, *, is_still: bool = False
-    ) -> None:
-        """
-        Takes a reading in. Without *is_still* it does not count while something moves.
-        """
-        if is_still or not device.is_moving or not device.budget.total_bytes:
-            device.is_stale = False
-            device.budget.observe(
-                seen.reading, device.kept_bytes, seen.promised_bytes, seen.held_bytes
-            )
 
     def looked(self, device: Device, *, is_known: bool) -> None:
         """

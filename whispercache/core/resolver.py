@@ -37,7 +37,9 @@ from whispercache.keys import (
 )
 from whispercache.planning import placement
 
+from . import view
 from .entries import Entry, State
+from .refusals import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,8 +56,6 @@ if TYPE_CHECKING:
     Request: TypeAlias = tuple[Any, ...]
 
 _log = logging.getLogger("whispercache")
-
-__all__ = ["Resolver", "Target"]
 
 KNOWN_REQUESTS = 65_536
 
@@ -221,11 +221,12 @@ class Resolver:
         files may be gone since, and a link may point elsewhere.
         """
         # Copies: other threads change them meanwhile.
-        asked = [each for each in list(self._known.items()) if _is_name(each[0], name)]
+        known = list(self._known.items())
+        asked = [e for (given, *_), e in known if name in (given, os.fspath(given))]
         path = os.path.expanduser(name)
         spelled = {name, os.path.abspath(path), os.path.realpath(path)}
         meant = spelled & {key.model for key in list(self._core.entries)}
-        meant |= {entry.key.model for _, entry in asked}
+        meant |= {entry.key.model for entry in asked}
         try:
             return meant | {canonical_model(name)}
         except (UnknownModel, LoadFailed):
@@ -270,9 +271,9 @@ class Resolver:
                 entry.locate(files, footprints)
         # The plan for its load goes by what is free now.
         if entry.state is State.ABSENT:
-            self._core.observe(entry.device)
+            self._core.gauges.observe(entry.device)
             if entry.host is not entry.device:
-                self._core.observe(entry.host)
+                self._core.gauges.observe(entry.host)
 
     def read(self, target: Target) -> None:
         """
@@ -344,40 +345,36 @@ class Resolver:
         """
         Yields the cards that work, can compute so, and whose gauge can be read.
         """
+        core = self._core
         for device in cards:
             try:
                 key = self._on(device, wish)
             except UnsupportedComputeType:
                 continue
-            place = self._core.device(device)
+            place = core.device(device)
             if (reason := place.lost_to) is not None:
                 _log.warning("passing over %s, which was lost: %s", device, reason)
                 continue
             try:
-                self._core.observe(place)
+                core.gauges.observe(place)
             except DeviceUnavailable as error:
                 _log.warning("passing over %s: %s", device, error)
                 continue
-            if (refusal := self._core.refusal(key)) is not None:
-                _log.warning("passing over %s: %s", device, refusal)
-                continue
             footprint = self._loader.footprint(key, wish.files, DEFAULT_WORKLOAD)
             own = {target.entry for target in beside}
-            yield self._core.candidate(key, footprint.total_bytes, own)
+            with core.changing():
+                entry = core.entries.get(key)
+                refused = entry and refusal(entry, core.clock.now())
+                card = view.candidate(core.state, key, footprint.total_bytes, own)
+            if refused:
+                _log.warning("passing over %s: %s", device, refused)
+            else:
+                yield card
 
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """
-    The model that is wanted, wherever it will be.
-    """
-
     model: str
     compute_type: str | tuple[tuple[str, str], ...]
     options: tuple[tuple[str, OptionValue], ...]
     files: ModelFiles
-
-
-def _is_name(request: Request, name: str) -> bool:
-    given = request[0]
-    return name in (given, os.fspath(given))

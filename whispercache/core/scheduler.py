@@ -2,7 +2,7 @@
 The scheduler: which request gets memory, when, and which waits, fails or is served.
 
 `Scheduler.admit` is the only place that matches requests to memory, and every arrival,
-release, load and unload ends in it: there is no other notification.
+release, load and unload ends in it. Waiting requests are looked at nowhere else.
 
 All of it needs the lock. It never takes it, never waits and never calls out: what is to
 be done is noted as effects.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 from whispercache.errors import (
@@ -36,14 +37,11 @@ if TYPE_CHECKING:
     from whispercache.lease import _Lessor as Lessor
     from whispercache.planning.deadlock import Owner
     from whispercache.planning.planner import Decision
-    from whispercache.planning.policies import Resident
     from whispercache.units import Limit
 
     from .agenda import Agenda
     from .entries import Entry, Waiter
     from .evictions import Evictions, Leaving
-
-__all__ = ["Scheduler"]
 
 DEADLOCK_S = 0.04
 """
@@ -181,7 +179,7 @@ class Scheduler:
         for entry in waiter.entries:
             if entry.is_idle:
                 self._agenda.wake_by(entry.expires_at_s)
-        self._state.seconds["wait_s"] += self._now() - waiter.since_s
+        self._state.wait_s += self._now() - waiter.since_s
 
     def fail(self, waiter: Waiter, error: BaseException) -> None:
         """
@@ -210,21 +208,13 @@ class Scheduler:
         """
         Returns what should happen to each request of *queue*; nothing is changed.
         """
-        state, policy, now_s = (
-            self._state,
-            self._rules.policy,
-            self._now(),
-        )
-
-        def idle(device: str) -> list[Resident]:
-            return view.residents(state, device, policy, now_s, idle=True)
-
-        def busy(device: str) -> list[Resident]:
-            return view.residents(state, device, policy, now_s, idle=False)
-
-        pending = view.queue_of(queue, now_s - self._rules.patience_s)
+        state, rules, now_s = self._state, self._rules, self._now()
+        look = partial(view.residents, state, policy=rules.policy, now_s=now_s)
+        pending = view.queue_of(queue, now_s - rules.patience_s)
         rooms = {name: view.room(state, each) for name, each in state.devices.items()}
-        return self._rules.plan(pending, rooms, idle, busy)
+        return rules.plan(
+            pending, rooms, partial(look, idle=True), partial(look, idle=False)
+        )
 
     def admit(self, *, suspects: bool = True) -> None:
         """
@@ -362,9 +352,6 @@ class Scheduler:
             self.let_go(waiter)
 
     def _settle(self, waiter: Waiter, leases: tuple[Lease, ...]) -> None:
-        """
-        Ends a request that is no longer in the queue with its leases.
-        """
         # A request that was served at once is a hit or a miss, not a wait.
         if waiter.waits:
             wait_s = self._now() - waiter.since_s
@@ -437,7 +424,9 @@ class Scheduler:
         # Places as they were before any of them left: the errors tell them.
         for place, waiter in enumerate(list(state.queue), start=1):
             if waiter.deadline_s <= now_s and waiter in state.queue:
-                self._time_out(waiter, place)
+                state.counts["timeouts"] += 1
+                waited_s = now_s - waiter.since_s
+                self.fail(waiter, LeaseTimeout(str(waiter), waited_s, place))
         self._evictions.expire(now_s)
         for device in state.devices.values():
             for entry in device.entries.values():
@@ -454,9 +443,6 @@ class Scheduler:
             self.admit()
 
     def _next_s(self, now_s: float) -> float:
-        """
-        Returns when something will be due next.
-        """
         state = self._state
         times_s = [state.deadlocks_at_s, *(w.deadline_s for w in state.queue)]
         for device in state.devices.values():
@@ -465,11 +451,6 @@ class Scheduler:
             times_s += [entry.expires_at_s for entry in device.shelf]
         # What is due and was not done is kept by something that will end in an event.
         return min((at_s for at_s in times_s if at_s > now_s), default=math.inf)
-
-    def _time_out(self, waiter: Waiter, place: int) -> None:
-        waited_s = self._now() - waiter.since_s
-        self._state.counts["timeouts"] += 1
-        self.fail(waiter, LeaseTimeout(str(waiter), waited_s, place))
 
     def _break_deadlocks(self, now_s: float) -> bool:
         """

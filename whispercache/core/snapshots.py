@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from .core import Core
     from .entries import Entry
 
-__all__ = ["describe", "devices", "explain", "models", "stats", "waiting"]
-
 
 def stats(core: Core) -> Stats:
     """
@@ -34,11 +32,11 @@ def stats(core: Core) -> Stats:
         counts = dict(core.state.counts)
         return Stats(
             **counts,
-            load_s=core.state.seconds["load_s"],
-            wait_s=core.state.seconds["wait_s"],
+            load_s=core.state.load_s,
+            wait_s=core.state.wait_s,
             requests=counts.get("hits", 0) + counts.get("misses", 0),
             waiting=len(core.queue),
-            leases=core.leases,
+            leases=core.state.leases,
         )
 
 
@@ -136,7 +134,7 @@ def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
     with core.changing():
         # A request that is planned but never queued: the real plan, with no effect.
         waiter = Waiter((Wanted(entry, workload),), None, core.clock.now(), None)
-        decision = core.explain(waiter)
+        decision = core.scheduler.plan([*core.queue, waiter])[-1]
         demand, *_ = view.demands(waiter.wanted)
         device = entry.device
         outcome, reason = _outcome(core, entry, decision)

@@ -7,8 +7,8 @@ All of it is guarded by the cache's one lock. Nothing here waits, loads or calls
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .entries import State
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from .device import Device
     from .entries import Entry, Waiter
     from .lock import Outbox
-
-__all__ = ["CacheState", "Kept"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +41,7 @@ class Kept:
     copies: Mapping[ModelKey, int]
 
 
+@dataclass(eq=False, repr=False)
 class CacheState:
     """
     Everything that a cache knows.
@@ -55,7 +54,8 @@ class CacheState:
         devices: Every device that was used.
         queue: The requests that wait, the oldest first.
         counts: Counters of `Stats`.
-        seconds: Sums of seconds of `Stats`.
+        load_s: Seconds of all loads together.
+        wait_s: Seconds that all requests waited together.
         leases: How many are held.
         grants: How many were ever granted.
         closed: Why new requests are refused; None while they are not.
@@ -67,36 +67,24 @@ class CacheState:
         deadlocks_at_s: When it looks for deadlocks next.
     """
 
-    def __init__(
-        self,
-        limit_of: Callable[[str], Limit],
-        max_models: int | None,
-        outbox: Outbox,
-    ) -> None:
-        self.limit_of: Callable[[str], Limit] = limit_of
-        self.max_models: int | None = max_models
-        self.outbox: Outbox = outbox
-        self.entries: dict[ModelKey, Entry] = {}
-        self.devices: dict[str, Device] = {}
-        self.queue: list[Waiter] = []
-        self.counts: Counter[str] = Counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.leases: int = 0
-        self.grants: int = 0
-        self.closed: CacheClosed | None = None
-        self.copied: frozenset[Entry] = frozenset()
-        self.timers_s: list[float] = []
-        self.unset_s: set[float] = set()
-        self.wake_at_s: float = math.inf  # each release asks
-        self.deadlocks_at_s: float = math.inf
-        self._last_look: int = -1
-
-    @property
-    def is_closed(self) -> bool:
-        """
-        True if new requests are refused.
-        """
-        return self.closed is not None
+    limit_of: Callable[[str], Limit]
+    max_models: int | None
+    outbox: Outbox
+    entries: dict[ModelKey, Entry] = field(default_factory=dict)
+    devices: dict[str, Device] = field(default_factory=dict)
+    queue: list[Waiter] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    load_s: float = 0.0
+    wait_s: float = 0.0
+    leases: int = 0
+    grants: int = 0
+    closed: CacheClosed | None = None
+    copied: frozenset[Entry] = frozenset()
+    timers_s: list[float] = field(default_factory=list)
+    unset_s: set[float] = field(default_factory=set)
+    wake_at_s: float = math.inf  # each release asks
+    deadlocks_at_s: float = math.inf
+    _last_look: int = -1
 
     @property
     def is_over(self) -> bool:

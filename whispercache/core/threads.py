@@ -17,18 +17,6 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = [
-    "Clock",
-    "DeviceThread",
-    "MonotonicClock",
-    "caller",
-    "current_owner",
-    "current_owners",
-    "has_ended",
-    "take_turn",
-    "token_of",
-]
-
 _log = logging.getLogger("whispercache")
 
 T = TypeVar("T")
@@ -49,10 +37,6 @@ class _Life:
 
 
 class _Here(threading.local):
-    """
-    A life for each thread, and a token of it.
-    """
-
     def __init__(self) -> None:
         self.life = _Life()
         self.owner = token_of(self.life)

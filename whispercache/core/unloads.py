@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .gauges import Base
     from .host_copies import HostCopies
 
-__all__ = ["Unloads"]
-
 
 class Unloads:
     """
@@ -162,7 +160,7 @@ class Unloads:
                 raise
 
         with self._lock.changing():
-            if self._state.is_closed:  # its thread may have ended
+            if self._state.closed is not None:  # its thread may have ended
                 return False
             device.thread.submit(make_room)
         return bool(evicted.result())

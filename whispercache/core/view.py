@@ -28,22 +28,6 @@ if TYPE_CHECKING:
     from .entries import Entry, Waiter, Wanted
     from .state import CacheState
 
-__all__ = [
-    "account",
-    "candidate",
-    "demands",
-    "detained",
-    "is_used",
-    "ordered",
-    "pending",
-    "queue_of",
-    "reservations",
-    "residents",
-    "room",
-    "suspects",
-    "victim_of_deadlock",
-]
-
 
 # What requests want -------------------------------------------------------------------
 
@@ -424,17 +408,16 @@ def _holds(state: CacheState) -> list[Hold]:
 
 
 def _ceilings(state: CacheState) -> dict[str, Ceiling]:
-    return {name: _ceiling(device) for name, device in state.devices.items()}
-
-
-def _ceiling(device: Device) -> Ceiling:
-    limit_bytes = device.budget.limit_bytes
     # One that is being unloaded is on its way out, pinned or not.
     there = (State.RESIDENT, State.LOADING)
-    pinned = [e for e in device.entries.values() if e.stays and e.state in there]
-    return Ceiling(
-        math.inf if limit_bytes is None else limit_bytes,
-        device.max_models,
-        tuple(_model(entry, entry.weights_bytes) for entry in pinned),
-        device.budget.most_bytes,
-    )
+    found = {}
+    for name, device in state.devices.items():
+        limit_bytes = device.budget.limit_bytes
+        pinned = [e for e in device.entries.values() if e.stays and e.state in there]
+        found[name] = Ceiling(
+            math.inf if limit_bytes is None else limit_bytes,
+            device.max_models,
+            tuple(_model(entry, entry.weights_bytes) for entry in pinned),
+            device.budget.most_bytes,
+        )
+    return found

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("whispercache")
 
 # Share of the expected bytes that confirms a return: other programs blur the gauge.
-# Source: Ollama's rule (FACTS, CUDA memory 6).
+# Source: Ollama's rule.
 ENOUGH_RETURNED = 0.75
 
 # Most seconds to wait, without a pool, for the gauge to show what was freed.

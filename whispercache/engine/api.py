@@ -248,7 +248,7 @@ class HostMemory(Protocol):
     The host memory that unloaded models keep.
     """
 
-    def parked(self) -> Mapping[ModelKey, int]:
+    def host_copies(self) -> Mapping[ModelKey, int]:
         """
         Returns the bytes of the host copies of unloaded models' weights.
         """
@@ -258,12 +258,12 @@ class HostMemory(Protocol):
         Drops whatever is kept of an unloaded model, on the thread of its device.
         """
 
-    def shell_bytes(self) -> int:
+    def kept_bytes(self) -> int:
         """
         Returns the bytes that are kept of unloaded models, host copies included.
         """
 
-    def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
+    def shrink_kept(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         """
         Drops what is kept until no more than *most_bytes* are left, besides those of
         *but*. Called on the thread of any device.

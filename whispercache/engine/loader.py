@@ -62,7 +62,7 @@ class FasterWhisperLoader:
     _sizer: Sizer = field(init=False)
     _warm_ups: WarmUps = field(init=False)
     _kept: KeptModels = field(default_factory=KeptModels)
-    _present: dict[ModelKey, LoadedModel] = field(default_factory=dict)
+    _present: dict[ModelKey, LoadedModel] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._store = ModelStore(self.variants_bytes)
@@ -295,17 +295,17 @@ class FasterWhisperLoader:
 
     # Kept models ---------------------------------------------------------------------
 
-    def parked(self) -> Mapping[ModelKey, int]:
+    def host_copies(self) -> Mapping[ModelKey, int]:
         return self._kept.copies()
 
     def forget(self, key: ModelKey) -> None:
         self._kept.take(key)
         host.return_free_memory()
 
-    def shell_bytes(self) -> int:
+    def kept_bytes(self) -> int:
         return self._kept.n_bytes
 
-    def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
+    def shrink_kept(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         if self._kept.shrink(most_bytes, but):
             host.return_free_memory()
 

@@ -172,7 +172,7 @@ def _look(
     except Exception as error:
         _log.warning("free memory of %s is unknown: %s", device.name, error)
         return
-    core.take_reading(device, reading)
+    core.gauges.take_in(device, reading)
     spare_bytes = device.budget.usable_bytes(reading)
     wanted_bytes = max(0, -spare_bytes) if watches else 0
     if peers is not None:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from whispercache.keys import ModelKey
 
-__all__ = ["Ceiling", "Claim", "Hold", "Model", "Owner", "culprit", "unserved"]
-
 Owner: TypeAlias = object
 """
 A holder of leases, or one that waits for them: a token of a thread or of a task.

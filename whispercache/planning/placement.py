@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Candidate", "choose"]
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

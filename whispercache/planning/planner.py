@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,26 +19,12 @@ if TYPE_CHECKING:
 
     from .policies import Resident
 
-__all__ = [
-    "MAX_OVERTAKES",
-    "Decision",
-    "Demand",
-    "Need",
-    "Outcome",
-    "Pending",
-    "Planner",
-    "Room",
-    "choose_victims",
-    "plan",
-    "shrink",
-]
-
 MAX_OVERTAKES = 16
 """
 Loads that may pass a request which cannot be served yet.
 
 Source: simulated; at a quarter of the working set, stall falls by 16 % against strict
-order, and more overtakes gain nothing (FACTS, simulated policies).
+order, and more overtakes gain nothing (benchmarks/simulate).
 """
 
 
@@ -273,6 +259,19 @@ def choose_victims(
     return tuple(taken)
 
 
+Shelf: TypeAlias = "Callable[[str], Sequence[Resident]]"
+"""
+A look at the models of a device that may be evicted, the first to go first.
+"""
+
+Planner: TypeAlias = (
+    "Callable[[Sequence[Pending], Mapping[str, Room], Shelf, Shelf], list[Decision]]"
+)
+"""
+The type of `plan`, and of other rules in its place.
+"""
+
+
 @dataclass(slots=True)
 class _Scratch:
     """
@@ -289,8 +288,8 @@ class _Scratch:
     """
 
     rooms: Mapping[str, Room]
-    idle: Callable[[str], Sequence[Resident]]
-    busy: Callable[[str], Sequence[Resident]]
+    idle: Shelf
+    busy: Shelf
     chosen: set[ModelKey] = field(default_factory=set)
     stuck: dict[str, list[int]] = field(default_factory=dict)
     barred: set[str] = field(default_factory=set)
@@ -300,8 +299,8 @@ class _Scratch:
 def plan(
     queue: Sequence[Pending],
     rooms: Mapping[str, Room],
-    idle: Callable[[str], Sequence[Resident]],
-    busy: Callable[[str], Sequence[Resident]],
+    idle: Shelf,
+    busy: Shelf,
 ) -> list[Decision]:
     """
     Returns what should happen to each request of *queue*, oldest first.
@@ -317,34 +316,9 @@ def plan(
     return [_decide(scratch, place, pending) for place, pending in enumerate(queue)]
 
 
-class Planner(Protocol):
-    """
-    The type of `plan`, and of other rules in its place.
-    """
-
-    def __call__(
-        self,
-        queue: Sequence[Pending],
-        rooms: Mapping[str, Room],
-        idle: Callable[[str], Sequence[Resident]],
-        busy: Callable[[str], Sequence[Resident]],
-        /,
-    ) -> list[Decision]:
-        """
-        Returns what should happen to each request of *queue*, oldest first.
-        """
-
-
 def _decide(scratch: _Scratch, place: int, pending: Pending) -> Decision:
     """
-    Returns the decision on one request, in one of six cases:
-
-    1. Its models are on their way, or were chosen for an older request: it waits.
-    2. It can never fit: it fails, with the numbers.
-    3. A stuck request was overtaken too often on its devices: it waits.
-    4. It fits: it is granted, or its load starts and overtakes those that are stuck.
-    5. It fits once idle models are unloaded: they are, and it waits.
-    6. It is stuck: it waits, and when impatient holds new leases back.
+    Returns the decision on one request, in one of six cases.
     """
     # (1) Its models are on their way, or were chosen for an older request.
     if pending.need is Need.NOTHING or not scratch.chosen.isdisjoint(pending.keys):
@@ -401,9 +375,6 @@ def _never(scratch: _Scratch, pending: Pending) -> tuple[Demand, int] | None:
 
 
 def _victims_for(scratch: _Scratch, pending: Pending) -> tuple[Resident, ...] | None:
-    """
-    Returns idle models whose unload would meet all demands; None if there are too few.
-    """
     victims: list[Resident] = []
     for demand in pending.demands:
         # What an older request will use, or is being unloaded for it, is no candidate.

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from whispercache.keys import ModelKey
 
-__all__ = ["POLICIES", "Policy", "Resident", "next_gap_s"]
-
 
 @dataclass(frozen=True, slots=True)
 class Resident:
@@ -54,9 +52,6 @@ A policy: from a model and the time now to a score. The lowest score is evicted 
 
 
 def _lru(resident: Resident, now_s: float) -> float:
-    """
-    Evicts the least recently used first.
-    """
     return resident.last_used_s - now_s
 
 
@@ -65,7 +60,7 @@ def _gap(resident: Resident, now_s: float) -> float:
     Evicts first where a second of absence costs least per byte.
 
     Source: simulated, 105 cells: 1.36 × the optimum's load seconds against LRU's 1.58
-    (FACTS, simulated policies).
+    (benchmarks/simulate).
     """
     idle_s = max(now_s - resident.last_used_s, resident.gap_s, 1e-9)
     return resident.cost_s / (max(resident.weights_bytes, 1) * idle_s)

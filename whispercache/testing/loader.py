@@ -167,6 +167,8 @@ class FakeLoader:
         kept_size: Memory of a card that each unload does not give back.
         loads, unloads, downloads: How often each model was loaded, and so on.
         resident: The models in memory.
+        remembered: Models, and the bytes that they were measured to take.
+        remembered_work: Devices, with the bytes predicted and measured of calls.
         shells: Host memory that unloaded models keep, host copies included.
         copies: Host copies of weights that are on a card as well.
         abandoned_bytes: Memory that models on lost devices hold for ever.
@@ -197,6 +199,8 @@ class FakeLoader:
     unloads: Counter[str] = field(default_factory=Counter)
     downloads: Counter[str] = field(default_factory=Counter)
     resident: dict[ModelKey, FakeWhisper] = field(default_factory=dict)
+    remembered: list[tuple[ModelKey, int]] = field(default_factory=list)
+    remembered_work: list[tuple[str, int, int]] = field(default_factory=list)
     shells: dict[ModelKey, int] = field(default_factory=dict)
     copies: dict[ModelKey, int] = field(default_factory=dict)
     abandoned_bytes: Counter[str] = field(default_factory=Counter)
@@ -249,7 +253,7 @@ class FakeLoader:
     def remember_work(
         self, device: str, predicted_bytes: int, measured_bytes: int
     ) -> None:
-        pass
+        self.remembered_work.append((device, predicted_bytes, measured_bytes))
 
     def read_ahead(self, files: ModelFiles) -> None:
         self.read_ahead_files[files.directory] += 1
@@ -270,7 +274,8 @@ class FakeLoader:
         )
 
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
-        pass
+        del files
+        self.remembered.append((key, measured_bytes))
 
     def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
         # Before anything is taken, so that a test sees the reservation alone.
@@ -322,7 +327,7 @@ class FakeLoader:
         self.machine.others_bytes[key.device] += floor_bytes
         return floor_bytes
 
-    def parked(self) -> Mapping[ModelKey, int]:
+    def host_copies(self) -> Mapping[ModelKey, int]:
         return dict(self._parked)
 
     def forget(self, key: ModelKey) -> None:
@@ -332,14 +337,14 @@ class FakeLoader:
 
     def follow_up(self, loaded: LoadedModel) -> None: ...
 
-    def shell_bytes(self) -> int:
+    def kept_bytes(self) -> int:
         return sum(list(self.shells.values()))
 
-    def shrink_shells(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
+    def shrink_kept(self, most_bytes: int, but: Collection[ModelKey] = ()) -> None:
         # Those that are spared do not count.
         most_bytes += sum(self.shells.get(each, 0) for each in but)
         for key in [each for each in self.shells if each not in but]:
-            if self.shell_bytes() > most_bytes:
+            if self.kept_bytes() > most_bytes:
                 self.forget(key)
 
     def abandon(self, loaded: LoadedModel) -> None:
