@@ -1,5 +1,5 @@
 """
-What this process holds of a card, and whether the card got back what was freed.
+The memory that this process holds of a card, and whether the card got back what was freed.
 
 The free memory of a card is shared: other programs take and free some while a model is
 unloaded. CUDA's memory pool, from which CTranslate2 allocates, is this process's own
@@ -90,7 +90,7 @@ class Holdings:
 @dataclass(frozen=True, slots=True)
 class Return:
     """
-    How much of the memory that was freed the card has again.
+    The part of freed memory that the card has again, and the part that it lacks.
     """
 
     returned_bytes: int | None  # the fall that was seen; None where nothing can be seen
