@@ -1,5 +1,6 @@
 """
-The memory that this process holds of a card, and whether the card got back what was freed.
+The memory that this process holds of a card, and whether the card got back what it
+freed.
 
 The free memory of a card is shared: other programs take and free some while a model is
 unloaded. CUDA's memory pool, from which CTranslate2 allocates, is this process's own
