@@ -29,13 +29,17 @@ from .store import ModelStore
 from .warmup import WarmUps, cublas_error_reason, silent_window
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
+    from inspect import Signature
 
+    import numpy as np
     from faster_whisper import WhisperModel
+    from numpy.typing import NDArray
 
     from whispercache.devices.memory import MemoryProbe
     from whispercache.keys import ModelKey, OptionValue
 
+    from .api import AudioInput
     from .files import ModelFiles
     from .sizes.footprint import Footprint, Workload
     from .variants.store import Variants
@@ -347,13 +351,19 @@ class FasterWhisperLoader:
         self._store.forked()
         self.learned.forked()
 
-    quiesce = staticmethod(process.quiesce)
+    def quiesce(self, loaded: LoadedModel, timeout_s: float) -> bool:
+        return process.quiesce(loaded, timeout_s)
 
     # Calls ---------------------------------------------------------------------------
 
-    signatures = staticmethod(construct.signatures)
-    batched = staticmethod(construct.batched)
-    decode_audio = staticmethod(samples_of)
+    def signatures(self) -> Mapping[str, Signature]:
+        return construct.signatures()
+
+    def batched(self, whisper: WhisperModel) -> Callable[..., object]:
+        return construct.batched(whisper)
+
+    def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
+        return samples_of(audio)
 
 
 def _check_unchanged(key: ModelKey, files: ModelFiles) -> None:
