@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("whispercache")
 
-# A second one, for processes that others have ended; an upload that crashes FFmpeg once
-# would do so again.
-_ATTEMPTS = 2
+# Further ones, for processes that others have ended and pools that were lost with them;
+# an upload that crashes FFmpeg once would do so again.
+_ATTEMPTS = 4
 _START_TIMEOUT_S = 60.0
 _LOOK_EVERY_S = 0.5
 
