@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 from real import clip, micro_copy
-from served import options_of, serving
+from served import BOUNDARY, multipart, options_of, serving
 from starlette.testclient import TestClient
 
 from whispercache import ModelCache
@@ -34,10 +34,6 @@ URL = "/v1/audio/transcriptions"
 CLIP = Path(clip("en-bread"))
 
 
-# What nobody sends by chance.
-BOUNDARY = "------------------------d74496d66958873e"
-
-
 @pytest.fixture(scope="module")
 def cache() -> Iterator[ModelCache]:
     """
@@ -54,23 +50,6 @@ def client(cache: ModelCache) -> Iterator[TestClient]:
     """
     with TestClient(create_app(options_of(), cache)) as made:
         yield made
-
-
-def multipart(*parts: tuple[str, str, bytes]) -> dict[str, Any]:
-    """
-    A form of parts: the parameters of each one's Content-Disposition, more headers, and
-    what is in it. Clients differ in just these.
-    """
-    start = f"--{BOUNDARY}\r\nContent-Disposition: form-data; "
-    body = b"".join(
-        f"{start}{named}\r\n{more}\r\n".encode() + content + b"\r\n"
-        for named, more, content in parts
-    )
-    kind = f"multipart/form-data; boundary={BOUNDARY}"
-    return {
-        "content": body + f"--{BOUNDARY}--\r\n".encode(),
-        "headers": {"content-type": kind},
-    }
 
 
 def ask(client: TestClient, *fields: tuple[str, str], **more: str) -> Any:

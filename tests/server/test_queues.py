@@ -25,6 +25,7 @@ from served import (
     micros,
     serving,
     transcribe,
+    waiting,
 )
 
 from whispercache import AsyncModelCache, ModelCache, aio
@@ -86,13 +87,6 @@ def test_more_than_max_waiting_are_refused_at_the_door(cache: ModelCache) -> Non
         for each in (first, second):
             assert each.recv(100).startswith(b"HTTP/1.1 200")
         assert waiting(client) == 0
-
-
-def waiting(client: httpx.Client) -> int:
-    """
-    How many requests a server says that wait.
-    """
-    return len(client.get("/api/ps").json()["waiting"])
 
 
 def test_a_client_that_leaves_while_it_waits_is_forgotten(

@@ -5,19 +5,16 @@ The start of a server, its options and names, and its readiness.
 from __future__ import annotations
 
 import signal
-import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
 import pytest
-from real import child_environment, micro, micro_copy
+from real import micro, micro_copy
 from served import (
     A,
+    command,
     error_of,
     micros,
     running,
@@ -211,41 +208,3 @@ def test_a_download_that_never_ends_holds_up_nobody(tmp_path: Path) -> None:
         _, log = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "Traceback" not in log
-
-
-@contextmanager
-def command(
-    *arguments: str, program: str = "", **environment: str
-) -> Iterator[tuple[Any, httpx.Client]]:
-    """
-    ``whispercache serve`` as a process, and a client of it.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    start = [program] if program else ["-m", "whispercache"]
-    line = [*start, "serve", *arguments, "--port", str(port)]
-    with (
-        subprocess.Popen(
-            [sys.executable, *line],
-            env=child_environment(environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
-    ):
-        try:
-            wait_until(lambda: process.poll() is not None or is_ready(client), "server")
-            yield process, client
-        finally:
-            process.kill()
-
-
-def is_ready(client: httpx.Client) -> bool:
-    """
-    Whether a server is there and ready.
-    """
-    try:
-        return client.get("/readyz").status_code == 200
-    except httpx.TransportError:
-        return False

@@ -10,11 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import httpx
 import psutil
 import pytest
 from real import child_environment, clip, micro, packaged
@@ -22,10 +21,12 @@ from served import (
     TINY,
     A,
     asking,
+    command,
     micros,
     offered,
     serving,
     transcribe,
+    waiting,
 )
 
 from whispercache import ModelCache
@@ -51,51 +52,6 @@ def cache() -> Iterator[ModelCache]:
     """
     with ModelCache(max_models=1) as cache:
         yield cache
-
-
-def waiting(client: httpx.Client) -> int:
-    """
-    How many requests a server says that wait.
-    """
-    return len(client.get("/api/ps").json()["waiting"])
-
-
-@contextmanager
-def command(
-    *arguments: str, program: str = "", **environment: str
-) -> Iterator[tuple[Any, httpx.Client]]:
-    """
-    ``whispercache serve`` as a process, and a client of it.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    start = [program] if program else ["-m", "whispercache"]
-    line = [*start, "serve", *arguments, "--port", str(port)]
-    with (
-        subprocess.Popen(
-            [sys.executable, *line],
-            env=child_environment(environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
-    ):
-        try:
-            wait_until(lambda: process.poll() is not None or is_ready(client), "server")
-            yield process, client
-        finally:
-            process.kill()
-
-
-def is_ready(client: httpx.Client) -> bool:
-    """
-    Whether a server is there and ready.
-    """
-    try:
-        return client.get("/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_sigterm_lets_what_has_begun_be_finished() -> None:

@@ -5,6 +5,8 @@ Servers for tests: the real one, under the real uvicorn, on a free port of this 
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import uvicorn
-from real import clip, micro, packaged
+from real import child_environment, clip, micro, packaged
 
 from whispercache.engine.naming import ModelSpec
 from whispercache.server import ServerOptions, create_app
@@ -26,22 +28,31 @@ if TYPE_CHECKING:
     from whispercache import ModelCache
 
 __all__ = [
+    "BOUNDARY",
     "TINY",
     "A",
     "B",
     "asking",
+    "command",
     "error_of",
+    "is_ready",
     "micros",
+    "multipart",
     "offered",
     "options_of",
     "request_of",
     "running",
     "serving",
     "transcribe",
+    "waiting",
 ]
 
 TINY = "tiny.en"
 A, B = "micro-a", "micro-b"
+
+
+# What nobody sends by chance: it parts the parts of a form.
+BOUNDARY = "------------------------d74496d66958873e"
 
 
 def offered(*names: str) -> tuple[ModelSpec, ...]:
@@ -153,3 +164,65 @@ def asking(
     with socket.create_connection(address, timeout=30) as asked:
         asked.sendall(request_of(model, length, clip_name))
         yield asked
+
+
+def waiting(client: httpx.Client) -> int:
+    """
+    How many requests a server says that wait.
+    """
+    return len(client.get("/api/ps").json()["waiting"])
+
+
+@contextmanager
+def command(
+    *arguments: str, program: str = "", **environment: str
+) -> Iterator[tuple[Any, httpx.Client]]:
+    """
+    ``whispercache serve`` as a process, and a client of it.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start = [program] if program else ["-m", "whispercache"]
+    line = [*start, "serve", *arguments, "--port", str(port)]
+    with (
+        subprocess.Popen(
+            [sys.executable, *line],
+            env=child_environment(environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        try:
+            wait_until(lambda: process.poll() is not None or is_ready(client), "server")
+            yield process, client
+        finally:
+            process.kill()
+
+
+def is_ready(client: httpx.Client) -> bool:
+    """
+    Whether a server is there and ready.
+    """
+    try:
+        return client.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def multipart(*parts: tuple[str, str, bytes]) -> dict[str, Any]:
+    """
+    A form of parts: the parameters of each one's Content-Disposition, more headers, and
+    what is in it. Clients differ in just these.
+    """
+    start = f"--{BOUNDARY}\r\nContent-Disposition: form-data; "
+    body = b"".join(
+        f"{start}{named}\r\n{more}\r\n".encode() + content + b"\r\n"
+        for named, more, content in parts
+    )
+    kind = f"multipart/form-data; boundary={BOUNDARY}"
+    return {
+        "content": body + f"--{BOUNDARY}--\r\n".encode(),
+        "headers": {"content-type": kind},
+    }
