@@ -360,7 +360,7 @@ def test_a_plan_that_never_loads_is_caught() -> None:
         busy: Callable[[str], Sequence[Resident]],
     ) -> list[Decision]:
         del rooms, idle, busy
-        return [Decision(Outcome.WAIT) for _ in queue]
+        return [Decision(Outcome.HELD) for _ in queue]
 
     simulation = Simulation(MODELS[:1], 10**10, Strategy(plan=idler))
     with pytest.raises(AssertionError, match="for ever"):

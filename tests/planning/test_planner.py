@@ -430,7 +430,7 @@ def test_a_victim_of_an_older_request_is_not_granted() -> None:
     )
     first, second = world.plan()
     assert first.victims == (old,)
-    assert second == Decision(Outcome.WAIT)
+    assert second == Decision(Outcome.HELD)
 
 
 def test_lru_and_gap_score_as_they_say() -> None:
@@ -487,7 +487,7 @@ def test_a_load_that_fits_passes_one_that_is_stuck(
         ],
     )
     stuck, small, elsewhere = world.plan()
-    assert stuck.outcome is Outcome.WAIT
-    assert small.outcome is (Outcome.LOAD if passed else Outcome.WAIT)
+    assert stuck.outcome is Outcome.STUCK
+    assert small.outcome is (Outcome.LOAD if passed else Outcome.BARRED)
     assert small.overtakes == ((0,) if passed else ())
     assert elsewhere == Decision(Outcome.LOAD)

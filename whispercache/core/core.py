@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from .entries import Wanted
     from .evictions import Leaving
     from .gauges import Peers
+    from .line import Line
     from .threads import Clock
 
 _log = logging.getLogger("whispercache")
@@ -121,7 +122,7 @@ class Core:
         self.state: CacheState = state
         self.entries: dict[ModelKey, Entry] = state.entries
         self.devices: dict[str, Device] = state.devices
-        self.queue: list[Waiter] = state.queue
+        self.queue: Line = state.queue
         self.outbox: Outbox = state.outbox
         self.clock: Clock = clock
         lock = StateLock(self._perform)
@@ -470,7 +471,8 @@ class Core:
         Keeps a model that is held in memory when it is idle.
         """
         with self.changing():
-            entry.pinned = True
+            entry.pin(is_pinned=True)
+            self.scheduler.settle(entry.device)  # it is out of reach from now on
 
     def unpin(self, matches: Callable[[ModelKey], bool]) -> int:
         """

@@ -134,7 +134,7 @@ def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
     with core.changing():
         # A request that is planned but never queued: the real plan, with no effect.
         waiter = Waiter((Wanted(entry, workload),), None, core.clock.now(), None)
-        decision = core.scheduler.plan([*core.queue, waiter])[-1]
+        decision = core.scheduler.decide_on(waiter)
         demand, *_ = view.demands(waiter.wanted)
         device = entry.device
         outcome, reason = _outcome(core, entry, decision)

@@ -14,11 +14,12 @@ from whispercache.planning import deadlock
 from whispercache.planning.deadlock import Ceiling, Claim, Hold, Model
 from whispercache.planning.placement import Candidate
 from whispercache.planning.planner import Demand, Need, Pending, Room
+from whispercache.planning.policies import is_lru
 
 from .entries import State
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from whispercache.keys import ModelKey
     from whispercache.planning.deadlock import Owner
@@ -111,9 +112,10 @@ def _add(found: dict[str, Demand], more: Demand) -> None:
     )
 
 
-def pending(waiter: Waiter, *, impatient: bool) -> Pending:
+def pending(waiter: Waiter, *, impatient: bool, passes: bool = False) -> Pending:
     """
-    Returns a request as the planner sees it.
+    Returns a request as the planner sees it; it *passes* older ones if it must, or if
+    another one for its model does.
     """
     keys = tuple(entry.key for entry in waiter.entries)
     need = Need.WORKSPACE
@@ -131,29 +133,9 @@ def pending(waiter: Waiter, *, impatient: bool) -> Pending:
         demands(waiter.wanted),
         overtaken=waiter.overtaken,
         impatient=impatient,
-        passes=waiter.passes,
+        passes=passes or waiter.passes,
         shares=any(entry.num_workers > 1 for entry in waiter.entries),
     )
-
-
-def queue_of(waiters: Sequence[Waiter], patient_since_s: float) -> list[Pending]:
-    """
-    Returns *waiters* as the planner sees them, impatient if older than that time.
-    """
-    first: dict[ModelKey, int] = {}
-    found: list[Pending] = []
-    for place, waiter in enumerate(waiters):
-        one = pending(waiter, impatient=waiter.since_s <= patient_since_s)
-        if one.need is Need.LOAD and not waiter.is_group:
-            # Only the first asks for its load; the others share it.
-            asks = first.setdefault(one.keys[0], place)
-            if asks != place:
-                # Or the load that it shares would wait where it must not.
-                if one.passes:
-                    found[asks] = replace(found[asks], passes=True)
-                one = Pending(one.keys, Need.NOTHING)
-        found.append(one)
-    return found
 
 
 # What devices hold --------------------------------------------------------------------
@@ -164,27 +146,50 @@ def room(state: CacheState, device: Device) -> Room:
     Returns a device's memory as the planner sees it, with host copies of models that
     are on other devices.
     """
-    held = device.entries.values()
-    coming = [entry for entry in held if entry.state is State.UNLOADING]
-    pinned = [entry for entry in held if entry.stays]
+    budget = device.budget
     found = Room(
-        capacity_bytes=device.budget.capacity_bytes,
-        ceiling_bytes=device.budget.ceiling_bytes,
-        charged_bytes=device.budget.charged_bytes,
-        coming_bytes=sum(entry.weights_bytes for entry in coming),
-        pinned_bytes=sum(entry.weights_bytes for entry in pinned),
+        capacity_bytes=budget.capacity_bytes,
+        ceiling_bytes=budget.ceiling_bytes,
+        charged_bytes=budget.charged_bytes,
+        coming_bytes=device.coming.n_bytes,
+        pinned_bytes=device.staying.n_bytes,
         max_models=device.max_models,
-        models=len(held),
-        coming_models=len(coming),
-        pinned_models=len(pinned),
+        models=len(device.entries),
+        coming_models=device.coming.models,
+        pinned_models=device.staying.models,
+        idle_bytes=device.idle_bytes,
+        idle_models=len(device.shelf),
     )
-    for entry in state.copies_on(device.name):
+    for entry in state.copies_on(device):
         if entry.stays:
             found.pinned_bytes += entry.copy_bytes
         if entry.state is State.UNLOADING:
             # Kept or dropped, it is no longer charged once the model is unloaded.
             found.coming_bytes += entry.copy_bytes
+        elif entry.is_idle and not entry.stays:
+            found.idle_bytes += entry.copy_bytes
+            found.idle_models += 1
     return found
+
+
+def may_help(state: CacheState, device: Device) -> bool:
+    """
+    Returns True if a request might be helped by the memory of *device* as it is now.
+    """
+    outlook, budget = device.outlook, device.budget
+    left_bytes = budget.capacity_bytes - budget.charged_bytes
+    reach_bytes = left_bytes + device.coming.n_bytes + device.idle_bytes
+    if left_bytes >= outlook.free_bytes or reach_bytes >= outlook.reach_bytes:
+        return True
+    # Hardly any device has copies of others, or a number of models as its limit.
+    if device.max_models is None and not device.copies_bytes:
+        return False
+    now = room(state, device)
+    return (
+        now.reach_bytes >= outlook.reach_bytes
+        or now.free_models >= outlook.free_models
+        or now.reach_models >= outlook.reach_models
+    )
 
 
 def ordered(entries: Iterable[Entry], policy: Policy, now_s: float) -> list[Resident]:
@@ -195,27 +200,55 @@ def ordered(entries: Iterable[Entry], policy: Policy, now_s: float) -> list[Resi
     return sorted(found, key=lambda resident: policy(resident, now_s))
 
 
-def residents(
-    state: CacheState, device: str, policy: Policy, now_s: float, *, idle: bool
-) -> list[Resident]:
+class Shelves:
     """
-    Returns what could be evicted for room on *device*, the first to go first: its own
-    models, then models of cards with a host copy there, each as what its copy frees.
+    What could be evicted, the first to go first, as of one moment.
 
-    Idle ones can be evicted now, leased ones once they are idle.
+    Each has the models of a device, and then those of cards with a host copy there, as
+    what their copies free.
     """
-    held = state.devices[device]
-    # In the order of release; the policy may have another one.
-    own = held.shelf if idle else [e for e in held.entries.values() if e.leases]
-    copied = [
-        entry
-        for entry in state.copies_on(device)
-        if (entry.is_idle if idle else entry.leases)
-    ]
-    return ordered(own, policy, now_s) + [
-        replace(one, device=device, weights_bytes=state.entries[one.key].copy_bytes)
-        for one in ordered(copied, policy, now_s)
-    ]
+
+    def __init__(self, state: CacheState, policy: Policy, now_s: float) -> None:
+        self._state = state
+        self._policy = policy
+        self._now_s = now_s
+        # Sorted at most once, however many requests ask.
+        self._sorted: dict[tuple[str, bool], list[Resident]] = {}
+
+    def idle(self, name: str) -> Iterable[Resident]:
+        """
+        Returns the idle models, which can be evicted now.
+        """
+        device = self._state.devices[name]
+        # The shelf is in that order already, and mostly few have to go.
+        if is_lru(self._policy) and not device.copies_bytes:
+            return (entry.resident() for entry in device.shelf if not entry.stays)
+        return self._look(device, idle=True)
+
+    def busy(self, name: str) -> Iterable[Resident]:
+        """
+        Returns the leased models, which can be evicted once they are idle.
+        """
+        return self._look(self._state.devices[name], idle=False)
+
+    def _look(self, device: Device, *, idle: bool) -> list[Resident]:
+        key = device.name, idle
+        if key not in self._sorted:
+            self._sorted[key] = list(self._all(device, idle=idle))
+        return self._sorted[key]
+
+    def _all(self, device: Device, *, idle: bool) -> Iterator[Resident]:
+        # In the order of release; the policy may have another one.
+        own = device.shelf if idle else [e for e in device.entries.values() if e.leases]
+        copied = [
+            entry
+            for entry in self._state.copies_on(device)
+            if (entry.is_idle if idle else entry.leases)
+        ]
+        yield from ordered(own, self._policy, self._now_s)
+        for one in ordered(copied, self._policy, self._now_s):
+            copy_bytes = self._state.entries[one.key].copy_bytes
+            yield replace(one, device=device.name, weights_bytes=copy_bytes)
 
 
 def candidate(
@@ -236,7 +269,8 @@ def candidate(
     coming_bytes = sum(other.footprint.total_bytes for other in coming)
     staying = [e for e in own if e.is_present and not e.stays]
     staying_bytes = sum(other.weights_bytes for other in staying)
-    idle = [e for e in device.shelf if not e.stays and e not in beside]
+    idle = [e for e in beside if e in device.shelf]
+    idle_bytes = device.idle_bytes - sum(other.weights_bytes for other in idle)
     found = room(state, device)
     # Host copies do not matter here: a candidate is a card.
     can_come = found.reachable_models() > len(coming) + len(staying)
@@ -245,10 +279,10 @@ def candidate(
         key.device,
         needed_bytes,
         free_bytes=device.budget.left_bytes - coming_bytes,
-        idle_bytes=sum(other.weights_bytes for other in idle),
+        idle_bytes=idle_bytes,
         ceiling_bytes=reachable_bytes if can_come else 0,
         free_models=found.free_models - len(coming),
-        idle_models=len(idle),
+        idle_models=len(device.shelf) - len(idle),
         is_there=is_there,
         leases=0 if entry is None else len(entry.leases),
         has_copy=entry is not None and entry.parked_bytes > 0,
@@ -264,9 +298,8 @@ def is_used(state: CacheState, device: Device) -> bool:
     """
     held = device.entries or device.kept_bytes or device.copies_bytes
     return bool(held) or any(
-        device in (entry.device, entry.host)
-        for waiter in state.queue
-        for entry in waiter.entries
+        device in (waited_for, state.devices.get("cpu"))
+        for waited_for in state.queue.devices
     )
 
 
@@ -282,7 +315,7 @@ def account(state: CacheState, device: Device) -> dict[str, int]:
     ]
     held_bytes = sum(entry.weights_bytes for entry in held)
     pinned_bytes = sum(entry.weights_bytes for entry in held if entry.stays)
-    idle_bytes = sum(e.weights_bytes for e in device.shelf if not e.stays)
+    idle_bytes = device.idle_bytes
     return {
         "promised_bytes": device.budget.to_come_bytes,
         # What may be given up.
@@ -314,12 +347,15 @@ def suspects(state: CacheState) -> list[Waiter]:
     """
     Returns the requests whose owners hold leases; without any there is no deadlock.
     """
-    # An owner of None is not known: the lease was handed over.
-    waiting = [w for w in state.queue if w.held is None and w.owner is not None]
-    if not waiting:
-        return []
-    holders = {owner for e in _leased(state) for owner in e.owners.values()}
-    return [waiter for waiter in waiting if waiter.owner in holders]
+    line = state.queue
+    # One that was granted all of its memory only waits for loads.
+    waiting = [
+        waiter
+        for owner in line.suspects
+        for waiter in line.owners[owner]
+        if waiter.held is None
+    ]
+    return sorted(waiting, key=lambda waiter: waiter.serial)
 
 
 def victim_of_deadlock(state: CacheState) -> Waiter | None:
@@ -357,7 +393,8 @@ def detained(state: CacheState) -> list[Waiter]:
 
 
 def _leased(state: CacheState) -> list[Entry]:
-    return [entry for entry in state.entries.values() if entry.leases]
+    devices = state.devices.values()
+    return [e for each in devices for e in each.entries.values() if e.leases]
 
 
 def _model(entry: Entry, weights_bytes: int) -> Model:

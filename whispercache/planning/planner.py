@@ -1,19 +1,23 @@
 """
 The planner: which requests get memory, which wait, and which idle models are evicted.
 
-`plan` walks the queue once, oldest first, over scratch copies of the devices' rooms,
-and returns a decision for each request. `core.scheduler` carries it out, in a cache, in
-``explain()`` and in the simulator.
+A `Walk` goes along the queue once, oldest first, over scratch copies of the devices'
+rooms, and decides on each request that it is shown. `core.round` shows it those on
+which it matters, and `core.scheduler` carries the decisions out. `plan` shows it all of
+a queue: the same rules, at their plainest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections import defaultdict
+from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from whispercache.keys import ModelKey
 
@@ -108,6 +112,9 @@ class Room:
         models: The number there, loads and unloads in flight included.
         coming_models: The models of these that are being unloaded.
         pinned_models: The models of these that are pinned.
+        idle_bytes: No more can be freed by evicting idle models; to skip a look at them
+            that would be in vain.
+        idle_models: No more idle models can be evicted.
     """
 
     capacity_bytes: int
@@ -119,6 +126,8 @@ class Room:
     models: int = 0
     coming_models: int = 0
     pinned_models: int = 0
+    idle_bytes: float = math.inf
+    idle_models: float = math.inf
 
     @property
     def free_bytes(self) -> int:
@@ -137,11 +146,31 @@ class Room:
             return 1 << 62
         return self.max_models - self.models
 
+    @property
+    def reach_bytes(self) -> float:
+        """
+        Bytes that are free, will be, or could be without the end of a lease.
+        """
+        return self.free_bytes + self.coming_bytes + self.idle_bytes
+
+    @property
+    def reach_models(self) -> float:
+        """
+        The number of models that could be loaded likewise.
+        """
+        return self.free_models + self.coming_models + self.idle_models
+
     def fits(self, demand: Demand) -> bool:
         """
         Returns True if *demand* can be served at once.
         """
-        return self._short(demand, coming=False) == (0, 0)
+        return self.lack(demand) == (0, 0)
+
+    def lack(self, demand: Demand) -> tuple[int, int]:
+        """
+        Returns the bytes and models that are missing now.
+        """
+        return self._short(demand, coming=False)
 
     def shortfall(self, demand: Demand) -> tuple[int, int]:
         """
@@ -197,17 +226,37 @@ class Room:
         """
         self.coming_bytes += victim.weights_bytes
         self.coming_models += 1
+        self.idle_bytes -= victim.weights_bytes
+        self.idle_models -= 1
 
 
 class Outcome(Enum):
     """
-    The kinds of decisions on a request.
+    The kinds of decisions on a request, in the order in which they are considered.
     """
 
+    HELD = auto()
+    """
+    It waits: its models are on their way, or were chosen for an older request.
+    """
+    NEVER = auto()
+    """
+    It fails: it can never fit.
+    """
+    BARRED = auto()
+    """
+    It waits its turn: a stuck request was overtaken too often.
+    """
     GRANT = auto()
     LOAD = auto()
-    WAIT = auto()
-    NEVER = auto()
+    PROMISED = auto()
+    """
+    It waits for unloads; its memory is set aside.
+    """
+    STUCK = auto()
+    """
+    It waits until leases end.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +265,9 @@ class Decision:
     A decision on one request of the queue.
 
     Attributes:
-        outcome: Grant it, start its load, keep it waiting, or fail it.
+        outcome: The kind of decision.
         victims: Idle models to unload for it.
-        overtakes: Places in the queue of the stuck requests that its load passes.
+        overtakes: Places of the stuck requests that its load passes.
         drain: Models on which no new lease should be granted until it is served.
         lacking: The demand that can never be met, and the most that could be had.
     """
@@ -228,6 +277,13 @@ class Decision:
     overtakes: tuple[int, ...] = ()
     drain: tuple[ModelKey, ...] = ()
     lacking: tuple[Demand, int] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """
+        True if the request stays in the queue, and no load of its own starts.
+        """
+        return self.outcome not in (Outcome.GRANT, Outcome.LOAD, Outcome.NEVER)
 
 
 def choose_victims(
@@ -259,7 +315,25 @@ def choose_victims(
     return tuple(taken)
 
 
-Shelf: TypeAlias = "Callable[[str], Sequence[Resident]]"
+@dataclass(slots=True)
+class Margin:
+    """
+    The least growth of a device's memory by which a decision on it might change.
+
+    Attributes:
+        free_bytes: Of what is free.
+        free_models: Likewise, of the models that may be loaded.
+        reach_bytes: Of what is free, is being unloaded or could be evicted.
+        reach_models: Likewise, of models.
+    """
+
+    free_bytes: float = math.inf
+    free_models: float = math.inf
+    reach_bytes: float = math.inf
+    reach_models: float = math.inf
+
+
+Shelf: TypeAlias = "Callable[[str], Iterable[Resident]]"
 """
 A look at the models of a device that may be evicted, the first to go first.
 """
@@ -272,30 +346,6 @@ The type of `plan`, and of other rules in its place.
 """
 
 
-@dataclass(slots=True)
-class _Scratch:
-    """
-    The state that one walk along the queue passes on from request to request.
-
-    Attributes:
-        rooms: The devices' memory, with what older requests were given.
-        idle: The models that may be evicted from a device.
-        busy: The models that may be evicted once they are idle.
-        chosen: Models that were decided on: to be evicted, to stay, or to be loaded.
-        stuck: Places of stuck requests, by device.
-        barred: Devices on which no load may pass a stuck request any more.
-        wanted: Models of stuck requests.
-    """
-
-    rooms: Mapping[str, Room]
-    idle: Shelf
-    busy: Shelf
-    chosen: set[ModelKey] = field(default_factory=set)
-    stuck: dict[str, list[int]] = field(default_factory=dict)
-    barred: set[str] = field(default_factory=set)
-    wanted: set[ModelKey] = field(default_factory=set)
-
-
 def plan(
     queue: Sequence[Pending],
     rooms: Mapping[str, Room],
@@ -305,127 +355,206 @@ def plan(
     """
     Returns what should happen to each request of *queue*, oldest first.
 
+    The parameters are those of `Walk`.
+    """
+    walk = Walk(rooms, idle, busy)
+    return [walk.decide(place, pending) for place, pending in enumerate(queue)]
+
+
+class Walk:
+    """
+    A walk along a queue, and what it passes on from request to request.
+
     Args:
-        queue: The requests that wait.
         rooms: The devices' memory. They are written to; pass copies.
         idle: Given a device, the models that may be evicted from it, the first to go
             first. Asked only when something has to go.
         busy: Likewise, leased models that may be evicted once they are idle.
+
+    Attributes:
+        chosen: Models that were decided on: to be evicted, to stay, or to be loaded.
+        stuck: The devices of each stuck request, by its place.
+        barred: Devices on which no load may pass a stuck request any more, with the
+            place of that.
+        promised_bytes: Bytes that were set aside, by device.
+        margins: The growth that might change a decision, by device.
     """
-    scratch = _Scratch(rooms, idle, busy)
-    return [_decide(scratch, place, pending) for place, pending in enumerate(queue)]
 
+    def __init__(self, rooms: Mapping[str, Room], idle: Shelf, busy: Shelf) -> None:
+        self._rooms = rooms
+        self._idle = idle
+        self._busy = busy
+        self.chosen: set[ModelKey] = set()
+        self.stuck: dict[int, tuple[str, ...]] = {}
+        self.barred: dict[str, int] = {}
+        self.promised_bytes: defaultdict[str, int] = defaultdict(int)
+        self.margins: defaultdict[str, Margin] = defaultdict(Margin)
+        # Models of stuck requests.
+        self._wanted: set[ModelKey] = set()
 
-def _decide(scratch: _Scratch, place: int, pending: Pending) -> Decision:
-    """
-    Returns the decision on one request, in one of six cases.
-    """
-    # (1) Its models are on their way, or were chosen for an older request.
-    if pending.need is Need.NOTHING or not scratch.chosen.isdisjoint(pending.keys):
-        return Decision(Outcome.WAIT)
-    # (2) It can never fit.
-    if lacking := _never(scratch, pending):
-        return Decision(Outcome.NEVER, lacking=lacking)
-    # (3) A stuck request was overtaken too often here. A request that passes is spared:
-    # the stuck one waits for leases of its caller, so both would wait for ever.
-    devices = [demand.device for demand in pending.demands]
-    is_load = pending.need is Need.LOAD
-    if is_load and not pending.passes and not scratch.barred.isdisjoint(devices):
-        return Decision(Outcome.WAIT)
-    # (4) It fits.
-    rooms = [scratch.rooms[device] for device in devices]
-    if all(map(Room.fits, rooms, pending.demands)):
-        for room, demand in zip(rooms, pending.demands, strict=True):
-            room.charge(demand)
-        scratch.chosen.update(pending.keys)
-        passed = {i for device in devices for i in scratch.stuck.get(device, ())}
-        outcome = Outcome.LOAD if is_load else Outcome.GRANT
-        overtakes = tuple(sorted(passed)) if is_load else ()
-        return Decision(outcome, overtakes=overtakes)
-    # (5) It fits once idle models are unloaded. They and what is free are set aside, so
-    # that no younger request takes them.
-    victims = _victims_for(scratch, pending)
-    if victims is not None:
-        scratch.chosen.update(pending.keys)
-        for victim in victims:
-            scratch.chosen.add(victim.key)
-            scratch.rooms[victim.device].expect(victim)
-        for room, demand in zip(rooms, pending.demands, strict=True):
-            room.promise(demand)
-        return Decision(Outcome.WAIT, victims=victims)
-    # (6) It is stuck until leases end.
-    return _stick(scratch, place, pending)
+    def decide(self, place: int, pending: Pending) -> Decision:
+        """
+        Returns the decision on one request, in one of six cases. Those before it in the
+        queue come first; *place* grows along it.
+        """
+        # (1) Its models are on their way, or were chosen for an older request.
+        if pending.need is Need.NOTHING or not self.chosen.isdisjoint(pending.keys):
+            return Decision(Outcome.HELD)
+        # (2) It can never fit.
+        if lacking := self._never(pending):
+            return Decision(Outcome.NEVER, lacking=lacking)
+        # (3) A stuck request was overtaken too often here. A request that passes is
+        # spared: the stuck one waits for leases of its caller, so both would wait for
+        # ever.
+        demands = pending.demands
+        is_load = pending.need is Need.LOAD
+        if is_load and not pending.passes and self.barred:
+            if any(demand.device in self.barred for demand in demands):
+                return Decision(Outcome.BARRED)
+        # (4) It fits.
+        if all(self._rooms[demand.device].fits(demand) for demand in demands):
+            for demand in demands:
+                self._rooms[demand.device].charge(demand)
+            self.chosen.update(pending.keys)
+            if not is_load:
+                return Decision(Outcome.GRANT)
+            return Decision(Outcome.LOAD, overtakes=self._passed(demands))
+        # (5) It fits once idle models are unloaded. They and what is free are set
+        # aside, so that no younger request takes them.
+        victims = self._victims_for(pending)
+        if victims is not None:
+            self._promise(pending, victims)
+            return Decision(Outcome.PROMISED, victims=victims)
+        # (6) It is stuck until leases end.
+        return self._stick(place, pending)
 
+    def _passed(self, demands: tuple[Demand, ...]) -> tuple[int, ...]:
+        devices = {demand.device for demand in demands}
+        return tuple(
+            place
+            for place, theirs in self.stuck.items()
+            if not devices.isdisjoint(theirs)
+        )
 
-def _never(scratch: _Scratch, pending: Pending) -> tuple[Demand, int] | None:
-    """
-    Returns the first demand that no release of ours could ever meet, and the most that
-    could be had.
-    """
-    for demand in pending.demands:
-        room = scratch.rooms[demand.device]
-        reachable_bytes = max(0, room.reachable_bytes() - demand.own_bytes)
-        if demand.n_bytes > reachable_bytes:
-            return demand, reachable_bytes
-        if demand.models and room.reachable_models() < (
-            demand.models + demand.own_models
-        ):
-            return demand, 0
-    return None
+    def _never(self, pending: Pending) -> tuple[Demand, int] | None:
+        """
+        Returns the first demand that no release of ours could ever meet, and the most
+        that could be had.
+        """
+        for demand in pending.demands:
+            room = self._rooms[demand.device]
+            reachable_bytes = max(0, room.reachable_bytes() - demand.own_bytes)
+            if demand.n_bytes > reachable_bytes:
+                return demand, reachable_bytes
+            if demand.models and room.reachable_models() < (
+                demand.models + demand.own_models
+            ):
+                return demand, 0
+        return None
 
+    def _victims_for(self, pending: Pending) -> tuple[Resident, ...] | None:
+        victims: list[Resident] = []
+        for demand in pending.demands:
+            room = self._rooms[demand.device]
+            n_bytes, models = room.shortfall(demand)
+            # All or nothing: an eviction on one device is wasted if another is full.
+            if n_bytes > room.idle_bytes or models > room.idle_models:
+                self._note_reach(demand, n_bytes - room.idle_bytes)
+                return None
+            found = choose_victims(self._candidates(demand, pending), n_bytes, models)
+            if found is None:
+                idle = self._candidates(demand, pending)
+                more_bytes = n_bytes - sum(each.weights_bytes for each in idle)
+                self._note_reach(demand, more_bytes)
+                return None
+            victims.extend(found)
+        return tuple(victims)
 
-def _victims_for(scratch: _Scratch, pending: Pending) -> tuple[Resident, ...] | None:
-    victims: list[Resident] = []
-    for demand in pending.demands:
-        # What an older request will use, or is being unloaded for it, is no candidate.
-        idle = [
-            resident
-            for resident in scratch.idle(demand.device)
-            if resident.key not in scratch.chosen
-        ]
-        candidates = [each for each in idle if each.key not in pending.keys]
+    def _note_reach(self, demand: Demand, more_bytes: float) -> None:
+        margin = self.margins[demand.device]
+        # One of the two is enough to keep it waiting.
+        if more_bytes > 0:
+            margin.reach_bytes = min(margin.reach_bytes, more_bytes)
+        else:
+            margin.reach_models = min(margin.reach_models, 1)
+
+    def _candidates(self, demand: Demand, pending: Pending) -> Iterator[Resident]:
+        """
+        Returns the models that may be evicted from the device of *demand* for it.
+        """
+        own_copies = []
+        for resident in self._idle(demand.device):
+            # What an older request will use, or is being unloaded for it, is none.
+            if resident.key in self.chosen:
+                continue
+            if resident.key not in pending.keys:
+                yield resident
+            elif resident.is_copy:
+                own_copies.append(resident)
         # A model of its own is evicted only if its copy stands in another one's way:
         # then it is loaded again, without a copy.
-        candidates += [r for r in idle if r.key in pending.keys and r.is_copy]
-        missing = scratch.rooms[demand.device].shortfall(demand)
-        found = choose_victims(candidates, *missing)
-        # All or nothing: an eviction on one device is wasted if another one is full.
-        if found is None:
-            return None
-        victims.extend(found)
-    return tuple(victims)
+        yield from own_copies
 
+    def _promise(self, pending: Pending, victims: tuple[Resident, ...]) -> None:
+        """
+        Sets memory aside for a request that waits for unloads.
+        """
+        is_noted = False
+        for demand in pending.demands:
+            n_bytes, models = self._rooms[demand.device].lack(demand)
+            # What one device lacks is enough to keep it waiting.
+            if (n_bytes or models) and not is_noted:
+                is_noted = True
+                margin = self.margins[demand.device]
+                if n_bytes:
+                    margin.free_bytes = min(margin.free_bytes, n_bytes)
+                else:
+                    margin.free_models = min(margin.free_models, models)
+        self.chosen.update(pending.keys)
+        for victim in victims:
+            self.chosen.add(victim.key)
+            self._rooms[victim.device].expect(victim)
+        for demand in pending.demands:
+            self._rooms[demand.device].promise(demand)
+            self.promised_bytes[demand.device] += demand.n_bytes
 
-def _stick(scratch: _Scratch, place: int, pending: Pending) -> Decision:
-    """
-    Keeps a request waiting that no idle model can serve, and says for what it waits.
-    """
-    for demand in pending.demands:
-        scratch.stuck.setdefault(demand.device, []).append(place)
+    def _stick(self, place: int, pending: Pending) -> Decision:
+        """
+        Keeps a request waiting that no idle model can serve, and says for what it
+        waits.
+        """
+        self.stuck[place] = tuple(demand.device for demand in pending.demands)
         # Impatience alone bars nothing: drained models return what it needs, and loads
         # that fit may go on (benchmarks/simulate: a fifth less stall on a small card).
         if pending.overtaken >= MAX_OVERTAKES:
-            scratch.barred.add(demand.device)
-    drain: list[ModelKey] = []
-    if pending.impatient:
-        for demand in pending.demands:
-            room = scratch.rooms[demand.device]
-            there = (*scratch.idle(demand.device), *scratch.busy(demand.device))
-            leaving = [
-                resident
-                for resident in there
-                if (resident.key not in pending.keys or resident.is_copy)
-                and resident.key not in scratch.chosen
-                and resident.key not in scratch.wanted
-            ]
-            found = choose_victims(leaving, *room.shortfall(demand))
-            drain.extend(each.key for each in (leaving if found is None else found))
-            # With several workers, other leases on its own model use its memory up.
-            if pending.shares:
-                drain.extend(each.key for each in there if each.key in pending.keys)
-    # No younger request drains what this one will use.
-    scratch.wanted.update(pending.keys)
-    return Decision(Outcome.WAIT, drain=tuple(drain))
+            for demand in pending.demands:
+                self.barred.setdefault(demand.device, place)
+        drain: list[ModelKey] = []
+        if pending.impatient:
+            for demand in pending.demands:
+                drain += self._drain_for(demand, pending)
+        # No younger request drains what this one will use.
+        self._wanted.update(pending.keys)
+        return Decision(Outcome.STUCK, drain=tuple(drain))
+
+    def _drain_for(self, demand: Demand, pending: Pending) -> Iterator[ModelKey]:
+        """
+        Returns the models that should take no new leases until *demand* is met.
+        """
+        device = demand.device
+        leaving = [
+            resident
+            for resident in chain(self._idle(device), self._busy(device))
+            if (resident.key not in pending.keys or resident.is_copy)
+            and resident.key not in self.chosen
+            and resident.key not in self._wanted
+        ]
+        found = choose_victims(leaving, *self._rooms[device].shortfall(demand))
+        yield from (each.key for each in (leaving if found is None else found))
+        # With several workers, other leases on its own model use its memory up.
+        if pending.shares:
+            there = chain(self._idle(device), self._busy(device))
+            yield from (each.key for each in there if each.key in pending.keys)
 
 
 def shrink(room: Room, idle: Iterable[Resident]) -> tuple[Resident, ...]:

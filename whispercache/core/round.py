@@ -1,0 +1,259 @@
+"""
+A round: one walk of the planner along the line, past those requests that matter.
+
+Most requests are as stuck as an older one that is alike: they are not looked at. What
+it costs depends on the number of cohorts, and on what happens, not on how many wait.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from whispercache.planning.planner import Need, Outcome, Pending, Walk
+
+from . import view
+from .device import Outlook
+from .entries import State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from whispercache.keys import ModelKey
+    from whispercache.planning.planner import Decision
+
+    from .agenda import Rules
+    from .device import Device
+    from .entries import Waiter
+    from .line import Cohort
+    from .state import CacheState
+
+
+class Found(NamedTuple):
+    """
+    A decision that changes something.
+
+    Attributes:
+        waiter: The request.
+        decision: What happens to it.
+        passed: The stuck requests that its load passes.
+    """
+
+    waiter: Waiter
+    decision: Decision
+    passed: tuple[Waiter, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """
+    A request that the planner has seen, and those that it speaks for.
+    """
+
+    waiter: Waiter
+    cohort: Cohort | None
+
+
+class Round:
+    """
+    One walk along the line. Nothing is changed by it.
+
+    Args:
+        state: The line, and what is in memory.
+        rules: What is decided by.
+        now_s: Monotonic seconds.
+
+    Attributes:
+        found: All that should happen.
+        stopped: The cohorts whose members wait, with the number of the first that does.
+        impatient_since_s: When the next stuck request was made that has patience left.
+    """
+
+    def __init__(self, state: CacheState, rules: Rules, now_s: float) -> None:
+        self._state = state
+        self._line = state.queue
+        self._impatient_since_s = now_s - rules.patience_s
+        look = view.Shelves(state, rules.policy, now_s)
+        rooms = {name: view.room(state, each) for name, each in state.devices.items()}
+        self._walk = Walk(rooms, look.idle, look.busy)
+        # What is to be shown, by serial number; a cohort shows one after the other.
+        self._heap: list[tuple[int, Waiter, Cohort | None]] = []
+        self._seen: dict[int, _Shown] = {}
+        # Stuck cohorts, the members of which may drain more once anything changes.
+        self._impatient: list[Cohort] = []
+        self._draining: set[str] = set()
+        self.stopped: dict[Cohort, int] = {}
+        self.found: list[Found] = []
+        self.impatient_since_s: float = math.inf
+
+    # The walk -------------------------------------------------------------------------
+
+    def run(self) -> list[Found]:
+        """
+        Returns all that should happen, in the order of the line.
+        """
+        line = self._line
+        for waiter in line.groups:
+            self._show(waiter)
+        for entry in line.copied:
+            if (first := line.first(entry)) is not None:
+                self._show(first)
+        for entry in line.resident:
+            workloads = set()
+            for waiter in line.open_waiters(entry):
+                # Those for the same work are alike, the oldest speaks for them.
+                workload = waiter.wanted[0].workload
+                if workload not in workloads:
+                    workloads.add(workload)
+                    self._show(waiter)
+        for cohort in line.cohorts.values():
+            self._show_next(cohort, -1)
+        heap = self._heap
+        heapq.heapify(heap)
+        while heap:
+            self._decide(*heapq.heappop(heap))
+        return self.found
+
+    def decide_on(self, waiter: Waiter) -> Decision:
+        """
+        Returns the decision on a request that is not in the line, as if it were last.
+        """
+        self.run()
+        waiter.serial = self._line.next_serial
+        return self._walk.decide(waiter.serial, self._pending(waiter, None))
+
+    def _show(self, waiter: Waiter, cohort: Cohort | None = None) -> None:
+        heapq.heappush(self._heap, (waiter.serial, waiter, cohort))
+
+    def _show_next(self, cohort: Cohort, serial: int) -> None:
+        if (waiter := cohort.after(serial)) is not None:
+            self._show(waiter, cohort)
+
+    def _decide(self, serial: int, waiter: Waiter, cohort: Cohort | None) -> None:
+        # Shown twice, as one that is worn and as one that is impatient.
+        if serial in self._seen:
+            return
+        self._seen[serial] = _Shown(waiter, cohort)
+        pending = self._pending(waiter, cohort)
+        decision = self._walk.decide(serial, pending)
+        outcome = decision.outcome
+        if outcome is Outcome.STUCK:
+            self._note_patience(pending, waiter)
+        is_passing = outcome is Outcome.LOAD and decision.overtakes
+        passed = tuple(self._passed(serial, decision)) if is_passing else ()
+        if not decision.waits or decision.victims or decision.drain:
+            self.found.append(Found(waiter, decision, passed))
+        if cohort is not None and outcome is Outcome.STUCK:
+            # So are all younger ones that are alike. But one that was overtaken too
+            # often bars others.
+            if (worn := cohort.worn_after(serial)) is not None:
+                self._show(worn, cohort)
+            self._impatient.append(cohort)
+            self.stopped.setdefault(cohort, serial)
+        elif cohort is not None and outcome is Outcome.BARRED:
+            self.stopped.setdefault(cohort, serial)
+        elif cohort is not None:
+            self._show_next(cohort, serial)
+        # What younger ones would drain is another now.
+        if outcome not in (Outcome.HELD, Outcome.BARRED) and (
+            cohort is None or outcome is not Outcome.STUCK
+        ):
+            for stuck in self._impatient:
+                after = stuck.after(serial)
+                if after is not None and self._is_impatient(after):
+                    self._show(after, stuck)
+
+    def _pending(self, waiter: Waiter, cohort: Cohort | None) -> Pending:
+        line, is_impatient = self._line, self._is_impatient(waiter)
+        entry = waiter.wanted[0].entry
+        if cohort is not None:
+            return Pending(
+                (entry.key,),
+                Need.LOAD,
+                cohort.demands,
+                overtaken=waiter.overtaken,
+                impatient=is_impatient,
+                passes=cohort.passes,
+                shares=entry.num_workers > 1,
+            )
+        pending = view.pending(waiter, impatient=is_impatient)
+        if pending.need is Need.LOAD and not waiter.is_group:
+            # Only the oldest asks for its load; the others share it.
+            if line.first(entry) not in (None, waiter):
+                return Pending(pending.keys, Need.NOTHING)
+            if line.passes(entry):
+                return view.pending(waiter, impatient=is_impatient, passes=True)
+        return pending
+
+    def _note_patience(self, stuck: Pending, waiter: Waiter) -> None:
+        if stuck.impatient:
+            self._draining.update(demand.device for demand in stuck.demands)
+        else:
+            self.impatient_since_s = min(self.impatient_since_s, waiter.since_s)
+
+    def _is_impatient(self, waiter: Waiter) -> bool:
+        return waiter.since_s <= self._impatient_since_s
+
+    def _passed(self, serial: int, decision: Decision) -> Iterator[Waiter]:
+        """
+        Returns all that the load of the request with that number passes.
+        """
+        seen: set[int] = set()
+        for place in decision.overtakes:
+            for waiter in self._alike(place, serial):
+                if waiter.serial not in seen:
+                    seen.add(waiter.serial)
+                    yield waiter
+
+    def _alike(self, place: int, end: int) -> Iterable[Waiter]:
+        """
+        Returns the stuck request at *place*, and those older than *end* that it spoke
+        for.
+        """
+        shown = self._seen[place]
+        if shown.cohort is not None:
+            barred = [
+                self._walk.barred.get(demand.device, math.inf)
+                for demand in shown.cohort.demands
+            ]
+            # Those younger than the one that bars them were not stuck but barred.
+            if not shown.cohort.passes:
+                end = min(end, *(each + 1 for each in barred))
+            return shown.cohort.between(place, end)
+        waiter = shown.waiter
+        entry, workload = waiter.wanted[0].entry, waiter.wanted[0].workload
+        if waiter.is_group or entry.state is not State.RESIDENT:
+            return (waiter,)
+        return [
+            other
+            for other in self._line.open_waiters(entry)
+            if place <= other.serial < end and other.wanted[0].workload == workload
+        ]
+
+    # What it leaves behind ------------------------------------------------------------
+
+    @property
+    def chosen(self) -> set[ModelKey]:
+        """
+        The models that something was decided on: hits on them wait their turn.
+        """
+        return self._walk.chosen
+
+    def outlook(self, device: Device) -> Outlook:
+        """
+        Returns what would help the requests that wait for memory of a device. To be
+        asked once all that was found is done.
+        """
+        name = device.name
+        margin = self._walk.margins[name]
+        room = view.room(self._state, device)
+        return Outlook(
+            room.free_bytes + margin.free_bytes,
+            room.free_models + margin.free_models,
+            room.reach_bytes + margin.reach_bytes,
+            room.reach_models + margin.reach_models,
+            self._walk.promised_bytes[name],
+            name in self._draining,
+        )
