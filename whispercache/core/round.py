@@ -232,6 +232,16 @@ class Round:
             if place <= other.serial < end and other.wanted[0].workload == workload
         ]
 
+    @property
+    def has_moved(self) -> bool:
+        """
+        True if a load or an unload was found.
+        """
+        return any(
+            each.decision.outcome is Outcome.LOAD or each.decision.victims
+            for each in self.found
+        )
+
     # What it leaves behind ------------------------------------------------------------
 
     @property

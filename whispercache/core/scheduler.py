@@ -413,6 +413,10 @@ class Scheduler:
             cohort.stopped_in, cohort.stopped_at = state.rounds, serial
         for device in state.devices.values():
             device.outlook = last.outlook(device)
+            # What younger ones were given since is missing to those that drain: they
+            # are looked at again with the next event.
+            if last.has_moved and device.outlook.is_draining:
+                device.outlook.forget()
 
     def settle(self, device: Device) -> None:
         """
