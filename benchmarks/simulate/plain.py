@@ -67,6 +67,7 @@ class PlainRound:
         self.chosen: set[ModelKey] = set()
         self.stopped: dict[object, int] = {}
         self.impatient_since_s = math.inf
+        self.has_moved = True
 
     def plan(self, waiters: Sequence[Waiter]) -> list[Decision]:
         """
@@ -133,5 +134,3 @@ def undone(state: CacheState, rules: Rules, now_s: float) -> list[str]:
         if not decision.waits or decision.victims or drains:
             found.append(f"{waiter}: {decision.outcome}, {decision.victims}, {drains}")
     return found
-
-

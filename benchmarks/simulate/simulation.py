@@ -46,8 +46,9 @@ if TYPE_CHECKING:
     from whispercache.core.threads import DeviceThread
     from whispercache.lease import Lease
     from whispercache.lease import _Lessor as Lessor
-    from whispercache.planning.planner import Pending, Room
+    from whispercache.planning.planner import Pending
     from whispercache.planning.policies import Resident
+    from whispercache.planning.room import Room
 
 __all__ = ["Simulation", "StrictFifo"]
 
@@ -351,8 +352,8 @@ class StrictScheduler(PlainScheduler):
 def only_the_oldest(
     queue: Sequence[Pending],
     rooms: Mapping[str, Room],
-    idle: Callable[[str], Sequence[Resident]],
-    busy: Callable[[str], Sequence[Resident]],
+    idle: Callable[[str], Iterable[Resident]],
+    busy: Callable[[str], Iterable[Resident]],
 ) -> list[Decision]:
     """
     Returns the real decision for the oldest request; the others wait.

@@ -17,16 +17,15 @@ from whispercache.keys import ModelKey
 from whispercache.planning.planner import (
     MAX_OVERTAKES,
     Decision,
-    Demand,
     Need,
     Outcome,
     Pending,
-    Room,
     choose_victims,
     plan,
     shrink,
 )
 from whispercache.planning.policies import POLICIES, Resident, next_gap_s
+from whispercache.planning.room import Demand, Room
 
 pytestmark = pytest.mark.soak
 

@@ -52,14 +52,14 @@ if TYPE_CHECKING:
     from typing import Any
 
     from whispercache import Event, Lease, ModelKey
-    from whispercache.core.effects import Effect
     from whispercache.core.device import Device
+    from whispercache.core.effects import Effect
     from whispercache.core.entries import Entry
     from whispercache.core.state import CacheState
     from whispercache.devices.memory import MemoryReading
     from whispercache.engine.files import ModelFiles
-    from whispercache.planning.planner import Room
     from whispercache.planning.policies import Resident
+    from whispercache.planning.room import Room
 
 pytestmark = [pytest.mark.process, pytest.mark.stress, pytest.mark.soak]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from whispercache.planning.deadlock import Owner
-    from whispercache.planning.planner import Demand
+    from whispercache.planning.room import Demand
 
     from .device import Device
     from .entries import Entry, Waiter
@@ -94,7 +94,7 @@ class Cohort:
     def _at(self, serials: list[int], place: int) -> Waiter | None:
         return self._waiters[serials[place]] if place < len(serials) else None
 
-    def between(self, first: int, end: float) -> Iterator[Waiter]:
+    def between(self, first: int, end: int) -> Iterator[Waiter]:
         """
         Returns the requests from *first* on that are older than *end*.
         """
@@ -274,7 +274,8 @@ class Line:
         """
         if any(entry.device is device for entry in self.copied):
             return True
-        if any(device.name == cohort.demands[0].device for cohort in self.cohorts.values()):
+        names = {cohort.demands[0].device for cohort in self.cohorts.values()}
+        if device.name in names:
             return True
         return any(
             entry.device is device and not entry.is_present

@@ -138,32 +138,35 @@ class Round:
         self._seen[serial] = _Shown(waiter, cohort)
         pending = self._pending(waiter, cohort)
         decision = self._walk.decide(serial, pending)
-        outcome = decision.outcome
-        if outcome is Outcome.STUCK:
+        if decision.outcome is Outcome.STUCK:
             self._note_patience(pending, waiter)
-        is_passing = outcome is Outcome.LOAD and decision.overtakes
-        passed = tuple(self._passed(serial, decision)) if is_passing else ()
+        passed = tuple(self._passed(serial, decision))
         if not decision.waits or decision.victims or decision.drain:
             self.found.append(Found(waiter, decision, passed))
-        if cohort is not None and outcome is Outcome.STUCK:
-            # So are all younger ones that are alike. But one that was overtaken too
-            # often bars others.
-            if (worn := cohort.worn_after(serial)) is not None:
-                self._show(worn, cohort)
-            self._impatient.append(cohort)
-            self.stopped.setdefault(cohort, serial)
-        elif cohort is not None and outcome is Outcome.BARRED:
-            self.stopped.setdefault(cohort, serial)
-        elif cohort is not None:
-            self._show_next(cohort, serial)
-        # What younger ones would drain is another now.
-        if outcome not in (Outcome.HELD, Outcome.BARRED) and (
-            cohort is None or outcome is not Outcome.STUCK
-        ):
+        if cohort is not None:
+            self._go_on(serial, cohort, decision.outcome)
+        # What younger ones would drain may be another now.
+        speaks_for_itself = cohort is None or decision.outcome is not Outcome.STUCK
+        if self._impatient and speaks_for_itself:
             for stuck in self._impatient:
                 after = stuck.after(serial)
                 if after is not None and self._is_impatient(after):
                     self._show(after, stuck)
+
+    def _go_on(self, serial: int, cohort: Cohort, outcome: Outcome) -> None:
+        """
+        Shows the next of a cohort, unless all younger ones wait as this one does.
+        """
+        if outcome is Outcome.STUCK:
+            self.stopped.setdefault(cohort, serial)
+            self._impatient.append(cohort)
+            # But one that was overtaken too often bars others.
+            if (worn := cohort.worn_after(serial)) is not None:
+                self._show(worn, cohort)
+        elif outcome is Outcome.BARRED:
+            self.stopped.setdefault(cohort, serial)
+        else:
+            self._show_next(cohort, serial)
 
     def _pending(self, waiter: Waiter, cohort: Cohort | None) -> Pending:
         line, is_impatient = self._line, self._is_impatient(waiter)
@@ -214,13 +217,11 @@ class Round:
         """
         shown = self._seen[place]
         if shown.cohort is not None:
-            barred = [
-                self._walk.barred.get(demand.device, math.inf)
-                for demand in shown.cohort.demands
-            ]
             # Those younger than the one that bars them were not stuck but barred.
             if not shown.cohort.passes:
-                end = min(end, *(each + 1 for each in barred))
+                barred = self._walk.barred
+                devices = [demand.device for demand in shown.cohort.demands]
+                end = min(end, *(barred.get(name, end) + 1 for name in devices))
             return shown.cohort.between(place, end)
         waiter = shown.waiter
         entry, workload = waiter.wanted[0].entry, waiter.wanted[0].workload

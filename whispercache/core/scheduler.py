@@ -100,8 +100,8 @@ class Scheduler:
         owner: Owner,
     ) -> Lease | None:
         """
-        Returns a lease on a model that is in memory, if that takes nothing from a request
-        that waits; else None.
+        Returns a lease on a model that is in memory, if that takes nothing from a
+        request that waits; else None.
         """
         state = self._state
         if (
@@ -579,12 +579,10 @@ class Scheduler:
         """
         Admits those that wait, if the end of a lease may help one.
         """
-        is_copied = entry.copy_bytes > 0
         # What is idle now would be drained, or is chosen before others that are.
         drains = entry.is_idle and self._is_draining(entry) and not entry.stays
-        if entry.waiting or drains:
-            self.admit()
-        elif is_copied and view.may_help(self._state, entry.host):
+        frees_copy = entry.copy_bytes and view.may_help(self._state, entry.host)
+        if entry.waiting or drains or frees_copy:
             self.admit()
         else:
             self.settle(entry.device)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from whispercache.planning import deadlock
 from whispercache.planning.deadlock import Ceiling, Claim, Hold, Model
 from whispercache.planning.placement import Candidate
-from whispercache.planning.planner import Demand, Need, Pending, Room
+from whispercache.planning.planner import Need, Pending
 from whispercache.planning.policies import is_lru
+from whispercache.planning.room import Demand, Room
 
 from .entries import State
 
