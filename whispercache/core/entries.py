@@ -275,6 +275,8 @@ class Entry:
         """
         if self.state is State.ABSENT:
             self.device.moved.add(self)
+            if self.waiting:  # what was decided for them may be wrong
+                self.device.outlook.forget()
             if files != self.files:
                 self.failures = 0  # perhaps somebody has mended it
             self.files = files

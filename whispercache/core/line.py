@@ -114,6 +114,7 @@ class Line:
     The requests that wait.
 
     Attributes:
+        waiters: All, by serial number, which is the order of arrival.
         cohorts: Those for one absent model, by what its load takes.
         groups: Those for several models.
         resident: Models in memory that requests for one model wait for.
@@ -126,8 +127,7 @@ class Line:
     """
 
     def __init__(self) -> None:
-        # By serial number, which is the order of arrival.
-        self._waiters: dict[int, Waiter] = {}
+        self.waiters: dict[int, Waiter] = {}
         self._serials: list[int] = []
         self._next_serial = 0
         self._devices: Counter[Device] = Counter()
@@ -142,19 +142,19 @@ class Line:
         self.suspects: set[Owner] = set()
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return len(self.waiters)
 
     def __iter__(self) -> Iterator[Waiter]:
-        return iter(self._waiters.values())
+        return iter(self.waiters.values())
 
     def __contains__(self, waiter: Waiter) -> bool:
-        return self._waiters.get(waiter.serial) is waiter
+        return self.waiters.get(waiter.serial) is waiter
 
     def get(self, serial: int) -> Waiter | None:
         """
         Returns the request with that number, if it waits.
         """
-        return self._waiters.get(serial)
+        return self.waiters.get(serial)
 
     @property
     def next_serial(self) -> int:
@@ -184,7 +184,7 @@ class Line:
         """
         waiter.serial = self._next_serial
         self._next_serial += 1
-        self._waiters[waiter.serial] = waiter
+        self.waiters[waiter.serial] = waiter
         self._serials.append(waiter.serial)
         if waiter.owner is not None:
             self.owners.setdefault(waiter.owner, {})[waiter] = None
@@ -204,7 +204,7 @@ class Line:
         """
         Removes a request.
         """
-        del self._waiters[waiter.serial]
+        del self.waiters[waiter.serial]
         del self._serials[self.place(waiter) - 1]
         self.groups.pop(waiter, None)
         self.passing.discard(waiter)
@@ -222,7 +222,7 @@ class Line:
             filed = self._cohort_of.get(entry)
             if filed is None or filed[1] is waiter or waiter.passes:
                 self.file(entry)
-        if not self._waiters:
+        if not self.waiters:
             self.held.clear()
 
     # What they wait for ---------------------------------------------------------------
@@ -231,6 +231,7 @@ class Line:
         """
         Files the requests for one model anew, by where it is now.
         """
+        entry.device.moved.discard(entry)
         if (filed := self._cohort_of.pop(entry, None)) is not None:
             cohort, waiter = filed
             cohort.remove(waiter)
@@ -345,7 +346,7 @@ class Line:
         """
         Counts the leases that an owner holds, while anybody waits.
         """
-        if owner is None or not self._waiters:
+        if owner is None or not self.waiters:
             return
         held = self.held
         held[owner] += more

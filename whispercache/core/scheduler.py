@@ -329,10 +329,10 @@ class Scheduler:
         """
         for device in self._state.devices.values():
             if device.moved:
-                for entry in device.moved:
+                moved, device.moved = device.moved, set()
+                for entry in moved:
                     if entry.waiting:
                         self._state.queue.file(entry)
-                device.moved.clear()
 
     def admit(self, *, suspects: bool = True) -> None:
         """
