@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from whispercache.core import view
+from whispercache.core import demands, view
 from whispercache.core.device import Outlook
 from whispercache.core.round import Found
 from whispercache.core.scheduler import Scheduler
@@ -39,7 +39,7 @@ def queue_of(waiters: Sequence[Waiter], patient_since_s: float) -> list[Pending]
     first: dict[ModelKey, int] = {}
     found: list[Pending] = []
     for place, waiter in enumerate(waiters):
-        one = view.pending(waiter, impatient=waiter.since_s <= patient_since_s)
+        one = demands.pending(waiter, impatient=waiter.since_s <= patient_since_s)
         if one.need is Need.LOAD and not waiter.is_group:
             # Only the first asks for its load; the others share it.
             asks = first.setdefault(one.keys[0], place)

@@ -13,9 +13,9 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from whispercache.planning.planner import MAX_OVERTAKES
+from whispercache.planning import planner
 
-from . import view
+from . import demands
 from .entries import State
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Cohort:
         # Mostly it is the youngest, but for those that waited for the same model.
         insort(self.serials, serial)
         self._waiters[serial] = waiter
-        if waiter.overtaken >= MAX_OVERTAKES:
+        if waiter.overtaken >= planner.MAX_OVERTAKES:
             insort(self.worn, serial)
 
     def remove(self, waiter: Waiter) -> None:
@@ -247,7 +247,7 @@ class Line:
         elif entry.state is State.ABSENT and entry.parked_bytes:
             self.copied.add(entry)
         elif entry.state is State.ABSENT:
-            key = view.demands(first.wanted), self.passes(entry)
+            key = demands.demands(first.wanted), self.passes(entry)
             cohort = self.cohorts.get(key) or Cohort(key[0], passes=key[1])
             self.cohorts[key] = cohort
             cohort.add(first)

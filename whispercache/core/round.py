@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from whispercache.planning.planner import Need, Outcome, Pending, Walk
 
-from . import view
+from . import demands, view
 from .device import Outlook
 from .entries import State
 
@@ -181,13 +181,13 @@ class Round:
                 passes=cohort.passes,
                 shares=entry.num_workers > 1,
             )
-        pending = view.pending(waiter, impatient=is_impatient)
+        pending = demands.pending(waiter, impatient=is_impatient)
         if pending.need is Need.LOAD and not waiter.is_group:
             # Only the oldest asks for its load; the others share it.
             if line.first(entry) not in (None, waiter):
                 return Pending(pending.keys, Need.NOTHING)
             if line.passes(entry):
-                return view.pending(waiter, impatient=is_impatient, passes=True)
+                return demands.pending(waiter, impatient=is_impatient, passes=True)
         return pending
 
     def _note_patience(self, stuck: Pending, waiter: Waiter) -> None:

@@ -23,9 +23,10 @@ from whispercache.errors import (
 )
 from whispercache.events import EvictionCause, ModelGranted
 from whispercache.lease import Lease
-from whispercache.planning.planner import MAX_OVERTAKES, Outcome
+from whispercache.planning import planner
+from whispercache.planning.planner import Outcome
 
-from . import view
+from . import demands, view
 from .effects import LookAgain, Settle, StartLoad, StartUnload
 from .entries import Entry, State
 from .refusals import refusal, too_large
@@ -256,7 +257,11 @@ class Scheduler:
         """
         line = self._state.queue
         # It holds memory, or leases back, or has barred others.
-        if waiter.is_group or waiter.draining or waiter.overtaken >= MAX_OVERTAKES:
+        if (
+            waiter.is_group
+            or waiter.draining
+            or waiter.overtaken >= planner.MAX_OVERTAKES
+        ):
             return False
         [entry] = waiter.entries
         if entry.state is not State.ABSENT or line.first(entry) is not waiter:
@@ -378,7 +383,7 @@ class Scheduler:
         # (4) Those that it passes are passed 16 times at most (3).
         for other in passed:
             other.overtaken += 1
-            if other.overtaken == MAX_OVERTAKES:
+            if other.overtaken == planner.MAX_OVERTAKES:
                 state.queue.wear(other)
         if decision.outcome is Outcome.LOAD:
             self._start_loads(waiter)
@@ -391,7 +396,7 @@ class Scheduler:
             self.fail(waiter, too_large(self._state, str(waiter), *decision.lacking))
 
     def _start_loads(self, waiter: Waiter) -> None:
-        reserved = view.reservations(waiter.wanted)
+        reserved = demands.reservations(waiter.wanted)
         # Models that are there already are pinned first, or they could be evicted while
         # the others load.
         if waiter.is_group:
