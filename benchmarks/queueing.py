@@ -8,7 +8,7 @@ build in processes of its own, one at work at a time, cell by cell in turns.
 
 On one fake card, models in a dozen sizes of real ones. Many are in memory and idle; one
 large model is leased, and those who wait want so much that it has to go first. So they
-wait on whatever happens, and every event has to find that out:
+wait on, whatever happens, and every event has to find that out:
 
 hit        a lease on a model in memory, begun and ended
 release    the end of a lease that was begun before they came
@@ -21,8 +21,8 @@ drain      here all models in memory are leased. The large one is released, and 
            and unloads of the fakes
 
 Those who wait want models of their own, or share a dozen. They wait patiently, or
-longer than the cache's patience, so that new leases are held back for them; or
-``max_waiting`` is set, and the queue is full.
+longer than the cache's patience, beside models that are pinned, since new leases on
+others would be held back for them; or ``max_waiting`` is set, and the queue is full.
 
 The time is that of all threads of the process, ``time.process_time()``: other programs
 do not count. Medians of as many repetitions as fit into the budget, in CPU seconds, 200
@@ -37,6 +37,7 @@ waiting are ten million, and for one check beside a thousand: those are left out
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import itertools
 import json
@@ -87,6 +88,7 @@ PATIENCE_S, TIMEOUT_S = 5.0, 60.0
 OLD_MOST, OLD_MOST_CHECKED = 1_000_000, 100
 # By then a possible deadlock was looked for.
 CHECK_S = 0.1
+HUNG_S = 3_600
 
 
 EVENTS = ("hit", "release", "admission", "check", "expiry", "drain")
@@ -129,25 +131,30 @@ def cells() -> Iterator[Cell]:
 
 class Scene:
     """
-    A cache with models in memory, all of them idle or leased, and a large one leased.
+    A cache with models in memory, beside room for a large one.
 
     Args:
         keys: The number of models.
-        is_busy: They are leased.
+        mood: They are leased in a drain. They are pinned where the impatient wait, who
+            else would hold all leases on them back. Otherwise they are idle.
         max_waiting: Of the cache.
         skips: Those who wait join the queue without its decisions.
     """
 
     def __init__(
-        self, keys: int, *, is_busy: bool, max_waiting: int | None, skips: bool
+        self, keys: int, mood: str, *, max_waiting: int | None, skips: bool
     ) -> None:
         self.names = [f"bench/resident-{n}" for n in range(keys)]
         sizes = dict(zip(self.names, itertools.cycle(SIZES), strict=False))
-        # What goes to those who wait only once the large model went.
-        self._own_bytes = sum(sizes.values()) + (keys * WORK if is_busy else SLACK)
+        is_busy, own_bytes = mood == "drain", sum(sizes.values())
+        work_bytes = keys * WORK if is_busy else SLACK
+        # What those who wait want beside the room of the large one, so that they wait.
+        self._more_bytes = {"drain": 0, "impatient": work_bytes}.get(
+            mood, own_bytes + work_bytes
+        )
         self._sizes = {**sizes, "bench/large": LARGE}
-        self._is_busy, self._skips = is_busy, skips
-        all_bytes = self._own_bytes + LARGE + WORK
+        self._skips = skips
+        all_bytes = own_bytes + work_bytes + LARGE + WORK
         host = FakeMachine({"cpu": "64GiB", CARD: 2 * all_bytes})
         self.clock = FakeClock()
         self.cache = ModelCache(
@@ -164,6 +171,8 @@ class Scene:
         self._held = []
         for name in self.names:
             lease = self.lease(name)
+            if mood == "impatient":
+                lease.pin()
             self._held.append(lease) if is_busy else lease.release()
         self._wanted: dict[str, Wanted] = {}
 
@@ -189,8 +198,7 @@ class Scene:
             place %= len(SIZES)
         name = f"bench/wanted-{place}"
         if name not in self._wanted:
-            more_bytes = 0 if self._is_busy else self._own_bytes
-            self._sizes[name] = SIZES[place % len(SIZES)] + more_bytes
+            self._sizes[name] = SIZES[place % len(SIZES)] + self._more_bytes
             self.cache.preload(name, CARD, TYPE, tier="page")  # it is located
             entry = self.core.entry(ModelKey(name, CARD, TYPE))
             self._wanted[name] = Wanted(entry, DEFAULT_WORKLOAD)
@@ -233,17 +241,18 @@ class Build:
         self._budget_s, self._skips = budget_s, skips
         # One at a time: ten thousand models take memory here, too.
         self._scene: Scene | None = None
-        self._scene_of: tuple[int, bool, int | None] | None = None
+        self._scene_of: tuple[int, str, int | None] | None = None
         self._dice = random.Random(1)
 
     def _set(self, cell: Cell) -> Scene:
         most = cell.waiting if cell.mood == "full" else None
-        keys, is_busy, _ = scene_of = cell.keys, cell.mood == "drain", most
+        kind = "" if cell.mood in ("patient", "full") else cell.mood
+        scene_of = cell.keys, kind, most
         if self._scene is None or scene_of != self._scene_of:
             self.close()
             self._scene_of = scene_of
             self._scene = Scene(
-                keys, is_busy=is_busy, max_waiting=most, skips=self._skips
+                cell.keys, cell.mood, max_waiting=most, skips=self._skips
             )
         return self._scene
 
@@ -350,6 +359,8 @@ class Build:
 
 def serve(build: Build) -> None:
     for line in sys.stdin:
+        # What waits in vain is told, and ends.
+        faulthandler.dump_traceback_later(HUNG_S, exit=True)
         print(json.dumps(build.measure(Cell(**json.loads(line)))), flush=True)
     os._exit(0)  # without an end for each of ten thousand models
 

@@ -46,7 +46,7 @@ def test_models_in_memory_stay_there_beside_those_who_wait() -> None:
     """
     Idle or not: to evict them all would not make room enough.
     """
-    scene = Scene(5, is_busy=False, max_waiting=None, skips=False)
+    scene = Scene(5, "patient", max_waiting=None, skips=False)
     large = scene.lease("bench/large")
     scene.queue(10)
     assert len(scene.cache.models()) == 6
