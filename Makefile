@@ -54,6 +54,7 @@ coverage: .venv/test .venv/browser
 bench: .venv/bench
 	$(RUN) benchmarks/imports.py
 	$(RUN) benchmarks/hit_path.py
+	$(RUN) benchmarks/queueing.py
 	$(RUN) benchmarks/switch.py
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/audio_memory.py 5 30
