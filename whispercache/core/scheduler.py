@@ -26,7 +26,7 @@ from whispercache.lease import Lease
 from whispercache.planning import planner
 from whispercache.planning.planner import Outcome
 
-from . import demands, view
+from . import deadlocks, demands, view
 from .effects import LookAgain, Settle, StartLoad, StartUnload
 from .entries import Entry, State
 from .refusals import refusal, too_large
@@ -445,7 +445,7 @@ class Scheduler:
         for device in devices:
             self._look_at(device, now_s)
         is_looked_for = state.deadlocks_at_s < math.inf
-        if suspects and not is_looked_for and view.suspects(state):
+        if suspects and not is_looked_for and deadlocks.suspects(state):
             state.deadlocks_at_s = now_s + DEADLOCK_S
             self._agenda.wake_by(state.deadlocks_at_s)
 
@@ -667,7 +667,7 @@ class Scheduler:
         state, ripe_s = self._state, now_s - DEADLOCK_S / 2
         if state.closed is not None:
             return False
-        victim = view.victim_of_deadlock(state)
+        victim = deadlocks.victim_of_deadlock(state)
         if victim is not None and victim.since_s <= ripe_s:
             held = {
                 str(entry.key)
@@ -677,10 +677,10 @@ class Scheduler:
             state.counts["deadlocks"] += 1
             self.fail(victim, LeaseDeadlock(str(victim), tuple(sorted(held))))
         # Not a deadlock yet, but to wait their turn would make one.
-        for passing in view.detained(state):
+        for passing in deadlocks.detained(state):
             if passing.since_s <= ripe_s and not passing.passes:
                 state.queue.let_pass(passing)
-        is_settled = all(each.since_s <= ripe_s for each in view.suspects(state))
+        is_settled = all(each.since_s <= ripe_s for each in deadlocks.suspects(state))
         return victim is not None or not is_settled
 
     # Limits, closing ------------------------------------------------------------------

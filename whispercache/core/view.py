@@ -6,12 +6,9 @@ Everything here needs the lock and changes nothing.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from whispercache.planning import deadlock
-from whispercache.planning.deadlock import Ceiling, Claim, Hold, Model
 from whispercache.planning.placement import Candidate
 from whispercache.planning.policies import is_lru
 from whispercache.planning.room import Room
@@ -23,11 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
     from whispercache.keys import ModelKey
-    from whispercache.planning.deadlock import Owner
     from whispercache.planning.policies import Policy, Resident
 
     from .device import Device
-    from .entries import Entry, Waiter
+    from .entries import Entry
     from .state import CacheState
 
 
@@ -231,123 +227,3 @@ def _wanted_bytes(state: CacheState, device: Device, idle_bytes: int) -> int:
             if budget.limit_bytes is None or after_bytes <= budget.limit_bytes:
                 return max(0, demand.n_bytes - idle_bytes)
     return 0
-
-
-# Deadlocks ----------------------------------------------------------------------------
-
-
-def suspects(state: CacheState) -> list[Waiter]:
-    """
-    Returns the requests whose owners hold leases; without any there is no deadlock.
-    """
-    line = state.queue
-    # One that was granted all of its memory only waits for loads.
-    waiting = [
-        waiter
-        for owner in line.suspects
-        for waiter in line.owners[owner]
-        if waiter.held is None
-    ]
-    return sorted(waiting, key=lambda waiter: waiter.serial)
-
-
-def victim_of_deadlock(state: CacheState) -> Waiter | None:
-    """
-    Returns the request that completed a deadlock, if there is one.
-    """
-    waiters = [waiter for waiter in state.queue if waiter.held is None]
-    claims = [_claim(waiter) for waiter in waiters]
-    found = deadlock.culprit(claims, _holds(state), _ceilings(state))
-    return None if found is None else waiters[claims.index(found)]
-
-
-def detained(state: CacheState) -> list[Waiter]:
-    """
-    Returns the requests whose owners hold leases that block another request.
-
-    They must not wait for that one's turn, or both would wait for ever. If letting one
-    of several pass is enough, the oldest passes.
-    """
-    waiters = [waiter for waiter in state.queue if waiter.held is None]
-    claims = [_claim(waiter) for waiter in waiters]
-    holds, ceilings = _holds(state), _ceilings(state)
-    deadlocked = deadlock.unserved(claims, holds, ceilings)
-    staying: list[Owner] = []
-    passing: list[Waiter] = []
-    # From the youngest: as many as possible keep to the order of arrival.
-    for waiter in reversed(suspects(state)):
-        never = [*staying, waiter.owner]
-        left = deadlock.unserved(claims, holds, ceilings, never)
-        if all(claim in deadlocked for claim in left):
-            staying.append(waiter.owner)
-        else:
-            passing.append(waiter)
-    return passing
-
-
-def _leased(state: CacheState) -> list[Entry]:
-    devices = state.devices.values()
-    return [e for each in devices for e in each.entries.values() if e.leases]
-
-
-def _model(entry: Entry, weights_bytes: int) -> Model:
-    return Model(entry.key, entry.device.name, weights_bytes, entry.num_workers)
-
-
-def _claim(waiter: Waiter) -> Claim:
-    """
-    Returns what a request wants. A load's peak counts beside what stays, like any other
-    bytes.
-    """
-    parts = tuple(
-        (
-            _model(each.entry, each.footprint.weights_bytes),
-            each.footprint.workspace_bytes,
-        )
-        for each in waiter.wanted
-    )
-    loading: dict[str, int] = {}
-    for entry, (n_bytes, host_bytes) in demands.reservations(waiter.wanted).items():
-        own = [each.footprint for each in waiter.wanted if each.entry is entry]
-        work_bytes = max(each.workspace_bytes for each in own)
-        kept_bytes = own[0].weights_bytes + work_bytes * min(
-            len(own), entry.num_workers
-        )
-        for device, extra_bytes in (
-            (entry.device.name, n_bytes - kept_bytes),
-            (entry.host.name, host_bytes),
-        ):
-            if extra_bytes > 0:
-                loading[device] = loading.get(device, 0) + extra_bytes
-    return Claim(waiter.owner, waiter.since_s, parts, loading)
-
-
-def _holds(state: CacheState) -> list[Hold]:
-    leased = _leased(state)
-    return [
-        Hold(entry.owners[serial], _model(entry, entry.weights_bytes), n_bytes)
-        for entry in leased
-        for serial, n_bytes in entry.leases.items()
-    ] + [
-        # Its copy on the host stays as long as the lease.
-        Hold(owner, Model(entry.key, entry.host.name, entry.copy_bytes, 1), 0)
-        for entry in leased
-        if entry.copy_bytes
-        for owner in entry.owners.values()
-    ]
-
-
-def _ceilings(state: CacheState) -> dict[str, Ceiling]:
-    # One that is being unloaded is on its way out, pinned or not.
-    there = (State.RESIDENT, State.LOADING)
-    found = {}
-    for name, device in state.devices.items():
-        limit_bytes = device.budget.limit_bytes
-        pinned = [e for e in device.entries.values() if e.stays and e.state in there]
-        found[name] = Ceiling(
-            math.inf if limit_bytes is None else limit_bytes,
-            device.max_models,
-            tuple(_model(entry, entry.weights_bytes) for entry in pinned),
-            device.budget.most_bytes,
-        )
-    return found

@@ -115,27 +115,6 @@ class Ceiling:
     gauge_bytes: int | None = None
 
 
-def unserved(
-    claims: Sequence[Claim],
-    holds: Sequence[Hold],
-    ceilings: Mapping[str, Ceiling],
-    never: Collection[Owner] = (),
-) -> tuple[Claim, ...]:
-    """
-    Returns what `System.unserved` does.
-    """
-    return System(claims, holds, ceilings).unserved(never)
-
-
-def culprit(
-    claims: Sequence[Claim], holds: Sequence[Hold], ceilings: Mapping[str, Ceiling]
-) -> Claim | None:
-    """
-    Returns what `System.culprit` does.
-    """
-    return System(claims, holds, ceilings).culprit()
-
-
 class System:
     """
     All requests that wait and all leases at one moment, and the questions about them.
