@@ -28,7 +28,7 @@ from .units import parse_duration
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from inspect import Signature
 
     import numpy as np
@@ -64,6 +64,7 @@ class CacheBase:
     ) -> None:
         self._core = core
         self._resolver = resolver
+        self._requests = resolver.requests
         self._limits = limits
         self._usual_terms = Terms(ladder=ladder)
         # Imported by the first cache: `import whispercache` alone does without.
@@ -91,11 +92,20 @@ class CacheBase:
     def _hit(
         self, request: Request, workload: Workload, terms: Terms, owner: Owner
     ) -> Lease | None:
-        entry = self._resolver.known(request)
-        # Resolving may touch the disk, which a task must not do on its loop.
-        if entry is None:
+        """
+        Returns a lease on a model in memory, which costs one look-up and one critical
+        section; None if the request has to be resolved, or to wait.
+        """
+        try:
+            entry = self._requests[request]
+        # Resolving may touch the disk, which a task must not do on its loop. It also
+        # says which option cannot be hashed.
+        except (KeyError, TypeError):
             return None
-        return self._core.hit(entry, workload, terms.keep_alive_s, owner)
+        lease = self._core.hit(entry, workload, terms.keep_alive_s, owner)
+        if lease is not None and self._is_tracing():
+            self._traced((lease,))
+        return lease
 
     def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Wanted]:
         """
@@ -128,10 +138,12 @@ class CacheBase:
         self._resolver.locate(target, workload, download=False)
         return snapshots.explain(self._core, target.entry, workload)
 
-    def _trace(self, leases: Iterable[Lease]) -> None:
+    def _traced(self, leases: tuple[Lease, ...]) -> tuple[Lease, ...]:
         # For the warning if they are never released.
-        for lease in leases:
-            lease.taken_at = caller()
+        if self._is_tracing():
+            for lease in leases:
+                lease.taken_at = caller()
+        return leases
 
     def known_key(
         self,

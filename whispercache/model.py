@@ -362,8 +362,10 @@ class CachedModel(Handle):
 
     def _lease(self, workload: Workload) -> Lease:
         lease = self._source.lease(workload)
-        # Not under a lock: with several threads it is any of their last ones.
-        self._served_by = lease.key
+        # Not under a lock: with several threads it is any of their last ones. Mostly it
+        # is what it was, and to set it costs more than all else here.
+        if self._served_by is not lease.key:
+            self._served_by = lease.key
         return lease
 
     def transcribe(
