@@ -183,7 +183,8 @@ class AsyncModelCache(CacheBase):
         self, request: Request, workload: Workload, terms: Terms
     ) -> Lease:
         # Without a thread: a model in memory is had within microseconds.
-        lease = self._hit(request, workload, terms, _current_task())
+        task = _current_task()
+        lease = self._core.hit(request, workload, terms.keep_alive_s, task)
         return await self._climb(request, workload, terms) if lease is None else lease
 
     async def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
@@ -212,7 +213,8 @@ class AsyncModelCache(CacheBase):
             # A task may be cancelled in the moment of its grant, which then goes back.
             core.abandon(waiter)
             raise
-        return self._traced(leases)
+        core.trace(leases)
+        return leases
 
     # Models ---------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .core.fallback import Terms, as_ladder
-from .core.threads import caller
 from .errors import EvictionTimeout, LeaseDeadlock
 from .options import (
     UNCHANGED,
@@ -64,13 +63,8 @@ class CacheBase:
     ) -> None:
         self._core = core
         self._resolver = resolver
-        self._requests = resolver.requests
         self._limits = limits
         self._usual_terms = Terms(ladder=ladder)
-        # Imported by the first cache: `import whispercache` alone does without.
-        from tracemalloc import is_tracing
-
-        self._is_tracing: Callable[[], bool] = is_tracing
 
     # Requests -------------------------------------------------------------------------
 
@@ -88,24 +82,6 @@ class CacheBase:
             None if keep_alive is None else parse_duration(keep_alive, "keep_alive"),
             self._usual_terms.ladder if fallback is None else as_ladder(fallback),
         )
-
-    def _hit(
-        self, request: Request, workload: Workload, terms: Terms, owner: Owner
-    ) -> Lease | None:
-        """
-        Returns a lease on a model in memory, which costs one look-up and one critical
-        section; None if the request has to be resolved, or to wait.
-        """
-        try:
-            entry = self._requests[request]
-        # Resolving may touch the disk, which a task must not do on its loop. It also
-        # says which option cannot be hashed.
-        except (KeyError, TypeError):
-            return None
-        lease = self._core.hit(entry, workload, terms.keep_alive_s, owner)
-        if lease is not None and self._is_tracing():
-            self._traced((lease,))
-        return lease
 
     def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Wanted]:
         """
@@ -137,13 +113,6 @@ class CacheBase:
         target = self._resolver.resolve(request, download=False)
         self._resolver.locate(target, workload, download=False)
         return snapshots.explain(self._core, target.entry, workload)
-
-    def _traced(self, leases: tuple[Lease, ...]) -> tuple[Lease, ...]:
-        # For the warning if they are never released.
-        if self._is_tracing():
-            for lease in leases:
-                lease.taken_at = caller()
-        return leases
 
     def known_key(
         self,

@@ -269,7 +269,7 @@ class ModelCache(CacheBase):
             CacheClosed: the cache was closed, before or meanwhile.
             Also what `get_model` raises.
         """
-        # Most requests are hits with nothing special: two calls less for each of them.
+        # `_lease`, spelled out: most requests are hits with nothing special.
         if load_options or type(compute_type) is not str:
             request = as_request(model_size_or_path, device, compute_type, load_options)
         else:
@@ -277,7 +277,9 @@ class ModelCache(CacheBase):
         terms = self._usual_terms
         if timeout_s is not None or keep_alive is not None or fallback is not None:
             terms = self._terms(timeout_s, keep_alive, fallback)
-        return self._lease(request, workload or DEFAULT_WORKLOAD, terms)
+        workload = workload or DEFAULT_WORKLOAD
+        lease = self._core.hit(request, workload, terms.keep_alive_s, current_owner())
+        return self._climb(request, workload, terms) if lease is None else lease
 
     def lease_many(
         self,
@@ -314,7 +316,8 @@ class ModelCache(CacheBase):
         return Leases(self._wait(parts, terms))
 
     def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
-        lease = self._hit(request, workload, terms, current_owner())
+        # A model in memory costs one look-up and one critical section.
+        lease = self._core.hit(request, workload, terms.keep_alive_s, current_owner())
         return self._climb(request, workload, terms) if lease is None else lease
 
     def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
@@ -339,7 +342,8 @@ class ModelCache(CacheBase):
             # Ctrl-C, for one: a grant that is under way goes back to the core.
             core.abandon(waiter)
             raise
-        return self._traced(leases)
+        core.trace(leases)
+        return leases
 
     # Models ---------------------------------------------------------------------------
 

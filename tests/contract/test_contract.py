@@ -1355,7 +1355,7 @@ def test_pin_holds_the_model_that_was_loaded_for_it(
         pinning = driver.start(cache, "pin", "small")
         gate.wait_reached()
         cache.resize(vram="1.5GiB")
-        cache._resolver.requests.clear()
+        cache._resolver._known.clear()
     pinning.result(10)
     pinned = [(info.device, info.pinned) for info in cache.models()]
     assert pinned == [("cuda:0", True)]

@@ -86,12 +86,8 @@ class Resolver:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._loader = core.loader
-        # Every hit asks, so it is a plain dict that makes no system call, and starts
-        # anew when it is full. What a name means is not kept: a link may point
-        # elsewhere.
-        # Source: benchmarks/hit_path.py; a look-up takes 0.03 µs, and 0.1 to 0.2 in the
-        # bounded maps of cachetools.
-        self.requests: dict[Request, Entry] = {}
+        # What a name means is not kept: a link may point elsewhere.
+        self._known = core.requests
         # One look at the disk, and one download, at a time for each model.
         self._locating: dict[Entry, threading.Lock] = {}
 
@@ -100,7 +96,7 @@ class Resolver:
         Returns the model of a request that was resolved before; None if it was not.
         """
         try:
-            return self.requests.get(request)
+            return self._known.get(request)
         except TypeError:  # an option that cannot be hashed: `resolve` says which
             return None
 
@@ -137,7 +133,7 @@ class Resolver:
         """
         Forgets all requests, so that each is resolved anew.
         """
-        self.requests.clear()
+        self._known.clear()
         self._locating.clear()
 
     def resolve(
@@ -176,9 +172,9 @@ class Resolver:
         target = Target(self._core.entry(key), options, files, is_placed)
         # A relative path means another model after os.chdir().
         if not is_directory(model) or os.path.isabs(name):
-            if len(self.requests) >= KNOWN_REQUESTS:
-                self.requests.clear()
-            self.requests[request] = target.entry
+            if len(self._known) >= KNOWN_REQUESTS:
+                self._known.clear()
+            self._known[request] = target.entry
         return target
 
     def matching(
@@ -220,7 +216,7 @@ class Resolver:
         files may be gone since, and a link may point elsewhere.
         """
         # Copies: other threads change them meanwhile.
-        known = list(self.requests.items())
+        known = list(self._known.items())
         asked = [e for (given, *_), e in known if name in (given, os.fspath(given))]
         path = os.path.expanduser(name)
         spelled = {name, os.path.abspath(path), os.path.realpath(path)}
