@@ -197,7 +197,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.waits(asked.owner):
             return
         part = self.part(asked)
-        request = (part.entry.key,)
+        request = (str(part.entry.key),)
         self.core.requests[request] = part.entry  # as the resolver does
         lease = self.core.hit(request, part.workload, asked.keep_alive_s, asked.owner)
         if lease is not None:
