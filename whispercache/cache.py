@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .base import CacheBase, Departure, ModelSource, outranked_by
 from .core.fallback import Attempts, Terms, as_ladder
-from .core.threads import MonotonicClock, current_owner, current_owners
+from .core.threads import MonotonicClock, current_owner, current_owners, here
 from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .errors import NotDownloaded
@@ -278,7 +278,7 @@ class ModelCache(CacheBase):
         if timeout_s is not None or keep_alive is not None or fallback is not None:
             terms = self._terms(timeout_s, keep_alive, fallback)
         workload = workload or DEFAULT_WORKLOAD
-        lease = self._core.hit(request, workload, terms.keep_alive_s, current_owner())
+        lease = self._core.hit(request, workload, terms.keep_alive_s, here.owner)
         return self._climb(request, workload, terms) if lease is None else lease
 
     def lease_many(
@@ -317,7 +317,7 @@ class ModelCache(CacheBase):
 
     def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
         # A model in memory costs one look-up and one critical section.
-        lease = self._core.hit(request, workload, terms.keep_alive_s, current_owner())
+        lease = self._core.hit(request, workload, terms.keep_alive_s, here.owner)
         return self._climb(request, workload, terms) if lease is None else lease
 
     def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:

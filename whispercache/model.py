@@ -364,8 +364,9 @@ class CachedModel(Handle):
         lease = self._source.lease(workload)
         # Not under a lock: with several threads it is any of their last ones. Mostly it
         # is what it was, and to set it costs more than all else here.
-        if self._served_by is not lease.key:
-            self._served_by = lease.key
+        key: ModelKey = lease._entry.key  # what the property `key` returns, sooner
+        if self._served_by is not key:
+            self._served_by = key
         return lease
 
     def transcribe(
