@@ -183,12 +183,9 @@ class AsyncModelCache(CacheBase):
         self, request: Request, workload: Workload, terms: Terms
     ) -> Lease:
         # Without a thread: a model in memory is had within microseconds.
-        lease = self._hit(request, workload, terms, _current_task())
-        if lease is None:
-            lease = await self._climb(request, workload, terms)
-        if self._is_tracing():
-            self._trace((lease,))
-        return lease
+        task = _current_task()
+        lease = self._core.hit(request, workload, terms.keep_alive_s, task)
+        return await self._climb(request, workload, terms) if lease is None else lease
 
     async def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
         attempts = Attempts(self._core, request, terms)
@@ -201,10 +198,7 @@ class AsyncModelCache(CacheBase):
     async def _acquire_many(
         self, requests: Sequence[Request], workload: Workload, terms: Terms
     ) -> Leases:
-        leases = Leases(await self._wait(requests, workload, terms))
-        if self._is_tracing():
-            self._trace(leases)
-        return leases
+        return Leases(await self._wait(requests, workload, terms))
 
     async def _wait(
         self, requests: Sequence[Request], workload: Workload, terms: Terms
@@ -214,11 +208,13 @@ class AsyncModelCache(CacheBase):
         task = _current_task()
         waiter = core.request(parts, terms.keep_alive_s, terms.timeout_s, task)
         try:
-            return await asyncio.wrap_future(waiter.future)
+            leases = await asyncio.wrap_future(waiter.future)
         except BaseException:
             # A task may be cancelled in the moment of its grant, which then goes back.
             core.abandon(waiter)
             raise
+        core.trace(leases)
+        return leases
 
     # Models ---------------------------------------------------------------------------
 

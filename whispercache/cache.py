@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .base import CacheBase, Departure, ModelSource, outranked_by
 from .core.fallback import Attempts, Terms, as_ladder
-from .core.threads import MonotonicClock, current_owner, current_owners
+from .core.threads import MonotonicClock, current_owner, current_owners, here
 from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .errors import NotDownloaded
@@ -269,9 +269,17 @@ class ModelCache(CacheBase):
             CacheClosed: the cache was closed, before or meanwhile.
             Also what `get_model` raises.
         """
-        request = as_request(model_size_or_path, device, compute_type, load_options)
-        terms = self._terms(timeout_s, keep_alive, fallback)
-        return self._lease(request, workload or DEFAULT_WORKLOAD, terms)
+        # `_lease`, spelled out: most requests are hits with nothing special.
+        if load_options or type(compute_type) is not str:
+            request = as_request(model_size_or_path, device, compute_type, load_options)
+        else:
+            request = (model_size_or_path, device, compute_type)
+        terms = self._usual_terms
+        if timeout_s is not None or keep_alive is not None or fallback is not None:
+            terms = self._terms(timeout_s, keep_alive, fallback)
+        workload = workload or DEFAULT_WORKLOAD
+        lease = self._core.hit(request, workload, terms.keep_alive_s, here.owner)
+        return self._climb(request, workload, terms) if lease is None else lease
 
     def lease_many(
         self,
@@ -305,19 +313,12 @@ class ModelCache(CacheBase):
         # Without fallbacks: which of the models should give way would be a guess.
         terms = self._terms(timeout_s, keep_alive, ())
         parts = self._locate(requests, workload or DEFAULT_WORKLOAD)
-        leases = Leases(self._wait(parts, terms))
-        if self._is_tracing():
-            self._trace(leases)
-        return leases
+        return Leases(self._wait(parts, terms))
 
     def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
         # A model in memory costs one look-up and one critical section.
-        lease = self._hit(request, workload, terms, current_owner())
-        if lease is None:
-            lease = self._climb(request, workload, terms)
-        if self._is_tracing():
-            self._trace((lease,))
-        return lease
+        lease = self._core.hit(request, workload, terms.keep_alive_s, here.owner)
+        return self._climb(request, workload, terms) if lease is None else lease
 
     def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
         """
@@ -336,11 +337,13 @@ class ModelCache(CacheBase):
         core, owner = self._core, current_owner()
         waiter = core.request(parts, terms.keep_alive_s, terms.timeout_s, owner)
         try:
-            return waiter.future.result()
+            leases = waiter.future.result()
         except BaseException:
             # Ctrl-C, for one: a grant that is under way goes back to the core.
             core.abandon(waiter)
             raise
+        core.trace(leases)
+        return leases
 
     # Models ---------------------------------------------------------------------------
 

@@ -203,9 +203,9 @@ class CacheMachine(RuleBasedStateMachine):
         if self.waits(asked.owner):
             return
         part = self.part(asked)
-        lease = self.core.hit(
-            part.entry, part.workload, asked.keep_alive_s, asked.owner
-        )
+        request = (str(part.entry.key),)
+        self.core.requests[request] = part.entry  # as the resolver does
+        lease = self.core.hit(request, part.workload, asked.keep_alive_s, asked.owner)
         if lease is not None:
             self.leases.append(lease)
             return
