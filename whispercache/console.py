@@ -32,15 +32,6 @@ def explain(parser: argparse.ArgumentParser, text: str) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
-def add_limits(parser: argparse.ArgumentParser) -> None:
-    """
-    Adds the options for the memory of a cache.
-    """
-    add = parser.add_argument
-    add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
-    add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
-
-
 def error_line(error: BaseException) -> str:
     """
     Returns an error as the one line that the user sees.

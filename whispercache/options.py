@@ -33,7 +33,8 @@ PATIENCE_S = 5.0
 # change.
 VARIANTS_VARIABLE = "WHISPERCACHE_VARIANTS"
 
-_OFF = ("off", "0", "no", "none", "false")
+# Words for no.
+OFF = ("off", "0", "no", "none", "false")
 
 # Most bytes that variants take on disk, unless a limit is given: ten of large-v3 in
 # int8.
@@ -182,7 +183,7 @@ def parse_variants(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - ch
     The environment variable `VARIANTS_VARIABLE` can turn them off, never on.
     """
     variable = os.environ.get(VARIANTS_VARIABLE, "").lower()
-    if value is False or value is None or variable in _OFF:
+    if value is False or value is None or variable in OFF:
         return None
     limit = Limit() if value is True else parse_limit(value, "variants")
     # A share of a disk would change with all that is written there.
