@@ -9,10 +9,10 @@ bool, None, or a list or mapping of them.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from whispercache.core.fallback import as_ladder
@@ -189,7 +189,8 @@ def _device(value: object, name: str) -> str:
 
 
 def _texts(value: object, name: str) -> list[str]:
-    if _is_none(value):
+    # As an option says it, too, which may be repeated.
+    if _is_none(value) or value == ["none"]:
         return []
     # One text has commas between; what came as a list may have them within.
     if isinstance(value, str):
@@ -206,7 +207,7 @@ def _rungs(value: object, name: str) -> list[str]:
 
 
 def _files(value: object, name: str) -> list[str]:
-    return [os.path.expanduser(each) for each in _texts(value, name)]  # noqa: PTH111
+    return [str(Path(each).expanduser()) for each in _texts(value, name)]
 
 
 def one_of(*words: str) -> Kind:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
+from whispercache.devices.host import user_config
 from whispercache.options import CacheOptions
 
 from .table import (
@@ -151,11 +152,10 @@ def usual_file() -> Path | None:
     """
     Returns the path of the user's file, there or not; None for a user without a home.
     """
-    from platformdirs import user_config_dir
-
-    path = Path(user_config_dir("whispercache", appauthor=False), "config.toml")
-    # Without HOME, and with a user id that has no name, platformdirs starts with "~".
-    return path if path.is_absolute() else None
+    try:
+        return user_config() / "config.toml"
+    except FileNotFoundError:
+        return None
 
 
 def file_in_use(config: str | None = None) -> Path | None:

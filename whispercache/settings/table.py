@@ -97,12 +97,15 @@ _OF_CACHES = (
         "patience_s",
         kinds.SECONDS,
         PATIENCE_S,
-        "time for which others may pass a request that waits for memory",
+        "time for which hits may pass one that waits",
     ),
     Setting("max_waiting", kinds.COUNT_OR_NONE, None, "most requests in the queue"),
     Setting("fallback", kinds.FALLBACK, [], "what to try instead: int8, cpu, cuda:1"),
     Setting(
-        "pressure", kinds.one_of("load", "watch"), "load", "when free memory is read"
+        "pressure",
+        kinds.one_of("load", "watch"),
+        "load",
+        "when free memory is read: before a load, or watch it",
     ),
     Setting(
         "coordinate",
@@ -120,7 +123,7 @@ _OF_CACHES = (
         "variants",
         kinds.SWITCH_OR_BYTES,
         default=True,
-        meaning="converted copies of models on disk: on (16 GiB), 5GiB, off",
+        meaning="converted models on disk: on (16 GiB), 5GiB, off",
     ),
 )
 
@@ -140,7 +143,7 @@ _OF_SERVERS = (
         "max_audio",
         kinds.TIME_OR_NONE,
         None,
-        "audio of all requests at work (as max_duration, if none)",
+        "audio of all at work (as max_duration, if none)",
     ),
     Setting("timeout", kinds.TIME, "60s", "wait for a model"),
     Setting("max_waiting", kinds.COUNT_OR_ZERO, 64, "requests that wait"),
