@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .model import CachedModel
-    from .options import CacheOptions
+    from .options import CacheOptions, ComputeType, DeviceIndex
     from .units import DurationValue
 
 _lock = threading.Lock()
@@ -75,8 +75,8 @@ def default_cache() -> ModelCache:
 def get_model(
     model_size_or_path: str | os.PathLike[str],
     device: str = "auto",
-    compute_type: str = "default",
-    *,
+    *more: ComputeType | DeviceIndex,
+    compute_type: ComputeType = "default",
     timeout_s: DurationValue | None = None,
     keep_alive: DurationValue | None = None,
     fallback: Sequence[str] | None = None,
@@ -91,7 +91,8 @@ def get_model(
     return default_cache().get_model(
         model_size_or_path,
         device,
-        compute_type,
+        *more,
+        compute_type=compute_type,
         timeout_s=timeout_s,
         keep_alive=keep_alive,
         fallback=fallback,
