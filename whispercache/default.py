@@ -35,16 +35,16 @@ def configure(**options: Unpack[CacheOptions]) -> None:
         TypeError, ValueError: a parameter is unknown or nonsense.
         RuntimeError: the cache is in use already.
     """
-    from .settings.sources import check_options
+    from .settings.sources import checked_options
 
-    check_options(options)
+    checked = checked_options(options)
     with _lock:
         if _default is not None and not _default.is_closed:
             raise RuntimeError(
                 "the default cache is in use already; call configure() before the "
                 "first get_model() or default_cache(), or make a ModelCache"
             )
-        _configured.update(options)
+        _configured.update(checked)
 
 
 def default_cache() -> ModelCache:

@@ -319,7 +319,7 @@ class AudioError(WhisperCacheError, ValueError):
     """
     The audio could not be opened or decoded. No model was loaded for it.
 
-    Where FFmpeg is to blame it is an error of `av.error`, too, as faster-whisper raises it.
+    Where FFmpeg is to blame it is an error of `av.error`, too, as in faster-whisper.
 
     Attributes:
         audio: Path of the audio, or the type of the object.

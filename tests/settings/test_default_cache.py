@@ -138,6 +138,16 @@ def test_what_is_configured_is_checked_at_once() -> None:
     assert "max_models" not in default._configured
 
 
+def test_words_mean_what_they_mean_in_a_file() -> None:
+    """
+    A program may pass on what it read in a configuration of its own.
+    """
+    configure(coordinate="off", max_models="2", fallback="int8, cpu")  # type: ignore[arg-type]
+    assert default._configured["coordinate"] is False
+    assert default._configured["max_models"] == 2
+    assert default._configured["fallback"] == ["int8", "cpu"]
+
+
 def test_all_that_a_model_cache_takes_can_be_configured(clock: FakeClock) -> None:
     """
     Functions, tuples, mappings and None, which no file could say.

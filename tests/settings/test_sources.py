@@ -212,6 +212,8 @@ class TestRefusals:
             ("max_models = 1.5", "must be a whole number, not 1.5"),
             ('policy = "fifo"', "policy must be lru or gap, not 'fifo'"),
             ("patience_s = -1", "patience_s must have an end"),
+            ("coordinate = 1", "coordinate must be on or off, not 1"),
+            ("park = 1", "park=1 would be that many bytes"),
             ('coordinate = "maybe"', "coordinate must be on or off"),
             ('fallback = ["int9"]', "fallback 'int9' is neither"),
             ('variants = "20%"', "variants must be bytes"),

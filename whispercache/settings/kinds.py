@@ -95,11 +95,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _switch(value: object, name: str) -> bool:
-    word = value.strip().lower() if isinstance(value, str) else value
-    found = word if isinstance(word, bool) else _WORDS.get(str(word))
-    if found is None:
-        raise ValueError(f"{name} must be on or off, not {value!r}")
-    return found
+    if isinstance(value, str):
+        value = _WORDS.get(value.strip().lower(), value)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be on or off, not {value!r}")  # noqa: TRY004
+    return value
 
 
 def _switch_or_limit(value: object, name: str) -> object:

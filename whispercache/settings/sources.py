@@ -92,19 +92,21 @@ def values_below(table: str, held: Mapping[str, Held]) -> dict[str, Any]:
     }
 
 
-def check_options(options: CacheOptions) -> None:
+def checked_options(options: CacheOptions) -> CacheOptions:
     """
-    Checks parameters of a `ModelCache` that a program gave.
+    Returns parameters of a `ModelCache` that a program gave, as the cache takes them.
 
     Raises:
         TypeError, ValueError: One is unknown or nonsense.
     """
+    found: dict[str, object] = {}
     for name, value in options.items():
         if name not in CacheOptions.__annotations__:
             raise TypeError(str(unknown(name, CacheOptions.__annotations__)))
         # What Python alone has passes: None for no limit, functions, the parts.
-        if name in CACHE_KEYS and value is not None and not callable(value):
-            SETTINGS[name].kind.read(value, name)
+        is_plain = name in CACHE_KEYS and value is not None and not callable(value)
+        found[name] = SETTINGS[name].kind.read(value, name) if is_plain else value
+    return cast("CacheOptions", found)
 
 
 def read(setting: Setting, value: object, name: str) -> object:
