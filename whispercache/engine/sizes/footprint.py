@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from whispercache.devices.host import cpu_name
 from whispercache.engine.naming import canonical_model
 from whispercache.errors import UnknownModel
 from whispercache.keys import (
@@ -201,6 +200,9 @@ def footprint(
     predicted = estimate(source, effective, canonical, workload)
     if canonical != "cpu":
         return predicted
+    # Imported late: who imports the package need not wait for them.
+    from whispercache.devices.host import cpu_name
+
     from .learned import LearnedFootprints, corrected
 
     place = (model_name, effective, cpu_name())
