@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from real import clip, micro
 
-from whispercache.cli import config
+from whispercache.cli import config, doctor, variants
+from whispercache.cli.doctor import Finding
 from whispercache.cli.main import main
 from whispercache.console import WRONG_USE
 from whispercache.server import command as serve
@@ -242,6 +243,36 @@ class TestTranscribe:
         assert main(["transcribe", *files, "--model", str(micro("micro a"))]) == 0
         assert capsys.readouterr().out.count("\nmicro a\n") == 2
         assert loads.count("ModelLoaded") == 1
+
+
+def test_the_doctor_says_what_holds_and_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    With the place that it came from.
+    """
+    assert doctor._settings() == Finding("works", "settings", "the defaults")
+    monkeypatch.setenv("WHISPERCACHE_RAM", "3GiB")
+    assert doctor._settings().text == "ram from WHISPERCACHE_RAM"
+    monkeypatch.setenv("WHISPERCACHE_RAM", "lots")
+    found = doctor._settings()
+    assert found.mark == "wrong"
+    assert "WHISPERCACHE_RAM must be an amount of memory" in found.text
+
+
+def test_variants_are_bounded_by_the_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    On and off are no sizes: what is asked for is done all the same.
+    """
+    for said, limit in {"3GiB": 3, "off": 16, "on": 16}.items():
+        monkeypatch.setenv("WHISPERCACHE_VARIANTS", said)
+        assert variants._limit_bytes() == limit * 1024**3
+    assert variants._limit_bytes("4GiB") == 4 * 1024**3
+    monkeypatch.setenv("WHISPERCACHE_VARIANTS", "of")
+    assert main(["variants"]) == WRONG_USE
+    assert "WHISPERCACHE_VARIANTS must be an amount" in capsys.readouterr().err
 
 
 def test_the_help_of_a_module_is_that_of_the_table() -> None:
