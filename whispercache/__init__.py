@@ -18,7 +18,7 @@ of your own.
 from typing import TYPE_CHECKING
 
 from .cache import ModelCache
-from .default import default_cache, get_model
+from .default import configure, default_cache, get_model
 from .engine.sizes.footprint import Footprint, Workload, footprint
 from .errors import (
     AudioError,
@@ -117,6 +117,7 @@ __all__ = [
     "Workload",
     "__version__",
     "compare",
+    "configure",
     "default_cache",
     "footprint",
     "get_model",

@@ -25,7 +25,7 @@ from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .lease import Lease, Leases
 from .model import Handle, LeasedIterator, call_leased
-from .options import as_request, as_requests, parse_tier, parse_timeout
+from .options import as_request, as_requests, by_position, parse_tier, parse_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .engine.sizes.footprint import Workload
     from .events import Explanation
     from .keys import ModelKey
-    from .options import CacheOptions, ModelRequest, Tier
+    from .options import CacheOptions, ComputeType, DeviceIndex, ModelRequest, Tier
     from .units import DurationValue
     from .watch.live import Snapshot
 
@@ -118,8 +118,8 @@ class AsyncModelCache(CacheBase):
         self,
         model_size_or_path: str | os.PathLike[str],
         device: str = "auto",
-        compute_type: str = "default",
-        *,
+        *more: ComputeType | DeviceIndex,
+        compute_type: ComputeType = "default",
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         fallback: Sequence[str] | None = None,
@@ -130,6 +130,7 @@ class AsyncModelCache(CacheBase):
         """
         # Both touch the disk.
         model = await _in_thread(anchored, model_size_or_path)
+        compute_type, load_options = by_position(more, compute_type, load_options)
         request = as_request(model, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, fallback)
         source = await _in_thread(self._cache._source, request, terms)

@@ -28,6 +28,7 @@ from .options import (
     Limits,
     as_request,
     as_requests,
+    by_position,
     limits_by_device,
     parse_count,
     parse_park,
@@ -58,7 +59,14 @@ if TYPE_CHECKING:
     from .engine.sizes.footprint import Workload
     from .events import Explanation
     from .lease import Lease
-    from .options import ModelRequest, PolicyName, Pressure, Tier
+    from .options import (
+        ComputeType,
+        DeviceIndex,
+        ModelRequest,
+        PolicyName,
+        Pressure,
+        Tier,
+    )
     from .planning.policies import Policy
     from .units import DurationValue, LimitValue
 
@@ -190,8 +198,8 @@ class ModelCache(CacheBase):
         self,
         model_size_or_path: str | os.PathLike[str],
         device: str = "auto",
-        compute_type: str = "default",
-        *,
+        *more: ComputeType | DeviceIndex,
+        compute_type: ComputeType = "default",
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         fallback: Sequence[str] | None = None,
@@ -208,6 +216,8 @@ class ModelCache(CacheBase):
             device: ``"cpu"``; ``"cuda:N"``; ``"cuda"`` for the GPU where the model is
                 already, or else the one with most memory for it; ``"auto"`` for that,
                 or the CPU if no GPU can hold it. A ``device_index`` names the GPU, too.
+            more: The compute type by position; or what WhisperModel takes there: the
+                index of the GPU, or a list of one, and then the compute type and so on.
             compute_type: As for WhisperModel; ``"default"``, ``"auto"`` and ``"int8"``
                 mean what CTranslate2 really uses on that device. A mapping has one for
                 each kind of device, as in ``{"cuda": "float16", "cpu": "int8"}``.
@@ -227,6 +237,7 @@ class ModelCache(CacheBase):
         """
         # A relative path means the same directory after os.chdir().
         model = anchored(model_size_or_path)
+        compute_type, load_options = by_position(more, compute_type, load_options)
         request = as_request(model, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, fallback)
         return CachedModel(self._source(request, terms))
