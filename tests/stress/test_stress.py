@@ -7,6 +7,7 @@ The same checks are run against broken caches, and must fail there.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import math
 import os
@@ -441,6 +442,8 @@ def fork_at_random_moments() -> None:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 pid = os.fork()
             if pid == 0:
+                # A child that hangs tells where, before it is ended.
+                faulthandler.dump_traceback_later(15)
                 signal.alarm(20)
                 told = "served"
                 try:
