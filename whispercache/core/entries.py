@@ -403,6 +403,9 @@ class Entry:
         """
         self.cause = cause
         self._count()
+        # What is pinned is out of reach, so a request may not fit any more.
+        if self.pinned:
+            self.device.outlook.forget()
 
     def pin(self, *, is_pinned: bool) -> None:
         """
@@ -413,6 +416,8 @@ class Entry:
             self.unshelve()
         self.pinned = is_pinned
         self._count()
+        for device in (self.device, self.host):  # perhaps it has a copy there
+            device.outlook.forget()
         if is_idle:
             self.rack[self] = None
             self.device.idle_bytes += self.idle_bytes
@@ -445,8 +450,6 @@ class Entry:
         if self._tally is not None:
             self._tally.add(1, self._tallied_bytes)
         self.idle_bytes = 0 if self.pinned else self._tallied_bytes
-        # A request may be able to pass, or unable to fit, that could not before.
-        device.outlook.forget()
 
     def awaits_unload(self) -> Future[None]:
         """

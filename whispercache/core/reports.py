@@ -98,7 +98,7 @@ class Reports:
         if not entry.leases and not entry.is_idle:
             self._evictions.shelve(entry, None)
         self._state.note_kept(entry.host, kept)
-        self._scheduler.admit()
+        self._scheduler.has_moved(entry)
 
     def load_failed(
         self,
@@ -182,7 +182,7 @@ class Reports:
             budget.clear(entry)
         self._absent(entry)
         entry.device.budget.keep(unreturned_bytes, released.used_bytes)
-        self._scheduler.admit()
+        self._scheduler.has_moved(entry)
 
     def refused(self, entry: Entry, reason: str) -> None:
         """

@@ -78,6 +78,11 @@ class Round:
         look = view.Shelves(state, rules.policy, now_s)
         rooms = {name: view.room(state, each) for name, each in state.devices.items()}
         self._walk = Walk(rooms, look.idle, look.busy)
+        # What no younger request than those before can have.
+        self._reach_bytes = {name: room.reach_bytes for name, room in rooms.items()}
+        devices = state.devices.values()
+        self._is_known = all(device.outlook.is_known for device in devices)
+        self._asleep: list[Cohort] = []
         # What is to be shown, by serial number; a cohort shows one after the other.
         self._heap: list[tuple[int, Waiter, Cohort | None]] = []
         self._seen: dict[int, _Shown] = {}
@@ -109,12 +114,37 @@ class Round:
                     workloads.add(workload)
                     self._show(waiter)
         for cohort in line.cohorts.values():
-            self._show_next(cohort, -1)
+            if not self._sleeps(cohort):
+                self._show_next(cohort, -1)
         heap = self._heap
         heapq.heapify(heap)
         while heap:
             self._decide(*heapq.heappop(heap))
         return self.found
+
+    def _sleeps(self, cohort: Cohort) -> bool:
+        """
+        Returns True if a cohort is stuck as it was before, so that the planner need not
+        see it: it wants more bytes than all that could be had without the end of a
+        lease.
+        """
+        was_stopped = cohort.stopped_in == self._state.rounds
+        first = cohort.after(-1)
+        if first is None or not was_stopped or not self._is_known:
+            return False
+        # Some of these would bar others, drain models, or be held, not stuck.
+        if cohort.worn or self._is_impatient(first) or self._line.groups:
+            return False
+        demand = cohort.demands[0]
+        more_bytes = demand.n_bytes - self._reach_bytes[demand.device]
+        if more_bytes <= 0:
+            return False
+        self._asleep.append(cohort)
+        self.stopped[cohort] = first.serial
+        self.impatient_since_s = min(self.impatient_since_s, first.since_s)
+        margin = self._walk.margins[demand.device]
+        margin.reach_bytes = min(margin.reach_bytes, more_bytes)
+        return True
 
     def decide_on(self, waiter: Waiter) -> Decision:
         """
@@ -140,7 +170,9 @@ class Round:
         decision = self._walk.decide(serial, pending)
         if decision.outcome is Outcome.STUCK:
             self._note_patience(pending, waiter)
-        passed = tuple(self._passed(serial, decision))
+        passed: tuple[Waiter, ...] = ()
+        if decision.outcome is Outcome.LOAD:
+            passed = tuple(self._passed(serial, decision, pending))
         if not decision.waits or decision.victims or decision.drain:
             self.found.append(Found(waiter, decision, passed))
         if cohort is not None:
@@ -199,7 +231,9 @@ class Round:
     def _is_impatient(self, waiter: Waiter) -> bool:
         return waiter.since_s <= self._impatient_since_s
 
-    def _passed(self, serial: int, decision: Decision) -> Iterator[Waiter]:
+    def _passed(
+        self, serial: int, decision: Decision, pending: Pending
+    ) -> Iterator[Waiter]:
         """
         Returns all that the load of the request with that number passes.
         """
@@ -209,6 +243,10 @@ class Round:
                 if waiter.serial not in seen:
                     seen.add(waiter.serial)
                     yield waiter
+        devices = {demand.device for demand in pending.demands}
+        for cohort in self._asleep:
+            if any(demand.device in devices for demand in cohort.demands):
+                yield from self._members(cohort, -1, serial)
 
     def _alike(self, place: int, end: int) -> Iterable[Waiter]:
         """
@@ -217,12 +255,7 @@ class Round:
         """
         shown = self._seen[place]
         if shown.cohort is not None:
-            # Those younger than the one that bars them were not stuck but barred.
-            if not shown.cohort.passes:
-                barred = self._walk.barred
-                devices = [demand.device for demand in shown.cohort.demands]
-                end = min(end, *(barred.get(name, end) + 1 for name in devices))
-            return shown.cohort.between(place, end)
+            return self._members(shown.cohort, place, end)
         waiter = shown.waiter
         entry, workload = waiter.wanted[0].entry, waiter.wanted[0].workload
         if waiter.is_group or entry.state is not State.RESIDENT:
@@ -232,6 +265,18 @@ class Round:
             for other in self._line.open_waiters(entry)
             if place <= other.serial < end and other.wanted[0].workload == workload
         ]
+
+    def _members(self, cohort: Cohort, first: int, end: int) -> Iterable[Waiter]:
+        """
+        Returns the stuck requests of a cohort from *first* on that are older than
+        *end*.
+        """
+        # Those younger than the one that bars them were not stuck but barred.
+        if not cohort.passes:
+            barred = self._walk.barred
+            devices = [demand.device for demand in cohort.demands]
+            end = min(end, *(barred.get(name, end) + 1 for name in devices))
+        return cohort.between(first, end)
 
     @property
     def has_moved(self) -> bool:
@@ -258,13 +303,16 @@ class Round:
         asked once all that was found is done.
         """
         name = device.name
-        margin = self._walk.margins[name]
+        walk = self._walk
+        if not any(name in seen for seen in (walk.margins, walk.promised_bytes)):
+            return Outlook()
+        margin = walk.margins[name]
         room = view.room(self._state, device)
         return Outlook(
             room.free_bytes + margin.free_bytes,
             room.free_models + margin.free_models,
             room.reach_bytes + margin.reach_bytes,
             room.reach_models + margin.reach_models,
-            self._walk.promised_bytes[name],
+            walk.promised_bytes[name],
             name in self._draining,
         )

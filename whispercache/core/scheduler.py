@@ -281,6 +281,7 @@ class Scheduler:
         # What was held back for it is open again, for the next request in line.
         for entry in waiter.draining:
             entry.drained_for = None
+            entry.device.outlook.forget()
         waiter.draining.clear()
         # It kept its models from expiring.
         for entry in waiter.entries:
@@ -434,25 +435,45 @@ class Scheduler:
             if self._now() >= state.impatient_at_s or view.may_help(state, device):
                 self.admit()
             else:
-                self._look_out((device,))
+                self._look_out((device,), least_s=LOOK_EVERY_S)
 
-    def _look_out(self, devices: Iterable[Device], *, suspects: bool = True) -> None:
+    def has_moved(self, entry: Entry) -> None:
         """
-        Sees to it that no request waits in vain: for what a new reading would show, or
-        in a deadlock, unless that was just looked for.
+        Admits those that wait if the end of a load or an unload may help one.
+        """
+        self._evictions.shrink()
+        if not self._state.queue:
+            return
+        devices = {entry.device, entry.host}
+        outlooks = [device.outlook for device in devices]
+        # What was loaded may have to be drained, and of what was promised less may have
+        # been returned than was hoped for.
+        if entry.waiting or any(o.is_draining or o.promised_bytes for o in outlooks):
+            self.admit()
+            return
+        for device in devices:
+            self.settle(device)
+        self._look_out(devices)
+
+    def _look_out(
+        self, devices: Iterable[Device], *, suspects: bool = True, least_s: float = 0.0
+    ) -> None:
+        """
+        Sees to it that no request waits in vain: for what a new reading would show,
+        *least_s* after the last one, or in a deadlock, unless that was just looked for.
         """
         state, now_s = self._state, self._now()
         for device in devices:
-            self._look_at(device, now_s)
+            self._look_at(device, now_s, least_s)
         is_looked_for = state.deadlocks_at_s < math.inf
         if suspects and not is_looked_for and deadlocks.suspects(state):
             state.deadlocks_at_s = now_s + DEADLOCK_S
             self._agenda.wake_by(state.deadlocks_at_s)
 
-    def _look_at(self, device: Device, now_s: float) -> None:
+    def _look_at(self, device: Device, now_s: float, least_s: float) -> None:
         # What ended may have left more than the last reading knew of.
         if device.is_stale and not device.is_moving and device.budget.may_gain:
-            next_s = device.looked_s + LOOK_EVERY_S
+            next_s = device.looked_s + least_s
             if now_s >= next_s:
                 device.is_stale = False
                 device.looked_s = now_s
