@@ -256,12 +256,12 @@ class Entry:
 
     def resident(self) -> Resident:
         """
-        Returns the model as a policy sees it.
+        Returns a model in memory as a policy sees it.
         """
         return Resident(
             key=self.key,
             device=self.device.name,
-            weights_bytes=self.weights_bytes,
+            weights_bytes=self._tallied_bytes,
             last_used_s=self.last_used_s or 0.0,
             gap_s=self.gap_s or 0.0,
             cost_s=self.load_s,

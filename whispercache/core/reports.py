@@ -181,7 +181,9 @@ class Reports:
         for budget in entry.budgets:
             budget.clear(entry)
         self._absent(entry)
-        entry.device.budget.keep(unreturned_bytes, released.used_bytes)
+        if unreturned_bytes:
+            entry.device.budget.keep(unreturned_bytes, released.used_bytes)
+            entry.device.outlook.forget()  # less came than was promised
         self._scheduler.has_moved(entry)
 
     def refused(self, entry: Entry, reason: str) -> None:

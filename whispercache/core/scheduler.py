@@ -445,10 +445,8 @@ class Scheduler:
         if not self._state.queue:
             return
         devices = {entry.device, entry.host}
-        outlooks = [device.outlook for device in devices]
-        # What was loaded may have to be drained, and of what was promised less may have
-        # been returned than was hoped for.
-        if entry.waiting or any(o.is_draining or o.promised_bytes for o in outlooks):
+        # What was loaded may have to be drained.
+        if entry.waiting or any(device.outlook.is_draining for device in devices):
             self.admit()
             return
         for device in devices:
