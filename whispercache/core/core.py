@@ -48,6 +48,7 @@ from .reports import Reports
 from .scheduler import Scheduler
 from .state import CacheState
 from .threads import DeviceThread, MonotonicClock, caller, has_ended, take_turn
+from .ticks import Ticks
 from .unloads import Unloads
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class Core:
         evictions = Evictions(agenda)
         self._evictions = evictions
         self.scheduler: Scheduler = Scheduler(agenda, evictions, self)
+        self._ticks = Ticks(agenda, evictions, self.scheduler)
         reports = Reports(agenda, evictions, self.scheduler)
         self.gauges: Gauges = Gauges(lock, state, reports, self.probe, peers)
         base = Base(
@@ -220,7 +222,7 @@ class Core:
 
     def _tick(self, at_s: float) -> None:
         with self.lock.changing():
-            self.scheduler.tick(at_s)
+            self._ticks.tick(at_s)
 
     def _stop(self) -> None:
         # From the last to the first; all of it is done, whatever fails in between.

@@ -274,9 +274,10 @@ class Entry:
         Remembers where the files are and what they will take.
         """
         if self.state is State.ABSENT:
-            self.device.moved.add(self)
-            if self.waiting:  # what was decided for them may be wrong
-                self.device.outlook.forget()
+            is_known = self.footprints.items() >= footprints.items()
+            if self.waiting and not is_known:
+                self.device.moved.add(self)
+                self.device.outlook.forget()  # what was decided may be wrong
             if files != self.files:
                 self.failures = 0  # perhaps somebody has mended it
             self.files = files

@@ -74,6 +74,7 @@ class CacheState:
         unset_s: Those of them that the clock may not know of yet.
         wake_at_s: The next of them.
         deadlocks_at_s: When it looks for deadlocks next.
+        check_s: How long it took to look for them last.
     """
 
     limit_of: Callable[[str], Limit]
@@ -97,6 +98,7 @@ class CacheState:
     unset_s: set[float] = field(default_factory=set)
     wake_at_s: float = math.inf  # each release asks
     deadlocks_at_s: float = math.inf
+    check_s: float = 0.0
     _last_look: int = -1
 
     @property
