@@ -121,11 +121,18 @@ def own_values(
         names = [each.name for each in parameters][: len(args)]
     if check is not None:
         check(values)
-    for each in parameters:
-        # A default list is one object for all calls, and callers get it in the info.
-        if isinstance(each.default, list):
-            values.setdefault(each.name, list(each.default))
+    for name, own in own_lists(function).items():
+        values.setdefault(name, own)
     return tuple(values.pop(name) for name in names) if names else args, values
+
+
+def own_lists(function: Callable[..., object]) -> dict[str, list[object]]:
+    """
+    Returns copies of the lists among the defaults of *function*: each is one object for
+    all calls, and callers get it in the info.
+    """
+    parameters = signature_of(function, follow_wrapped=False).parameters.values()
+    return {p.name: list(p.default) for p in parameters if type(p.default) is list}
 
 
 @functools.cache
