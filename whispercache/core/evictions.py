@@ -80,6 +80,9 @@ class Evictions:
         """
         if keep_alive_s is None:
             keep_alive_s = self._rules.keep_alive_s
+        if entry.spares:
+            entry.spare(is_spared=True)
+            self._agenda.remind(self._now() + SPARED_S, entry)
         entry.shelve(keep_alive_s, self._now())
         # It was to be evicted while it was leased.
         if entry.cause is not None:
@@ -88,6 +91,13 @@ class Evictions:
             self.unload(entry, EvictionCause.EXPIRED)
         elif entry.expires_at_s < entry.reminder_s or self._state.unset_s:
             self.remind_of(entry)
+
+    def end_spare(self, entry: Entry, now_s: float) -> None:
+        """
+        Lets a model go whose last call was long enough ago.
+        """
+        if entry.is_idle and (entry.last_used_s or 0.0) + SPARED_S <= now_s:
+            entry.spare(is_spared=False)
 
     def _may_expire(self, entry: Entry) -> bool:
         # If it is waited for, it would have to be loaded again at once.
@@ -190,7 +200,7 @@ class Evictions:
         Takes all idle models of a device that ran out of memory off its shelf, to be
         unloaded by the caller, who is on its thread.
         """
-        idle = list(device.shelf)
+        idle = [*device.shelf, *device.spared]
         for entry in idle:
             entry.begin_unload(EvictionCause.OUT_OF_MEMORY, self._now())
         return idle
