@@ -93,6 +93,7 @@ class Entry:
         spares: Results of calls on it that are still in use, and need its next call.
         spared_for: The owner of the last of those calls.
         is_spared: It is not evicted for others when idle, for a short while.
+        spare_reminder_s: When it is looked at next for that.
     """
 
     key: ModelKey
@@ -131,6 +132,7 @@ class Entry:
     spares: int = 0
     spared_for: Owner = None
     is_spared: bool = False
+    spare_reminder_s: float = math.inf
     # The sums of its device in which it is counted now, and with how many bytes.
     _tally: Tally | None = None
     _tallied_bytes: int = 0
@@ -183,6 +185,13 @@ class Entry:
         True if it is pinned and not being evicted.
         """
         return self.pinned and self.cause is None
+
+    @property
+    def spared_until_s(self) -> float:
+        """
+        When others may have it evicted: its last call may have been one of several.
+        """
+        return (self.last_used_s or 0.0) + SPARED_S
 
     @property
     def rack(self) -> dict[Entry, None]:

@@ -80,10 +80,11 @@ class Evictions:
         """
         if keep_alive_s is None:
             keep_alive_s = self._rules.keep_alive_s
-        if entry.spares:
-            entry.spare(is_spared=True)
-            self._agenda.remind(self._now() + SPARED_S, entry)
+        entry.spare(is_spared=entry.spares > 0)
         entry.shelve(keep_alive_s, self._now())
+        if entry.is_spared and entry.spare_reminder_s == math.inf:
+            entry.spare_reminder_s = entry.spared_until_s
+            self._agenda.remind(entry.spared_until_s, entry)
         # It was to be evicted while it was leased.
         if entry.cause is not None:
             self.unload(entry, entry.cause)
@@ -96,8 +97,15 @@ class Evictions:
         """
         Lets a model go whose last call was long enough ago.
         """
-        if entry.is_idle and (entry.last_used_s or 0.0) + SPARED_S <= now_s:
+        if entry.spare_reminder_s > now_s:
+            return
+        entry.spare_reminder_s = math.inf
+        # Leased, it is spared again with the end of that.
+        if entry.is_idle and entry.spared_until_s <= now_s:
             entry.spare(is_spared=False)
+        elif entry.is_idle and entry.is_spared:
+            entry.spare_reminder_s = entry.spared_until_s
+            self._agenda.remind(entry.spared_until_s, entry)
 
     def _may_expire(self, entry: Entry) -> bool:
         # If it is waited for, it would have to be loaded again at once.
