@@ -349,9 +349,10 @@ class CachedModel(Handle):
     holds the lease until it is exhausted, closed or collected. Between calls the model
     may be evicted, and the next call reloads it: hold as many of these as you like.
 
-    Made by `ModelCache.get_model`; safe to share between threads. It has the methods
-    and attributes of `faster_whisper.WhisperModel` except ``model``, which is not safe
-    to touch without a lease: use `lease` for that.
+    Made by `ModelCache.get_model`; safe to share between threads. It is an instance of
+    `faster_whisper.WhisperModel` too, whose ``model`` is a view that takes a lease for
+    each call. Only where a cache has a loader of a user's own it is not: calls are
+    passed to the models of that, nothing can be set, and ``model`` is missing.
     """
 
     def lease(self) -> Lease:

@@ -117,9 +117,7 @@ class CachedWhisperModel(CachedModel):
         if call is None:
             return self._made(_EXTRACTOR)
         mine = vars(self).get(_EXTRACTOR)
-        return call.own(
-            call.lease.loaded.whisper.feature_extractor if mine is None else mine
-        )
+        return call.own(call.loaded.whisper.feature_extractor if mine is None else mine)
 
     @feature_extractor.setter
     def feature_extractor(self, value: object) -> None:
@@ -134,7 +132,7 @@ class CachedWhisperModel(CachedModel):
         call = self._leased.call
         if call is not None:
             # So that a tokenizer is not kept beyond the model for each of these.
-            return getattr(call.lease.loaded.whisper, name)
+            return getattr(call.loaded.whisper, name)
         return self._made(name)
 
     def _made(self, name: str) -> object:
@@ -194,11 +192,9 @@ def class_over(base: type[WhisperModel]) -> type[CachedWhisperModel]:
     """
 
     def like(method: str) -> Callable[..., object]:
-        call = getattr(CachedWhisperModel, method)
-
         @functools.wraps(getattr(base, method))
         def wrapper(self: object, *args: object, **options: object) -> object:
-            return call(self, *args, **options)
+            return getattr(CachedWhisperModel, method)(self, *args, **options)
 
         return wrapper
 

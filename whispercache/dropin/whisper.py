@@ -41,12 +41,14 @@ class Call:
 
     Attributes:
         lease: The lease.
+        loaded: Its model. This object is gone before the lease ends.
     """
 
-    __slots__ = ("_extractor", "_of", "lease")
+    __slots__ = ("_extractor", "_of", "lease", "loaded")
 
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
+        self.loaded: LoadedModel = lease.loaded
         self._extractor: object = None
         self._of: object = None
 
@@ -176,7 +178,7 @@ class LeasedWhisper:
     ) -> object:
         call = self._here.call
         if call is not None:
-            return _method(call.lease, name)(*args, **options)
+            return _method(call.loaded, name)(*args, **options)
         # Its end may let others have the model before this call.
         self.source.catch_up()
         lease = self._pinned_lease(_workload(name, args, options))
@@ -226,7 +228,7 @@ class LeasedWhisper:
     def _resident(self) -> LoadedModel | None:
         call = self._here.call
         if call is not None:
-            return call.lease.loaded
+            return call.loaded
         return (self._pinned or self.source).resident()
 
     def _count(self, name: str) -> int:
@@ -272,7 +274,7 @@ class LeasedWhisper:
         """
         call = self._here.call
         if call is not None:
-            return call.lease.loaded.is_multilingual
+            return call.loaded.is_multilingual
         return self._facts.is_multilingual
 
     @property
@@ -398,7 +400,7 @@ class _Late:
         self._name = name
 
     def __call__(self, *args: object, **options: object) -> object:
-        return _method(self._lease, self._name)(*args, **options)
+        return _method(self._lease.loaded, self._name)(*args, **options)
 
 
 class _Sparing(_Late):
@@ -438,7 +440,7 @@ class _Done:
         return self._result
 
 
-def _method(lease: Lease, name: str) -> Callable[..., object]:
+def _method(loaded: LoadedModel, name: str) -> Callable[..., object]:
     """
     Returns a method of a leased model.
 
@@ -446,7 +448,6 @@ def _method(lease: Lease, name: str) -> Callable[..., object]:
         CorruptModel: its files lack something for that, where CTranslate2 would end the
             process.
     """
-    loaded = lease.loaded
     known = loaded.knowledge
     if known is not None:
         if name == "align" and known.words_error is not None:

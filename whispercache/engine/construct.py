@@ -174,14 +174,12 @@ def altered(method: Callable[..., object]) -> Callable[..., object]:
     call gets lists of its own as defaults, which it tells in its info. One that a
     program has put there is returned as it is.
     """
-    if type(method) is types.MethodType:
-        # One that we have put there does nothing for a call that holds its lease.
-        plain = getattr(method.__func__, PLAIN, method.__func__)
-        method = types.MethodType(plain, method.__self__)
-    made = swapped(method, _swaps())
-    if type(made) is not types.MethodType:
-        return made
-    lists = own_lists(made.__func__)
+    if type(method) is not types.MethodType:
+        return method
+    # One that we have put there does nothing for a call that holds its lease.
+    plain = getattr(method.__func__, PLAIN, method.__func__)
+    made = swapped(types.MethodType(plain, method.__self__), _swaps())
+    lists = own_lists(plain)
     return partial(made, **lists) if lists else made
 
 

@@ -131,8 +131,15 @@ def own_lists(function: Callable[..., object]) -> dict[str, list[object]]:
     Returns copies of the lists among the defaults of *function*: each is one object for
     all calls, and callers get it in the info.
     """
+    return {name: list(default) for name, default in _default_lists(function)}
+
+
+@functools.cache
+def _default_lists(
+    function: Callable[..., object],
+) -> tuple[tuple[str, list[object]], ...]:
     parameters = signature_of(function, follow_wrapped=False).parameters.values()
-    return {p.name: list(p.default) for p in parameters if type(p.default) is list}
+    return tuple((p.name, p.default) for p in parameters if type(p.default) is list)
 
 
 @functools.cache
