@@ -96,7 +96,9 @@ def test_a_program_hears_what_it_would_on_plain_models(
     expected = [program(plain_model(directory)) for directory in directories]
     assert all(expected)
     assert expected[0] != expected[1]
-    limit_bytes = footprint(directories[0], device="cpu", batch_size=8).total_bytes
+    # With what a load may be reserved beyond its prediction.
+    batch = footprint(directories[0], device="cpu", batch_size=8)
+    limit_bytes = batch.total_bytes * 5 // 4
     with ModelCache(ram=limit_bytes, max_models=1, variants=False) as cache:
         most: list[int] = []
         cache.subscribe(lambda _: most.append(len(cache.models())))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from whispercache.keys import ModelKey
 
 _EXTRACTOR = "feature_extractor"
+# What the constructor sets that is large, or a call's own.
+_OF_A_MODEL = ("hf_tokenizer", "model", _EXTRACTOR)
 # That of `faster_whisper.BatchedInferencePipeline.transcribe`.
 _BATCH_SIZE = 8
 
@@ -113,7 +115,7 @@ class CachedWhisperModel(CachedModel):
         """
         The feature extractor; during a call, that call's own copy.
         """
-        call = self._leased.call
+        call = self._leased.here.call
         if call is None:
             return self._made(_EXTRACTOR)
         mine = vars(self).get(_EXTRACTOR)
@@ -129,11 +131,15 @@ class CachedWhisperModel(CachedModel):
         if name not in ATTRIBUTES or "_leased" not in mine:
             kind = type(self).__name__
             raise AttributeError(f"{kind!r} object has no attribute {name!r}")
-        call = self._leased.call
-        if call is not None:
-            # So that a tokenizer is not kept beyond the model for each of these.
-            return getattr(call.loaded.whisper, name)
-        return self._made(name)
+        call = self._leased.here.call
+        if call is None:
+            return self._made(name)
+        theirs = vars(call.loaded.whisper)
+        for each, value in theirs.items():
+            # A tokenizer would be kept beyond the model for each of these.
+            if each not in _OF_A_MODEL:
+                mine.setdefault(each, value)
+        return theirs[name]
 
     def _made(self, name: str) -> object:
         """
@@ -180,7 +186,7 @@ def leased_of(whisper: object) -> LeasedWhisper | None:
     plain model, or is within a call that has a lease.
     """
     model = getattr(whisper, "model", None)
-    is_free = isinstance(model, LeasedWhisper) and model.call is None
+    is_free = isinstance(model, LeasedWhisper) and model.here.call is None
     return model if is_free else None
 
 

@@ -62,7 +62,14 @@ class Call:
         return self._extractor
 
 
-class _Here(threading.local):
+class Here(threading.local):
+    """
+    A place where each thread has a value of its own.
+
+    Attributes:
+        call: The call that this thread is in, if there is one.
+    """
+
     call: Call | None = None
 
 
@@ -81,6 +88,7 @@ class LeasedWhisper:
     Attributes:
         source: Where leases come from.
         served_by: The model that the last call got; None before the first.
+        here: The call that a thread is in, whose lease its calls on this use.
     """
 
     # Of calls by themselves, once there was one.
@@ -89,16 +97,9 @@ class LeasedWhisper:
     def __init__(self, source: ModelSource) -> None:
         self.source = source
         self.served_by: ModelKey | None = None
-        self._here = _Here()
+        self.here = Here()
 
     # Leases ---------------------------------------------------------------------------
-
-    @property
-    def call(self) -> Call | None:
-        """
-        The call that this thread is in, if there is one.
-        """
-        return self._here.call
 
     def lease(self, workload: Workload) -> Lease:
         """
@@ -118,7 +119,7 @@ class LeasedWhisper:
         if ready.batch_size is not None:
             options = {**options, "batch_size": ready.batch_size}
         lease = self.lease(ready.workload)
-        bound = _Bound(self._here, lease, function)
+        bound = _Bound(self.here, lease, function)
         return call_leased(lease, bound, ready.samples, **options)
 
     # Calls ----------------------------------------------------------------------------
@@ -176,7 +177,7 @@ class LeasedWhisper:
     def _call(
         self, name: str, args: tuple[object, ...], options: Mapping[str, object]
     ) -> object:
-        call = self._here.call
+        call = self.here.call
         if call is not None:
             return _method(call.loaded, name)(*args, **options)
         # Its end may let others have the model before this call.
@@ -226,7 +227,7 @@ class LeasedWhisper:
         return self._resident() is not None
 
     def _resident(self) -> LoadedModel | None:
-        call = self._here.call
+        call = self.here.call
         if call is not None:
             return call.loaded
         return (self._pinned or self.source).resident()
@@ -264,7 +265,7 @@ class LeasedWhisper:
         """
         The model that the next call is on, as far as that is known.
         """
-        call = self._here.call
+        call = self.here.call
         return (self._pinned or self.source).key if call is None else call.lease.key
 
     @property
@@ -272,7 +273,7 @@ class LeasedWhisper:
         """
         True if the model knows other languages than English.
         """
-        call = self._here.call
+        call = self.here.call
         if call is not None:
             return call.loaded.is_multilingual
         return self._facts.is_multilingual
@@ -349,7 +350,7 @@ class _Bound:
     """
 
     def __init__(
-        self, here: _Here, lease: Lease, function: Callable[..., object]
+        self, here: Here, lease: Lease, function: Callable[..., object]
     ) -> None:
         self._here = here
         self._lease = lease
@@ -448,16 +449,10 @@ def _method(loaded: LoadedModel, name: str) -> Callable[..., object]:
         CorruptModel: its files lack something for that, where CTranslate2 would end the
             process.
     """
-    known = loaded.knowledge
-    if known is not None:
-        if name == "align" and known.words_error is not None:
-            raise known.words_error.with_traceback(None)
-        if name == "detect_language" and not known.can_detect:
-            from whispercache.engine.claims import undetectable
-
-            files = loaded.files
-            raise undetectable((files.original or files).directory)
-    return cast("Callable[..., object]", getattr(loaded.whisper.model, name))
+    whisper: Any = loaded.whisper
+    if (error := whisper.refusals.get(name)) is not None:
+        raise error()
+    return cast("Callable[..., object]", getattr(whisper.model, name))
 
 
 def _workload(

@@ -134,10 +134,12 @@ def build(key: ModelKey, files: ModelFiles, kept: KeptModels) -> WhisperModel:
     claims, directory = claims_of(files), (files.original or files).directory
     if problem := claims.alignment_problem:
         _log.warning("%s cannot tell when words were said: %s", key, problem)
-        _refuse(whisper, "find_alignment", partial(unalignable, directory, problem))
+        error = partial(unalignable, directory, problem)
+        _refuse(whisper, "find_alignment", "align", error)
     if not claims.can_detect:
         _log.warning("%s cannot detect languages: config.json names none", key)
-        _refuse(whisper, "detect_language", partial(undetectable, directory))
+        name = "detect_language"
+        _refuse(whisper, name, name, partial(undetectable, directory))
     return whisper
 
 
@@ -303,10 +305,11 @@ def _languages(whisper: WhisperModel, known: Knowledge | None) -> tuple[str, ...
 
 
 def _refuse(
-    whisper: WhisperModel, method: str, error: Callable[[], CorruptModel]
+    whisper: WhisperModel, method: str, raw: str, error: Callable[[], CorruptModel]
 ) -> None:
     """
-    Makes a method raise an *error* where CTranslate2 would end the process.
+    Makes a method raise an *error* where CTranslate2 would end the process, in its own
+    method *raw*.
     """
 
     def refused(*_: object, **__: object) -> None:
@@ -314,7 +317,8 @@ def _refuse(
 
     # By its class: views of the model, which have its class, refuse it, too.
     plain = type(whisper)
-    whisper.__class__ = type(plain.__name__, (plain,), {method: refused})
+    changes = {method: refused, "refusals": {**plain.refusals, raw: error}}
+    whisper.__class__ = type(plain.__name__, (plain,), changes)
 
 
 def _tokenizer_of(files: ModelFiles, kept: KeptModels) -> Tokenizer:

@@ -34,8 +34,13 @@ class _Lending:
     A view looks up what was not set on it, at each use, in the object that it is a view
     of. So a model that is replaced when the interpreter ends is replaced for all its
     views, and references to views count as its own.
+
+    Attributes:
+        refusals: What makes the error of a method of CTranslate2's model for which the
+            files lack something, by its name.
     """
 
+    refusals: Mapping[str, Callable[[], Exception]] = types.MappingProxyType({})
     _lender: _Lending | None = None
     _check: Check | None = None
 
