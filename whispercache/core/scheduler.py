@@ -193,9 +193,7 @@ class Scheduler:
                 self._look_out(entry.device for entry in waiter.entries)
             else:
                 self.admit()
-            is_stuck = waiter in state.queue and not waiter.is_loading
-            if is_stuck and self._unspare_own(waiter):
-                self.admit()
+            self._unspare_own(waiter)
         except BaseException:  # Ctrl-C, or a policy's: its caller is gone
             self.abandon(waiter)
             raise
@@ -204,18 +202,19 @@ class Scheduler:
             waiter.deadline_s = waiter.since_s + timeout_s
             self._agenda.remind(waiter.deadline_s, waiter.serial)
 
-    def _unspare_own(self, waiter: Waiter) -> bool:
+    def _unspare_own(self, waiter: Waiter) -> None:
         """
-        Gives up what is spared for the caller of a request, who would wait for nobody
-        else. Returns True if that was something.
+        Gives up what is spared for the caller of a request that is stuck, who may wait
+        for nobody else.
         """
         spared = self._state.spared
         own = [e for e in spared if e.spared_for == waiter.owner]
         own = [entry for entry in own if not waiter.wants(entry)]
-        for entry in own:
-            entry.spares = 0
-            self._no_longer_spare(entry)
-        return bool(own)
+        if own and waiter in self._state.queue and not waiter.is_loading:
+            for entry in own:
+                entry.spares = 0
+                self._no_longer_spare(entry)
+            self.admit()
 
     def _no_longer_spare(self, entry: Entry) -> None:
         self._state.spared.remove(entry)
