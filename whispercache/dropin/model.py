@@ -185,9 +185,10 @@ def leased_of(whisper: object) -> LeasedWhisper | None:
     Returns the view that a call on *whisper* is to be leased by; None where it holds a
     plain model, or is within a call that has a lease.
     """
-    model = getattr(whisper, "model", None)
-    is_free = isinstance(model, LeasedWhisper) and model.here.call is None
-    return model if is_free else None
+    model: object = getattr(whisper, "model", None)
+    if isinstance(model, LeasedWhisper) and model.here.call is None:
+        return model
+    return None
 
 
 @functools.cache

@@ -47,7 +47,7 @@ class Call:
     __slots__ = ("_extractor", "_of", "lease", "loaded")
 
     def __init__(self, lease: Lease) -> None:
-        self.lease = lease
+        self.lease: Lease = lease
         self.loaded: LoadedModel = lease.loaded
         self._extractor: object = None
         self._of: object = None
@@ -95,9 +95,9 @@ class LeasedWhisper:
     _pinned: ModelSource | None = None
 
     def __init__(self, source: ModelSource) -> None:
-        self.source = source
+        self.source: ModelSource = source
         self.served_by: ModelKey | None = None
-        self.here = Here()
+        self.here: Here = Here()
 
     # Leases ---------------------------------------------------------------------------
 
