@@ -173,6 +173,7 @@ class Scheduler:
                 self._lookout.look_out(entry.device for entry in waiter.entries)
             else:
                 self.admit()
+            self._unspare_own(waiter)
         except BaseException:  # Ctrl-C, or a policy's: its caller is gone
             self.abandon(waiter)
             raise
@@ -180,6 +181,24 @@ class Scheduler:
         if waiter.waits and timeout_s is not None:
             waiter.deadline_s = waiter.since_s + timeout_s
             self._agenda.remind(waiter.deadline_s, waiter.serial)
+
+    def _unspare_own(self, waiter: Waiter) -> None:
+        """
+        Gives up what is spared for the caller of a request that is stuck, who may wait
+        for nobody else.
+        """
+        spared = self._state.spared
+        own = [e for e in spared if e.spared_for == waiter.owner]
+        own = [entry for entry in own if not waiter.wants(entry)]
+        if own and waiter in self._state.queue and not waiter.is_loading:
+            for entry in own:
+                entry.spares = 0
+                self._no_longer_spare(entry)
+            self.admit()
+
+    def _no_longer_spare(self, entry: Entry) -> None:
+        self._state.spared.remove(entry)
+        entry.spare(is_spared=False)
 
     def _form_line(self) -> None:
         """
@@ -447,6 +466,26 @@ class Scheduler:
             self.admit()
         else:
             self.settle(entry.device)
+
+    def spare(self, entry: Entry, serial: int) -> None:
+        """
+        Notes that the result of a leased call is in use, and needs the model again.
+        """
+        entry.spares += 1
+        entry.spared_for = entry.owners.get(serial)
+        self._state.spared.add(entry)
+
+    def unspare(self, entry: Entry) -> None:
+        """
+        Notes that such a result is no longer in use.
+        """
+        if entry not in self._state.spared:
+            return
+        entry.spares -= 1
+        if not entry.spares:
+            self._no_longer_spare(entry)
+            if self._state.queue:
+                self.admit()
 
     def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
         """

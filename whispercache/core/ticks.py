@@ -89,6 +89,7 @@ class Ticks:
         Unloads a model that was idle for long enough, or tries its unload again.
         """
         self._evictions.expire(entry, now_s)
+        self._evictions.end_spare(entry, now_s)
         if entry.unload_again_s <= now_s:
             entry.unload_again_s = math.inf
             self._agenda.note(StartUnload(entry))
