@@ -22,6 +22,7 @@ from whispercache.errors import LoadFailed
 
 from .api import LoadedModel
 from .audio.features import InBlocks
+from .audio.samples import in_place_of
 from .audio.speech import bounded_names
 from .calls.languages import check_knowledge, knowledge_of
 from .calls.signatures import signature_of
@@ -176,7 +177,7 @@ def _construct(files: ModelFiles, kept: KeptModels, **options: object) -> Whispe
 @functools.cache
 def _swaps() -> Swaps:
     ctranslate2()
-    from faster_whisper import BatchedInferencePipeline, WhisperModel, vad
+    from faster_whisper import BatchedInferencePipeline, WhisperModel, audio, vad
 
     def vad_model() -> object:
         # Looked up now: programs put others in its place.
@@ -192,7 +193,10 @@ def _swaps() -> Swaps:
     consequence = "voice activity detection takes more memory"
     _check_lookups(methods, tuple(bounded), consequence)
     _check_lookups((vad.get_speech_timestamps,), ("get_vad_model",), consequence)
-    return tuple((getattr(vad, name), other) for name, other in bounded.items())
+    decode = audio.decode_audio
+    _check_lookups(methods, (decode.__name__,), "files may need an earlier PyAV")
+    swaps = tuple((getattr(vad, name), other) for name, other in bounded.items())
+    return (*swaps, (decode, in_place_of(decode)))
 
 
 @functools.cache
