@@ -194,7 +194,9 @@ def _swaps() -> Swaps:
     _check_lookups(methods, tuple(bounded), consequence)
     _check_lookups((vad.get_speech_timestamps,), ("get_vad_model",), consequence)
     decode = audio.decode_audio
-    _check_lookups(methods, (decode.__name__,), "files may need an earlier PyAV")
+    # Pipelines are given samples.
+    lookup = methods[:1], (decode.__name__,)
+    _check_lookups(*lookup, "a leased model may read no files with PyAV 19")
     swaps = tuple((getattr(vad, name), other) for name, other in bounded.items())
     return (*swaps, (decode, in_place_of(decode)))
 
