@@ -5,10 +5,12 @@ The command ``whispercache doctor``: what running models needs, and how to mend 
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import platform
 import shutil
 import sys
+import wave
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -74,6 +76,8 @@ def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
     has_libraries = all(finding.mark == "works" for finding in libraries)
     if has_libraries:
         # Only where faster-whisper is, which needs it.
+        yield from _forks()
+        yield _pyav()
         yield _onnxruntime()
         yield _arithmetic("cpu", loader)
     yield _settings()
@@ -134,6 +138,45 @@ def _libraries() -> Iterator[Finding]:
         return
     for name, number in found.items():
         yield Finding("works", name, number)
+
+
+def _forks() -> Iterator[Finding]:
+    """
+    Finds packages that brought the same module, so that one lies over the other.
+    """
+    names = sorted(set(packages_distributions().get("faster_whisper", ())))
+    if len(names) > 1:
+        yield Finding(
+            "wrong",
+            "packages",
+            f"{' and '.join(names)} are both installed, one over the other",
+            f"pip uninstall {' '.join(names)}, then install the one that you want",
+        )
+
+
+def _pyav() -> Finding:
+    """
+    Returns the state of the library that decodes audio, for programs that have
+    faster-whisper decode it as well.
+    """
+    from faster_whisper import decode_audio
+
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+        sound.writeframes(bytes(3_200))
+    file.seek(0)
+    try:
+        decode_audio(file)
+    except TypeError as error:
+        return Finding(
+            "note",
+            "PyAV",
+            f"{version('av')}: the cache reads files, but faster-whisper's own "
+            f"decode_audio() fails ({error})",
+            "pip install 'av<19', if your program calls that, or plain models",
+        )
+    return Finding("works", "PyAV", version("av"))
 
 
 def _onnxruntime() -> Finding:
