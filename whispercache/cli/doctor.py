@@ -5,12 +5,10 @@ The command ``whispercache doctor``: what running models needs, and how to mend 
 from __future__ import annotations
 
 import ctypes
-import io
 import os
 import platform
 import shutil
 import sys
-import wave
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -22,7 +20,12 @@ from whispercache.devices.cublas import cublas_problem, cublas_version
 from whispercache.devices.cuda import DRIVER_LIBRARY
 from whispercache.devices.nvml import driver_version, nvml_problem
 from whispercache.devices.release import compile_reason, cublas_reason
-from whispercache.engine.process import TELEMETRY, telemetry_setting, versions
+from whispercache.engine.process import (
+    TELEMETRY,
+    decoding_problem,
+    telemetry_setting,
+    versions,
+)
 from whispercache.errors import DeviceUnavailable, WhisperCacheError, format_bytes
 from whispercache.settings.sources import settle
 
@@ -159,24 +162,16 @@ def _pyav() -> Finding:
     Returns the state of the library that decodes audio, for programs that have
     faster-whisper decode it as well.
     """
-    from faster_whisper import decode_audio
-
-    file = io.BytesIO()
-    with wave.open(file, "wb") as sound:
-        sound.setparams((1, 2, 16_000, 0, "NONE", ""))
-        sound.writeframes(bytes(3_200))
-    file.seek(0)
-    try:
-        decode_audio(file)
-    except TypeError as error:
-        return Finding(
-            "note",
-            "PyAV",
-            f"{version('av')}: the cache reads files, but faster-whisper's own "
-            f"decode_audio() fails ({error})",
-            "pip install 'av<19', if your program calls that, or plain models",
-        )
-    return Finding("works", "PyAV", version("av"))
+    number, problem = version("av"), decoding_problem()
+    if not problem:
+        return Finding("works", "PyAV", number)
+    return Finding(
+        "note",
+        "PyAV",
+        f"{number}: the cache reads files, but faster-whisper's own decode_audio() "
+        f"fails ({problem})",
+        "pip install 'av<19', if your program calls that, or plain models",
+    )
 
 
 def _onnxruntime() -> Finding:
