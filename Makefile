@@ -18,7 +18,8 @@ BIN := .venv/bin
 RUN := XDG_CACHE_HOME="$(CURDIR)/examples/.cache" $(BIN)/python
 # One test at a time for each processor, and one more, since tests also wait.
 JOBS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-# What the tests need in environments of a few of them.
+# For environments of a few tests: what is never imported need not be compiled.
+INSTALL := pip install --quiet --no-compile
 OTHERS := hypothesis pytest pytest-timeout
 PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 
@@ -28,6 +29,7 @@ NEWER ?= $(shell for each in $(PYTHON) python3.14 python3.13 python3.12 \
     "$$each" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && \
     echo "$$each" && break; done)
 
+.SECONDARY: # what was set up for a pattern is kept
 .PHONY: demo test lint types layers unit quick others others-fork coverage bench soak gpu \
     clean
 
@@ -121,16 +123,15 @@ clean:
 	@touch $@
 
 .venv/others/pyav%/ready: .venv/others/pyav%/python pyproject.toml
-	$(@D)/bin/pip install --quiet --editable '.[server,compare]' 'av==$*.*' $(OTHERS)
+	$(@D)/bin/$(INSTALL) --editable '.[server,compare]' 'av==$*.*' $(OTHERS)
 	@touch $@
 
 # As README says.
 .venv/others/fork/ready: .venv/others/fork/python pyproject.toml
-	$(@D)/bin/pip install --quiet faster-whisper2
-	$(@D)/bin/pip install --quiet --no-deps --editable .
-	$(@D)/bin/pip install --quiet av ctranslate2 filelock huggingface-hub nvidia-ml-py \
-	    platformdirs psutil rich tomli
-	$(@D)/bin/pip install --quiet jiwer $(OTHERS)
+	$(@D)/bin/$(INSTALL) faster-whisper2
+	$(@D)/bin/$(INSTALL) --no-deps --editable .
+	$(@D)/bin/$(INSTALL) av ctranslate2 filelock huggingface-hub nvidia-ml-py \
+	    platformdirs psutil rich tomli jiwer $(OTHERS)
 	@touch $@
 
 # The page and the report are tested in a real browser. Where it may, this installs one.
