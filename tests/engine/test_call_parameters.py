@@ -70,7 +70,7 @@ def test_a_call_s_chunk_length_is_its_own(cache: ModelCache, again: str) -> None
     if again == "after evict()":
         cache.evict()
     assert seeks(model.transcribe(LONG)[0]) == SEEKS[None]
-    assert model.feature_extractor.nb_max_frames == 3000  # type: ignore[attr-defined]
+    assert model.feature_extractor.nb_max_frames == 3000
 
 
 def test_long_audio_in_blocks_keeps_its_chunk_length_too(cache: ModelCache) -> None:

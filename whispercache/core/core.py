@@ -440,6 +440,24 @@ class Core:
         self.lock.later(partial(self.scheduler.release, entry, serial, keep_alive_s))
         entry.device.thread.submit(self.lock.catch_up)
 
+    def spare(self, entry: Entry, serial: int) -> Callable[[], None]:
+        """
+        Has a leased model be the last to leave once it is idle, for a short while, for
+        it will be needed again; see `entries.SPARED_S`.
+
+        Returns:
+            A function that ends this early, and may be called by the garbage collector.
+        """
+        with self.changing():
+            self.scheduler.spare(entry, serial)
+
+        # As in `drop`.
+        def end() -> None:
+            self.lock.later(partial(self.scheduler.unspare, entry))
+            entry.device.thread.submit(self.lock.catch_up)
+
+        return end
+
     def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
         """
         Notes that another thread or task will end a lease.
@@ -451,8 +469,8 @@ class Core:
         """
         Notes what holds a lease for a caller.
         """
-        with self.changing():
-            self._holders[serial] = holder
+        # One step, without the lock: nothing is decided by it, and each call pays.
+        self._holders[serial] = holder
 
     def blame(self, entry: Entry, error: BaseException) -> None:
         """

@@ -193,6 +193,7 @@ class Scheduler:
                 self._look_out(entry.device for entry in waiter.entries)
             else:
                 self.admit()
+            self._unspare_own(waiter)
         except BaseException:  # Ctrl-C, or a policy's: its caller is gone
             self.abandon(waiter)
             raise
@@ -200,6 +201,24 @@ class Scheduler:
         if waiter.waits and timeout_s is not None:
             waiter.deadline_s = waiter.since_s + timeout_s
             self._agenda.remind(waiter.deadline_s, waiter.serial)
+
+    def _unspare_own(self, waiter: Waiter) -> None:
+        """
+        Gives up what is spared for the caller of a request that is stuck, who may wait
+        for nobody else.
+        """
+        spared = self._state.spared
+        own = [e for e in spared if e.spared_for == waiter.owner]
+        own = [entry for entry in own if not waiter.wants(entry)]
+        if own and waiter in self._state.queue and not waiter.is_loading:
+            for entry in own:
+                entry.spares = 0
+                self._no_longer_spare(entry)
+            self.admit()
+
+    def _no_longer_spare(self, entry: Entry) -> None:
+        self._state.spared.remove(entry)
+        entry.spare(is_spared=False)
 
     def _form_line(self) -> None:
         """
@@ -613,6 +632,26 @@ class Scheduler:
         else:
             self.settle(entry.device)
 
+    def spare(self, entry: Entry, serial: int) -> None:
+        """
+        Notes that the result of a leased call is in use, and needs the model again.
+        """
+        entry.spares += 1
+        entry.spared_for = entry.owners.get(serial)
+        self._state.spared.add(entry)
+
+    def unspare(self, entry: Entry) -> None:
+        """
+        Notes that such a result is no longer in use.
+        """
+        if entry not in self._state.spared:
+            return
+        entry.spares -= 1
+        if not entry.spares:
+            self._no_longer_spare(entry)
+            if self._state.queue:
+                self.admit()
+
     def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
         """
         Notes that another owner will end a lease.
@@ -673,6 +712,7 @@ class Scheduler:
         Unloads a model that was idle for long enough, or tries its unload again.
         """
         self._evictions.expire(entry, now_s)
+        self._evictions.end_spare(entry, now_s)
         if entry.unload_again_s <= now_s:
             entry.unload_again_s = math.inf
             self._agenda.note(StartUnload(entry))

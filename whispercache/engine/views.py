@@ -34,8 +34,13 @@ class _Lending:
     A view looks up what was not set on it, at each use, in the object that it is a view
     of. So a model that is replaced when the interpreter ends is replaced for all its
     views, and references to views count as its own.
+
+    Attributes:
+        refusals: What makes the error of a method of CTranslate2's model for which the
+            files lack something, by its name.
     """
 
+    refusals: Mapping[str, Callable[[], Exception]] = types.MappingProxyType({})
     _lender: _Lending | None = None
     _check: Check | None = None
 
@@ -121,11 +126,25 @@ def own_values(
         names = [each.name for each in parameters][: len(args)]
     if check is not None:
         check(values)
-    for each in parameters:
-        # A default list is one object for all calls, and callers get it in the info.
-        if isinstance(each.default, list):
-            values.setdefault(each.name, list(each.default))
+    for name, own in own_lists(function).items():
+        values.setdefault(name, own)
     return tuple(values.pop(name) for name in names) if names else args, values
+
+
+def own_lists(function: Callable[..., object]) -> dict[str, list[object]]:
+    """
+    Returns copies of the lists among the defaults of *function*: each is one object for
+    all calls, and callers get it in the info.
+    """
+    return {name: list(default) for name, default in _default_lists(function)}
+
+
+@functools.cache
+def _default_lists(
+    function: Callable[..., object],
+) -> tuple[tuple[str, list[object]], ...]:
+    parameters = signature_of(function, follow_wrapped=False).parameters.values()
+    return tuple((p.name, p.default) for p in parameters if type(p.default) is list)
 
 
 @functools.cache
