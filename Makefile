@@ -18,11 +18,12 @@ BIN := .venv/bin
 RUN := XDG_CACHE_HOME="$(CURDIR)/examples/.cache" $(BIN)/python
 # One test at a time for each processor, and one more, since tests also wait.
 JOBS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+SHARED := --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
+PYTEST := $(BIN)/pytest $(SHARED)
+
 # For environments of a few tests: what is never imported need not be compiled.
 INSTALL := pip install --quiet --no-compile
-OTHERS := hypothesis pytest pytest-timeout
-PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
-
+OTHERS := hypothesis pytest pytest-timeout pytest-xdist
 # PyAV 19 needs Python 3.12; NEWER=/path/to/python chooses one.
 NEWER ?= $(shell for each in $(PYTHON) python3.14 python3.13 python3.12 \
     "$$HOME"/.pyenv/versions/3.1[2-9]*/bin/python; do \
@@ -63,13 +64,13 @@ quick: .venv/test
 others: others-pyav18 others-pyav19 others-fork
 
 others-pyav%: .venv/others/pyav%/ready
-	$(<D)/bin/pytest tests/engine/test_audio.py tests/engine/test_views.py \
+	$(<D)/bin/pytest $(SHARED) tests/engine/test_audio.py tests/engine/test_views.py \
 	    tests/server/test_decode.py
 
 others-fork: .venv/others/fork/ready
 	! $(<D)/bin/pip show --quiet faster-whisper
-	$(<D)/bin/pytest -m "not slow" tests/test_model.py tests/engine/test_views.py \
-	    tests/engine/test_construct.py
+	$(<D)/bin/pytest $(SHARED) -m "not slow" tests/test_model.py \
+	    tests/engine/test_views.py tests/engine/test_construct.py
 
 # Apart from `make test`, since it takes half as long again.
 coverage: .venv/test .venv/browser
@@ -123,12 +124,12 @@ clean:
 	$(NEWER) -m venv --clear $(@D)
 	@touch $@
 
-.venv/others/pyav%/ready: .venv/others/pyav%/python pyproject.toml
+.venv/others/pyav%/ready: .venv/others/pyav%/python pyproject.toml Makefile
 	$(@D)/bin/$(INSTALL) --editable '.[server,compare]' 'av==$*.*' $(OTHERS)
 	@touch $@
 
 # As README says.
-.venv/others/fork/ready: .venv/others/fork/python pyproject.toml
+.venv/others/fork/ready: .venv/others/fork/python pyproject.toml Makefile
 	$(@D)/bin/$(INSTALL) faster-whisper2
 	$(@D)/bin/$(INSTALL) --no-deps --editable .
 	$(@D)/bin/$(INSTALL) av ctranslate2 filelock huggingface-hub nvidia-ml-py \

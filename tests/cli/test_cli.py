@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -1053,6 +1054,22 @@ class TestDoctor:
         assert "metadata_errors" in found["PyAV"].text
         assert found["PyAV"].mend.startswith("pip install 'av<19'")
         assert found["onnxruntime"].mark == "works"
+
+    def test_without_an_audio_library_samples_can_be_heard(
+        self, healthy: FakeMachine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        docs/gpu.md leaves it out.
+        """
+
+        def absent(name: str) -> str:
+            if name == "av":
+                raise PackageNotFoundError(name)
+            return version(name)
+
+        monkeypatch.setattr(doctor, "version", absent)
+        found = self.found(healthy)["PyAV"]
+        assert (found.mark, found.mend) == ("note", "pip install av")
 
     def test_two_packages_with_one_module_are_wrong(
         self, healthy: FakeMachine, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -162,7 +162,13 @@ def _pyav() -> Finding:
     Returns the state of the library that decodes audio, for programs that have
     faster-whisper decode it as well.
     """
-    number, problem = version("av"), decoding_problem()
+    try:
+        number = version("av")
+    except PackageNotFoundError:
+        # An empty module is enough for faster-whisper to be imported.
+        text = "not installed: samples can be heard, and no files"
+        return Finding("note", "PyAV", text, "pip install av")
+    problem = decoding_problem()
     if not problem:
         return Finding("works", "PyAV", number)
     return Finding(
