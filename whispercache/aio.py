@@ -185,7 +185,8 @@ class AsyncModelCache(CacheBase):
     ) -> Lease:
         # Without a thread: a model in memory is had within microseconds.
         task = _current_task()
-        lease = self._core.hit(request, workload, terms.keep_alive_s, task)
+        hit = self._core.hit
+        lease = hit(request, workload, terms.keep_alive_s, task)
         return await self._climb(request, workload, terms) if lease is None else lease
 
     async def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:

@@ -296,7 +296,8 @@ class ModelCache(CacheBase):
         if timeout_s is not None or keep_alive is not None or fallback is not None:
             terms = self._terms(timeout_s, keep_alive, fallback)
         workload = workload or DEFAULT_WORKLOAD
-        lease = self._core.hit(request, workload, terms.keep_alive_s, here.owner)
+        hit = self._core.hit
+        lease = hit(request, workload, terms.keep_alive_s, here.owner)
         return self._climb(request, workload, terms) if lease is None else lease
 
     def lease_many(
@@ -335,7 +336,8 @@ class ModelCache(CacheBase):
 
     def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
         # A model in memory costs one look-up and one critical section.
-        lease = self._core.hit(request, workload, terms.keep_alive_s, here.owner)
+        hit = self._core.hit
+        lease = hit(request, workload, terms.keep_alive_s, here.owner)
         return self._climb(request, workload, terms) if lease is None else lease
 
     def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 from .devices.faults import is_from_ctranslate2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from faster_whisper import WhisperModel
@@ -54,12 +54,9 @@ class _Held(Protocol):
     @property
     def loaded(self) -> LoadedModel | None: ...
 
-    # Both by the serial number of a lease.
+    # Their owners, by their serial numbers.
     @property
-    def leases(self) -> Container[int]: ...
-
-    @property
-    def owners(self) -> Mapping[int, Owner]: ...
+    def leases(self) -> Mapping[int, Owner]: ...
 
 
 _Entry_contra = TypeVar("_Entry_contra", bound=_Held, contravariant=True)
@@ -103,7 +100,8 @@ class Lease:
     traces.
 
     Attributes:
-        owned: True if an iterator of ours holds it, which may just be dropped.
+        owned: An iterator of ours holds it, which may just be dropped. Mostly unset, as
+            is the next one: each lease would pay for them.
         taken_at: File and line of the caller that took it, while tracemalloc traces.
     """
 
@@ -111,6 +109,8 @@ class Lease:
         *("_entry", "_keep_alive_s", "_lessor", "_serial", "_view"),
         *("owned", "taken_at"),
     )
+    owned: bool
+    taken_at: str
 
     def __init__(
         self,
@@ -124,8 +124,6 @@ class Lease:
         self._serial = serial
         self._keep_alive_s = keep_alive_s
         self._view: WhisperModel | None = None
-        self.owned: bool = False
-        self.taken_at: str = ""
 
     @property
     def key(self) -> ModelKey:
@@ -175,7 +173,8 @@ class Lease:
         """
         # First: the view counts as a reference to the model, which may go with this.
         self._view = None
-        self._lessor.release(self._entry, self._serial, self._keep_alive_s)
+        release = self._lessor.release
+        release(self._entry, self._serial, self._keep_alive_s)
 
     def pin(self) -> None:
         """
@@ -215,7 +214,7 @@ class Lease:
         """
         The thread or task that is to end it; None if that is not known, or it ended.
         """
-        return self._entry.owners.get(self._serial)
+        return self._entry.leases.get(self._serial)
 
     def entrust(self, holder: Holder) -> None:
         """
@@ -263,8 +262,9 @@ class Lease:
             # Before the drop, or the view counts as a reference that stayed behind.
             self._view = None
             self._lessor.drop(self._entry, self._serial, self._keep_alive_s)
-            if not self.owned:
-                place = f" (taken at {self.taken_at})" if self.taken_at else ""
+            if not getattr(self, "owned", False):
+                taken_at = getattr(self, "taken_at", "")
+                place = f" (taken at {taken_at})" if taken_at else ""
                 warnings.warn(
                     f"a lease on {self.key} was never released{place}; "
                     "use it in a with block",

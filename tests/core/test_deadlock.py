@@ -910,7 +910,7 @@ def test_a_lease_that_is_handed_over_to_one_who_waits_closes_a_circle(
     its = other.lease(cache, "small", "cuda:0")
     asked = one.waiting(cache, "medium", "cuda:0")
     assert_waiting(cache, clock, asked)
-    its.hand_over(mine._entry.owners[mine._serial])
+    its.hand_over(mine._entry.leases[mine._serial])
     clock.tick(CHECK_S)
     assert len(told(asked).held) == 2
     mine.release()

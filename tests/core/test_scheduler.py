@@ -368,7 +368,7 @@ def test_deadlocks_are_looked_for_when_a_holder_waits(world: World) -> None:
     Some time later: the lease may just be moving to another thread.
     """
     held = world.held("base", 6)
-    held.owners = dict.fromkeys(held.owners, "a thread")
+    held.leases = dict.fromkeys(held.leases, "a thread")
     waiter = Waiter(
         (Wanted(world.model("medium", 8), DEFAULT_WORKLOAD),), None, 100.0, "a thread"
     )

@@ -57,6 +57,7 @@ class Use(IntEnum):
     """
 
 
+_TABLED = tuple(use for use in Use if use is not Use.WORK)
 _IN_USE = (Use.WEIGHTS, Use.COPY, Use.UNRETURNED, Use.LOST)
 
 
@@ -76,6 +77,8 @@ class Budget:
         floor_bytes: What the process keeps of the device for its life; None before
             that was measured.
         charged_bytes: The sum of the table.
+        copies_bytes: What of it is charged for host copies.
+        unreturned_bytes: What of it was freed, and not seen to be free.
         work_bytes: What of it is charged for work.
         peak_bytes: The most that sum has been.
         work_peak_bytes: The most that was charged for work since `restart_work`.
@@ -85,12 +88,14 @@ class Budget:
         self._name = name
         # By use, then by holder.
         self._table: tuple[dict[object, int], ...] = tuple({} for _ in Use)
-        self._sums: list[int] = [0] * len(Use)  # but for work, which has its own:
-        self._work = self._table[Use.WORK]
-        self.work_bytes: int = 0
+        self._sums: list[int] = [0] * len(Use)  # but for work, which is the rest
         self.charged_bytes: int = 0
-        self.peak_bytes: int = 0
-        self.work_peak_bytes: int = 0
+        self.copies_bytes: int = 0
+        self.unreturned_bytes: int = 0
+        # Since the last change of anything but work: a hit compares with one of them.
+        self.high_bytes: int = 0
+        self._peak_bytes: int = 0
+        self._work_peak_bytes: int = 0
         self.total_bytes: int | None = None
         self.floor_bytes: int | None = None
         self.most_bytes: int | None = None
@@ -109,9 +114,6 @@ class Budget:
         """
         Charges *holder* exactly *n_bytes* for *use*.
         """
-        if use is Use.WORK:
-            self.work(holder, n_bytes)
-            return
         column = self._table[use]
         more_bytes = n_bytes - column.get(holder, 0)
         # No row of zeros, or the table would grow with every model ever used.
@@ -119,24 +121,43 @@ class Budget:
             column[holder] = n_bytes
         else:
             column.pop(holder, None)
+        # The peak of the sum so far was one of work.
+        self._work_peak_bytes = self.work_peak_bytes
+        self._peak_bytes = self.peak_bytes
         self._sums[use] += more_bytes
+        self.copies_bytes = self._sums[Use.COPY]
+        self.unreturned_bytes = self._sums[Use.UNRETURNED]
         self.charged_bytes += more_bytes
-        self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
+        self.high_bytes = self.charged_bytes
 
-    def work(self, holder: object, n_bytes: int) -> None:
+    def work(self, more_bytes: int) -> None:
         """
-        Charges *holder* exactly *n_bytes* for work. Each hit does so twice.
+        Charges *more_bytes* for work, or credits them if negative. An `Entry` knows its
+        own, so that there is no row for each holder: each hit does so twice.
         """
-        column = self._work
-        more_bytes = n_bytes - column.get(holder, 0)
-        # A row of zero stays here until `clear`: that is faster than to remove it.
-        column[holder] = n_bytes
-        work_bytes = self.work_bytes = self.work_bytes + more_bytes
-        charged_bytes = self.charged_bytes = self.charged_bytes + more_bytes
-        # A hit seldom makes a peak, and two calls of max() would cost it 0.1 µs.
-        if charged_bytes > self.peak_bytes or work_bytes > self.work_peak_bytes:
-            self.peak_bytes = max(self.peak_bytes, charged_bytes)
-            self.work_peak_bytes = max(self.work_peak_bytes, work_bytes)
+        self.charged_bytes += more_bytes
+        self.high_bytes = max(self.high_bytes, self.charged_bytes)
+
+    @property
+    def work_bytes(self) -> int:
+        """
+        What is charged for work.
+        """
+        return self.charged_bytes - sum(self._sums)
+
+    @property
+    def peak_bytes(self) -> int:
+        """
+        The most that the sum has been.
+        """
+        return max(self._peak_bytes, self.high_bytes)
+
+    @property
+    def work_peak_bytes(self) -> int:
+        """
+        The most that was charged for work since `restart_work`.
+        """
+        return max(self._work_peak_bytes, self.high_bytes - sum(self._sums))
 
     def move(self, holder: object, use: Use, to: Use) -> None:
         """
@@ -150,9 +171,8 @@ class Budget:
         """
         Credits all that *holder* was charged.
         """
-        for use in Use:
+        for use in _TABLED:
             self.set(holder, use, 0)
-        self._work.pop(holder, None)
 
     def keep(self, unreturned_bytes: int, used_bytes: int | None) -> None:
         """
@@ -252,15 +272,15 @@ class Budget:
         gauge_bytes = self._gauge_capacity_bytes
         if gauge_bytes is None or self.limit_bytes is None:
             return True
-        return gauge_bytes < self.limit_bytes or self.sum_of(Use.UNRETURNED) > 0
+        return gauge_bytes < self.limit_bytes or self.unreturned_bytes > 0
 
     def restart_work(self) -> int:
         """
         Measures the peak of work anew, and returns the one so far.
         """
-        peak_bytes = self.work_peak_bytes
-        self.work_peak_bytes = self.work_bytes
-        return peak_bytes
+        work_peak_bytes, self._peak_bytes = self.work_peak_bytes, self.peak_bytes
+        self._work_peak_bytes, self.high_bytes = self.work_bytes, self.charged_bytes
+        return work_peak_bytes
 
     # Limits and gauges ----------------------------------------------------------------
 
@@ -328,7 +348,7 @@ class Budget:
         """
         Asserts that the sums are those of the table, and that nothing is negative.
         """
-        for use in Use:
+        for use in _TABLED:
             column = self._table[use]
             assert sum(column.values()) == self.sum_of(use), f"{self._name}: {use.name}"
             assert min(column.values(), default=0) >= 0, f"{self._name}: {column}"

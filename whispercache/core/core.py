@@ -8,7 +8,7 @@ Invariants, asserted by `Core.check` after every test; each has one home:
 2. A leased model is resident; it is never unloaded. (entries)
 3. At most one load per key is in flight; its waiters share it and its failure.
    (entries)
-4. Finding a model and leasing it are one critical section. (scheduler)
+4. Finding a model and leasing it are one critical section. (hits, scheduler)
 5. Each request ends once: granted, failed, timed out, cancelled or closed; a grant
    offered to a caller that left is given back. (effects.Settle)
 6. No loader, probe, listener or log handler runs while the lock is held. (setup.cfg)
@@ -17,8 +17,8 @@ Invariants, asserted by `Core.check` after every test; each has one home:
 8. A request for several models gets their memory in one step, and holds none before.
    (scheduler)
 
-The path of a request: `request` or `hit` → scheduler (decides) → effects (values) →
-loads, on a device's thread → scheduler → lease.
+The path of a request: `request` → scheduler (decides) → effects (values) → loads, on a
+device's thread → scheduler → lease. That of a hit: `hits` → lease.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ from .device import Device
 from .entries import Entry, State, Waiter
 from .evictions import Evictions
 from .gauges import Base, Gauges, NoPeers
+from .hits import Hits
 from .host_copies import HostCopies
 from .loads import Loads
 from .lock import Outbox, StateLock
 from .reports import Reports
 from .scheduler import Scheduler
 from .state import CacheState
-from .threads import DeviceThread, MonotonicClock, caller, has_ended, take_turn
+from .threads import DeviceThread, MonotonicClock, caller, has_ended
 from .ticks import Ticks
 from .unloads import Unloads
 
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 
     from whispercache.devices.memory import MemoryProbe
     from whispercache.engine.api import Loader
-    from whispercache.engine.sizes.footprint import Workload
     from whispercache.keys import ModelKey
     from whispercache.lease import Holder, Lease
     from whispercache.planning.deadlock import Owner
@@ -140,6 +140,10 @@ class Core:
         self._evictions = evictions
         self.scheduler: Scheduler = Scheduler(agenda, evictions, self)
         self._ticks = Ticks(agenda, evictions, self.scheduler)
+        hits = Hits(lock, agenda, self.scheduler, self, self.requests)
+        # Each call in between would be felt.
+        self.hit = hits.hit
+        self.release = hits.release
         reports = Reports(agenda, evictions, self.scheduler)
         self.gauges: Gauges = Gauges(lock, state, reports, self.probe, peers)
         base = Base(
@@ -311,43 +315,6 @@ class Core:
 
     # Requests -------------------------------------------------------------------------
 
-    def hit(
-        self,
-        request: Request,
-        workload: Workload,
-        keep_alive_s: float | None,
-        owner: Owner,
-    ) -> Lease | None:
-        """
-        Returns a lease on a model that is in memory, if no request waits; None also if
-        *request* was not resolved before.
-        """
-        try:
-            entry = self.requests[request]
-        # To resolve it may touch the disk, which a task must not do on its loop, and
-        # says which option cannot be hashed.
-        except (KeyError, TypeError):
-            return None
-        # What `StateLock.changing` does, spelled out: a generator costs 1 µs more.
-        lock = self.lock
-        noted: list[Effect] | None = None
-        mutex = lock.mutex
-        if mutex.locked():
-            take_turn(mutex)
-        try:
-            with mutex:
-                lease = self.scheduler.hit(entry, workload, keep_alive_s, owner)
-                if lock.noted:
-                    noted = lock.take()
-        finally:
-            if noted is not None:
-                self._perform(noted)
-            if lock.put_off:
-                lock.catch_up()
-        if is_tracing() and lease is not None:
-            self.trace((lease,))
-        return lease
-
     def trace(self, leases: tuple[Lease, ...]) -> None:
         """
         Notes where leases were taken, for the warning if they are never released, while
@@ -409,27 +376,6 @@ class Core:
             waiter.future.add_done_callback(_give_back)
 
     # Leases ---------------------------------------------------------------------------
-
-    def release(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
-        """
-        Ends a lease. Nothing happens if it has ended.
-        """
-        # Spelled out as in `hit`.
-        lock = self.lock
-        noted: list[Effect] | None = None
-        mutex = lock.mutex
-        if mutex.locked():
-            take_turn(mutex)
-        try:
-            with mutex:
-                self.scheduler.release(entry, serial, keep_alive_s)
-                if lock.noted:
-                    noted = lock.take()
-        finally:
-            if noted is not None:
-                self._perform(noted)
-            if lock.put_off:
-                lock.catch_up()
 
     def drop(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
         """
@@ -589,7 +535,7 @@ class Core:
             found = [
                 (entry, serial, owner, self._holders.get(serial))
                 for entry in self.entries.values()
-                for serial, owner in entry.owners.items()
+                for serial, owner in entry.leases.items()
                 if owner in owners or has_ended(owner)
             ]
         # Without the lock: to end an iterator takes its own lock, and releases a lease.
@@ -650,6 +596,7 @@ class Core:
         new = CacheState(old.limit_of, old.max_models, old.outbox.copy())
         # Requests that failed before the fork are still counted.
         new.counts, new.load_s, new.wait_s = old.counts, old.load_s, old.wait_s
+        new.counts["hits"] = old.hits
         self._put_together(new, MonotonicClock(), self._make_peers())
 
     # Proof ----------------------------------------------------------------------------

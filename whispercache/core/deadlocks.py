@@ -97,15 +97,17 @@ def _claim(waiter: Waiter) -> Claim:
 def _holds(state: CacheState) -> list[Hold]:
     leased = _leased(state)
     return [
-        Hold(entry.owners[serial], _model(entry, entry.weights_bytes), n_bytes)
+        Hold(
+            owner, _model(entry, entry.weights_bytes), entry.workspace_of_lease(serial)
+        )
         for entry in leased
-        for serial, n_bytes in entry.leases.items()
+        for serial, owner in entry.leases.items()
     ] + [
         # Its copy on the host stays as long as the lease.
         Hold(owner, Model(entry.key, entry.host.name, entry.copy_bytes, 1), 0)
         for entry in leased
         if entry.copy_bytes
-        for owner in entry.owners.values()
+        for owner in entry.leases.values()
     ]
 
 

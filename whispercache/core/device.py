@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .budget import Budget, Use
+from .budget import Budget
 
 if TYPE_CHECKING:
     from whispercache.keys import ModelKey
@@ -142,14 +142,14 @@ class Device:
         """
         Bytes charged here for host copies of weights that are on a card as well.
         """
-        return self.budget.sum_of(Use.COPY)
+        return self.budget.copies_bytes
 
     @property
     def unreturned_bytes(self) -> int:
         """
         Bytes that were freed but not seen to be free.
         """
-        return self.budget.sum_of(Use.UNRETURNED)
+        return self.budget.unreturned_bytes
 
     @property
     def is_moving(self) -> bool:

@@ -88,7 +88,6 @@ class Endings:
         held, waiter.held = waiter.held, None
         for lease in (held or {}).values():
             if lease._entry.give_back(lease._serial):
-                self._state.leases -= 1
                 self._state.queue.holds(waiter.owner, -1)
                 if not lease._entry.leases:
                     self._evictions.shelve(lease._entry, waiter.keep_alive_s)
@@ -125,6 +124,7 @@ class Endings:
             granted = True
             self.leave(waiter)
             if waiter.future.set_running_or_notify_cancel():
+                self._state.queue_grants += 1
                 lease = self._grant(
                     entry, workspace_bytes, waiter.keep_alive_s, waiter.owner
                 )
@@ -138,6 +138,7 @@ class Endings:
         held = waiter.held = waiter.held or {}
         for place, each in enumerate(waiter.wanted):
             if place not in held and each.entry.state is State.RESIDENT:
+                self._state.queue_grants += 1
                 held[place] = self._grant(
                     each.entry,
                     each.footprint.workspace_bytes,

@@ -60,19 +60,20 @@ class Entry:
         state: Where it is on its way through memory.
         files: Its files; None before it was located.
         footprints: What it takes, by workload.
-        default_workspace_bytes: Workspace of the default workload.
+        default_workspace_bytes: Workspace of the default workload, once it was located.
         num_workers: How many calls it runs at a time; the others queue inside it.
         loaded: The model itself, while it is in memory.
-        workspace_bytes: Bytes charged for its leases; the budget has them too, but each
-            hit asks.
+        workspace_bytes: Bytes charged for its leases.
         parked_bytes: Bytes of its host copy while it is not in memory.
         restores: Its load was admitted as one from that copy.
         drops_copy: It is unloaded for the sake of the host, so no copy may stay.
         waiting: The requests in the queue that want it, the oldest first. The line of
             requests keeps it.
-        leases: Bytes of workspace of each lease, by its serial number.
-        owners: The owner of each lease, by its serial number.
+        leases: The owner of each lease, by its serial number.
+        usual_bytes: Bytes of workspace of each lease, but for the
+        unusual: ones, by serial number.
         pinned: It is not evicted when idle.
+        rack: The idle models of its device among which it is, or would be.
         idle_bytes: What its eviction would free, were it idle: nothing if it is pinned
             or spared.
         expires_at_s: When its keep-alive ends, if it is idle then.
@@ -102,7 +103,7 @@ class Entry:
     state: State = State.ABSENT
     files: ModelFiles | None = None
     footprints: dict[Workload, Footprint] = field(default_factory=dict)
-    default_workspace_bytes: int | None = None
+    default_workspace_bytes: int = 0
     num_workers: int = field(init=False)
     loaded: LoadedModel | None = None
     workspace_bytes: int = 0
@@ -110,9 +111,11 @@ class Entry:
     restores: bool = False
     drops_copy: bool = False
     waiting: dict[Waiter, None] = field(default_factory=dict)
-    leases: dict[int, int] = field(default_factory=dict)
-    owners: dict[int, Owner] = field(default_factory=dict)
+    leases: dict[int, Owner] = field(default_factory=dict)
+    usual_bytes: int = 0
+    unusual: dict[int, int] = field(default_factory=dict)
     pinned: bool = False
+    rack: dict[Entry, None] = field(init=False)
     idle_bytes: int = 0
     expires_at_s: float = math.inf
     reminder_s: float = math.inf
@@ -140,6 +143,7 @@ class Entry:
     def __post_init__(self) -> None:
         # Each hit asks, and would have to search the key's options.
         self.num_workers = self.key.num_workers
+        self.rack = self.device.shelf
 
     # Questions ------------------------------------------------------------------------
 
@@ -194,15 +198,6 @@ class Entry:
         return (self.last_used_s or 0.0) + SPARED_S
 
     @property
-    def rack(self) -> dict[Entry, None]:
-        """
-        The idle models of its device among which it is, or would be.
-        """
-        if self.pinned:
-            return self.device.pinned
-        return self.device.spared if self.is_spared else self.device.shelf
-
-    @property
     def is_idle(self) -> bool:
         """
         True if it is in memory and not leased.
@@ -245,38 +240,41 @@ class Entry:
             return True
         return waiter is not None and (
             waiter.passes
-            or (waiter.owner is not None and waiter.owner in self.owners.values())
+            or (waiter.owner is not None and waiter.owner in self.leases.values())
         )
 
     def workspace_of(self, workload: Workload) -> int | None:
         """
         Returns the workspace of one call; None if it was not located for that.
         """
-        if workload is DEFAULT_WORKLOAD:  # spares hashing it on every hit
-            return self.default_workspace_bytes
         footprint = self.footprints.get(workload)
         return None if footprint is None else footprint.workspace_bytes
+
+    def workspace_of_lease(self, serial: int) -> int:
+        """
+        Returns the workspace of one lease.
+        """
+        return self.unusual.get(serial, self.usual_bytes)
 
     def workspace_with(self, n_bytes: int, count: int = 1) -> int:
         """
         Returns what all leases may use at once, with *count* more of *n_bytes* at most.
         """
         running = min(len(self.leases) + count, self.num_workers)
-        return max((n_bytes, *self.leases.values())) * running
+        return max(n_bytes, self._largest_bytes()) * running
+
+    def _largest_bytes(self) -> int:
+        # Mostly all are alike, and there is nothing to go through.
+        if not self.unusual:
+            return self.usual_bytes if self.leases else 0
+        return max(map(self.workspace_of_lease, self.leases))
 
     def fits(self, n_bytes: int) -> bool:
         """
         Returns True if a lease with *n_bytes* of workspace can be granted at once.
         """
-        extra_bytes = n_bytes
-        # Each hit asks, so this saves a call where nothing is leased.
-        if self.leases:
-            extra_bytes = self.workspace_with(n_bytes) - self.workspace_bytes
-        budget = self.device.budget
-        return (
-            extra_bytes <= 0
-            or budget.charged_bytes + extra_bytes <= budget.capacity_bytes
-        )
+        extra_bytes = self.workspace_with(n_bytes) - self.workspace_bytes
+        return extra_bytes <= 0 or extra_bytes <= self.device.budget.left_bytes
 
     def resident(self) -> Resident:
         """
@@ -346,43 +344,46 @@ class Entry:
         self.load_s = load_s
         self.failures = 0
 
-    def take(self, serial: int, owner: Owner, n_bytes: int, now_s: float) -> None:
+    def take(self, serial: int, owner: Owner, n_bytes: int) -> None:
         """
         Notes one more lease with *n_bytes* of workspace.
         """
-        if self.leases:
-            all_bytes = self.workspace_with(n_bytes)
-        else:
-            all_bytes = n_bytes
-            device = self.device
+        all_bytes = self.workspace_with(n_bytes)
+        if not self.leases:
+            self.usual_bytes = n_bytes
             # After a load it is leased before it was ever idle.
             if self.rack.pop(self, self) is None:
-                device.idle_bytes -= self.idle_bytes
-            if self.last_used_s is not None:
-                self.gap_s = next_gap_s(self.gap_s, now_s - self.last_used_s)
-        # Mostly nothing changes if it is leased already.
-        if all_bytes != self.workspace_bytes:
-            self.workspace_bytes = all_bytes
-            self.device.budget.work(self, all_bytes)
-        self.leases[serial] = n_bytes
-        self.owners[serial] = owner
+                self.device.idle_bytes -= self.idle_bytes
+        elif n_bytes != self.usual_bytes:
+            self.unusual[serial] = n_bytes
+        self.leases[serial] = owner
+        self._work(all_bytes)
 
     def give_back(self, serial: int) -> bool:
         """
         Notes the end of a lease, and returns True if there was one.
         """
-        if self.leases.pop(serial, None) is None:
+        if serial not in self.leases:
             return False
-        del self.owners[serial]
+        del self.leases[serial]
+        self.unusual.pop(serial, None)
         # As much as the largest calls that may run at once.
-        all_bytes = 0
-        if self.leases:
-            running = min(len(self.leases), self.num_workers)
-            all_bytes = max(self.leases.values()) * running
-        if all_bytes != self.workspace_bytes:
-            self.workspace_bytes = all_bytes
-            self.device.budget.work(self, all_bytes)
+        self._work(self._largest_bytes() * min(len(self.leases), self.num_workers))
         return True
+
+    def _work(self, all_bytes: int) -> None:
+        more_bytes = all_bytes - self.workspace_bytes
+        # Mostly nothing changes if it is leased already.
+        if more_bytes:
+            self.workspace_bytes = all_bytes
+            self.device.budget.work(more_bytes)
+
+    def note_use(self, now_s: float) -> None:
+        """
+        Notes that it is used after it was idle, for policies that ask how often.
+        """
+        if self.last_used_s is not None:
+            self.gap_s = next_gap_s(self.gap_s, now_s - self.last_used_s)
 
     def shelve(self, keep_alive_s: float, now_s: float) -> None:
         """
@@ -450,12 +451,18 @@ class Entry:
         if is_idle:
             self.unshelve()
         self.pinned, self.is_spared = is_pinned, is_spared
+        self._choose_rack()
         self._count()
         for device in (self.device, self.host):  # perhaps it has a copy there
             device.outlook.forget()
         if is_idle:
             self.rack[self] = None
             self.device.idle_bytes += self.idle_bytes
+
+    def _choose_rack(self) -> None:
+        device = self.device
+        spared = device.spared if self.is_spared else device.shelf
+        self.rack = device.pinned if self.pinned else spared
 
     def _move_to(self, state: State) -> None:
         """
@@ -521,6 +528,7 @@ class Entry:
         self.loaded = None
         self.cause = None
         self.pinned = False
+        self._choose_rack()
         self._move_to(State.ABSENT)
         self.unload_again_s = math.inf
         if self.drained_for is not None:
@@ -559,9 +567,10 @@ class Entry:
         loaded = state in (State.RESIDENT, State.UNLOADING)
         assert (self.loaded is not None) is loaded, f"{key} is {state}"
         assert bool(self.leases) or not self.workspace_bytes, f"{key} works unleased"
-        work_bytes = self.device.budget.of(self, Use.WORK)
+        works = [self.workspace_of_lease(serial) for serial in self.leases]
+        work_bytes = max(works, default=0) * min(len(works), self.num_workers)
         assert self.workspace_bytes == work_bytes, f"{key}: {work_bytes} B of work"
-        assert self.owners.keys() == self.leases.keys(), f"{key}: owners"
+        assert self.unusual.keys() <= self.leases.keys(), f"{key}: unusual"
         assert not self.copy_bytes or loaded or self.restores, f"{key}: a copy, {state}"
         is_there = state is State.RESIDENT
         assert not self.parked_bytes or not is_there, f"{key}: parked, and {state}"

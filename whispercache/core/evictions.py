@@ -156,7 +156,7 @@ class Evictions:
                 entry.device.moved.add(entry)
                 self._agenda.note(DropCopy(entry))
         # The caller would wait for the end of its own leases.
-        own = [entry for entry in chosen if waits_for in entry.owners.values()]
+        own = [entry for entry in chosen if waits_for in entry.leases.values()]
         if waits_for is not None and own:
             state.counts["deadlocks"] += 1
             names = tuple(str(entry.key) for entry in own)

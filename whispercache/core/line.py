@@ -138,7 +138,7 @@ class Line:
         self.copied: set[Entry] = set()
         self.owners: dict[Owner, dict[Waiter, None]] = {}
         self.passing: set[Waiter] = set()
-        self.held: Counter[Owner] = Counter()
+        self.held: dict[Owner, int] = {}
         self.suspects: set[Owner] = set()
 
     def __len__(self) -> int:
@@ -324,7 +324,7 @@ class Line:
         found: Iterable[Waiter] = entry.waiting
         if entry.cause is not None or entry.drained_for is not None:
             # Only those that are exempt; there are few.
-            held = [w for owner in entry.owners.values() for w in self._of(owner)]
+            held = [w for owner in entry.leases.values() for w in self._of(owner)]
             drained_for = () if entry.drained_for is None else (entry.drained_for,)
             exempt = {*self.passing, *held, *drained_for}
             found = sorted(exempt & entry.waiting.keys(), key=lambda w: w.serial)
@@ -339,13 +339,7 @@ class Line:
         """
         Counts the leases on *entries*, as the first request begins to wait.
         """
-        self.held = Counter(
-            owner
-            for entry in entries
-            if entry.owners
-            for owner in entry.owners.values()
-            if owner is not None
-        )
+        self.held = _held(entries)
 
     def holds(self, owner: Owner, more: int) -> None:
         """
@@ -353,10 +347,11 @@ class Line:
         """
         if owner is None or not self.waiters:
             return
-        held = self.held
-        held[owner] += more
-        if not held[owner]:
-            del held[owner]
+        count = self.held.get(owner, 0) + more
+        if count:
+            self.held[owner] = count
+        else:
+            del self.held[owner]
         if owner in self.owners:
             self._suspect(owner)
 
@@ -365,3 +360,22 @@ class Line:
             self.suspects.add(owner)
         else:
             self.suspects.discard(owner)
+
+    # Proof ----------------------------------------------------------------------------
+
+    def check(self, entries: Iterable[Entry]) -> None:
+        """
+        Asserts that the leases on *entries* were counted, if anybody waits.
+        """
+        held = _held(entries) if self.waiters else {}
+        assert self.held == held, f"{self.held} leases counted, not {held}"
+
+
+def _held(entries: Iterable[Entry]) -> dict[Owner, int]:
+    return Counter(
+        owner
+        for entry in entries
+        if entry.leases
+        for owner in entry.leases.values()
+        if owner is not None
+    )

@@ -66,15 +66,18 @@ class Lookout:
         state, now_s = self._state, self._now()
         for device in devices:
             self._look_at(device, now_s, least_s)
+        # Mostly nobody who waits holds a lease, and each release beside others asks.
+        if not suspects or not state.queue.suspects:
+            return
         is_looked_for = state.deadlocks_at_s < math.inf
-        if suspects and not is_looked_for and deadlocks.suspects(state):
+        if not is_looked_for and deadlocks.suspects(state):
             pause_s = max(DEADLOCK_S, LEAST_CHECKS * state.check_s)
             state.deadlocks_at_s = now_s + pause_s
             self._agenda.wake_by(state.deadlocks_at_s)
 
     def _look_at(self, device: Device, now_s: float, least_s: float) -> None:
         # What ended may have left more than the last reading knew of.
-        if device.is_stale and not device.is_moving and device.budget.may_gain:
+        if device.is_stale and not device.moving and device.budget.may_gain:
             next_s = device.looked_s + least_s
             if now_s >= next_s:
                 device.is_stale = False
@@ -82,7 +85,7 @@ class Lookout:
                 self._agenda.note(LookAgain(device))
                 return
             at_s = next_s
-        elif device.unreturned_bytes:
+        elif device.budget.unreturned_bytes:
             # No event of ours will tell that it was returned.
             at_s = now_s + LOOK_AGAIN_S
         else:

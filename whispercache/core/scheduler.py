@@ -11,7 +11,7 @@ be done is noted as effects.
 
 from __future__ import annotations
 
-import itertools
+import math
 from typing import TYPE_CHECKING
 
 from whispercache.errors import (
@@ -23,6 +23,7 @@ from whispercache.events import EvictionCause
 from whispercache.lease import Lease
 from whispercache.planning import planner
 from whispercache.planning.planner import Outcome
+from whispercache.planning.policies import is_lru
 
 from . import demands, view
 from .effects import StartLoad
@@ -67,7 +68,8 @@ class Scheduler:
         self._rules = agenda.rules
         self._evictions = evictions
         self._lessor = lessor
-        self._serials = itertools.count()
+        # The order of release is all that the usual policy asks for.
+        self._notes_uses = not is_lru(agenda.rules.policy)
         self._lookout = Lookout(agenda)
         self.endings: Endings = Endings(agenda, evictions, self._grant)
 
@@ -87,43 +89,41 @@ class Scheduler:
         state = self._state
         if (
             state.closed is not None
-            # `is_open_to(None)`, spelled out: a call less for each hit.
-            or entry.state is not State.RESIDENT
-            or entry.cause is not None
-            or entry.drained_for is not None
+            or not entry.is_open_to(None)
             or entry.device.lost_to is not None
         ):
             return None
         workspace_bytes = entry.workspace_of(workload)
         if workspace_bytes is None or not entry.fits(workspace_bytes):
             return None
-        # A request that waits may need what this would take: the planner decides then.
-        if state.queue and not self._may_pass(entry, workspace_bytes):
-            return None
-        state.counts["hits"] += 1
+        if state.queue.waiters:
+            more_bytes = entry.workspace_with(workspace_bytes) - entry.workspace_bytes
+            # One that waits may need what this would take: the planner decides then.
+            if not self.may_pass(entry, more_bytes):
+                return None
         lease = self._grant(entry, workspace_bytes, keep_alive_s, owner)
         if owner in state.queue.suspects:
             self._lookout.look_out(())
         return lease
 
-    def _may_pass(self, entry: Entry, workspace_bytes: int) -> bool:
+    def may_pass(self, entry: Entry, more_bytes: int) -> bool:
         """
-        Returns True if a lease on *entry* changes nothing for those that wait, so that
-        the planner would grant it.
+        Returns True if a lease on *entry* with *more_bytes* of workspace changes
+        nothing for those that wait, so that the planner would grant it.
         """
         state, device = self._state, entry.device
-        outlook = device.outlook
+        outlook, budget = device.outlook, device.budget
+        is_draining = outlook.is_draining or entry.host.outlook.is_draining
         if (
             entry.waiting
-            or entry.key in state.chosen
-            or not outlook.is_known
-            or (self._is_draining(entry) and not entry.stays)
+            or not outlook.free_bytes > -math.inf  # `is_known`, without its call
+            or (is_draining and self._is_draining(entry) and not entry.stays)
             or self._now() >= state.impatient_at_s
+            or (state.chosen and entry.key in state.chosen)
         ):
             return False
-        more_bytes = entry.workspace_with(workspace_bytes) - entry.workspace_bytes
-        left_bytes = device.budget.left_bytes - outlook.promised_bytes
-        return more_bytes <= 0 or more_bytes <= left_bytes
+        left_bytes = budget.capacity_bytes - budget.charged_bytes
+        return more_bytes <= 0 or more_bytes <= left_bytes - outlook.promised_bytes
 
     def _is_draining(self, entry: Entry) -> bool:
         """
@@ -400,8 +400,9 @@ class Scheduler:
         state = self._state
         if device.is_over_limit:
             self.admit()
-        elif state.queue:
-            if self._now() >= state.impatient_at_s or view.may_help(state, device):
+        elif state.queue.waiters:
+            now_s = self._now()
+            if now_s >= state.impatient_at_s or view.may_help(state, device):
                 self.admit()
             else:
                 self._lookout.look_out((device,), least_s=LOOK_EVERY_S)
@@ -431,14 +432,14 @@ class Scheduler:
         keep_alive_s: float | None,
         owner: Owner,
     ) -> Lease:
-        state, serial = self._state, next(self._serials)
+        state = self._state
+        serial = state.grants = state.grants + 1
         # It is made first: what a signal handler raises in here then gives it back.
         lease = Lease(self._lessor, entry, serial, keep_alive_s)
-        entry.take(serial, owner, workspace_bytes, self._now())
-        state.leases += 1
-        state.grants += 1
-        if state.queue:
-            state.queue.holds(owner, 1)
+        if self._notes_uses and not entry.leases:
+            entry.note_use(self._now())
+        entry.take(serial, owner, workspace_bytes)
+        state.queue.holds(owner, 1)
         # Its workspace may be what kept tokenizers took until now.
         if entry.device.kept_bytes:
             self._evictions.shed(entry.device)
@@ -450,38 +451,48 @@ class Scheduler:
         """
         Ends a lease. Nothing happens if it has ended.
         """
-        state = self._state
-        owner = entry.owners.get(serial) if state.queue else None
+        state, owner = self._state, entry.leases.get(serial)
         if not entry.give_back(serial):
             return
-        state.leases -= 1
         if not entry.leases:
             self._evictions.shelve(entry, keep_alive_s)
         # Without either there is nothing to decide, and a hit pays for nothing.
-        if state.queue:
+        if state.queue.waiters:
             state.queue.holds(owner, -1)
-            self._released(entry)
+            self.released(entry)
         elif entry.device.is_over_limit:
             self.admit()
 
-    def _released(self, entry: Entry) -> None:
+    def released(self, entry: Entry) -> None:
         """
         Admits those that wait, if the end of a lease may help one.
         """
-        # What is idle now would be drained, or is chosen before others that are.
-        drains = entry.is_idle and self._is_draining(entry) and not entry.stays
-        frees_copy = entry.copy_bytes and view.may_help(self._state, entry.host)
-        if entry.waiting or drains or frees_copy:
+        host = entry.host
+        is_draining = entry.device.outlook.is_draining or host.outlook.is_draining
+        if (
+            entry.waiting
+            # What is idle now would be drained, or is chosen before others that are.
+            or (
+                is_draining
+                and self._is_draining(entry)
+                and entry.is_idle
+                and not entry.stays
+            )
+            or (host.budget.copies_bytes and self._frees_copy(entry))
+        ):
             self.admit()
         else:
             self.settle(entry.device)
+
+    def _frees_copy(self, entry: Entry) -> bool:
+        return entry.copy_bytes > 0 and view.may_help(self._state, entry.host)
 
     def spare(self, entry: Entry, serial: int) -> None:
         """
         Notes that the result of a leased call is in use, and needs the model again.
         """
         entry.spares += 1
-        entry.spared_for = entry.owners.get(serial)
+        entry.spared_for = entry.leases.get(serial)
         self._state.spared.add(entry)
 
     def unspare(self, entry: Entry) -> None:
@@ -502,9 +513,9 @@ class Scheduler:
         """
         line = self._state.queue
         if serial in entry.leases:
-            line.holds(entry.owners[serial], -1)
+            line.holds(entry.leases[serial], -1)
             line.holds(owner, 1)
-            entry.owners[serial] = owner
+            entry.leases[serial] = owner
             # A request of its new owner may have the model too, or wait in vain.
             if owner in line.owners or entry.waiting:
                 self.admit()

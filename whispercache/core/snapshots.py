@@ -29,12 +29,12 @@ def stats(core: Core) -> Stats:
     Returns counters since the cache was made.
     """
     with core.changing():
-        counts = dict(core.state.counts)
+        counts = {**core.state.counts, "hits": core.state.hits}
         return Stats(
             **counts,
             load_s=core.state.load_s,
             wait_s=core.state.wait_s,
-            requests=counts.get("hits", 0) + counts.get("misses", 0),
+            requests=core.state.hits + counts.get("misses", 0),
             waiting=len(core.queue),
             leases=core.state.leases,
         )

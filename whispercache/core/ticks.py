@@ -110,7 +110,7 @@ class Ticks:
             held = {
                 str(entry.key)
                 for entry in state.entries.values()
-                if victim.owner in entry.owners.values()
+                if victim.owner in entry.leases.values()
             }
             state.counts["deadlocks"] += 1
             self._endings.fail(victim, LeaseDeadlock(str(victim), tuple(sorted(held))))

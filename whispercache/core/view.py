@@ -71,7 +71,7 @@ def may_help(state: CacheState, device: Device) -> bool:
     if left_bytes >= outlook.free_bytes or reach_bytes >= outlook.reach_bytes:
         return True
     # Hardly any device has copies of others, or a number of models as its limit.
-    if device.max_models is None and not device.copies_bytes:
+    if device.max_models is None and not budget.copies_bytes:
         return False
     now = room(state, device)
     return (
