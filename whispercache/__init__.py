@@ -46,6 +46,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .aio import AsyncCachedModel, AsyncModelCache
     from .comparison import compare
+    from .devices.heap import use_huge_pages
     from .engine.audio.damage import AudioDamage
     from .engine.audio.decoder import Audio, read_audio
     from .events import (
@@ -122,6 +123,7 @@ __all__ = [
     "footprint",
     "get_model",
     "read_audio",
+    "use_huge_pages",
 ]
 
 
@@ -135,6 +137,7 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
         "AudioDamage": "engine.audio.damage",
         "compare": "comparison",
         "read_audio": "engine.audio.decoder",
+        "use_huge_pages": "devices.heap",
     }
 
     def __getattr__(name: str) -> object:

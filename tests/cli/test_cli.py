@@ -592,6 +592,41 @@ except SystemExit as end:
         """
         assert run("--version") == (0, f"whispercache {__version__}\n", "")
 
+    @pytest.mark.parametrize(
+        ("command", "expected"),
+        [
+            (("transcribe", "gone.wav", "--model", "/gone"), [True]),
+            (("transcribe", "gone.wav", "--model", "/gone", "--no-huge-pages"), []),
+            (
+                ("compare", "gone.wav", "--models", "/a,/b", "--out", "/dev/null/x"),
+                [True],
+            ),
+            (("serve", "/gone", "--port", "0"), [False]),
+            (("variants", "build", "/gone"), []),
+        ],
+    )
+    def test_commands_that_load_models_use_huge_pages(
+        self,
+        run: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+        command: tuple[str, ...],
+        expected: list[bool],
+    ) -> None:
+        """
+        Unless they are told not to; and not where a program calls them, whose heap is
+        its own. Those that end with their work keep what it frees.
+        """
+        asked: list[bool] = []
+        monkeypatch.setattr(
+            "whispercache.cli.main.use_huge_pages",
+            lambda *, keep: asked.append(keep),
+        )
+        assert run(*command).code == 2
+        assert not asked
+        monkeypatch.setattr(sys, "argv", ["whispercache", *command])
+        assert main() == 2
+        assert asked == expected
+
 
 # Formats ------------------------------------------------------------------------------
 
@@ -958,6 +993,7 @@ class TestDoctor:
         monkeypatch.setattr(doctor, "driver_version", lambda: "580.95.05")
         monkeypatch.setattr(doctor, "nvml_problem", lambda: None)
         monkeypatch.setattr(doctor, "cublas_problem", lambda: None)
+        monkeypatch.setattr(doctor, "huge_pages_problem", lambda: "")
         return FakeMachine({"cpu": "8GiB", "cuda:0": "8GiB"})
 
     def found(self, machine: FakeMachine) -> dict[str, Finding]:
@@ -975,6 +1011,30 @@ class TestDoctor:
         assert {finding.mark for finding in found.values()} == {"works"}
         assert "float16" in found["types, cuda:0"].text
         assert "fake cuda:0, 8.0 GiB of 8.0 GiB free" in found["cuda:0"].text
+
+    @pytest.mark.parametrize(
+        ("problem", "shown"),
+        [
+            ("", "models are loaded into them"),
+            ("they need glibc", "none, since they need glibc; a change of models"),
+            ("it says never: write madvise", "none, since it says never; a change"),
+        ],
+    )
+    def test_huge_pages_are_shown_and_what_it_costs_to_have_none(
+        self,
+        healthy: FakeMachine,
+        monkeypatch: pytest.MonkeyPatch,
+        problem: str,
+        shown: str,
+    ) -> None:
+        """
+        That is no error: all works without them.
+        """
+        monkeypatch.setattr(doctor, "huge_pages_problem", lambda: problem)
+        found = self.found(healthy)["huge pages"]
+        assert found.mark == ("note" if problem else "works")
+        assert found.text.startswith(shown)
+        assert found.mend == problem.partition(": ")[2]
 
     def test_a_missing_cublas_is_wrong_and_can_be_mended(
         self, healthy: FakeMachine, monkeypatch: pytest.MonkeyPatch

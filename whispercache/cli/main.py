@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from whispercache import __version__
 from whispercache.comparison import command as compare
-from whispercache.console import INTERRUPTED, WRONG_USE, error_line, explain
+from whispercache.console import (
+    INTERRUPTED,
+    WRONG_USE,
+    add_huge_pages,
+    error_line,
+    explain,
+)
+from whispercache.devices.heap import use_huge_pages
 from whispercache.devices.probe import SystemProbe
 from whispercache.engine.calls.languages import language_code
 from whispercache.engine.loader import FasterWhisperLoader
@@ -82,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare()
     try:
         options = _parser().parse_args(arguments)
+        # With arguments it is a part of a program, which has a heap of its own.
+        if arguments is None and not getattr(options, "no_huge_pages", True):
+            use_huge_pages(keep=options.keeps_freed)
         run: Callable[[argparse.Namespace], int] = options.run
         code = run(options)
         # Here, where a broken pipe can still be told from other errors.
@@ -200,6 +210,7 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=Path, metavar="DIR", help="write files there, not stdout")
     add_config(add)
     add_settings(add, "vram", "ram", "variants")
+    add_huge_pages(parser, keep=True)
     parser.set_defaults(run=transcribe)
 
 

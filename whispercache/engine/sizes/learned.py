@@ -190,6 +190,17 @@ class Sizer:
             return 0
         return _estimate(files.source, key.compute_type, key.device).weights_bytes
 
+    def host_loading_bytes(self, key: ModelKey, files: ModelFiles) -> int:
+        """
+        Returns the peak of host memory that is predicted for a load.
+        """
+        if files.source is None:
+            return 0
+        found = _estimate(files.source, key.compute_type, key.device)
+        return max(
+            found.host_loading_bytes, found.loading_bytes * (key.device == "cpu")
+        )
+
     def remember(self, key: ModelKey, files: ModelFiles, measured_bytes: int) -> None:
         self.learned.record(
             key.model,

@@ -1,0 +1,265 @@
+"""
+The heap of the C library that models are loaded into, in huge pages.
+
+A load takes fresh memory, in which the processor stops at each page of 4 KiB for the
+kernel to find and clear one: in float32 that is half of a load. Pages of 2 MiB are 512
+times fewer, but the kernel gives them only where it was advised to, and glibc maps the
+largest blocks anew each time, at addresses that nobody knows before.
+
+In a process that has called `use_huge_pages` all threads share one heap, the only one
+that can grow as far as a model needs. Before a load a part of it is advised, all blocks
+come from there while the load lasts, and the advice is withdrawn at its end: else the
+kernel would in time fill what was freed up with huge pages again. What an unload frees
+for a load that follows stays in the heap, where that finds it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Mode = Literal["always", "madvise", "never", ""]
+
+# Source: malloc.h of glibc.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+# Source: mman-common.h of Linux.
+_HUGEPAGE, _NOHUGEPAGE = 14, 15
+
+# What glibc itself comes to once it has freed large blocks: the size from which it maps
+# one apart, how many it so maps, and the bytes at the heap's end that it keeps. Source:
+# DEFAULT_MMAP_THRESHOLD_MAX and DEFAULT_MMAP_MAX in malloc.c of glibc 2.36.
+_MAPPED_FROM_BYTES = 32 * 1024**2
+_MOST_MAPPED = 65536
+_KEPT_BYTES = 64 * 1024**2
+
+_SETTINGS = "sys/kernel/mm/transparent_hugepage/"
+
+_ENOUGH_PAGES = 8
+"""
+Huge pages in a load for which it is advised; with fewer, the one that is filled in part
+would count. Where a huge page is 512 MiB (ARM, kernels with pages of 64 KiB), few
+models have them.
+"""
+
+
+class Heap:
+    """
+    The heap of this process, in glibc's hands.
+
+    Args:
+        library: glibc, or what stands for it.
+        huge_page_bytes: The size of a huge page; 0 where they need no advice.
+        always_keeps: It does what `keep` does, for good.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, huge_page_bytes: int, *, always_keeps: bool = False
+    ) -> None:
+        self._mallopt = library.mallopt
+        self._malloc, self._free = library.malloc, library.free
+        self._madvise = library.madvise
+        self._malloc.restype = ctypes.c_void_p
+        self._malloc.argtypes = [ctypes.c_size_t]
+        self._free.argtypes = [ctypes.c_void_p]
+        self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self._huge_page_bytes = huge_page_bytes
+        self._always_keeps = always_keeps
+
+    def share(self) -> None:
+        """
+        Has all threads that start from now on use one heap.
+        """
+        self._mallopt(_ARENA_MAX, 1)
+        self._mallopt(_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+        self.keep()
+        self.settle()
+
+    def keep(self) -> None:
+        """
+        Has all blocks come from the heap from now on, and freed ones stay in it.
+        """
+        self._mallopt(_MMAP_MAX, 0)
+        # That is: never.
+        self._mallopt(_TRIM_THRESHOLD, -1)
+
+    def settle(self) -> None:
+        """
+        Ends what `keep` began. Frees nothing.
+        """
+        if self._always_keeps:
+            return
+        self._mallopt(_MMAP_MAX, _MOST_MAPPED)
+        self._mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+
+    @contextmanager
+    def loading(self, n_bytes: int) -> Iterator[None]:
+        """
+        Has the blocks of a load come in huge pages from the heap.
+
+        Two loads at once, to several devices, settle the heap when the first one ends;
+        the rest of the other one is as slow as elsewhere.
+
+        Args:
+            n_bytes: Memory that the load takes at its peak.
+        """
+        self.keep()
+        advised = None
+        if 0 < _ENOUGH_PAGES * self._huge_page_bytes <= n_bytes:
+            advised = self._advise(n_bytes)
+        try:
+            yield
+        finally:
+            if advised is not None:
+                # The pages that the load has filled stay as they are.
+                self._madvise(*advised, _NOHUGEPAGE)
+            self.settle()
+
+    def _advise(self, n_bytes: int) -> tuple[int, int] | None:
+        """
+        Finds room in the heap, which grows if need be. Returns its address and length.
+        """
+        address: int | None = self._malloc(n_bytes)
+        # The load will say that there is not enough.
+        if address is None:
+            return None
+        page_bytes = mmap.PAGESIZE
+        start = -(-address // page_bytes) * page_bytes
+        length = (address + n_bytes - start) // page_bytes * page_bytes
+        # A kernel without huge pages refuses.
+        refused = self._madvise(start, length, _HUGEPAGE)
+        self._free(address)
+        return None if refused else (start, length)
+
+
+# The heap of a process that has asked for huge pages; empty until then.
+_heap: list[Heap] = []
+
+
+def use_huge_pages(*, keep: bool = False) -> bool:
+    """
+    Has models loaded into huge pages from now on, in this process.
+
+    Where models take turns on the CPU, a load in float32 then takes half the time. The
+    commands do this by themselves; a program calls it first, before threads start. From
+    then on all threads share one heap of the C library, as with ``MALLOC_ARENA_MAX=1``,
+    which slows programs down whose threads allocate much at the same time.
+
+    Args:
+        keep: What calls free stays in the process until a model is loaded or unloaded,
+            so that later ones on the CPU need not ask the kernel for it again. For
+            programs that end with their work. Only the first call of this function can
+            say so.
+
+    Returns:
+        True if it worked. False, with nothing changed, where there are none:
+        ``whispercache doctor`` tells why.
+    """
+    if huge_pages_problem():
+        return False
+    if not _heap:
+        library = _glibc()
+        assert library is not None
+        # Where all memory comes in huge pages, there is nothing to advise.
+        needs_advice = huge_pages() == "madvise"
+        page_bytes = huge_page_bytes() if needs_advice else 0
+        heap = Heap(library, page_bytes, always_keeps=keep)
+        heap.share()
+        _heap.append(heap)
+    return True
+
+
+def huge_pages_problem() -> str:
+    """
+    Returns why models cannot be loaded into huge pages; empty if they can. What helps
+    comes after a colon.
+    """
+    if _glibc() is None:
+        return "they need Linux with glibc"
+    mode = huge_pages()
+    if mode == "never":
+        return (
+            "the kernel's setting is never: as root, write madvise to "
+            f"/{_SETTINGS}enabled"
+        )
+    return "" if mode else "the kernel has none"
+
+
+def huge_pages(root: Path = Path("/")) -> Mode:
+    """
+    Returns to whom the kernel gives transparent huge pages: ``"always"`` to all,
+    ``"madvise"`` where they are asked for, ``"never"``; empty if it has none.
+
+    Source: https://docs.kernel.org/admin-guide/mm/transhuge.html
+    """
+    # The brackets mark what is in force.
+    mode = _setting(root, "enabled").partition("[")[2].partition("]")[0]
+    return cast("Mode", mode) if mode in ("always", "madvise", "never") else ""
+
+
+def huge_page_bytes(root: Path = Path("/")) -> int:
+    """
+    Returns the size of a huge page; 0 if unknown.
+    """
+    text = _setting(root, "hpage_pmd_size").strip()
+    return int(text) if text.isdecimal() else 0
+
+
+def is_shared() -> bool:
+    """
+    Tests if all threads of this process use one heap, with huge pages.
+    """
+    return bool(_heap)
+
+
+@contextmanager
+def loading(peak_bytes: Callable[[], int]) -> Iterator[None]:
+    """
+    Has the memory of a load, which tells its peak, come in huge pages, if this process
+    uses them.
+    """
+    if not _heap:
+        yield
+        return
+    with _heap[0].loading(peak_bytes()):
+        yield
+
+
+def keep() -> None:
+    """
+    Keeps memory that is freed from now on for the load that follows.
+    """
+    for heap in _heap:
+        heap.keep()
+
+
+def settle() -> None:
+    """
+    Ends what `keep` began.
+    """
+    for heap in _heap:
+        heap.settle()
+
+
+def _setting(root: Path, name: str) -> str:
+    try:
+        path = root / _SETTINGS / name
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+
+
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(None)
+        # Others have a mallopt, too, with parameters of their own.
+        _ = library.gnu_get_libc_version, library.mallopt
+    # Another C library (musl, macOS), or none (Windows: TypeError).
+    except (AttributeError, OSError, TypeError):
+        return None
+    return library
