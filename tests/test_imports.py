@@ -45,19 +45,36 @@ def printed(program: str) -> str:
     return done.stdout.strip()
 
 
+OWN = "print(sorted(m for m in sys.modules if m.startswith('whispercache')))"
+
+
 @pytest.mark.parametrize(
-    "statement",
-    ["import whispercache", "from whispercache import get_model, ModelCache"],
+    ("statement", "own"),
+    [
+        ("import whispercache", ["whispercache", "errors", "version"]),
+        (
+            "from whispercache import WhisperCacheError, get_model",
+            ["whispercache", "default", "errors", "version"],
+        ),
+    ],
 )
-def test_who_imports_names_does_not_wait_for_what_a_cache_needs(
-    statement: str,
+def test_who_imports_the_package_imports_next_to_nothing_of_it(
+    statement: str, own: list[str]
 ) -> None:
     """
-    The names that all programs use are there without the rest of the package.
+    A program that asks for its first model later should not wait for it at its start.
+    """
+    names = [own[0], *(f"whispercache.{name}" for name in own[1:])]
+    assert printed(f"import sys; {statement}; {OWN}") == str(names)
+
+
+def test_who_imports_the_cache_does_not_wait_for_what_a_cache_needs() -> None:
+    """
+    The class is there without the rest of the package.
     """
     # What an empty interpreter has imported does not count.
     seen = printed(
-        f"import sys; before = set(sys.modules); {statement}; "
+        "import sys; before = set(sys.modules); from whispercache import ModelCache; "
         f"print(sorted({LATER!r} & (set(sys.modules) - before)))"
     )
     assert seen == "[]"

@@ -8,11 +8,10 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from .cache import ModelCache
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .cache import ModelCache
     from .model import CachedModel
     from .units import DurationValue
 
@@ -31,6 +30,9 @@ def default_cache() -> ModelCache:
     with _lock:
         # A program that closes it, as tests do, gets a new one.
         if _default is None or _default.is_closed:
+            # Here, so that the import of `get_model` alone is light.
+            from .cache import ModelCache
+
             _default = ModelCache()
         return _default
 

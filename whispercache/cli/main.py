@@ -17,19 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from whispercache import __version__
-from whispercache.comparison import command as compare
 from whispercache.console import INTERRUPTED, WRONG_USE, add_limits, error_line, explain
-from whispercache.devices.probe import SystemProbe
-from whispercache.engine.calls.languages import language_code
-from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.errors import WhisperCacheError
-from whispercache.keys import canonical_device
-from whispercache.server import command as serve
-from whispercache.transcripts import FORMATS
-from whispercache.units import parse_duration
-
-from . import variants
-from .transcribe import transcribe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _prepare()
     try:
-        options = _parser().parse_args(arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        options = _parser(given).parse_args(given)
         run: Callable[[argparse.Namespace], int] = options.run
         code = run(options)
         # Here, where a broken pipe can still be told from other errors.
@@ -132,7 +122,7 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="whispercache",
         description="The faster-whisper models you name, in the memory there is.",
@@ -146,7 +136,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="COMMAND", prog="whispercache", required=True, help=argparse.SUPPRESS
     )
     for name, add_options in _COMMANDS.items():
-        add_options(commands.add_parser(name))
+        parser_of_command = commands.add_parser(name)
+        # Those of the others would import what only they need.
+        if name in arguments:
+            add_options(parser_of_command)
     return parser
 
 
@@ -173,6 +166,10 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_transcribe(parser: argparse.ArgumentParser) -> None:
+    from whispercache.transcripts import FORMATS
+
+    from .transcribe import transcribe
+
     parser.description = "Transcribe audio and video files with one or more models."
     explain(parser, _FORMATS_HELP)
     add = parser.add_argument
@@ -204,10 +201,30 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
 
 
 def _language(text: str) -> str | None:
+    from whispercache.engine.calls.languages import language_code
+
     try:
         return language_code(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    from whispercache.server import command
+
+    command.add_options(parser)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    from whispercache.comparison import command
+
+    command.add_options(parser)
+
+
+def _add_variants(parser: argparse.ArgumentParser) -> None:
+    from . import variants
+
+    variants.add_options(parser)
 
 
 def _add_top(parser: argparse.ArgumentParser) -> None:
@@ -244,16 +261,20 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "transcribe": _add_transcribe,
-    "serve": serve.add_options,
+    "serve": _add_serve,
     "top": _add_top,
-    "compare": compare.add_options,
+    "compare": _add_compare,
     "models": _add_models,
-    "variants": variants.add_options,
+    "variants": _add_variants,
     "doctor": _add_doctor,
 }
 
 
 def _models(options: argparse.Namespace) -> int:
+    from whispercache.devices.probe import SystemProbe
+    from whispercache.engine.loader import FasterWhisperLoader
+    from whispercache.keys import canonical_device
+
     from .models import as_json, show, survey
 
     probe = SystemProbe()
@@ -268,12 +289,15 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _top(options: argparse.Namespace) -> int:
+    from whispercache.units import parse_duration
     from whispercache.watch.top import remote, view, watch
 
     # A file that was named wins.
     key = os.environ.get(KEY_VARIABLE)
     if options.key_file is not None:
-        key = serve.read_keys(options.key_file)[0]
+        from whispercache.server.command import read_keys
+
+        key = read_keys(options.key_file)[0]
     source = remote(options.url, key)
     # "1s", as all times here.
     interval_s = parse_duration(options.interval, "--interval")
@@ -288,6 +312,9 @@ def _top(options: argparse.Namespace) -> int:
 
 
 def _doctor(_options: argparse.Namespace) -> int:
+    from whispercache.devices.probe import SystemProbe
+    from whispercache.engine.loader import FasterWhisperLoader
+
     from .doctor import examine, show
 
     probe = SystemProbe()
