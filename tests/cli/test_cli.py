@@ -246,6 +246,23 @@ class TestTranscribe:
         assert len(cues) > 3
         assert "lighthouse" in " ".join(cue.text for cue in cues)
 
+    @pytest.mark.parametrize("owns_process", [False, True])
+    def test_it_sets_up_only_a_process_of_its_own(
+        self,
+        models: Models,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        owns_process: bool,
+    ) -> None:
+        """
+        A program that calls it keeps its own allocator and its own environment.
+        """
+        set_up = []
+        monkeypatch.setattr(job, "_settle_in", lambda: set_up.append("memory"))
+        arguments = ("transcribe", BREAD, "--model", models.alpha)
+        assert main(arguments, owns_process=owns_process) == 0
+        assert set_up == ["memory"] * owns_process
+
     def test_a_model_leaves_before_the_next_one_comes(
         self,
         run: Callable[..., Result],

@@ -632,7 +632,7 @@ class TestProcess:
         assert host.anonymous_bytes() is None
 
     @pytest.mark.skipif(
-        host._malloc_trim() is None,
+        host._of_glibc("malloc_trim") is None,
         reason="only glibc keeps freed memory that it can be asked for",
     )
     def test_freed_memory_returns_to_the_system(self) -> None:
@@ -659,17 +659,63 @@ class TestProcess:
         assert freed < taken / 4
         assert returned > taken * 3 / 4
 
+    @pytest.mark.skipif(
+        host._of_glibc("mallopt") is None,
+        reason="only glibc can be asked to keep freed memory",
+    )
+    def test_freed_memory_stays_if_it_is_kept_until_it_is_asked_back(self) -> None:
+        """
+        A block of 64 MiB, such as is mapped and unmapped otherwise, costs page faults
+        once; also on a thread, which would have a heap of its own.
+        """
+        child = run_child(
+            """
+            import ctypes, resource, threading
+            from whispercache.devices import host
+
+            host.keep_free_memory()
+            libc = ctypes.CDLL(None)
+            libc.malloc.restype = ctypes.c_void_p
+            libc.free.argtypes = [ctypes.c_void_p]
+            size = 64 * 1024 * 1024
+
+            def faults():
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                block = libc.malloc(ctypes.c_size_t(size))
+                ctypes.memset(block, 1, size)
+                libc.free(block)
+                return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+            start = host.anonymous_bytes()
+            counts = [faults(), faults()]
+            thread = threading.Thread(target=lambda: counts.append(faults()))
+            thread.start()
+            thread.join()
+            kept = host.anonymous_bytes() - start
+            host.return_free_memory()
+            print(*counts, kept, host.anonymous_bytes() - start)
+            """
+        )
+        assert (child.returncode, child.stderr) == (0, "")
+        first, second, third, kept, left = map(int, child.stdout.split())
+        assert kept > 60 * MIB
+        assert left < 8 * MIB
+        # How many there are first is up to the size of the system's pages.
+        assert second < first / 4
+        assert third < first / 4
+
     def test_without_glibc_nothing_happens(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """
         Where there is no such function, or no such library, the call does nothing.
         """
-        host._malloc_trim.cache_clear()
+        host._of_glibc.cache_clear()
         monkeypatch.setattr(ctypes, "CDLL", _no_library)
         host.return_free_memory()
+        host.keep_free_memory()
         monkeypatch.undo()
-        host._malloc_trim.cache_clear()
+        host._of_glibc.cache_clear()
 
 
 @pytest.mark.parametrize(

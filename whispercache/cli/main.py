@@ -8,6 +8,7 @@ Heavy imports wait for a command that needs them, so that ``--help`` answers at 
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import math
 import os
@@ -63,15 +64,19 @@ decoded is reported and passed over, and the exit code is 2.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
     """
     Runs the command, and returns the exit code: 0, or 2 if something could not be done;
     1 from ``doctor``.
+
+    With *owns_process* nothing else runs in this process, before or after, and it may
+    be set up for the command alone.
     """
     _prepare()
     try:
         given = sys.argv[1:] if arguments is None else arguments
         options = _parser(given).parse_args(given)
+        options.owns_process = owns_process
         run: Callable[[argparse.Namespace], int] = options.run
         code = run(options)
         # Here, where a broken pipe can still be told from other errors.
@@ -94,7 +99,10 @@ def script() -> NoReturn:
     Runs the command as a process of its own, and ends that. The end of the interpreter
     waits for threads; a download may never end.
     """
-    code = main()
+    code = main(owns_process=True)
+    # The end of the interpreter looks for cycles in all that was imported, and again
+    # after that. The system frees it as well.
+    gc.freeze()
     last = threading.Timer(EXIT_S, os._exit, (code,))
     # Or it would itself be waited for.
     last.daemon = True

@@ -6,6 +6,7 @@ Transcripts go to stdout or into files, everything else to stderr.
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from whispercache.cache import ModelCache
 from whispercache.console import WRONG_USE, distinct, error_line, interruptible
+from whispercache.devices.host import keep_free_memory
 from whispercache.engine.calls.languages import check_language
 from whispercache.engine.calls.prepare import workload_of
 from whispercache.engine.naming import short_name
@@ -40,6 +42,8 @@ def transcribe(options: argparse.Namespace) -> int:
     """
     Transcribes, and returns the exit code.
     """
+    if options.owns_process:
+        _settle_in()
     bar = Bar()
     work = _Transcription(options, bar)
 
@@ -51,6 +55,16 @@ def transcribe(options: argparse.Namespace) -> int:
         return interruptible(work.run, name="transcribe", interrupted=interrupted)
     finally:
         bar.close()
+
+
+def _settle_in() -> None:
+    """
+    Sets the process up for one job, which is over as soon as it ends.
+    """
+    keep_free_memory()
+    # Its threads would spin, at their start, on the cores that others need; no product
+    # in a transcription is large. Read when NumPy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @dataclass(slots=True)
@@ -84,13 +98,15 @@ class _Transcription:
                 check_language(str(model.key), options.language, known)
             cache.subscribe(self._watch)
             stems = distinct(Path(file).stem for file in files)
+            last = next(reversed(models), None)
             for name, model in models.items():
                 for file, stem in zip(files, stems, strict=True):
                     # Broken once, broken for the next model too.
                     if file not in self.bad:
                         self._one(file, stem, name, model)
                 # Its turn is over; the next one has the memory.
-                cache.evict(model.key.model)
+                if name != last:
+                    cache.evict(model.key.model)
         return WRONG_USE if self.bad else 0
 
     def _models(self, cache: ModelCache) -> dict[str, CachedModel]:
