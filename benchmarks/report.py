@@ -45,13 +45,13 @@ class Table:
         return "\n".join([f"**{self.title}**", "", *body])
 
 
-def parsed(doc: str | None, **defaults: float) -> argparse.Namespace:
+def parsed(doc: str | None, **defaults: float | str) -> argparse.Namespace:
     """
     Parses the command line of a benchmark.
 
     Args:
         doc: Its docstring.
-        defaults: Its numbers, by the names of their options.
+        defaults: Its numbers and paths, by the names of their options.
     """
     assert doc is not None
     parser = argparse.ArgumentParser(description=doc.partition("\n\n")[0])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from real import clip, micro
 
 pytestmark = pytest.mark.process
 
@@ -27,6 +28,21 @@ LATER = {
     "whispercache.devices.memory",
     "whispercache.devices.probe",
     "whispercache.core.snapshots",
+}
+
+
+# What other commands, options and calls need.
+NOT_NEEDED = {
+    *("fastapi", "httpx", "jinja2", "onnxruntime", "prometheus_client", "pynvml"),
+    *("requests", "rich", "scipy", "torch", "uvicorn"),
+    *("whispercache.aio", "whispercache.comparison", "whispercache.metrics"),
+    *("whispercache.peers", "whispercache.server", "whispercache.testing"),
+    *(
+        "whispercache.cli.doctor",
+        "whispercache.cli.models",
+        "whispercache.cli.variants",
+    ),
+    "whispercache.watch",
 }
 
 
@@ -121,6 +137,25 @@ def test_the_command_answers_before_audio_could_be_decoded() -> None:
         "print(sorted({'av', 'numpy', 'ctranslate2'} & set(sys.modules)))"
     )
     assert seen == "[]"
+
+
+def test_a_transcription_imports_what_it_needs_and_no_other_part() -> None:
+    """
+    Of the package at most a hundred modules, and of other packages those of
+    faster-whisper and a few small ones. Each costs a short transcription its time.
+    """
+    seen = printed(
+        "import sys; from whispercache.cli.main import main; "
+        f"assert main(['transcribe', {clip('en-bread')!r}, '--device', 'cpu', "
+        f"'--model', {str(micro())!r}]) == 0; "
+        "own = [m for m in sys.modules if m.startswith('whispercache.')]; "
+        "tops = {m.partition('.')[0] for m in sys.modules}; "
+        f"print(len(own), sorted({NOT_NEEDED!r} & (tops | set(own))))"
+    )
+    # Before it is what was heard.
+    count, _, not_needed = seen.rpartition("\n")[2].partition(" ")
+    assert not_needed == "[]"
+    assert 50 < int(count) <= 100
 
 
 def test_a_decoding_process_imports_pyav_and_nothing_else_that_is_large() -> None:

@@ -259,8 +259,9 @@ class TestTranscribe:
         """
         set_up = []
         monkeypatch.setattr(job, "_settle_in", lambda: set_up.append("memory"))
-        arguments = ("transcribe", BREAD, "--model", models.alpha)
-        assert main(arguments, owns_process=owns_process) == 0
+        arguments = ["transcribe", BREAD, "--model", models.alpha]
+        monkeypatch.setattr(sys, "argv", ["whispercache", *arguments])
+        assert main(None if owns_process else arguments) == 0
         assert set_up == ["memory"] * owns_process
 
     def test_a_model_leaves_before_the_next_one_comes(

@@ -64,19 +64,19 @@ decoded is reported and passed over, and the exit code is 2.
 """
 
 
-def main(arguments: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """
     Runs the command, and returns the exit code: 0, or 2 if something could not be done;
     1 from ``doctor``.
 
-    With *owns_process* nothing else runs in this process, before or after, and it may
-    be set up for the command alone.
+    Without *arguments* they are those of this process, which may then be set up for the
+    command alone: nothing else runs in it.
     """
     _prepare()
     try:
         given = sys.argv[1:] if arguments is None else arguments
         options = _parser(given).parse_args(given)
-        options.owns_process = owns_process
+        options.owns_process = arguments is None
         run: Callable[[argparse.Namespace], int] = options.run
         code = run(options)
         # Here, where a broken pipe can still be told from other errors.
@@ -99,7 +99,7 @@ def script() -> NoReturn:
     Runs the command as a process of its own, and ends that. The end of the interpreter
     waits for threads; a download may never end.
     """
-    code = main(owns_process=True)
+    code = main()
     # The end of the interpreter looks for cycles in all that was imported, and again
     # after that. The system frees it as well.
     gc.freeze()
