@@ -255,10 +255,10 @@ class TestTranscribe:
         owns_process: bool,
     ) -> None:
         """
-        A program that calls it keeps its own allocator and its own environment.
+        A program that calls it keeps its allocator as it was.
         """
         set_up = []
-        monkeypatch.setattr(job, "_settle_in", lambda: set_up.append("memory"))
+        monkeypatch.setattr(job, "keep_free_memory", lambda: set_up.append("memory"))
         arguments = ["transcribe", BREAD, "--model", models.alpha]
         monkeypatch.setattr(sys, "argv", ["whispercache", *arguments])
         assert main(None if owns_process else arguments) == 0

@@ -6,7 +6,6 @@ Transcripts go to stdout or into files, everything else to stderr.
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -42,8 +41,9 @@ def transcribe(options: argparse.Namespace) -> int:
     """
     Transcribes, and returns the exit code.
     """
+    # One job, after which the process ends.
     if options.owns_process:
-        _settle_in()
+        keep_free_memory()
     bar = Bar()
     work = _Transcription(options, bar)
 
@@ -55,16 +55,6 @@ def transcribe(options: argparse.Namespace) -> int:
         return interruptible(work.run, name="transcribe", interrupted=interrupted)
     finally:
         bar.close()
-
-
-def _settle_in() -> None:
-    """
-    Sets the process up for one job, which is over as soon as it ends.
-    """
-    keep_free_memory()
-    # Its threads would spin, at their start, on the cores that others need; no product
-    # in a transcription is large. Read when NumPy is imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @dataclass(slots=True)
