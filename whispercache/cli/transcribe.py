@@ -41,8 +41,9 @@ def transcribe(options: argparse.Namespace) -> int:
     """
     Transcribes, and returns the exit code.
     """
-    # One job, after which the process ends.
-    if options.owns_process:
+    # One job, after which the process ends. Blocks of batches differ too much in size to
+    # be used again: their peak would be up to 1.4 times as high.
+    if options.owns_process and options.batch_size is None:
         keep_free_memory()
     bar = Bar()
     work = _Transcription(options, bar)

@@ -121,8 +121,8 @@ def keep_free_memory() -> None:
     unmapped again and again, and each of their pages faults each time.
 
     Source: a transcription of 3 s by tiny.en as int8, CTranslate2 4.8.5, CPU: 82,000
-    page faults and 0.50 s of CPU time; 200 and 0.29 s after this. Peaks of tiny.en and
-    base, on their own and in batches: 0.92 to 1.09 of those without.
+    page faults and 0.50 s of CPU time; 200 and 0.29 s after this. The peak of two
+    minutes by base: 0.91 to 1.03 of that without.
     """
     mallopt = _of_glibc("mallopt", ctypes.c_int, ctypes.c_int)
     if mallopt is not None:
