@@ -6,6 +6,7 @@ Transcripts go to stdout or into files, everything else to stderr.
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -41,10 +42,15 @@ def transcribe(options: argparse.Namespace) -> int:
     """
     Transcribes, and returns the exit code.
     """
-    # One job, after which the process ends. Blocks of batches differ too much in size to
-    # be used again: their peak would be up to 1.4 times as high.
-    if options.owns_process and options.batch_size is None:
-        keep_free_memory()
+    # One job, after which the process ends.
+    if options.owns_process:
+        # As few ticks as there may be for which OpenBLAS' threads spin, on the cores
+        # that others need. Fewer threads would change the last bits of features.
+        os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+        # Blocks of batches differ too much in size to be used again: their peak would
+        # be up to 1.4 times as high.
+        if options.batch_size is None:
+            keep_free_memory()
     bar = Bar()
     work = _Transcription(options, bar)
 
