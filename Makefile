@@ -55,6 +55,7 @@ bench: .venv/bench
 	$(RUN) benchmarks/cold.py
 	$(RUN) benchmarks/imports.py
 	$(RUN) benchmarks/hit_path.py
+	$(RUN) benchmarks/queueing.py
 	$(RUN) benchmarks/switch.py
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/audio_memory.py 5 30

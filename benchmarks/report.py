@@ -51,7 +51,7 @@ def parsed(doc: str | None, **defaults: float | str) -> argparse.Namespace:
 
     Args:
         doc: Its docstring.
-        defaults: Its numbers and paths, by the names of their options.
+        defaults: Its numbers and texts, by the names of their options.
     """
     assert doc is not None
     parser = argparse.ArgumentParser(description=doc.partition("\n\n")[0])

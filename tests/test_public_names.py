@@ -24,8 +24,8 @@ PUBLIC = {
         ModelInfo ModelKey ModelLoadFailed ModelLoaded ModelLoading
         ModelStillReferenced ModelTooLarge NotDownloaded ReleaseUnconfirmed Stats
         TooManyWaiters UnknownModel UnsupportedComputeType WaitingInfo
-        WhisperCacheError Workload __version__ compare default_cache footprint
-        get_model read_audio
+        WhisperCacheError Workload __version__ compare configure default_cache
+        footprint get_model read_audio
     """,
     "whispercache.comparison": """
         Agreement Comparison Difference Edit Failure FileInfo Interval ModelFailure

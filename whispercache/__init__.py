@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .aio import AsyncCachedModel, AsyncModelCache
     from .cache import ModelCache
     from .comparison import compare
-    from .default import default_cache, get_model
+    from .default import configure, default_cache, get_model
     from .engine.audio.damage import AudioDamage
     from .engine.audio.decoder import Audio, read_audio
     from .engine.sizes.footprint import Footprint, Workload, footprint
@@ -117,6 +117,7 @@ __all__ = [
     "Workload",
     "__version__",
     "compare",
+    "configure",
     "default_cache",
     "footprint",
     "get_model",
@@ -141,6 +142,7 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
         "ModelKey": "keys",
         "Workload": "engine.sizes.footprint",
         "compare": "comparison",
+        "configure": "default",
         "default_cache": "default",
         "footprint": "engine.sizes.footprint",
         "get_model": "default",

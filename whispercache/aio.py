@@ -25,7 +25,7 @@ from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .lease import Lease, Leases
 from .model import Handle, LeasedIterator, call_leased
-from .options import as_request, as_requests, parse_tier, parse_timeout
+from .options import as_request, as_requests, by_position, parse_tier, parse_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .engine.sizes.footprint import Workload
     from .events import Explanation
     from .keys import ModelKey
-    from .options import CacheOptions, ModelRequest, Tier
+    from .options import CacheOptions, ComputeType, DeviceIndex, ModelRequest, Tier
     from .units import DurationValue
     from .watch.live import Snapshot
 
@@ -118,8 +118,8 @@ class AsyncModelCache(CacheBase):
         self,
         model_size_or_path: str | os.PathLike[str],
         device: str = "auto",
-        compute_type: str = "default",
-        *,
+        *more: ComputeType | DeviceIndex,
+        compute_type: ComputeType = "default",
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         fallback: Sequence[str] | None = None,
@@ -130,6 +130,7 @@ class AsyncModelCache(CacheBase):
         """
         # Both touch the disk.
         model = await _in_thread(anchored, model_size_or_path)
+        compute_type, load_options = by_position(more, compute_type, load_options)
         request = as_request(model, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, fallback)
         source = await _in_thread(self._cache._source, request, terms)
@@ -183,12 +184,9 @@ class AsyncModelCache(CacheBase):
         self, request: Request, workload: Workload, terms: Terms
     ) -> Lease:
         # Without a thread: a model in memory is had within microseconds.
-        lease = self._hit(request, workload, terms, _current_task())
-        if lease is None:
-            lease = await self._climb(request, workload, terms)
-        if self._is_tracing():
-            self._trace((lease,))
-        return lease
+        task = _current_task()
+        lease = self._core.hit(request, workload, terms.keep_alive_s, task)
+        return await self._climb(request, workload, terms) if lease is None else lease
 
     async def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
         attempts = Attempts(self._core, request, terms)
@@ -201,10 +199,7 @@ class AsyncModelCache(CacheBase):
     async def _acquire_many(
         self, requests: Sequence[Request], workload: Workload, terms: Terms
     ) -> Leases:
-        leases = Leases(await self._wait(requests, workload, terms))
-        if self._is_tracing():
-            self._trace(leases)
-        return leases
+        return Leases(await self._wait(requests, workload, terms))
 
     async def _wait(
         self, requests: Sequence[Request], workload: Workload, terms: Terms
@@ -214,11 +209,13 @@ class AsyncModelCache(CacheBase):
         task = _current_task()
         waiter = core.request(parts, terms.keep_alive_s, terms.timeout_s, task)
         try:
-            return await asyncio.wrap_future(waiter.future)
+            leases = await asyncio.wrap_future(waiter.future)
         except BaseException:
             # A task may be cancelled in the moment of its grant, which then goes back.
             core.abandon(waiter)
             raise
+        core.trace(leases)
+        return leases
 
     # Models ---------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .core.fallback import Terms, as_ladder
-from .core.threads import caller
 from .errors import EvictionTimeout, LeaseDeadlock
 from .options import (
     UNCHANGED,
@@ -28,7 +27,7 @@ from .units import parse_duration
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from inspect import Signature
 
     import numpy as np
@@ -66,10 +65,6 @@ class CacheBase:
         self._resolver = resolver
         self._limits = limits
         self._usual_terms = Terms(ladder=ladder)
-        # Imported by the first cache: `import whispercache` alone does without.
-        from tracemalloc import is_tracing
-
-        self._is_tracing: Callable[[], bool] = is_tracing
 
     # Requests -------------------------------------------------------------------------
 
@@ -87,15 +82,6 @@ class CacheBase:
             None if keep_alive is None else parse_duration(keep_alive, "keep_alive"),
             self._usual_terms.ladder if fallback is None else as_ladder(fallback),
         )
-
-    def _hit(
-        self, request: Request, workload: Workload, terms: Terms, owner: Owner
-    ) -> Lease | None:
-        entry = self._resolver.known(request)
-        # Resolving may touch the disk, which a task must not do on its loop.
-        if entry is None:
-            return None
-        return self._core.hit(entry, workload, terms.keep_alive_s, owner)
 
     def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Wanted]:
         """
@@ -127,11 +113,6 @@ class CacheBase:
         target = self._resolver.resolve(request, download=False)
         self._resolver.locate(target, workload, download=False)
         return snapshots.explain(self._core, target.entry, workload)
-
-    def _trace(self, leases: Iterable[Lease]) -> None:
-        # For the warning if they are never released.
-        for lease in leases:
-            lease.taken_at = caller()
 
     def known_key(
         self,

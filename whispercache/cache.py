@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .base import CacheBase, Departure, ModelSource, outranked_by
 from .core.fallback import Attempts, Terms, as_ladder
-from .core.threads import MonotonicClock, current_owner, current_owners
+from .core.threads import MonotonicClock, current_owner, current_owners, here
 from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .errors import NotDownloaded
@@ -28,6 +28,7 @@ from .options import (
     Limits,
     as_request,
     as_requests,
+    by_position,
     limits_by_device,
     parse_count,
     parse_park,
@@ -58,7 +59,14 @@ if TYPE_CHECKING:
     from .engine.sizes.footprint import Workload
     from .events import Explanation
     from .lease import Lease
-    from .options import ModelRequest, PolicyName, Pressure, Tier
+    from .options import (
+        ComputeType,
+        DeviceIndex,
+        ModelRequest,
+        PolicyName,
+        Pressure,
+        Tier,
+    )
     from .planning.policies import Policy
     from .units import DurationValue, LimitValue
 
@@ -190,8 +198,8 @@ class ModelCache(CacheBase):
         self,
         model_size_or_path: str | os.PathLike[str],
         device: str = "auto",
-        compute_type: str = "default",
-        *,
+        *more: ComputeType | DeviceIndex,
+        compute_type: ComputeType = "default",
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         fallback: Sequence[str] | None = None,
@@ -208,6 +216,8 @@ class ModelCache(CacheBase):
             device: ``"cpu"``; ``"cuda:N"``; ``"cuda"`` for the GPU where the model is
                 already, or else the one with most memory for it; ``"auto"`` for that,
                 or the CPU if no GPU can hold it. A ``device_index`` names the GPU, too.
+            more: The compute type by position; or what WhisperModel takes there: the
+                index of the GPU, or a list of one, and then the compute type and so on.
             compute_type: As for WhisperModel; ``"default"``, ``"auto"`` and ``"int8"``
                 mean what CTranslate2 really uses on that device. A mapping has one for
                 each kind of device, as in ``{"cuda": "float16", "cpu": "int8"}``.
@@ -227,6 +237,7 @@ class ModelCache(CacheBase):
         """
         # A relative path means the same directory after os.chdir().
         model = anchored(model_size_or_path)
+        compute_type, load_options = by_position(more, compute_type, load_options)
         request = as_request(model, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, fallback)
         return CachedModel(self._source(request, terms))
@@ -269,9 +280,17 @@ class ModelCache(CacheBase):
             CacheClosed: the cache was closed, before or meanwhile.
             Also what `get_model` raises.
         """
-        request = as_request(model_size_or_path, device, compute_type, load_options)
-        terms = self._terms(timeout_s, keep_alive, fallback)
-        return self._lease(request, workload or DEFAULT_WORKLOAD, terms)
+        # `_lease`, spelled out: most requests are hits with nothing special.
+        if load_options or type(compute_type) is not str:
+            request = as_request(model_size_or_path, device, compute_type, load_options)
+        else:
+            request = (model_size_or_path, device, compute_type)
+        terms = self._usual_terms
+        if timeout_s is not None or keep_alive is not None or fallback is not None:
+            terms = self._terms(timeout_s, keep_alive, fallback)
+        workload = workload or DEFAULT_WORKLOAD
+        lease = self._core.hit(request, workload, terms.keep_alive_s, here.owner)
+        return self._climb(request, workload, terms) if lease is None else lease
 
     def lease_many(
         self,
@@ -305,19 +324,12 @@ class ModelCache(CacheBase):
         # Without fallbacks: which of the models should give way would be a guess.
         terms = self._terms(timeout_s, keep_alive, ())
         parts = self._locate(requests, workload or DEFAULT_WORKLOAD)
-        leases = Leases(self._wait(parts, terms))
-        if self._is_tracing():
-            self._trace(leases)
-        return leases
+        return Leases(self._wait(parts, terms))
 
     def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
         # A model in memory costs one look-up and one critical section.
-        lease = self._hit(request, workload, terms, current_owner())
-        if lease is None:
-            lease = self._climb(request, workload, terms)
-        if self._is_tracing():
-            self._trace((lease,))
-        return lease
+        lease = self._core.hit(request, workload, terms.keep_alive_s, here.owner)
+        return self._climb(request, workload, terms) if lease is None else lease
 
     def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
         """
@@ -336,11 +348,13 @@ class ModelCache(CacheBase):
         core, owner = self._core, current_owner()
         waiter = core.request(parts, terms.keep_alive_s, terms.timeout_s, owner)
         try:
-            return waiter.future.result()
+            leases = waiter.future.result()
         except BaseException:
             # Ctrl-C, for one: a grant that is under way goes back to the core.
             core.abandon(waiter)
             raise
+        core.trace(leases)
+        return leases
 
     # Models ---------------------------------------------------------------------------
 

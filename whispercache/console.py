@@ -32,22 +32,15 @@ def explain(parser: argparse.ArgumentParser, text: str) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
-def add_limits(parser: argparse.ArgumentParser) -> None:
-    """
-    Adds the options for the memory of a cache.
-    """
-    add = parser.add_argument
-    add("--vram", metavar="LIMIT", default="auto", help="of each GPU: 10GiB, 80%%")
-    add("--ram", metavar="LIMIT", default="auto", help="of the host, likewise")
-
-
 def error_line(error: BaseException) -> str:
     """
     Returns an error as the one line that the user sees.
     """
     text = str(error) or type(error).__name__
-    # Python's own text begins with the error's number.
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+    # Python's own text begins with the error's number; an AudioError can be an OSError,
+    # too, and has a text for people.
+    has_number = text.startswith("[")
+    if has_number and isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     return f"whispercache: error: {' '.join(text.split())}"
 

@@ -319,6 +319,8 @@ class AudioError(WhisperCacheError, ValueError):
     """
     The audio could not be opened or decoded. No model was loaded for it.
 
+    Where FFmpeg is to blame it is an error of `av.error`, too, as in faster-whisper.
+
     Attributes:
         audio: Path of the audio, or the type of the object.
         reason: The decoder's own words.

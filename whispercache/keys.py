@@ -201,7 +201,16 @@ def compute_type_on(
     return dict(compute_type).get(device.partition(":")[0], "default")
 
 
-def canonical_device(device: str, device_index: OptionValue = None) -> str:
+def single_index(device_index: object) -> object:
+    """
+    Returns the index in a list of one, as WhisperModel takes it, and all else as it is.
+    """
+    if isinstance(device_index, (list, tuple)) and len(device_index) == 1:
+        return device_index[0]
+    return device_index
+
+
+def canonical_device(device: str, device_index: object = None) -> str:
     """
     Returns ``"auto"``, ``"cpu"``, ``"cuda:N"``, or ``"cuda"`` for the best card. With a
     *device_index*, ``"cuda"`` is that card.
@@ -210,7 +219,8 @@ def canonical_device(device: str, device_index: OptionValue = None) -> str:
         TypeError: *device* is no text, or *device_index* not one number.
         ValueError: the device is none of these.
     """
-    # A list is faster-whisper's way to run one model on several cards.
+    # A longer list is faster-whisper's way to run one model on several cards.
+    device_index = single_index(device_index)
     if isinstance(device_index, bool) or not isinstance(device_index, int | None):
         raise TypeError(
             f"device_index must be one integer, not {device_index!r}: one model over "

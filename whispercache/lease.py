@@ -243,7 +243,11 @@ class Lease:
 
     def __del__(self) -> None:
         # May run inside any other code, the core's own critical sections included.
-        if self._serial in self._entry.leases:
+        try:
+            is_held = self._serial in self._entry.leases
+        except AttributeError:  # Ctrl-C in the moment of its making
+            return
+        if is_held:
             # Before the drop, or the view counts as a reference that stayed behind.
             self._view = None
             self._lessor.drop(self._entry, self._serial, self._keep_alive_s)

@@ -362,8 +362,11 @@ class CachedModel(Handle):
 
     def _lease(self, workload: Workload) -> Lease:
         lease = self._source.lease(workload)
-        # Not under a lock: with several threads it is any of their last ones.
-        self._served_by = lease.key
+        # Not under a lock: with several threads it is any of their last ones. Mostly it
+        # is what it was, and to set it costs more than all else here.
+        key: ModelKey = lease._entry.key  # what the property `key` returns, sooner
+        if self._served_by is not key:
+            self._served_by = key
         return lease
 
     def transcribe(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast, get_args
 
-from .keys import frozen_compute_type
+from .keys import frozen_compute_type, single_index
 from .units import Limit, parse_duration, parse_limit
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ PATIENCE_S = 5.0
 # change.
 VARIANTS_VARIABLE = "WHISPERCACHE_VARIANTS"
 
-_OFF = ("off", "0", "no", "none", "false")
+# Words for no.
+OFF = ("off", "0", "no", "none", "false")
 
 # Most bytes that variants take on disk, unless a limit is given: ten of large-v3 in
 # int8.
@@ -42,6 +43,18 @@ DEFAULT_VARIANTS_BYTES = 16 * 1024**3
 PolicyName: TypeAlias = Literal["lru", "gap"]
 Pressure: TypeAlias = Literal["load", "watch"]
 Tier: TypeAlias = Literal["device", "page"]
+
+# One for all devices, or one for each kind of device.
+ComputeType: TypeAlias = "str | Mapping[str, str]"
+# One card, or a list of it, as WhisperModel takes it.
+DeviceIndex: TypeAlias = "int | Sequence[int]"
+
+# The parameters of WhisperModel after its device, by position.
+# Source: faster_whisper/transcribe.py, 1.2.1; a test compares the two.
+AFTER_DEVICE = (
+    *("device_index", "compute_type", "cpu_threads", "num_workers", "download_root"),
+    *("local_files_only", "files", "revision", "use_auth_token"),
+)
 
 ModelName: TypeAlias = "str | os.PathLike[str]"
 # A name or path; or with its own device, and perhaps its own compute type.
@@ -182,7 +195,7 @@ def parse_variants(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - ch
     The environment variable `VARIANTS_VARIABLE` can turn them off, never on.
     """
     variable = os.environ.get(VARIANTS_VARIABLE, "").lower()
-    if value is False or value is None or variable in _OFF:
+    if value is False or value is None or variable in OFF:
         return None
     limit = Limit() if value is True else parse_limit(value, "variants")
     # A share of a disk would change with all that is written there.
@@ -231,7 +244,7 @@ def parse_tier(tier: Tier) -> Tier:
 def as_request(
     model: str | os.PathLike[str],
     device: str,
-    compute_type: str,
+    compute_type: ComputeType,
     load_options: dict[str, object],
 ) -> Request:
     """
@@ -242,8 +255,42 @@ def as_request(
         compute_type = cast("str", frozen_compute_type(compute_type))
     if not load_options:
         return (model, device, compute_type)
+    if "device_index" in load_options:
+        # A list cannot be looked up.
+        index = single_index(load_options["device_index"])
+        load_options = {**load_options, "device_index": index}
     # Sorted, so that the order in which they were given does not matter.
     return (model, device, compute_type, *sorted(load_options.items()))
+
+
+def by_position(
+    more: Sequence[object],
+    compute_type: ComputeType,
+    load_options: dict[str, object],
+) -> tuple[ComputeType, dict[str, object]]:
+    """
+    Returns compute type and load options of a call whose positional arguments after the
+    device are *more*: the compute type, or, as WhisperModel has it, the index of the
+    device, the compute type and the rest.
+
+    Raises:
+        TypeError: There are too many, or one is also given by its name.
+    """
+    if not more:
+        return compute_type, load_options
+    is_index = not hasattr(more[0], "items") and not isinstance(more[0], str)
+    names = AFTER_DEVICE if is_index else ("compute_type",)
+    if len(more) > len(names):
+        raise TypeError(
+            f"{len(more)} positional arguments follow the device; after a "
+            "compute type, give the others by name"
+        )
+    given = dict(zip(names, more, strict=False))
+    named = {*load_options, *(("compute_type",) if compute_type != "default" else ())}
+    if twice := sorted(named & set(given)):
+        raise TypeError(f"{twice[0]} is given by position and by name")
+    kind = cast("ComputeType", given.pop("compute_type", compute_type))
+    return kind, {**load_options, **given}
 
 
 def as_requests(

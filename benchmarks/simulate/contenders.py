@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from traces import Request
 
-    from whispercache.planning.planner import Pending, Planner, Room
+    from whispercache.planning.planner import Pending, Planner
     from whispercache.planning.policies import Resident
+    from whispercache.planning.room import Room
 
 __all__ = [
     "CONTENDERS",
@@ -133,8 +134,8 @@ def _smallest(resident: Resident, _now_s: float) -> float:
 def without_keep(
     queue: Sequence[Pending],
     rooms: Mapping[str, Room],
-    idle: Callable[[str], Sequence[Resident]],
-    busy: Callable[[str], Sequence[Resident]],
+    idle: Callable[[str], Iterable[Resident]],
+    busy: Callable[[str], Iterable[Resident]],
 ) -> list[Decision]:
     """
     The real plan, but victims are all in order up to the last that is needed.
@@ -163,8 +164,8 @@ def overtaking(most: float) -> Planner:
     def plan(
         queue: Sequence[Pending],
         rooms: Mapping[str, Room],
-        idle: Callable[[str], Sequence[Resident]],
-        busy: Callable[[str], Sequence[Resident]],
+        idle: Callable[[str], Iterable[Resident]],
+        busy: Callable[[str], Iterable[Resident]],
     ) -> list[Decision]:
         seen = [
             replace(each, overtaken=MAX_OVERTAKES if each.overtaken >= most else 0)
@@ -178,8 +179,8 @@ def overtaking(most: float) -> Planner:
 def without_drain(
     queue: Sequence[Pending],
     rooms: Mapping[str, Room],
-    idle: Callable[[str], Sequence[Resident]],
-    busy: Callable[[str], Sequence[Resident]],
+    idle: Callable[[str], Iterable[Resident]],
+    busy: Callable[[str], Iterable[Resident]],
 ) -> list[Decision]:
     """
     The real plan, but nothing is kept back for anybody.
@@ -193,8 +194,8 @@ def without_drain(
 def with_bar(
     queue: Sequence[Pending],
     rooms: Mapping[str, Room],
-    idle: Callable[[str], Sequence[Resident]],
-    busy: Callable[[str], Sequence[Resident]],
+    idle: Callable[[str], Iterable[Resident]],
+    busy: Callable[[str], Iterable[Resident]],
 ) -> list[Decision]:
     """
     The real plan, but no load passes one that has lost its patience.

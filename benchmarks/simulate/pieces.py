@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from whispercache.options import PATIENCE_S
-from whispercache.planning import planner as admission
 from whispercache.planning.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -69,14 +68,14 @@ class Strategy:
 
     Attributes:
         policy: Who leaves first.
-        plan: What happens to those who wait.
+        plan: What happens to those who wait; None for what the real scheduler does.
         keep_alive_s: How long an idle model stays.
         patience_s: How long hits may pass one who waits.
         reads_ahead: The file of a model that somebody waits for is read at once.
     """
 
     policy: Policy = POLICIES["lru"]
-    plan: Planner = admission.plan
+    plan: Planner | None = None
     keep_alive_s: float = math.inf
     patience_s: float = PATIENCE_S
     reads_ahead: bool = False

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 from pieces import CARD, NOTHING, Copies, Disk, Report
+from plain import PlainScheduler
 
 from whispercache.core import effects
 from whispercache.core.agenda import Agenda, Rules
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
     from whispercache.core.threads import DeviceThread
     from whispercache.lease import Lease
     from whispercache.lease import _Lessor as Lessor
-    from whispercache.planning.planner import Pending, Room
+    from whispercache.planning.planner import Pending
     from whispercache.planning.policies import Resident
+    from whispercache.planning.room import Room
 
 __all__ = ["Simulation", "StrictFifo"]
 
@@ -86,7 +88,7 @@ class Simulation:
         ValueError: a model never fits.
     """
 
-    scheduler_class = Scheduler
+    plain_class = PlainScheduler
 
     def __init__(
         self,
@@ -109,12 +111,16 @@ class Simulation:
             policy=strategy.policy,
             keep_alive_s=strategy.keep_alive_s,
             patience_s=strategy.patience_s,
-            plan=strategy.plan,
         )
         self._noted: list[Effect] = []
         agenda = Agenda(self._state, rules, lambda: self._now_s, self._noted.append)
         evictions = Evictions(agenda)
-        self._scheduler = self.scheduler_class(agenda, evictions, _LESSOR)
+        if strategy.plan is None:
+            self._scheduler = Scheduler(agenda, evictions, _LESSOR)
+        else:
+            self._scheduler = self.plain_class(
+                agenda, evictions, _LESSOR, strategy.plan
+            )
         self._reports = Reports(agenda, evictions, self._scheduler)
         self._asked: dict[object, Asked] = {}  # by the future of a request
         self._copies = Copies(host.ram_bytes)
@@ -324,7 +330,7 @@ class Simulation:
         self._perform()
 
 
-class StrictScheduler(Scheduler):
+class StrictScheduler(PlainScheduler):
     """
     A scheduler by which no request passes another, be its model in memory or not.
     """
@@ -334,12 +340,11 @@ class StrictScheduler(Scheduler):
         Serves the oldest request, and then the next, while they want that model.
         """
         queue = self._state.queue
-        while queue and queue[0].wants(entry) and first in (None, queue[0]):
-            younger, queue[1:] = queue[1:], []
-            super().serve(entry)
-            is_served = not queue
-            queue += younger
-            if not is_served:
+        while (oldest := next(iter(queue), None)) is not None:
+            if not oldest.wants(entry) or first not in (None, oldest):
+                return
+            self._serve(entry, [oldest])
+            if oldest in queue:
                 return
             first = None
 
@@ -347,14 +352,14 @@ class StrictScheduler(Scheduler):
 def only_the_oldest(
     queue: Sequence[Pending],
     rooms: Mapping[str, Room],
-    idle: Callable[[str], Sequence[Resident]],
-    busy: Callable[[str], Sequence[Resident]],
+    idle: Callable[[str], Iterable[Resident]],
+    busy: Callable[[str], Iterable[Resident]],
 ) -> list[Decision]:
     """
     Returns the real decision for the oldest request; the others wait.
     """
     [first] = planner.plan(queue[:1], rooms, idle, busy)
-    return [first, *(Decision(Outcome.WAIT) for _ in queue[1:])]
+    return [first, *(Decision(Outcome.HELD) for _ in queue[1:])]
 
 
 class StrictFifo(Simulation):
@@ -362,7 +367,7 @@ class StrictFifo(Simulation):
     The same, but the first in the queue is served before all others.
     """
 
-    scheduler_class = StrictScheduler
+    plain_class = StrictScheduler
 
     def __init__(
         self, models: Sequence[Model], capacity_bytes: int, strategy: Strategy

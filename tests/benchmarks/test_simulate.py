@@ -39,12 +39,13 @@ from traces import WORKLOADS, Request, read_trace
 
 from whispercache import ModelCache, ModelEvicted, ModelLoaded
 from whispercache.planning import planner as admission
-from whispercache.planning.planner import Decision, Demand, Need, Outcome, Pending, Room
+from whispercache.planning.planner import Decision, Need, Outcome, Pending
 from whispercache.planning.policies import POLICIES, Resident
+from whispercache.planning.room import Demand, Room
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from simulation import Asked
 
@@ -214,6 +215,53 @@ def test_each_request_is_served_once_and_within_the_memory(
         assert report.requests == len(requests), name
 
 
+class Acting(Simulation):
+    """
+    A simulation that remembers all loads and unloads.
+    """
+
+    acts: list[tuple[float, str, ModelKey]]
+
+    def _load(self, entry: Entry) -> None:
+        self.acts.append((self._now_s, "load", entry.key))
+        super()._load(entry)
+
+    def _unload(self, entry: Entry) -> None:
+        self.acts.append((self._now_s, "unload", entry.key))
+        super()._unload(entry)
+
+
+PLAIN = {
+    "lru": Strategy(),
+    "gap": Strategy(POLICIES["gap"]),
+    "no patience": Strategy(patience_s=0.0),
+    "short keep-alive": Strategy(keep_alive_s=2.0, patience_s=1.0),
+}
+
+
+@MANY
+@given(world=worlds(), order=orders(80), name=st.sampled_from(sorted(PLAIN)))
+def test_a_walk_past_some_decides_as_a_plan_of_the_whole_queue(
+    world: tuple[list[Model], int], order: list[int], name: str
+) -> None:
+    """
+    The scheduler looks at few of those that wait, and does the same at the same times.
+    """
+    models, capacity = world
+    requests = sorted(timed(order, models))
+    reports, acts = [], []
+    for plan in (None, admission.plan):
+        strategy = replace(PLAIN[name], plan=plan)
+        simulation = Acting(models, capacity, strategy)
+        simulation.acts = []
+        reports.append(simulation.run(requests))
+        acts.append(simulation.acts)
+    assert acts[0] == acts[1]
+    # Hits beside the queue are granted without a place in it, so waits are not listed.
+    new, plain = (each._replace(waits_s=[]) for each in reports)
+    assert new == plain
+
+
 @FEWER
 @given(world=worlds(), order=orders(40))
 def test_strict_fifo_serves_in_the_order_of_arrival(
@@ -335,8 +383,8 @@ def test_a_plan_that_ignores_the_room_is_caught() -> None:
     def reckless(
         queue: Sequence[Pending],
         rooms: Mapping[str, Room],
-        idle: Callable[[str], Sequence[Resident]],
-        busy: Callable[[str], Sequence[Resident]],
+        idle: Callable[[str], Iterable[Resident]],
+        busy: Callable[[str], Iterable[Resident]],
     ) -> list[Decision]:
         del rooms, idle, busy
         return [Decision(Outcome.LOAD) for _ in queue]
@@ -356,11 +404,11 @@ def test_a_plan_that_never_loads_is_caught() -> None:
     def idler(
         queue: Sequence[Pending],
         rooms: Mapping[str, Room],
-        idle: Callable[[str], Sequence[Resident]],
-        busy: Callable[[str], Sequence[Resident]],
+        idle: Callable[[str], Iterable[Resident]],
+        busy: Callable[[str], Iterable[Resident]],
     ) -> list[Decision]:
         del rooms, idle, busy
-        return [Decision(Outcome.WAIT) for _ in queue]
+        return [Decision(Outcome.HELD) for _ in queue]
 
     simulation = Simulation(MODELS[:1], 10**10, Strategy(plan=idler))
     with pytest.raises(AssertionError, match="for ever"):

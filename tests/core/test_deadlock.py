@@ -32,8 +32,7 @@ from whispercache.planning.deadlock import (
     Claim,
     Hold,
     Model,
-    culprit,
-    unserved,
+    System,
 )
 from whispercache.planning.planner import MAX_OVERTAKES
 from whispercache.testing import settle, wait_until
@@ -79,8 +78,8 @@ def test_who_waits_for_somebody_that_does_not_will_be_served() -> None:
     """
     holds = [Hold("x", A), Hold("y", B)]
     claims = [claim("x", 0, C)]
-    assert unserved(claims, holds, FOUR) == ()
-    assert culprit(claims, holds, FOUR) is None
+    assert System(claims, holds, FOUR).unserved() == ()
+    assert System(claims, holds, FOUR).culprit() is None
 
 
 def test_two_that_wait_for_each_other_are_not_served() -> None:
@@ -89,9 +88,9 @@ def test_two_that_wait_for_each_other_are_not_served() -> None:
     """
     holds = [Hold("x", A), Hold("y", B)]
     claims = [claim("x", 0, C), claim("y", 1, D)]
-    assert unserved(claims, holds, FOUR) == tuple(claims)
-    assert culprit(claims, holds, FOUR) is claims[1]
-    assert culprit(claims[::-1], holds, FOUR) is claims[1]
+    assert System(claims, holds, FOUR).unserved() == tuple(claims)
+    assert System(claims, holds, FOUR).culprit() is claims[1]
+    assert System(claims[::-1], holds, FOUR).culprit() is claims[1]
 
 
 def test_one_alone_is_a_circle() -> None:
@@ -99,7 +98,7 @@ def test_one_alone_is_a_circle() -> None:
     It waits for what it holds itself.
     """
     claims = [claim("x", 0, B)]
-    assert culprit(claims, [Hold("x", A)], {"cuda:0": Ceiling(3)}) is claims[0]
+    assert System(claims, [Hold("x", A)], {"cuda:0": Ceiling(3)}).culprit() is claims[0]
 
 
 def test_bystanders_are_not_to_blame() -> None:
@@ -109,8 +108,8 @@ def test_bystanders_are_not_to_blame() -> None:
     holds = [Hold("x", A), Hold("y", B), Hold("z", model("e", 1, "cpu"))]
     claims = [claim("x", 0, C), claim("y", 1, D), claim("z", 2, C)]
     ceilings = {**FOUR, "cpu": Ceiling(8)}
-    assert unserved(claims, holds, ceilings) == tuple(claims)
-    assert culprit(claims, holds, ceilings) is claims[1]
+    assert System(claims, holds, ceilings).unserved() == tuple(claims)
+    assert System(claims, holds, ceilings).culprit() is claims[1]
 
 
 def test_who_holds_nothing_is_never_to_blame() -> None:
@@ -118,8 +117,8 @@ def test_who_holds_nothing_is_never_to_blame() -> None:
     A request that no release could serve closes no circle.
     """
     claims = [claim("x", 0, model("e", 9))]
-    assert unserved(claims, [], FOUR) == tuple(claims)
-    assert culprit(claims, [], FOUR) is None
+    assert System(claims, [], FOUR).unserved() == tuple(claims)
+    assert System(claims, [], FOUR).culprit() is None
 
 
 def test_a_held_model_is_there_for_others_too() -> None:
@@ -128,7 +127,7 @@ def test_a_held_model_is_there_for_others_too() -> None:
     """
     holds = [Hold("x", A), Hold("y", B)]
     claims = [claim("x", 0, C), claim("y", 1, A)]
-    assert unserved(claims, holds, FOUR) == ()
+    assert System(claims, holds, FOUR).unserved() == ()
 
 
 def test_the_work_of_all_leases_counts_up_to_the_workers() -> None:
@@ -138,8 +137,8 @@ def test_the_work_of_all_leases_counts_up_to_the_workers() -> None:
     one, two = model("a", 2), model("b", 2, workers=2)
     room = {"cuda:0": Ceiling(3)}
     holds = [Hold("x", one, 1), Hold("y", two, 1)]
-    assert not unserved([claim("x", 0, one, work_bytes=1)], holds[:1], room)
-    assert unserved([claim("y", 0, two, work_bytes=1)], holds[1:], room)
+    assert not System([claim("x", 0, one, work_bytes=1)], holds[:1], room).unserved()
+    assert System([claim("y", 0, two, work_bytes=1)], holds[1:], room).unserved()
 
 
 def test_pinned_models_and_their_number_count() -> None:
@@ -147,10 +146,10 @@ def test_pinned_models_and_their_number_count() -> None:
     A pinned model takes its bytes and its place, wanted or not.
     """
     claims = [claim("x", 0, A, B)]
-    assert unserved(claims, [], {"cuda:0": Ceiling(5, 3, (C,))})
-    assert not unserved(claims, [], {"cuda:0": Ceiling(6, 3, (C,))})
-    assert unserved(claims, [], {"cuda:0": Ceiling(6, 2, (C,))})
-    assert not unserved(claims, [], {"cuda:0": Ceiling(4, 2, (A,))})
+    assert System(claims, [], {"cuda:0": Ceiling(5, 3, (C,))}).unserved()
+    assert not System(claims, [], {"cuda:0": Ceiling(6, 3, (C,))}).unserved()
+    assert System(claims, [], {"cuda:0": Ceiling(6, 2, (C,))}).unserved()
+    assert not System(claims, [], {"cuda:0": Ceiling(4, 2, (A,))}).unserved()
 
 
 def test_the_peak_of_a_load_counts() -> None:
@@ -158,9 +157,9 @@ def test_the_peak_of_a_load_counts() -> None:
     Also on a device where the model will not stay.
     """
     loads = Claim("x", 0, ((A, 0),), {"cuda:0": 1, "cpu": 3})
-    assert not unserved([loads], [], {"cuda:0": Ceiling(3), "cpu": Ceiling(3)})
-    assert unserved([loads], [], {"cuda:0": Ceiling(2), "cpu": Ceiling(3)})
-    assert unserved([loads], [], {"cuda:0": Ceiling(3), "cpu": Ceiling(2)})
+    assert not System([loads], [], {"cuda:0": Ceiling(3), "cpu": Ceiling(3)}).unserved()
+    assert System([loads], [], {"cuda:0": Ceiling(2), "cpu": Ceiling(3)}).unserved()
+    assert System([loads], [], {"cuda:0": Ceiling(3), "cpu": Ceiling(2)}).unserved()
 
 
 def test_the_question_may_take_some_for_such_as_never_let_go() -> None:
@@ -169,8 +168,8 @@ def test_the_question_may_take_some_for_such_as_never_let_go() -> None:
     """
     holds = [Hold("x", A)]
     claims = [claim("x", 0, B), claim("y", 1, C, D)]
-    assert unserved(claims, holds, FOUR) == ()
-    assert unserved(claims, holds, FOUR, never=["x"]) == (claims[1],)
+    assert System(claims, holds, FOUR).unserved() == ()
+    assert System(claims, holds, FOUR).unserved(never=["x"]) == (claims[1],)
 
 
 World = tuple["list[Claim]", "list[Hold]", "dict[str, Ceiling]"]
@@ -286,7 +285,7 @@ def test_unserved_are_those_whom_no_order_of_finishing_serves(
     The reduction finds the same as trying all orders.
     """
     claims, holds, ceilings = world
-    left = unserved(claims, holds, ceilings, never)
+    left = System(claims, holds, ceilings).unserved(never)
     served = in_any_order(claims, holds, ceilings, never)
     asked = [one for one in claims if one.owner not in never]
     event(f"{len(left)} of {len(asked)} unserved")
@@ -310,7 +309,7 @@ def test_the_culprit_is_the_latest_without_whose_leases_somebody_gets_on(
         if in_any_order(claims, [h for h in holds if h.owner != one.owner], ceilings)
         - served
     ]
-    found = culprit(claims, holds, ceilings)
+    found = System(claims, holds, ceilings).culprit()
     event(f"{len(stuck)} stuck, {len(helpful)} of them in the way")
     if not stuck:
         assert found is None

@@ -300,13 +300,14 @@ def test_time_goes_on_when_a_policy_fails() -> None:
     world.idle("tiny", 1)
     held = world.held("base", 6)
     medium = world.model("medium", 9)
-    for timeout_s in (1.0, 2.0):
+    # Once it has lost its patience, the models that it drains are asked for.
+    for timeout_s in (6.0, 7.0):
         world.ask(medium, timeout_s=timeout_s)
     is_broken.append(True)
     with pytest.raises(ZeroDivisionError):
         world.wake()
     assert len(world.of(Settle)) == 1
-    assert world.state.wake_at_s == 102.0
+    assert world.state.wake_at_s == 107.0
     world.wake()
     assert len(world.of(Settle)) == 1
     world.release(held)
@@ -439,9 +440,8 @@ def test_only_entries_assign_their_state() -> None:
         path.name
         for path in core.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(node, ast.Assign)
+        for target in node.targets
         if isinstance(target, ast.Attribute) and target.attr == "state"
-        if "State." in ast.unparse(node.value or target)
     }
     assert found == {"entries.py"}

@@ -850,8 +850,8 @@ class TestTold:
         """
         with ModelCache(variants=False) as cache:
             model = model_of(cache, micro())
-            with pytest.raises(AudioError, match=r"astype\('float32'\) / 32768"):
-                model.transcribe(np.zeros(16_000, np.int16))
+            with pytest.raises(AudioError, match=r"astype\('float32'\) / 128"):
+                model.transcribe(np.zeros(16_000, np.int8))
             with pytest.raises(AudioError, match=r"/ 2147483648"):
                 model.transcribe(np.zeros(16_000, np.int32))
             assert cache.stats().requests == 0

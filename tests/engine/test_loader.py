@@ -684,7 +684,7 @@ class TestAudio:
     @pytest.mark.parametrize(
         "audio",
         [
-            np.zeros(16_000, np.int16),
+            np.zeros(16_000, np.int32),
             np.zeros((2, 16_000), np.float32),
             np.zeros((), np.float32),
             np.zeros(16_000, np.complex64),

@@ -17,16 +17,15 @@ from whispercache.keys import ModelKey
 from whispercache.planning.planner import (
     MAX_OVERTAKES,
     Decision,
-    Demand,
     Need,
     Outcome,
     Pending,
-    Room,
     choose_victims,
     plan,
     shrink,
 )
 from whispercache.planning.policies import POLICIES, Resident, next_gap_s
+from whispercache.planning.room import Demand, Room
 
 pytestmark = pytest.mark.soak
 
@@ -430,7 +429,7 @@ def test_a_victim_of_an_older_request_is_not_granted() -> None:
     )
     first, second = world.plan()
     assert first.victims == (old,)
-    assert second == Decision(Outcome.WAIT)
+    assert second == Decision(Outcome.HELD)
 
 
 def test_lru_and_gap_score_as_they_say() -> None:
@@ -487,7 +486,7 @@ def test_a_load_that_fits_passes_one_that_is_stuck(
         ],
     )
     stuck, small, elsewhere = world.plan()
-    assert stuck.outcome is Outcome.WAIT
-    assert small.outcome is (Outcome.LOAD if passed else Outcome.WAIT)
+    assert stuck.outcome is Outcome.STUCK
+    assert small.outcome is (Outcome.LOAD if passed else Outcome.BARRED)
     assert small.overtakes == ((0,) if passed else ())
     assert elsewhere == Decision(Outcome.LOAD)

@@ -146,11 +146,16 @@ def test_closing_names_what_is_still_held(make_cache: MakeCache) -> None:
 # Forgotten leases ---------------------------------------------------------------------
 
 
-def test_a_forgotten_lease_is_told_where_it_was_taken(make_cache: MakeCache) -> None:
+@pytest.mark.parametrize("is_hit", [False, True])
+def test_a_forgotten_lease_is_told_where_it_was_taken(
+    make_cache: MakeCache, *, is_hit: bool
+) -> None:
     """
-    While tracemalloc traces; and the memory comes back.
+    While tracemalloc traces, of a hit as of a load; and the memory comes back.
     """
     cache = make_cache(keep_alive=0)
+    if is_hit:
+        cache.pin("base", "cuda:0")
     tracemalloc.start()
     try:
         lease = cache.lease("base", "cuda:0")
@@ -160,6 +165,7 @@ def test_a_forgotten_lease_is_told_where_it_was_taken(make_cache: MakeCache) -> 
     place = rf"taken at \S*test_fork_and_exit\.py:{line}\)"
     with pytest.warns(ResourceWarning, match=place):
         del lease
+    cache.unpin()
     wait_until(lambda: not cache.models())
 
 

@@ -22,6 +22,7 @@ from served import (
     A,
     asking,
     command,
+    error_of,
     micros,
     offered,
     serving,
@@ -134,9 +135,43 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
         assert not [c for c in children if "four" in str(c.environ())]
 
 
+def test_its_settings_come_from_a_file_and_from_variables(tmp_path: Path) -> None:
+    """
+    Models, keys and limits; the command line has the port alone.
+    """
+    (tmp_path / "keys").write_text("one\n", encoding="utf-8")
+    file = tmp_path / "served.toml"
+    file.write_text(
+        f"""
+        max_models = 7
+        [serve]
+        models = ["m={micro("micro a")}"]
+        device = "cpu"
+        key_file = ["keys"]
+        max_upload = "1MiB"
+        """,
+        encoding="utf-8",
+    )
+    outside = {"WHISPERCACHE_SERVE_MAX_UPLOAD": "2KiB", "WHISPERCACHE_RAM": "3GiB"}
+    with command("--config", str(file), **outside) as (_, client):
+        assert client.get("/v1/models").status_code == 401
+        client.headers["authorization"] = "Bearer one"
+        (model,) = [each["id"] for each in client.get("/v1/models").json()["data"]]
+        assert model == "m"
+        assert client.post("/api/models/m/load").status_code == 200
+        (host,) = client.get("/api/ps").json()["devices"]
+        assert host["capacity_bytes"] == 3 * 1024**3
+        refused = transcribe(client, "m")
+        assert refused.status_code == 413
+        assert "larger than 2.0 KiB" in error_of(refused)["message"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ((), "name at least one model"),
+        (("base", "--parallel", "0"), "--parallel must be at least 1"),
+        (("base", "--config", "gone.toml"), "gone.toml: No such file"),
         (("no-such-size",), "unknown model 'no-such-size'"),
         (("base:in8",), "no compute type"),
         (("base", "--pin", "tiny"), "tiny is not among"),
@@ -230,9 +265,7 @@ def test_a_port_that_is_none_is_told_in_one_line(
     """
     Before anything is served.
     """
-    with pytest.raises(SystemExit) as end:
-        main(["serve", "m", f"--port={port}"])
-    assert end.value.code == WRONG_USE
+    assert main(["serve", "m", f"--port={port}"]) == WRONG_USE
     told = capsys.readouterr().err
     assert f"{port!r} is no port" in told
     assert told.count("\n") == 1

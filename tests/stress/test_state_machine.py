@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -26,6 +28,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "simulate"))
+
+from plain import undone
 
 from whispercache import (
     CacheClosed,
@@ -197,9 +203,9 @@ class CacheMachine(RuleBasedStateMachine):
         if self.waits(asked.owner):
             return
         part = self.part(asked)
-        lease = self.core.hit(
-            part.entry, part.workload, asked.keep_alive_s, asked.owner
-        )
+        request = (str(part.entry.key),)
+        self.core.requests[request] = part.entry  # as the resolver does
+        lease = self.core.hit(request, part.workload, asked.keep_alive_s, asked.owner)
         if lease is not None:
             self.leases.append(lease)
             return
@@ -577,6 +583,19 @@ class CacheMachine(RuleBasedStateMachine):
         With themselves.
         """
         check(self.cache)
+
+    @invariant()
+    def nothing_is_missed(self) -> None:
+        """
+        A plan of the whole queue would do nothing that was not done, as of the last
+        event: nothing happens by itself when patience ends.
+        """
+        state = self.core.state
+        now_s = min(self.core.clock.now(), state.impatient_at_s - 1e-6)
+        is_known = all(each.outlook.is_known for each in state.devices.values())
+        # Else the next event looks at all anew.
+        if state.closed is None and is_known:
+            assert not undone(state, self.core.rules, now_s)
 
     @invariant()
     def each_request_ends_once(self) -> None:

@@ -7,7 +7,9 @@ The same checks are run against broken caches, and must fail there.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
+import math
 import os
 import random
 import signal
@@ -17,7 +19,7 @@ import traceback
 import warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,12 +53,14 @@ if TYPE_CHECKING:
     from typing import Any
 
     from whispercache import Event, Lease, ModelKey
+    from whispercache.core.device import Device
     from whispercache.core.effects import Effect
     from whispercache.core.entries import Entry
     from whispercache.core.state import CacheState
     from whispercache.devices.memory import MemoryReading
     from whispercache.engine.files import ModelFiles
-    from whispercache.planning.policies import Policy, Resident
+    from whispercache.planning.policies import Resident
+    from whispercache.planning.room import Room
 
 pytestmark = [pytest.mark.process, pytest.mark.stress, pytest.mark.soak]
 
@@ -438,6 +442,8 @@ def fork_at_random_moments() -> None:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 pid = os.fork()
             if pid == 0:
+                # A child that hangs tells where, before it is ended.
+                faulthandler.dump_traceback_later(15)
                 signal.alarm(20)
                 told = "served"
                 try:
@@ -532,14 +538,17 @@ def evict_leased(patch: pytest.MonkeyPatch) -> None:
     Take leased models for idle ones.
     """
 
-    def all_held(
-        state: CacheState, device: str, policy: Policy, now_s: float, *, idle: bool
-    ) -> list[Resident]:
-        del idle
-        held = [e for e in state.devices[device].entries.values() if e.loaded]
-        return view.ordered(held, policy, now_s)
+    def all_held(shelves: view.Shelves, device: str) -> list[Resident]:
+        held = shelves._state.devices[device].entries.values()
+        loaded = [entry for entry in held if entry.loaded]
+        return view.ordered(loaded, shelves._policy, shelves._now_s)
 
-    patch.setattr(view, "residents", all_held)
+    def without_bounds(state: CacheState, device: Device) -> Room:
+        return replace(room(state, device), idle_bytes=math.inf, idle_models=math.inf)
+
+    room = view.room
+    patch.setattr(view, "room", without_bounds)
+    patch.setattr(view.Shelves, "idle", all_held)
 
 
 def run_until_it_fails() -> None:

@@ -25,8 +25,11 @@ _FOLDERS = {
     "XDG_STATE_HOME": ".local/state",
     "XDG_RUNTIME_DIR": "run",
 }
-# What tells where the user's files are, or speaks to the model hub in the user's name.
-_USERS = ("XDG_", "HF_", "HUGGINGFACE_", "MPLCONFIGDIR")
+# What tells where the user's files are, speaks to the model hub in the user's name, or
+# sets up the cache.
+_USERS = ("XDG_", "HF_", "HUGGINGFACE_", "MPLCONFIGDIR", "WHISPERCACHE_")
+# What is said to the tests themselves.
+_TESTS = ("WHISPERCACHE_EFFORT", "WHISPERCACHE_GPU_MODELS")
 
 
 def move_to(home: Path) -> None:
@@ -36,7 +39,7 @@ def move_to(home: Path) -> None:
     # Packages that were installed for the user alone stay where they are.
     packages = site.getuserbase()
     for name in list(os.environ):
-        if name.startswith(_USERS):
+        if name.startswith(_USERS) and name not in _TESTS:
             del os.environ[name]
     for name, folder in _FOLDERS.items():
         path = home / folder

@@ -22,6 +22,7 @@ from whispercache.devices.nvml import driver_version, nvml_problem
 from whispercache.devices.release import compile_reason, cublas_reason
 from whispercache.engine.process import TELEMETRY, telemetry_setting, versions
 from whispercache.errors import DeviceUnavailable, WhisperCacheError, format_bytes
+from whispercache.settings.sources import settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -75,6 +76,7 @@ def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
         # Only where faster-whisper is, which needs it.
         yield _onnxruntime()
         yield _arithmetic("cpu", loader)
+    yield _settings()
     yield _host(probe)
     yield from _hub_cache()
     cards = probe.cuda_devices()
@@ -166,6 +168,19 @@ def _onnxruntime() -> Finding:
 def _arithmetic(device: str, loader: Loader) -> Finding:
     types = loader.supported_compute_types(device)
     return Finding("works", f"types, {device}", ", ".join(sorted(types)))
+
+
+def _settings() -> Finding:
+    try:
+        held = settle()
+    except (OSError, ValueError) as error:
+        return Finding("wrong", "settings", str(error), "whispercache config --help")
+    said = [
+        f"{key} from {each.place}"
+        for key, each in held.items()
+        if each.source != "default"
+    ]
+    return Finding("works", "settings", ", ".join(said) or "the defaults")
 
 
 def _host(probe: MemoryProbe) -> Finding:

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from whispercache import __version__
-from whispercache.console import INTERRUPTED, WRONG_USE, add_limits, error_line, explain
+from whispercache.console import INTERRUPTED, WRONG_USE, error_line, explain
 from whispercache.errors import WhisperCacheError
+from whispercache.settings.arguments import add_config, add_settings
+from whispercache.settings.table import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rich.console import Console
-
-# Environment variable with a server's key; a command line is seen by others.
-KEY_VARIABLE = "WHISPERCACHE_API_KEY"
 
 # Most seconds from the end of the command to that of its process.
 EXIT_S = 15.0
@@ -44,6 +43,7 @@ commands:
   compare     how well, and how fast, models hear your audio
   models      what each known model takes, and where it fits now
   variants    copies of models that load faster: list, build and remove them
+  config      the settings that hold, and where each came from
   doctor      what is needed here, what works, and how to mend the rest
 
 'whispercache COMMAND --help' tells more.
@@ -203,8 +203,8 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--vad", action="store_true", help="leave out what is not speech")
     add("--format", choices=tuple(FORMATS), default="txt", help="see below")
     add("--output-dir", type=Path, metavar="DIR", help="write files there, not stdout")
-    add_limits(parser)
-    add("--no-variants", action="store_true", help="read models as they were saved")
+    add_config(add)
+    add_settings(add, "vram", "ram", "variants")
     parser.set_defaults(run=transcribe)
 
 
@@ -233,6 +233,12 @@ def _add_variants(parser: argparse.ArgumentParser) -> None:
     from . import variants
 
     variants.add_options(parser)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    from . import config
+
+    config.add_options(parser)
 
 
 def _add_top(parser: argparse.ArgumentParser) -> None:
@@ -274,6 +280,7 @@ _COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "compare": _add_compare,
     "models": _add_models,
     "variants": _add_variants,
+    "config": _add_config,
     "doctor": _add_doctor,
 }
 

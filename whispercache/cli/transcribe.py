@@ -23,6 +23,9 @@ from whispercache.engine.naming import short_name
 from whispercache.errors import AudioError, WhisperCacheError
 from whispercache.events import ModelLoaded, ModelLoading
 from whispercache.keys import MODELS, is_directory
+from whispercache.settings.arguments import settings_of
+from whispercache.settings.sources import cache_options
+from whispercache.settings.table import ONE_BY_ONE_KEYS
 from whispercache.transcripts import FORMATS, Cue, Transcript
 
 from .progress import Bar
@@ -80,9 +83,8 @@ class _Transcription:
         options = self.options
         # Each once, in order.
         files = list(dict.fromkeys(options.files))
-        with ModelCache(
-            vram=options.vram, ram=options.ram, variants=not options.no_variants
-        ) as cache:
+        held = settings_of(options)
+        with ModelCache(**cache_options(held, ONE_BY_ONE_KEYS)) as cache:
             # Before the first is loaded, all are known to exist and to fit.
             models = self._models(cache)
             if options.output_dir is not None:

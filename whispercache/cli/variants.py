@@ -24,7 +24,8 @@ from whispercache.engine.variants.convert import KINDS, Origin, kind_for
 from whispercache.engine.variants.store import VariantRefused
 from whispercache.errors import UnknownModel, WhisperCacheError, format_bytes
 from whispercache.options import DEFAULT_VARIANTS_BYTES
-from whispercache.units import parse_limit
+from whispercache.settings.sources import settle
+from whispercache.units import Limit, parse_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -52,7 +53,8 @@ models:
 
 int8 is for all types of int8: int8_float32, which it is on a CPU, int8_float16 and
 int8_bfloat16. The exit code is 2 if one cannot be built; the others are all the same.
-A cache that builds more keeps to a limit of its own, ModelCache(variants="20GiB").
+A cache that builds more keeps to a limit of its own, ModelCache(variants="20GiB") or
+WHISPERCACHE_VARIANTS=20GiB.
 """
 
 _REMOVE_HELP = """\
@@ -95,10 +97,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("models", nargs="+", metavar="MODEL[:TYPE]", help="see below")
     add(
         "--limit",
-        default="auto",
         metavar="SIZE",
         help="of all variants; those not used for an hour make room "
-        f"(default: {DEFAULT_VARIANTS_BYTES // 1024**3}GiB)",
+        f"(default: as set, or {DEFAULT_VARIANTS_BYTES // 1024**3}GiB)",
     )
     parser.set_defaults(run=_build)
 
@@ -182,10 +183,7 @@ def _total(found: Sequence[Variant], verb: str = "") -> str:
 
 def _build(options: argparse.Namespace) -> int:
     wanted = [_wanted(text) for text in dict.fromkeys(options.models)]
-    limit = parse_limit(options.limit, "--limit")
-    if limit.fraction is not None:
-        raise ValueError(f"--limit must be bytes, such as 20GiB, not {options.limit!r}")
-    loader = _loader(limit.n_bytes or DEFAULT_VARIANTS_BYTES)
+    loader = _loader(_limit_bytes(options.limit))
     failures = 0
     for model, compute_type in wanted:
         try:
@@ -197,6 +195,18 @@ def _build(options: argparse.Namespace) -> int:
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
     return WRONG_USE if failures else 0
+
+
+def _limit_bytes(said: str | None = None) -> int:
+    """
+    Returns the limit that was said on the command line, or else that of the settings.
+    """
+    value = settle()["variants"].value if said is None else said
+    # To be on or off is no limit: what is asked for here is done all the same.
+    limit = Limit() if isinstance(value, bool) else parse_limit(str(value), "--limit")
+    if limit.fraction is not None:
+        raise ValueError(f"--limit must be bytes, such as 20GiB, not {said!r}")
+    return limit.n_bytes or DEFAULT_VARIANTS_BYTES
 
 
 def _wanted(text: str) -> tuple[str, str]:
@@ -310,12 +320,12 @@ def _name(variant: Variant) -> str:
     return f"{short_name(variant.model)}:{variant.kind}"
 
 
-def _loader(limit_bytes: int = DEFAULT_VARIANTS_BYTES) -> FasterWhisperLoader:
+def _loader(limit_bytes: int) -> FasterWhisperLoader:
     return FasterWhisperLoader(SystemProbe(), variants_bytes=limit_bytes)
 
 
 def _variants(loader: FasterWhisperLoader | None = None) -> Variants:
-    variants = (loader or _loader()).variants
+    variants = (loader or _loader(_limit_bytes())).variants
     assert variants is not None
     return variants
 

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 from whispercache.cache import ModelCache
 from whispercache.console import (
     WRONG_USE,
-    add_limits,
     bars,
     clock,
     explain,
     interruptible,
 )
 from whispercache.errors import WhisperCacheError
+from whispercache.settings.arguments import add_config, add_settings, settings_of
+from whispercache.settings.sources import cache_options
+from whispercache.settings.table import ONE_BY_ONE_KEYS
 
 from .references import read_references
 from .run import RESULTS, compare
@@ -74,7 +76,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--language", metavar="CODE", help="de, german or de-AT (default: detected)")
     add("--beam-size", type=int, default=5, metavar="N", help="default: 5")
-    add_limits(parser)
+    add_config(add)
+    add_settings(add, "vram", "ram")
     add("--again", action="store_true", help="forget what an earlier run has kept")
 
 
@@ -117,7 +120,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace, show: _Show) -> Comparison:
-    with ModelCache(vram=options.vram, ram=options.ram) as cache:
+    held = settings_of(options)
+    with ModelCache(**cache_options(held, ONE_BY_ONE_KEYS)) as cache:
         return compare(
             options.audio,
             models=options.models,

@@ -8,18 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from whispercache.planning import planner
-
 from .effects import Stop, WakeAt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from whispercache.events import Event
-    from whispercache.planning.planner import Planner
     from whispercache.planning.policies import Policy
 
     from .effects import Effect
+    from .reminders import Thing
     from .state import CacheState
 
 
@@ -33,14 +31,12 @@ class Rules:
         keep_alive_s: How long a model stays idle, unless its lease says otherwise.
         patience_s: How long hits may pass a request that waits for memory.
         max_waiting: Most requests that wait; None for any number.
-        plan: The planner.
     """
 
     policy: Policy
     keep_alive_s: float
     patience_s: float
     max_waiting: int | None = None
-    plan: Planner = planner.plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +73,13 @@ class Agenda:
         # Another thread is about to set it, or was kept from that by Ctrl-C.
         elif state.wake_at_s in state.unset_s:
             self.note(WakeAt(state.wake_at_s))
+
+    def remind(self, at_s: float, thing: Thing) -> None:
+        """
+        Has `Scheduler.tick` look at *thing* at *at_s*.
+        """
+        self.state.reminders.add(at_s, thing)
+        self.wake_by(at_s)
 
     def stop_if_over(self) -> None:
         """

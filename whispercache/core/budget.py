@@ -16,6 +16,8 @@ from whispercache.devices.memory import headroom_bytes
 from whispercache.devices.release import ENOUGH_RETURNED
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from whispercache.devices.memory import MemoryReading
     from whispercache.units import Limit
 
@@ -199,6 +201,12 @@ class Budget:
         """
         return self._table[use].get(holder, 0)
 
+    def holders(self, use: Use) -> Collection[object]:
+        """
+        Returns those that are charged for *use*; for work, those that were as well.
+        """
+        return self._table[use].keys()
+
     def sum_of(self, use: Use) -> int:
         """
         Returns what all holders are charged for *use*.
@@ -227,6 +235,24 @@ class Budget:
         Charged bytes that the gauge may still count as free.
         """
         return self.charged_bytes - self.on_gauge_bytes
+
+    @property
+    def bounds(self) -> tuple[int | None, ...]:
+        """
+        All that decisions depend on besides what is charged.
+        """
+        return self.capacity_bytes, self.ceiling_bytes, self.most_bytes
+
+    @property
+    def may_gain(self) -> bool:
+        """
+        True if a new reading may allow more: the gauge does not show yet what was
+        freed, or it binds, not the limit.
+        """
+        gauge_bytes = self._gauge_capacity_bytes
+        if gauge_bytes is None or self.limit_bytes is None:
+            return True
+        return gauge_bytes < self.limit_bytes or self.sum_of(Use.UNRETURNED) > 0
 
     def restart_work(self) -> int:
         """

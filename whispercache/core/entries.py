@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from whispercache.planning.deadlock import Owner
 
     from .budget import Budget
-    from .device import Device
+    from .device import Device, Tally
 
 
 class State(str, Enum):
@@ -62,10 +62,14 @@ class Entry:
         parked_bytes: Bytes of its host copy while it is not in memory.
         restores: Its load was admitted as one from that copy.
         drops_copy: It is unloaded for the sake of the host, so no copy may stay.
+        waiting: The requests in the queue that want it, the oldest first. The line of
+            requests keeps it.
         leases: Bytes of workspace of each lease, by its serial number.
         owners: The owner of each lease, by its serial number.
         pinned: It is not evicted when idle.
+        idle_bytes: What its eviction would free, were it idle: nothing if it is pinned.
         expires_at_s: When its keep-alive ends, if it is idle then.
+        reminder_s: When it is looked at next for that.
         last_used_s: When its last lease ended.
         gap_s: Smoothed seconds between uses; see `next_gap_s`.
         loads: How often it was loaded.
@@ -94,10 +98,13 @@ class Entry:
     parked_bytes: int = 0
     restores: bool = False
     drops_copy: bool = False
+    waiting: dict[Waiter, None] = field(default_factory=dict)
     leases: dict[int, int] = field(default_factory=dict)
     owners: dict[int, Owner] = field(default_factory=dict)
     pinned: bool = False
+    idle_bytes: int = 0
     expires_at_s: float = math.inf
+    reminder_s: float = math.inf
     last_used_s: float | None = None
     gap_s: float | None = None
     loads: int = 0
@@ -111,6 +118,9 @@ class Entry:
     failure: str = ""
     retry_at_s: float = -math.inf
     gone: list[Future[None]] = field(default_factory=list)
+    # The sums of its device in which it is counted now, and with how many bytes.
+    _tally: Tally | None = None
+    _tallied_bytes: int = 0
 
     def __post_init__(self) -> None:
         # Each hit asks, and would have to search the key's options.
@@ -162,11 +172,18 @@ class Entry:
         return self.pinned and self.cause is None
 
     @property
+    def rack(self) -> dict[Entry, None]:
+        """
+        The idle models of its device among which it is, or would be.
+        """
+        return self.device.pinned if self.pinned else self.device.shelf
+
+    @property
     def is_idle(self) -> bool:
         """
         True if it is in memory and not leased.
         """
-        return self in self.device.shelf
+        return self in self.rack
 
     @property
     def is_present(self) -> bool:
@@ -257,6 +274,9 @@ class Entry:
         Remembers where the files are and what they will take.
         """
         if self.state is State.ABSENT:
+            self.device.moved.add(self)
+            if self.waiting:  # what was decided for them may be wrong
+                self.device.outlook.forget()
             if files != self.files:
                 self.failures = 0  # perhaps somebody has mended it
             self.files = files
@@ -271,7 +291,7 @@ class Entry:
         Reserves a load's memory: absent → loading.
         """
         host = self.host
-        self.state = State.LOADING
+        self._move_to(State.LOADING)
         self.restores = 0 < self.parked_bytes <= host_bytes
         # The copy is in memory already; from now on it gives way to nothing.
         if self.restores:
@@ -296,7 +316,7 @@ class Entry:
         self.host.budget.set(self, Use.STAGING, 0)
         self.host.budget.set(self, Use.COPY, loaded.copy_bytes)
         self.loaded = loaded
-        self.state = State.RESIDENT
+        self._move_to(State.RESIDENT)
         self.loads += 1
         self.load_s = load_s
         self.failures = 0
@@ -309,7 +329,10 @@ class Entry:
             all_bytes = self.workspace_with(n_bytes)
         else:
             all_bytes = n_bytes
-            self.device.shelf.pop(self, None)
+            device = self.device
+            # After a load it is leased before it was ever idle.
+            if self.rack.pop(self, self) is None:
+                device.idle_bytes -= self.idle_bytes
             if self.last_used_s is not None:
                 self.gap_s = next_gap_s(self.gap_s, now_s - self.last_used_s)
         # Mostly nothing changes if it is leased already.
@@ -340,22 +363,90 @@ class Entry:
         """
         Puts it on the shelf, idle; its keep-alive starts.
         """
+        device = self.device
         # The workspace of its calls may have been returned.
-        self.device.is_stale = True
-        self.device.shelf[self] = None
+        device.is_stale = True
+        device.idle_bytes += self.idle_bytes
+        self.rack[self] = None
         self.last_used_s = now_s
         self.expires_at_s = now_s + keep_alive_s
+
+    def unshelve(self) -> None:
+        """
+        Takes it off the shelf, to be put there anew.
+        """
+        del self.rack[self]
+        self.device.idle_bytes -= self.idle_bytes
 
     def begin_unload(self, cause: EvictionCause, now_s: float) -> None:
         """
         Takes it off the shelf: resident → unloading.
         """
         assert self.state is State.RESIDENT and not self.leases, self.key
-        del self.device.shelf[self]
-        self.state = State.UNLOADING
+        self.unshelve()
         self.cause = cause
         self.refusals = 0
+        self._move_to(State.UNLOADING)
         self.unload_started_s = now_s
+
+    def refuse(self, again_s: float) -> None:
+        """
+        Notes that an unload did nothing, and when it is tried again.
+        """
+        self.refusals += 1
+        self.unload_again_s = again_s
+        self.device.moving.discard(self)
+
+    def doom(self, cause: EvictionCause | None) -> None:
+        """
+        Has it evicted once it is idle, even if it is pinned; None takes that back.
+        """
+        self.cause = cause
+        self._count()
+
+    def pin(self, *, is_pinned: bool) -> None:
+        """
+        Keeps it in memory when it is idle, or no longer does.
+        """
+        is_idle = self.is_idle
+        if is_idle:
+            self.unshelve()
+        self.pinned = is_pinned
+        self._count()
+        if is_idle:
+            self.rack[self] = None
+            self.device.idle_bytes += self.idle_bytes
+
+    def _move_to(self, state: State) -> None:
+        """
+        Changes its state, and all that is counted by it.
+        """
+        self.state = state
+        device = self.device
+        if self.is_moving:
+            device.moving.add(self)
+        else:
+            device.moving.discard(self)
+        device.moved.add(self)
+        self._count()
+
+    def _count(self) -> None:
+        """
+        Counts it in the sums of its device, as what it is by now.
+        """
+        device = self.device
+        if self._tally is not None:
+            self._tally.add(-1, -self._tallied_bytes)
+        self._tally, self._tallied_bytes = None, self.weights_bytes
+        if self.state is State.UNLOADING:
+            self._tally = device.coming
+        elif self.stays and self.is_present:
+            self._tally = device.staying
+        if self._tally is not None:
+            self._tally.add(1, self._tallied_bytes)
+        self.idle_bytes = 0 if self.pinned else self._tallied_bytes
+        # A request may be able to pass, or unable to fit, that could not before.
+        device.outlook.forget()
 
     def awaits_unload(self) -> Future[None]:
         """
@@ -388,10 +479,10 @@ class Entry:
             self.host.kept_bytes += self.parked_bytes
         self.restores = self.drops_copy = False
         self.device.is_stale = True
-        self.state = State.ABSENT
         self.loaded = None
         self.cause = None
         self.pinned = False
+        self._move_to(State.ABSENT)
         self.unload_again_s = math.inf
         if self.drained_for is not None:
             # Or an older request would load it, not get it, and see it evicted, for
@@ -421,6 +512,10 @@ class Entry:
         assert not self.leases or state is State.RESIDENT, f"{key} leased, {state}"
         idle = state is State.RESIDENT and not self.leases
         assert self.is_idle is idle, f"{key} idle: {idle}"
+        racks = (self.device.shelf, self.device.pinned)
+        assert sum(self in rack for rack in racks) == idle, f"{key} idle twice"
+        moving = self in self.device.moving
+        assert moving is self.is_moving, f"{key} moves: {moving}"
         assert present or not self.weights_bytes, key
         loaded = state in (State.RESIDENT, State.UNLOADING)
         assert (self.loaded is not None) is loaded, f"{key} is {state}"
@@ -464,6 +559,7 @@ class Waiter:
     A request in the queue. Its future is done once, with its leases or an error.
 
     Attributes:
+        serial: Its number in the order of arrival; negative before it queues.
         wanted: The models that it wants, all or nothing.
         keep_alive_s: For each of them, once its lease ends.
         since_s: When it was made.
@@ -484,6 +580,7 @@ class Waiter:
     since_s: float
     owner: Owner
     future: Future[tuple[Lease, ...]] = field(default_factory=Future)
+    serial: int = -1
     deadline_s: float = math.inf
     waits: bool = False
     overtaken: int = 0
@@ -506,7 +603,7 @@ class Waiter:
         """
         Returns True if *entry* is among the models that it wants.
         """
-        return any(each.entry is entry for each in self.wanted)
+        return entry in self.entries
 
     def __str__(self) -> str:
         return " + ".join(str(each.entry.key) for each in self.wanted)

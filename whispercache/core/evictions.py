@@ -15,6 +15,7 @@ nothing that could wait.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from whispercache.errors import LeaseDeadlock
@@ -85,22 +86,37 @@ class Evictions:
             self.unload(entry, entry.cause)
         elif keep_alive_s <= 0 and self._may_expire(entry):
             self.unload(entry, EvictionCause.EXPIRED)
-        elif entry.expires_at_s < self._state.wake_at_s or self._state.unset_s:
-            self._agenda.wake_by(entry.expires_at_s)
+        elif entry.expires_at_s < entry.reminder_s or self._state.unset_s:
+            self.remind_of(entry)
 
     def _may_expire(self, entry: Entry) -> bool:
-        # It would have to be loaded again at once.
-        wanted = any(waiter.wants(entry) for waiter in self._state.queue)
-        return not entry.pinned and not wanted
+        # If it is waited for, it would have to be loaded again at once.
+        return not entry.pinned and not entry.waiting
 
-    def expire(self, now_s: float) -> None:
+    def remind_of(self, entry: Entry) -> None:
         """
-        Unloads what was idle for its keep-alive.
+        Has an idle model looked at when its keep-alive ends.
         """
-        for device in self._state.devices.values():
-            for entry in list(device.shelf):
-                if entry.expires_at_s <= now_s and self._may_expire(entry):
-                    self.unload(entry, EvictionCause.EXPIRED)
+        at_s = entry.expires_at_s
+        if at_s < entry.reminder_s:
+            entry.reminder_s = at_s
+            self._agenda.remind(at_s, entry)
+        else:
+            self._agenda.wake_by(at_s)
+
+    def expire(self, entry: Entry, now_s: float) -> None:
+        """
+        Unloads a model that was idle for its keep-alive.
+        """
+        # It was used since, mostly. Its next release would remind of it anew.
+        if entry.reminder_s <= now_s:
+            entry.reminder_s = math.inf
+        if not entry.is_idle:
+            return
+        if entry.expires_at_s > now_s:
+            self.remind_of(entry)
+        elif self._may_expire(entry):
+            self.unload(entry, EvictionCause.EXPIRED)
 
     # Asked for ------------------------------------------------------------------------
 
@@ -119,6 +135,7 @@ class Evictions:
         for entry in state.copied:
             if entry.state is State.ABSENT and matches(entry.key):
                 entry.parked_bytes = 0  # nor may a request use it from now on
+                entry.device.moved.add(entry)
                 self._agenda.note(DropCopy(entry))
         # The caller would wait for the end of its own leases.
         own = [entry for entry in chosen if waits_for in entry.owners.values()]
@@ -137,7 +154,7 @@ class Evictions:
         if entry.state is State.UNLOADING:
             entry.drops_copy = True
         else:
-            entry.cause = cause
+            entry.doom(cause)
             if entry.is_idle:
                 self.unload(entry, cause)
         return entry, gone
@@ -152,7 +169,7 @@ class Evictions:
         # What is left when a cache closes is unloaded in any case.
         is_wanted = not entry.gone and self._state.closed is None
         if is_wanted and entry.state is not State.UNLOADING:
-            entry.cause = None
+            entry.doom(None)
 
     def unpin(self, matches: Callable[[ModelKey], bool]) -> int:
         """
@@ -161,9 +178,10 @@ class Evictions:
         entries = self._state.entries.values()
         pinned = [entry for entry in entries if entry.pinned and matches(entry.key)]
         for entry in pinned:
-            entry.pinned = False
+            entry.pin(is_pinned=False)
             # Its keep-alive begins only now.
             if entry.is_idle:
+                entry.unshelve()
                 self.shelve(entry, None)
         return len(pinned)
 
@@ -172,7 +190,7 @@ class Evictions:
         Takes all idle models of a device that ran out of memory off its shelf, to be
         unloaded by the caller, who is on its thread.
         """
-        idle = [entry for entry in device.shelf if not entry.stays]
+        idle = list(device.shelf)
         for entry in idle:
             entry.begin_unload(EvictionCause.OUT_OF_MEMORY, self._now())
         return idle
@@ -185,11 +203,10 @@ class Evictions:
         n_bytes -= view.room(self._state, device).coming_bytes
         n_bytes = self._shed_for_others(device, n_bytes)
         if n_bytes > 0:
-            idle = self._idle(device)
-            victims = planner.choose_victims(idle, n_bytes)
-            self.unload_all(
-                idle if victims is None else victims, EvictionCause.PRESSURE
-            )
+            victims = planner.choose_victims(self._idle(device), n_bytes)
+            if victims is None:
+                victims = tuple(self._idle(device))
+            self.unload_all(victims, EvictionCause.PRESSURE)
 
     def drop_copies(self, host: Device, n_bytes: int) -> None:
         """
@@ -200,7 +217,7 @@ class Evictions:
         if n_bytes <= 0:
             return
         n_bytes = self._shed_for_others(host, n_bytes)
-        with_copies = self._state.copies_on(host.name)
+        with_copies = self._state.copies_on(host)
         n_bytes -= sum(e.copy_bytes for e in with_copies if e.drops_copy)
         idle = [e for e in with_copies if e.is_idle and not e.stays]
         for entry in sorted(idle, key=lambda each: each.last_used_s or 0.0):
@@ -229,9 +246,9 @@ class Evictions:
         """
         return planner.shrink(view.room(self._state, device), self._idle(device))
 
-    def _idle(self, device: Device) -> list[Resident]:
-        policy, now_s = self._rules.policy, self._now()
-        return view.residents(self._state, device.name, policy, now_s, idle=True)
+    def _idle(self, device: Device) -> Iterable[Resident]:
+        shelves = view.Shelves(self._state, self._rules.policy, self._now())
+        return shelves.idle(device.name)
 
     def shed(self, host: Device) -> None:
         """
@@ -243,9 +260,8 @@ class Evictions:
             return
         if self._state.is_over:  # all of it is dropped as the threads end
             return
-        devices = self._state.devices.values()
-        present = (entry for each in devices for entry in each.entries.values())
-        if not any(entry.state is State.LOADING for entry in present):
+        moving = (e for each in self._state.devices.values() for e in each.moving)
+        if not any(entry.state is State.LOADING for entry in moving):
             host.is_shrinking = True
             self._agenda.note(ShrinkKept(host))
 

@@ -167,9 +167,12 @@ class Gauges:
         with self._lock.changing():
             if is_still or not device.is_moving or not device.budget.total_bytes:
                 device.is_stale = False
+                before = device.budget.bounds
                 device.budget.observe(
                     reading, device.kept_bytes, promised_bytes, peers_bytes
                 )
+                if device.budget.bounds != before:
+                    device.outlook.forget()
 
     def look_again(self, device: Device) -> None:
         """

@@ -112,6 +112,7 @@ class HostCopies:
         kept = self.look()
         with self._lock.changing():
             host.budget.set(device, Use.LOST, kept_bytes)
+            host.outlook.forget()
             self._state.note_kept(host, kept)
 
     def reserve(self, entry: Entry) -> bool:
@@ -148,6 +149,7 @@ class HostCopies:
                 return False
             # Charged while it is made, so that no load takes the same memory.
             host.budget.set(entry, Use.STAGING, n_bytes)
+            host.outlook.forget()  # what was promised may not be there any more
         return True
 
     def _copies_bytes(self, host: Device) -> int:

@@ -19,7 +19,7 @@ from . import view
 
 if TYPE_CHECKING:
     from whispercache.keys import ModelKey
-    from whispercache.planning.planner import Demand
+    from whispercache.planning.room import Demand
 
     from .device import Device
     from .entries import Entry

@@ -95,7 +95,7 @@ class Reports:
         self._scheduler.serve(entry)
         entry.cause = cause
         # Those who asked for it have left, or it was preloaded.
-        if not entry.leases:
+        if not entry.leases and not entry.is_idle:
             self._evictions.shelve(entry, None)
         self._state.note_kept(entry.host, kept)
         self._scheduler.admit()
@@ -127,7 +127,7 @@ class Reports:
         entry.fail(reason, cool_down_s(entry.failures + 1), self._now())
         self._state.counts["load_failures"] += 1
         self._agenda.tell(ModelLoadFailed(entry.key, reason))
-        for waiter in [w for w in self._state.queue if w.wants(entry)]:
+        for waiter in list(entry.waiting):
             self._scheduler.fail(waiter, load_error(entry.key, error, reason))
         if is_lost:
             self.lost(entry, one_line(error))
@@ -141,19 +141,15 @@ class Reports:
             budget.clear(entry)
         self._absent(entry)
         # A group holds all of its memory or none: it gives back what it holds so far.
-        for waiter in self._state.queue:
-            if waiter.held is not None and waiter.wants(entry):
+        for waiter in entry.waiting:
+            if waiter.held is not None:
                 self._scheduler.let_go(waiter)
 
     def load_follows(self, device: Device) -> bool:
         """
         Returns True if a request waits for room on *device* to load a model.
         """
-        return any(
-            entry.device is device and not entry.is_present
-            for waiter in self._state.queue
-            for entry in waiter.entries
-        )
+        return self._state.queue.awaits_load(device)
 
     def unloaded(self, entry: Entry, released: Released, kept: Kept) -> None:
         """
@@ -180,6 +176,7 @@ class Reports:
         self._state.note_kept(entry.host, kept)
         if entry.drops_copy and entry.parked_bytes:  # asked for at the last moment
             entry.parked_bytes = 0
+            entry.device.moved.add(entry)
             self._agenda.note(DropCopy(entry))
         for budget in entry.budgets:
             budget.clear(entry)
@@ -197,12 +194,11 @@ class Reports:
         # Counted once for each unload, however often it is tried.
         self._state.counts["unconfirmed"] += not entry.refusals
         retry_s = min(FIRST_RETRY_S * 2 ** min(entry.refusals, 32), LAST_RETRY_S)
-        entry.refusals += 1
-        entry.unload_again_s = self._now() + retry_s
+        entry.refuse(self._now() + retry_s)
         self._agenda.tell(
             ReleaseUnconfirmed(entry.key, entry.weights_bytes, retry_s, reason)
         )
-        self._agenda.wake_by(entry.unload_again_s)
+        self._agenda.remind(entry.unload_again_s, entry)
 
     def lost(self, entry: Entry, reason: str) -> None:
         """
@@ -241,9 +237,11 @@ class Reports:
         again.
         """
         if not is_known and self._state.queue:
-            device.look_at_s = min(device.look_at_s, self._now() + LOOK_AGAIN_S)
-            self._agenda.wake_by(device.look_at_s)
-        self._scheduler.admit()
+            at_s = self._now() + LOOK_AGAIN_S
+            if at_s < device.look_at_s:
+                device.look_at_s = at_s
+                self._agenda.remind(at_s, device)
+        self._scheduler.settle(device)
 
     def noted(self, host: Device, kept: Kept) -> None:
         """

@@ -11,7 +11,7 @@ from whispercache.errors import format_bytes
 from whispercache.events import DeviceInfo, Explanation, ModelInfo, Stats, WaitingInfo
 from whispercache.planning.planner import Outcome
 
-from . import view
+from . import demands
 from .entries import State, Waiter, Wanted
 from .refusals import refusal, too_large
 
@@ -134,8 +134,8 @@ def explain(core: Core, entry: Entry, workload: Workload) -> Explanation:
     with core.changing():
         # A request that is planned but never queued: the real plan, with no effect.
         waiter = Waiter((Wanted(entry, workload),), None, core.clock.now(), None)
-        decision = core.scheduler.plan([*core.queue, waiter])[-1]
-        demand, *_ = view.demands(waiter.wanted)
+        decision = core.scheduler.decide_on(waiter)
+        demand, *_ = demands.demands(waiter.wanted)
         device = entry.device
         outcome, reason = _outcome(core, entry, decision)
         return Explanation(

@@ -11,17 +11,21 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .entries import State
+from .budget import Use
+from .device import Tally
+from .entries import Entry, State
+from .line import Line
+from .reminders import Reminders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from collections.abc import Set as AbstractSet
 
     from whispercache.errors import CacheClosed
     from whispercache.keys import ModelKey
     from whispercache.units import Limit
 
     from .device import Device
-    from .entries import Entry, Waiter
     from .lock import Outbox
 
 
@@ -53,6 +57,11 @@ class CacheState:
         entries: Every model that was asked for.
         devices: Every device that was used.
         queue: The requests that wait, the oldest first.
+        chosen: Models that something was decided on for them: other requests for these
+            wait their turn.
+        impatient_at_s: When the next of them may lose its patience.
+        rounds: How often the line was walked along.
+        reminders: What is to be looked at when.
         counts: Counters of `Stats`.
         load_s: Seconds of all loads together.
         wait_s: Seconds that all requests waited together.
@@ -72,7 +81,11 @@ class CacheState:
     outbox: Outbox
     entries: dict[ModelKey, Entry] = field(default_factory=dict)
     devices: dict[str, Device] = field(default_factory=dict)
-    queue: list[Waiter] = field(default_factory=list)
+    queue: Line = field(default_factory=Line)
+    chosen: AbstractSet[ModelKey] = frozenset()
+    impatient_at_s: float = math.inf
+    rounds: int = 0
+    reminders: Reminders = field(default_factory=Reminders)
     counts: Counter[str] = field(default_factory=Counter)
     load_s: float = 0.0
     wait_s: float = 0.0
@@ -120,15 +133,16 @@ class CacheState:
             self.unset_s.discard(self.timers_s.pop())
         self.wake_at_s = self.timers_s[-1] if self.timers_s else math.inf
 
-    def copies_on(self, device: str) -> list[Entry]:
+    def copies_on(self, device: Device) -> list[Entry]:
         """
         Returns the models of cards whose host copies are charged on *device*.
         """
-        # Without this, each plan would look at every model that was ever asked for.
-        held = self.devices.get(device)
-        if held is None or not held.copies_bytes:
-            return []
-        return [entry for entry in self.entries.values() if entry.copy_bytes]
+        # Its budget may charge a lost device for copies, too.
+        return [
+            holder
+            for holder in device.budget.holders(Use.COPY)
+            if isinstance(holder, Entry)
+        ]
 
     def note_kept(self, host: Device, kept: Kept) -> None:
         """
@@ -140,10 +154,12 @@ class CacheState:
         self._last_look = kept.serial
         for entry in self.copied:
             entry.parked_bytes = 0
+            entry.device.moved.add(entry)
         known = (self.entries.get(key) for key in kept.copies)
         self.copied = frozenset(entry for entry in known if entry is not None)
         kept_bytes = kept.n_bytes
         for entry in self.copied:
+            entry.device.moved.add(entry)
             if entry.state is not State.RESIDENT:
                 entry.parked_bytes = kept.copies[entry.key]
             if entry.claims_copy:
@@ -154,13 +170,15 @@ class CacheState:
         """
         Forgets all that other threads held or waited for, in a child without them.
         """
-        self.queue.clear()
+        self.queue = Line()
+        self.reminders = Reminders()
         self.outbox = self.outbox.copy()
         self.timers_s.clear()
         self.unset_s.clear()
         self.wake_at_s = self.deadlocks_at_s = math.inf
         # Their holders were threads of the parent.
         for entry in self.entries.values():
+            entry.waiting.clear()
             entry.leases.clear()
             entry.owners.clear()
         self.leases = 0
@@ -172,10 +190,11 @@ class CacheState:
         timers_s = self.timers_s
         assert timers_s == sorted(set(timers_s), reverse=True), timers_s
         assert self.wake_at_s == min(timers_s, default=math.inf), timers_s
-        for device in self.devices.values():
-            device.budget.check()
         for entry in self.entries.values():
             entry.check()
+        for device in self.devices.values():
+            device.budget.check()
+            self._check_sums(device)
         held = sum(len(entry.leases) for entry in self.entries.values())
         assert held == self.leases, f"{held} leases held, {self.leases} counted"
         for waiter in self.queue:
@@ -183,3 +202,15 @@ class CacheState:
             assert not ended, f"{waiter} waits and is done"
             for lease in (waiter.held or {}).values():
                 assert not lease.is_released, f"{waiter} lost {lease}"
+
+    def _check_sums(self, device: Device) -> None:
+        held = device.entries.values()
+        idle_bytes = sum(entry.weights_bytes for entry in device.shelf)
+        told = f"{device.name}: {device.idle_bytes} B idle, not {idle_bytes}"
+        assert device.idle_bytes == idle_bytes, told
+        for tally, ones in (
+            (device.coming, [e for e in held if e.state is State.UNLOADING]),
+            (device.staying, [e for e in held if e.stays]),
+        ):
+            counted = Tally(len(ones), sum(entry.weights_bytes for entry in ones))
+            assert tally == counted, f"{device.name}: {tally}, not {counted}"

@@ -53,7 +53,7 @@ def token_of(life: T) -> weakref.ref[T]:
     return token
 
 
-_here = _Here()
+here = _Here()
 
 
 def caller() -> str:
@@ -73,7 +73,7 @@ def current_owner() -> object:
     """
     Returns a token of the calling thread, as the owner of leases.
     """
-    return _here.owner
+    return here.owner
 
 
 def current_owners() -> tuple[object, ...]:

@@ -6,154 +6,25 @@ Everything here needs the lock and changes nothing.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from whispercache.planning import deadlock
-from whispercache.planning.deadlock import Ceiling, Claim, Hold, Model
 from whispercache.planning.placement import Candidate
-from whispercache.planning.planner import Demand, Need, Pending, Room
+from whispercache.planning.policies import is_lru
+from whispercache.planning.room import Room
 
+from . import demands
 from .entries import State
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Iterator
 
     from whispercache.keys import ModelKey
-    from whispercache.planning.deadlock import Owner
     from whispercache.planning.policies import Policy, Resident
 
     from .device import Device
-    from .entries import Entry, Waiter, Wanted
+    from .entries import Entry
     from .state import CacheState
-
-
-# What requests want -------------------------------------------------------------------
-
-
-def reservations(wanted: Sequence[Wanted]) -> dict[Entry, tuple[int, int]]:
-    """
-    Returns what to reserve for each absent model of *wanted* until it is loaded: bytes
-    on its device, and bytes on the host.
-
-    Loads on one device come one after the other, in this order, so the last carries
-    what the largest of them takes at its peak beyond what stays.
-    """
-    absent: dict[Entry, list[Wanted]] = {}
-    for each in wanted:
-        if each.entry.state is not State.RESIDENT:
-            absent.setdefault(each.entry, []).append(each)
-    reserved: dict[Entry, tuple[int, int]] = {}
-    last: dict[Device, Entry] = {}
-    extra_bytes: dict[Device, int] = {}
-    host_bytes: dict[Device, int] = {}
-    copies_bytes = 0
-    for entry, parts in absent.items():
-        device, footprints = entry.device, [each.footprint for each in parts]
-        work_bytes = max(each.workspace_bytes for each in footprints)
-        kept_bytes = footprints[0].weights_bytes + entry.workspace_with(
-            work_bytes, len(footprints)
-        )
-        peak_bytes = max(each.total_bytes for each in footprints)
-        on_host = max(each.host_loading_bytes for each in footprints)
-        reserved[entry] = kept_bytes, 0
-        last[device] = entry
-        extra_bytes[device] = max(extra_bytes.get(device, 0), peak_bytes - kept_bytes)
-        # What the copies of the others of this request will be charged is not left.
-        left_bytes = entry.host.budget.left_bytes - copies_bytes
-        if 0 < entry.parked_bytes <= left_bytes:
-            # It is there already, and stays there beside the weights.
-            reserved[entry] = kept_bytes, entry.parked_bytes
-            copies_bytes += entry.parked_bytes
-        elif device is not entry.host:
-            host_bytes[device] = max(host_bytes.get(device, 0), on_host)
-    # Each load before the last has the room that is reserved for those after it.
-    for device, entry in last.items():
-        kept_bytes, copy_bytes = reserved[entry]
-        reserved[entry] = (
-            kept_bytes + extra_bytes[device],
-            copy_bytes + host_bytes.get(device, 0),
-        )
-    return reserved
-
-
-def demands(wanted: Sequence[Wanted]) -> tuple[Demand, ...]:
-    """
-    Returns what leases on all of *wanted* at once would add, by device.
-    """
-    found: dict[str, Demand] = {}
-    for entry, (n_bytes, host_bytes) in reservations(wanted).items():
-        _add(found, Demand(entry.device.name, n_bytes, models=1))
-        if host_bytes:
-            _add(found, Demand(entry.host.name, host_bytes))
-    for entry in dict.fromkeys(each.entry for each in wanted):
-        if entry.state is State.RESIDENT:
-            works = [w.footprint.workspace_bytes for w in wanted if w.entry is entry]
-            total_bytes = entry.workspace_with(max(works), len(works))
-            extra_bytes = max(0, total_bytes - entry.workspace_bytes)
-            # Room that its own models take cannot be made by evicting them.
-            own_bytes = 0 if entry.pinned else entry.weights_bytes
-            own_models = int(not entry.pinned)
-            own = Demand(entry.device.name, extra_bytes, 0, own_bytes, own_models)
-            _add(found, own)
-    return tuple(found.values())
-
-
-def _add(found: dict[str, Demand], more: Demand) -> None:
-    one = found.get(more.device, Demand(more.device, 0))
-    found[more.device] = Demand(
-        more.device,
-        one.n_bytes + more.n_bytes,
-        one.models + more.models,
-        one.own_bytes + more.own_bytes,
-        one.own_models + more.own_models,
-    )
-
-
-def pending(waiter: Waiter, *, impatient: bool) -> Pending:
-    """
-    Returns a request as the planner sees it.
-    """
-    keys = tuple(entry.key for entry in waiter.entries)
-    need = Need.WORKSPACE
-    for entry in waiter.entries:
-        if entry.state is State.ABSENT:
-            need = Need.LOAD
-        elif not entry.is_open_to(waiter):
-            return Pending(keys, Need.NOTHING)
-    # Its memory was granted; it only waits for loads.
-    if waiter.held is not None:
-        return Pending(keys, Need.NOTHING)
-    return Pending(
-        keys,
-        need,
-        demands(waiter.wanted),
-        overtaken=waiter.overtaken,
-        impatient=impatient,
-        passes=waiter.passes,
-        shares=any(entry.num_workers > 1 for entry in waiter.entries),
-    )
-
-
-def queue_of(waiters: Sequence[Waiter], patient_since_s: float) -> list[Pending]:
-    """
-    Returns *waiters* as the planner sees them, impatient if older than that time.
-    """
-    first: dict[ModelKey, int] = {}
-    found: list[Pending] = []
-    for place, waiter in enumerate(waiters):
-        one = pending(waiter, impatient=waiter.since_s <= patient_since_s)
-        if one.need is Need.LOAD and not waiter.is_group:
-            # Only the first asks for its load; the others share it.
-            asks = first.setdefault(one.keys[0], place)
-            if asks != place:
-                # Or the load that it shares would wait where it must not.
-                if one.passes:
-                    found[asks] = replace(found[asks], passes=True)
-                one = Pending(one.keys, Need.NOTHING)
-        found.append(one)
-    return found
 
 
 # What devices hold --------------------------------------------------------------------
@@ -164,27 +35,50 @@ def room(state: CacheState, device: Device) -> Room:
     Returns a device's memory as the planner sees it, with host copies of models that
     are on other devices.
     """
-    held = device.entries.values()
-    coming = [entry for entry in held if entry.state is State.UNLOADING]
-    pinned = [entry for entry in held if entry.stays]
+    budget = device.budget
     found = Room(
-        capacity_bytes=device.budget.capacity_bytes,
-        ceiling_bytes=device.budget.ceiling_bytes,
-        charged_bytes=device.budget.charged_bytes,
-        coming_bytes=sum(entry.weights_bytes for entry in coming),
-        pinned_bytes=sum(entry.weights_bytes for entry in pinned),
+        capacity_bytes=budget.capacity_bytes,
+        ceiling_bytes=budget.ceiling_bytes,
+        charged_bytes=budget.charged_bytes,
+        coming_bytes=device.coming.n_bytes,
+        pinned_bytes=device.staying.n_bytes,
         max_models=device.max_models,
-        models=len(held),
-        coming_models=len(coming),
-        pinned_models=len(pinned),
+        models=len(device.entries),
+        coming_models=device.coming.models,
+        pinned_models=device.staying.models,
+        idle_bytes=device.idle_bytes,
+        idle_models=len(device.shelf),
     )
-    for entry in state.copies_on(device.name):
+    for entry in state.copies_on(device):
         if entry.stays:
             found.pinned_bytes += entry.copy_bytes
         if entry.state is State.UNLOADING:
             # Kept or dropped, it is no longer charged once the model is unloaded.
             found.coming_bytes += entry.copy_bytes
+        elif entry.is_idle and not entry.stays:
+            found.idle_bytes += entry.copy_bytes
+            found.idle_models += 1
     return found
+
+
+def may_help(state: CacheState, device: Device) -> bool:
+    """
+    Returns True if a request might be helped by the memory of *device* as it is now.
+    """
+    outlook, budget = device.outlook, device.budget
+    left_bytes = budget.capacity_bytes - budget.charged_bytes
+    reach_bytes = left_bytes + device.coming.n_bytes + device.idle_bytes
+    if left_bytes >= outlook.free_bytes or reach_bytes >= outlook.reach_bytes:
+        return True
+    # Hardly any device has copies of others, or a number of models as its limit.
+    if device.max_models is None and not device.copies_bytes:
+        return False
+    now = room(state, device)
+    return (
+        now.reach_bytes >= outlook.reach_bytes
+        or now.free_models >= outlook.free_models
+        or now.reach_models >= outlook.reach_models
+    )
 
 
 def ordered(entries: Iterable[Entry], policy: Policy, now_s: float) -> list[Resident]:
@@ -195,27 +89,55 @@ def ordered(entries: Iterable[Entry], policy: Policy, now_s: float) -> list[Resi
     return sorted(found, key=lambda resident: policy(resident, now_s))
 
 
-def residents(
-    state: CacheState, device: str, policy: Policy, now_s: float, *, idle: bool
-) -> list[Resident]:
+class Shelves:
     """
-    Returns what could be evicted for room on *device*, the first to go first: its own
-    models, then models of cards with a host copy there, each as what its copy frees.
+    What could be evicted, the first to go first, as of one moment.
 
-    Idle ones can be evicted now, leased ones once they are idle.
+    Each has the models of a device, and then those of cards with a host copy there, as
+    what their copies free.
     """
-    held = state.devices[device]
-    # In the order of release; the policy may have another one.
-    own = held.shelf if idle else [e for e in held.entries.values() if e.leases]
-    copied = [
-        entry
-        for entry in state.copies_on(device)
-        if (entry.is_idle if idle else entry.leases)
-    ]
-    return ordered(own, policy, now_s) + [
-        replace(one, device=device, weights_bytes=state.entries[one.key].copy_bytes)
-        for one in ordered(copied, policy, now_s)
-    ]
+
+    def __init__(self, state: CacheState, policy: Policy, now_s: float) -> None:
+        self._state = state
+        self._policy = policy
+        self._now_s = now_s
+        # Sorted at most once, however many requests ask.
+        self._sorted: dict[tuple[str, bool], list[Resident]] = {}
+
+    def idle(self, name: str) -> Iterable[Resident]:
+        """
+        Returns the idle models, which can be evicted now.
+        """
+        device = self._state.devices[name]
+        # The shelf is in that order already, and mostly few have to go.
+        if is_lru(self._policy) and not device.copies_bytes:
+            return (entry.resident() for entry in device.shelf if not entry.stays)
+        return self._look(device, idle=True)
+
+    def busy(self, name: str) -> Iterable[Resident]:
+        """
+        Returns the leased models, which can be evicted once they are idle.
+        """
+        return self._look(self._state.devices[name], idle=False)
+
+    def _look(self, device: Device, *, idle: bool) -> list[Resident]:
+        key = device.name, idle
+        if key not in self._sorted:
+            self._sorted[key] = list(self._all(device, idle=idle))
+        return self._sorted[key]
+
+    def _all(self, device: Device, *, idle: bool) -> Iterator[Resident]:
+        # In the order of release; the policy may have another one.
+        own = device.shelf if idle else [e for e in device.entries.values() if e.leases]
+        copied = [
+            entry
+            for entry in self._state.copies_on(device)
+            if (entry.is_idle if idle else entry.leases)
+        ]
+        yield from ordered(own, self._policy, self._now_s)
+        for one in ordered(copied, self._policy, self._now_s):
+            copy_bytes = self._state.entries[one.key].copy_bytes
+            yield replace(one, device=device.name, weights_bytes=copy_bytes)
 
 
 def candidate(
@@ -236,7 +158,8 @@ def candidate(
     coming_bytes = sum(other.footprint.total_bytes for other in coming)
     staying = [e for e in own if e.is_present and not e.stays]
     staying_bytes = sum(other.weights_bytes for other in staying)
-    idle = [e for e in device.shelf if not e.stays and e not in beside]
+    idle = [e for e in beside if e in device.shelf]
+    idle_bytes = device.idle_bytes - sum(other.weights_bytes for other in idle)
     found = room(state, device)
     # Host copies do not matter here: a candidate is a card.
     can_come = found.reachable_models() > len(coming) + len(staying)
@@ -245,10 +168,10 @@ def candidate(
         key.device,
         needed_bytes,
         free_bytes=device.budget.left_bytes - coming_bytes,
-        idle_bytes=sum(other.weights_bytes for other in idle),
+        idle_bytes=idle_bytes,
         ceiling_bytes=reachable_bytes if can_come else 0,
         free_models=found.free_models - len(coming),
-        idle_models=len(idle),
+        idle_models=len(device.shelf) - len(idle),
         is_there=is_there,
         leases=0 if entry is None else len(entry.leases),
         has_copy=entry is not None and entry.parked_bytes > 0,
@@ -264,9 +187,8 @@ def is_used(state: CacheState, device: Device) -> bool:
     """
     held = device.entries or device.kept_bytes or device.copies_bytes
     return bool(held) or any(
-        device in (entry.device, entry.host)
-        for waiter in state.queue
-        for entry in waiter.entries
+        device in (waited_for, state.devices.get("cpu"))
+        for waited_for in state.queue.devices
     )
 
 
@@ -282,7 +204,7 @@ def account(state: CacheState, device: Device) -> dict[str, int]:
     ]
     held_bytes = sum(entry.weights_bytes for entry in held)
     pinned_bytes = sum(entry.weights_bytes for entry in held if entry.stays)
-    idle_bytes = sum(e.weights_bytes for e in device.shelf if not e.stays)
+    idle_bytes = device.idle_bytes
     return {
         "promised_bytes": device.budget.to_come_bytes,
         # What may be given up.
@@ -298,126 +220,10 @@ def _wanted_bytes(state: CacheState, device: Device, idle_bytes: int) -> int:
     """
     budget = device.budget
     for waiter in state.queue:
-        for demand in pending(waiter, impatient=False).demands:
+        for demand in demands.pending(waiter, impatient=False).demands:
             if demand.device != device.name:
                 continue
             after_bytes = budget.charged_bytes - idle_bytes + demand.n_bytes
             if budget.limit_bytes is None or after_bytes <= budget.limit_bytes:
                 return max(0, demand.n_bytes - idle_bytes)
     return 0
-
-
-# Deadlocks ----------------------------------------------------------------------------
-
-
-def suspects(state: CacheState) -> list[Waiter]:
-    """
-    Returns the requests whose owners hold leases; without any there is no deadlock.
-    """
-    # An owner of None is not known: the lease was handed over.
-    waiting = [w for w in state.queue if w.held is None and w.owner is not None]
-    if not waiting:
-        return []
-    holders = {owner for e in _leased(state) for owner in e.owners.values()}
-    return [waiter for waiter in waiting if waiter.owner in holders]
-
-
-def victim_of_deadlock(state: CacheState) -> Waiter | None:
-    """
-    Returns the request that completed a deadlock, if there is one.
-    """
-    waiters = [waiter for waiter in state.queue if waiter.held is None]
-    claims = [_claim(waiter) for waiter in waiters]
-    found = deadlock.culprit(claims, _holds(state), _ceilings(state))
-    return None if found is None else waiters[claims.index(found)]
-
-
-def detained(state: CacheState) -> list[Waiter]:
-    """
-    Returns the requests whose owners hold leases that block another request.
-
-    They must not wait for that one's turn, or both would wait for ever. If letting one
-    of several pass is enough, the oldest passes.
-    """
-    waiters = [waiter for waiter in state.queue if waiter.held is None]
-    claims = [_claim(waiter) for waiter in waiters]
-    holds, ceilings = _holds(state), _ceilings(state)
-    deadlocked = deadlock.unserved(claims, holds, ceilings)
-    staying: list[Owner] = []
-    passing: list[Waiter] = []
-    # From the youngest: as many as possible keep to the order of arrival.
-    for waiter in reversed(suspects(state)):
-        never = [*staying, waiter.owner]
-        left = deadlock.unserved(claims, holds, ceilings, never)
-        if all(claim in deadlocked for claim in left):
-            staying.append(waiter.owner)
-        else:
-            passing.append(waiter)
-    return passing
-
-
-def _leased(state: CacheState) -> list[Entry]:
-    return [entry for entry in state.entries.values() if entry.leases]
-
-
-def _model(entry: Entry, weights_bytes: int) -> Model:
-    return Model(entry.key, entry.device.name, weights_bytes, entry.num_workers)
-
-
-def _claim(waiter: Waiter) -> Claim:
-    """
-    Returns what a request wants. A load's peak counts beside what stays, like any other
-    bytes.
-    """
-    parts = tuple(
-        (
-            _model(each.entry, each.footprint.weights_bytes),
-            each.footprint.workspace_bytes,
-        )
-        for each in waiter.wanted
-    )
-    loading: dict[str, int] = {}
-    for entry, (n_bytes, host_bytes) in reservations(waiter.wanted).items():
-        own = [each.footprint for each in waiter.wanted if each.entry is entry]
-        work_bytes = max(each.workspace_bytes for each in own)
-        kept_bytes = own[0].weights_bytes + work_bytes * min(
-            len(own), entry.num_workers
-        )
-        for device, extra_bytes in (
-            (entry.device.name, n_bytes - kept_bytes),
-            (entry.host.name, host_bytes),
-        ):
-            if extra_bytes > 0:
-                loading[device] = loading.get(device, 0) + extra_bytes
-    return Claim(waiter.owner, waiter.since_s, parts, loading)
-
-
-def _holds(state: CacheState) -> list[Hold]:
-    leased = _leased(state)
-    return [
-        Hold(entry.owners[serial], _model(entry, entry.weights_bytes), n_bytes)
-        for entry in leased
-        for serial, n_bytes in entry.leases.items()
-    ] + [
-        # Its copy on the host stays as long as the lease.
-        Hold(owner, Model(entry.key, entry.host.name, entry.copy_bytes, 1), 0)
-        for entry in leased
-        if entry.copy_bytes
-        for owner in entry.owners.values()
-    ]
-
-
-def _ceilings(state: CacheState) -> dict[str, Ceiling]:
-    # One that is being unloaded is on its way out, pinned or not.
-    there = (State.RESIDENT, State.LOADING)
-    found = {}
-    for name, device in state.devices.items():
-        limit_bytes = device.budget.limit_bytes
-        pinned = [e for e in device.entries.values() if e.stays and e.state in there]
-        found[name] = Ceiling(
-            math.inf if limit_bytes is None else limit_bytes,
-            device.max_models,
-            tuple(_model(entry, entry.weights_bytes) for entry in pinned),
-            device.budget.most_bytes,
-        )
-    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -139,11 +140,32 @@ def user_cache() -> Path:
     """
     from platformdirs import user_cache_dir
 
-    path = Path(user_cache_dir("whispercache"))
-    # Without HOME, and with a user id that has no name, platformdirs starts with "~".
-    if not path.is_absolute():
-        raise FileNotFoundError("the user has no home directory; set XDG_CACHE_HOME")
-    return path
+    return _of_user(lambda: user_cache_dir("whispercache"), "XDG_CACHE_HOME")
+
+
+def user_config() -> Path:
+    """
+    Returns this program's directory in the configuration directory of the user.
+
+    Raises:
+        OSError: The user has none.
+    """
+    from platformdirs import user_config_dir
+
+    # Without the author, for whom Windows would have another directory around it.
+    return _of_user(
+        lambda: user_config_dir("whispercache", appauthor=False), "XDG_CONFIG_HOME"
+    )
+
+
+def _of_user(find: Callable[[], str], variable: str) -> Path:
+    # Without HOME, and with a user id that has no name, older versions of platformdirs
+    # start with "~", and newer ones raise a RuntimeError.
+    with suppress(RuntimeError):
+        path = Path(find())
+        if path.is_absolute():
+            return path
+    raise FileNotFoundError(f"the user has no home directory; set {variable}")
 
 
 def cpu_name(root: Path = Path("/")) -> str:

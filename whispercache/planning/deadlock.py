@@ -5,17 +5,38 @@ It is the classic reduction of a resource graph: the leases of all owners that d
 wait are taken as ended; requests that fit then are taken as served, and their leases as
 ended too; and so on. The requests that are left wait for memory that only their own
 owners hold. Rules of fairness do not count here, only bytes and numbers of models.
+
+Hundreds may wait, so each step looks only at what it can help. Requests for the same
+are judged as one wish. A wish that does not fit waits at one gate, the bytes or the
+models of one device, with what it takes there; the least first. When a lease ends, the
+first in line are looked at, and those that want the very model. Every step can be taken
+back, so that questions of the kind "what if this one kept its leases" share the rest.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, TypeAlias
 
+from .rooms import Room, Wish
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import (
+        Callable,
+        Collection,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from whispercache.keys import ModelKey
+
+    from .rooms import Lack
 
 Owner: TypeAlias = object
 """
@@ -48,7 +69,7 @@ class Hold:
 
     Attributes:
         owner: Its holder.
-        model: The model that is leased.
+        model: The model that is leased, described alike by all of its leases.
         workspace_bytes: Bytes that its calls take.
     """
 
@@ -57,10 +78,10 @@ class Hold:
     workspace_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Claim:
     """
-    A request that waits.
+    A request that waits. It equals itself alone.
 
     Attributes:
         owner: The one that waits.
@@ -94,102 +115,236 @@ class Ceiling:
     gauge_bytes: int | None = None
 
 
-def unserved(
-    claims: Sequence[Claim],
-    holds: Sequence[Hold],
-    ceilings: Mapping[str, Ceiling],
-    never: Collection[Owner] = (),
-) -> tuple[Claim, ...]:
+class System:
     """
-    Returns the claims that can never be served while their owners wait.
+    All requests that wait and all leases at one moment, and the questions about them.
 
     Args:
-        claims: All that wait.
+        claims: All that wait, the oldest first.
         holds: All leases.
-        ceilings: The devices.
-        never: Owners that are assumed never to release anything.
+        ceilings: The devices of them all.
     """
-    left = [claim for claim in claims if claim.owner not in never]
-    # Each round serves at least one, so there are no more rounds than claims.
-    while left:
-        waiting = {*never, *(claim.owner for claim in left)}
-        kept = [hold for hold in holds if hold.owner in waiting]
-        ended = [hold for hold in holds if hold.owner not in waiting]
-        still = [claim for claim in left if not _fits(claim, kept, ended, ceilings)]
-        if len(still) == len(left):
-            break
-        left = still
-    return tuple(left)
 
+    def __init__(
+        self,
+        claims: Sequence[Claim],
+        holds: Iterable[Hold],
+        ceilings: Mapping[str, Ceiling],
+    ) -> None:
+        self._claims = claims
+        self._rooms = {name: Room(ceiling) for name, ceiling in ceilings.items()}
+        self._held: dict[Owner, list[Hold]] = {}
+        for hold in holds:
+            self._held.setdefault(hold.owner, []).append(hold)
+            self._rooms[hold.model.device].begin(hold, returns=False)
+        # Claims that want the same are one wish; the place of each claim's.
+        self._wishes: list[Wish] = []
+        self._places: list[int] = []
+        self._waiting = Counter(claim.owner for claim in claims)
+        self._idle = [owner for owner in self._held if owner not in self._waiting]
+        # As often as each was not let go yet: as it waits, or once.
+        self._everybody = [*(claim.owner for claim in claims), *self._idle]
+        self._bound = Counter(self._everybody)
+        # The claims that are not served, but for those of bound owners and lost ones.
+        self._n_asked = 0
+        self._lost: Counter[Owner] = Counter()
+        # What has to be looked at since leases ended: devices, and wishes.
+        self._eased: list[Room] = []
+        self._changed: list[int] = []
+        self._undo: list[Callable[[], None]] = []
+        self._group()
+        for place in range(len(self._wishes)):
+            self._judge(place)
+        self._undo.clear()
 
-def culprit(
-    claims: Sequence[Claim], holds: Sequence[Hold], ceilings: Mapping[str, Ceiling]
-) -> Claim | None:
-    """
-    Returns the claim that completed a deadlock, the latest that did; None if there is
-    no deadlock.
-    """
-    left = unserved(claims, holds, ceilings)
-    holders = {hold.owner for hold in holds}
-    suspects = sorted(
-        (claim for claim in left if claim.owner in holders),
-        key=lambda claim: claim.since_s,
-    )
-    # From the latest: without it, the others might have been served.
-    for suspect in reversed(suspects):
-        freed = [hold for hold in holds if hold.owner is not suspect.owner]
-        after = unserved(claims, freed, ceilings)
-        if len(after) < len(left):  # it, or somebody else, would get on
-            return suspect
-    return suspects[-1] if suspects else None
+    # Questions ------------------------------------------------------------------------
 
+    def unserved(self, never: Collection[Owner] = ()) -> tuple[Claim, ...]:
+        """
+        Returns the claims that can never be served while their owners wait.
 
-def _fits(
-    claim: Claim,
-    kept: Iterable[Hold],
-    ended: Sequence[Hold],
-    ceilings: Mapping[str, Ceiling],
-) -> bool:
-    """
-    Returns True if *claim* can be met while the leases in *kept* last, once those in
-    *ended* have ended.
-    """
-    # By model and device: a leased model may have a copy on the host as well.
-    models: dict[tuple[ModelKey, str], Model] = {}
-    work: dict[tuple[ModelKey, str], list[int]] = {}
-    for model, workspace_bytes in (
-        *((hold.model, hold.workspace_bytes) for hold in kept),
-        *claim.parts,
-    ):
-        place = model.key, model.device
-        models[place] = model
-        work.setdefault(place, []).append(workspace_bytes)
-    devices = {model.device for model, _ in claim.parts}.union(claim.loading_bytes)
-    for device in devices:
-        ceiling = ceilings[device]
-        there = {
-            **{(model.key, device): model for model in ceiling.pinned},
-            **{place: each for place, each in models.items() if place[1] == device},
-        }
-        n_bytes = claim.loading_bytes.get(device, 0) + sum(
-            model.weights_bytes + _workspace(model, work.get(place, ()))
-            for place, model in there.items()
-        )
-        # Models count as well as bytes, the pinned ones among them.
-        too_many = ceiling.max_models is not None and len(there) > ceiling.max_models
-        most_bytes = ceiling.n_bytes
-        if ceiling.gauge_bytes is not None:
-            # Perhaps their work is what the gauge does not show as free.
-            returned_bytes = sum(
-                hold.workspace_bytes * hold.model.workers
-                for hold in ended
-                if hold.model.device == device
+        Args:
+            never: Owners that are assumed never to release anything. Their own claims
+                are not asked about.
+        """
+        never = set(never)
+        with self._trial():
+            self._let_go(owner for owner in self._everybody if owner not in never)
+            return tuple(c for c in self._left() if c.owner not in never)
+
+    def culprit(self) -> Claim | None:
+        """
+        Returns the claim that completed a deadlock, the latest that did; None if there
+        is no deadlock.
+        """
+        with self._trial():
+            self._let_go(self._everybody)
+            suspects = sorted(
+                (claim for claim in self._left() if claim.owner in self._held),
+                key=lambda claim: claim.since_s,
             )
-            most_bytes = min(most_bytes, ceiling.gauge_bytes + returned_bytes)
-        if n_bytes > most_bytes or too_many:
-            return False
-    return True
+            n_left = self._n_asked
+            # From the latest: without it, the others might have been served.
+            for suspect in reversed(suspects):
+                with self._trial():
+                    self._forget(suspect.owner)
+                    if self._n_asked < n_left:  # it, or somebody else, would get on
+                        return suspect
+            return suspects[-1] if suspects else None
 
+    def detained(self) -> list[Claim]:
+        """
+        Returns the claims whose owners hold leases that block another claim, the
+        youngest first.
 
-def _workspace(model: Model, sizes: Collection[int]) -> int:
-    return max(sizes, default=0) * min(len(sizes), model.workers)
+        They must not wait for that one's turn, or both would wait for ever. If letting
+        one of several pass is enough, the oldest passes.
+        """
+        # Those are not detained by anybody's turn.
+        self._lost = Counter(claim.owner for claim in self.unserved())
+        suspects, others = [], list(self._idle)
+        for claim in self._claims:
+            # An owner of None is not known: the lease was handed over.
+            if claim.owner is not None and claim.owner in self._held:
+                suspects.append(claim)
+            else:
+                others.append(claim.owner)
+        with self._trial():
+            self._let_go(others)
+            # From the youngest: as many as possible keep to the order of arrival.
+            return self._passing(suspects[::-1])
+
+    def _passing(self, suspects: Sequence[Claim]) -> list[Claim]:
+        """
+        Returns those of *suspects* that have to pass. Of the other suspects, those that
+        come later in this order, or pass, were let go.
+
+        Halves, so that what both have in common is done once.
+        """
+        middle = len(suspects) // 2
+        if not middle:
+            return list(suspects) if self._n_asked else []
+        first, second = suspects[:middle], suspects[middle:]
+        with self._trial():
+            self._let_go(claim.owner for claim in second)
+            passing = self._passing(first)
+        with self._trial():
+            self._let_go(claim.owner for claim in passing)
+            return passing + self._passing(second)
+
+    def _left(self) -> list[Claim]:
+        """
+        Returns the claims that are not served.
+        """
+        wishes = self._wishes
+        pairs = zip(self._claims, self._places, strict=True)
+        return [claim for claim, place in pairs if wishes[place].lack is not None]
+
+    # Steps, which can be taken back ---------------------------------------------------
+
+    @contextmanager
+    def _trial(self) -> Iterator[None]:
+        """
+        Takes back, at its end, all steps since its begin.
+        """
+        mark = len(self._undo)
+        try:
+            yield
+        finally:
+            while len(self._undo) > mark:
+                self._undo.pop()()
+
+    def _let_go(self, owners: Iterable[Owner]) -> None:
+        """
+        Has *owners* release their leases once they are served.
+        """
+        for owner in owners:
+            self._undo.append(partial(self._bind, owner))
+            self._bound[owner] -= 1
+            if not self._bound[owner]:
+                self._n_asked += self._waiting[owner] - self._lost[owner]
+                if not self._waiting[owner]:
+                    self._end(owner)
+        self._settle()
+
+    def _bind(self, owner: Owner) -> None:
+        if not self._bound[owner]:
+            self._n_asked -= self._waiting[owner] - self._lost[owner]
+        self._bound[owner] += 1
+
+    def _end(self, owner: Owner, *, returns: bool = True) -> None:
+        """
+        Ends the leases of *owner*.
+        """
+        for hold in self._held.get(owner, ()):
+            room = self._rooms[hold.model.device]
+            self._changed += room.end(hold, returns=returns)
+            self._undo.append(partial(room.begin, hold, returns=returns))
+            self._eased.append(room)
+
+    def _forget(self, owner: Owner) -> None:
+        """
+        Takes the leases of *owner* as never begun.
+        """
+        self._end(owner, returns=False)
+        holds = self._held.pop(owner)
+        self._undo.append(partial(self._held.__setitem__, owner, holds))
+        self._settle()
+
+    def _settle(self) -> None:
+        """
+        Serves the wishes that fit by now, and those that fit then, and so on.
+        """
+        while self._eased:
+            while self._changed:
+                self._judge(self._changed.pop())
+            room = self._eased.pop()
+            for gate in (room.by_bytes, room.by_models):
+                while gate.line and gate.line[0][0] <= gate.free:
+                    taken, place = heappop(gate.line)
+                    # It may be served, or stand elsewhere by now.
+                    if self._wishes[place].lack == (gate, taken):
+                        self._judge(place)
+
+    def _judge(self, place: int) -> None:
+        """
+        Serves a wish if it fits; else it lines up.
+        """
+        wish = self._wishes[place]
+        before = wish.lack
+        if before is None or (lack := wish.find_lack(self._rooms)) == before:
+            return
+        self._undo.append(partial(self._line_up, place, before))
+        self._line_up(place, lack)
+        if lack is None:
+            self._undo.append(partial(self._withdraw, wish))
+            for owner in wish.owners:
+                self._waiting[owner] -= 1
+                if not self._bound[owner]:
+                    self._n_asked -= 1
+                    if not self._waiting[owner]:
+                        self._end(owner)
+
+    def _line_up(self, place: int, lack: Lack | None) -> None:
+        self._wishes[place].lack = lack
+        if lack is not None:
+            gate, taken = lack
+            heappush(gate.line, (taken, place))
+
+    def _withdraw(self, wish: Wish) -> None:
+        for owner in wish.owners:
+            self._waiting[owner] += 1
+            if not self._bound[owner]:
+                self._n_asked += 1
+
+    def _group(self) -> None:
+        places: dict[object, int] = {}
+        for claim in self._claims:
+            same = claim.parts, frozenset(claim.loading_bytes.items())
+            place = places.setdefault(same, len(places))
+            if place == len(self._wishes):
+                self._wishes.append(Wish(claim))
+                for model, _ in claim.parts:
+                    self._rooms[model.device].note(model, place)
+            self._wishes[place].owners.append(claim.owner)
+            self._places.append(place)

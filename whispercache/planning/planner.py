@@ -1,23 +1,29 @@
 """
 The planner: which requests get memory, which wait, and which idle models are evicted.
 
-`plan` walks the queue once, oldest first, over scratch copies of the devices' rooms,
-and returns a decision for each request. `core.scheduler` carries it out, in a cache, in
-``explain()`` and in the simulator.
+A `Walk` goes along the queue once, oldest first, over scratch copies of the devices'
+rooms, and decides on each request that it is shown. `core.round` shows it those on
+which it matters, and `core.scheduler` carries the decisions out. `plan` shows it all of
+a queue: the same rules, at their plainest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
+from .room import Margin
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from whispercache.keys import ModelKey
 
     from .policies import Resident
+    from .room import Demand, Room
 
 MAX_OVERTAKES = 16
 """
@@ -48,27 +54,6 @@ class Need(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """
-    The memory that serving a request would add on one device.
-
-    Attributes:
-        device: The device.
-        n_bytes: Bytes to add.
-        models: Models to add.
-        own_bytes: Bytes of its own models there, which cannot be evicted to serve it.
-            Pinned ones are not counted: no request counts on their memory.
-        own_models: The number of those models.
-    """
-
-    device: str
-    n_bytes: int
-    models: int = 0
-    own_bytes: int = 0
-    own_models: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Pending:
     """
     A request in the queue, for one model or for several at once.
@@ -93,121 +78,33 @@ class Pending:
     shares: bool = False
 
 
-@dataclass(slots=True)
-class Room:
-    """
-    A device's memory as the cache may use it; scratch for one `plan`.
-
-    Attributes:
-        capacity_bytes: Most that may be charged now, by the limit and by the gauge.
-        ceiling_bytes: Most that could be charged if the cache held nothing.
-        charged_bytes: Reserved and resident bytes, loads in flight included.
-        coming_bytes: The part of *charged_bytes* that unloads in flight will return.
-        pinned_bytes: The part of pinned models, which are not evicted.
-        max_models: Most models that may be there; None for any number.
-        models: The number there, loads and unloads in flight included.
-        coming_models: The models of these that are being unloaded.
-        pinned_models: The models of these that are pinned.
-    """
-
-    capacity_bytes: int
-    ceiling_bytes: int
-    charged_bytes: int = 0
-    coming_bytes: int = 0
-    pinned_bytes: int = 0
-    max_models: int | None = None
-    models: int = 0
-    coming_models: int = 0
-    pinned_models: int = 0
-
-    @property
-    def free_bytes(self) -> int:
-        """
-        Bytes that may still be charged; negative after a limit was lowered.
-        """
-        return self.capacity_bytes - self.charged_bytes
-
-    @property
-    def free_models(self) -> int:
-        """
-        The number of models that may still be loaded.
-        """
-        # More than there ever are, so that it can be compared and subtracted.
-        if self.max_models is None:
-            return 1 << 62
-        return self.max_models - self.models
-
-    def fits(self, demand: Demand) -> bool:
-        """
-        Returns True if *demand* can be served at once.
-        """
-        return self._short(demand, coming=False) == (0, 0)
-
-    def shortfall(self, demand: Demand) -> tuple[int, int]:
-        """
-        Returns the bytes and models that are missing even after unloads in flight.
-        """
-        return self._short(demand, coming=True)
-
-    def _short(self, demand: Demand, *, coming: bool) -> tuple[int, int]:
-        free_bytes = self.free_bytes + coming * self.coming_bytes
-        free_models = self.free_models + coming * self.coming_models
-        # A demand for nothing is served even if a lowered limit leaves less than that.
-        return (
-            max(0, demand.n_bytes - free_bytes) if demand.n_bytes else 0,
-            max(0, demand.models - free_models) if demand.models else 0,
-        )
-
-    def reachable_bytes(self) -> int:
-        """
-        Returns the bytes that one request could have if all unpinned models were gone.
-        """
-        return self.ceiling_bytes - self.pinned_bytes
-
-    def reachable_models(self) -> int:
-        """
-        Returns the number of models that one request could have then.
-        """
-        if self.max_models is None:
-            return 1 << 62
-        return self.max_models - self.pinned_models
-
-    def charge(self, demand: Demand) -> None:
-        """
-        Gives *demand* its memory.
-        """
-        self.charged_bytes += demand.n_bytes
-        self.models += demand.models
-
-    def promise(self, demand: Demand) -> None:
-        """
-        Sets aside what is free and what unloads return, so that no younger request
-        takes it.
-        """
-        # First from what is free, the rest from what unloads will return.
-        from_free = max(0, min(demand.n_bytes, self.free_bytes))
-        self.charged_bytes += from_free
-        self.coming_bytes -= demand.n_bytes - from_free
-        self.models += min(demand.models, max(0, self.free_models))
-        self.coming_models -= demand.models
-
-    def expect(self, victim: Resident) -> None:
-        """
-        Counts *victim* as being unloaded.
-        """
-        self.coming_bytes += victim.weights_bytes
-        self.coming_models += 1
-
-
 class Outcome(Enum):
     """
-    The kinds of decisions on a request.
+    The kinds of decisions on a request, in the order in which they are considered.
     """
 
+    HELD = auto()
+    """
+    It waits: its models are on their way, or were chosen for an older request.
+    """
+    NEVER = auto()
+    """
+    It fails: it can never fit.
+    """
+    BARRED = auto()
+    """
+    It waits its turn: a stuck request was overtaken too often.
+    """
     GRANT = auto()
     LOAD = auto()
-    WAIT = auto()
-    NEVER = auto()
+    PROMISED = auto()
+    """
+    It waits for unloads; its memory is set aside.
+    """
+    STUCK = auto()
+    """
+    It waits until leases end.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +113,9 @@ class Decision:
     A decision on one request of the queue.
 
     Attributes:
-        outcome: Grant it, start its load, keep it waiting, or fail it.
+        outcome: The kind of decision.
         victims: Idle models to unload for it.
-        overtakes: Places in the queue of the stuck requests that its load passes.
+        overtakes: Places of the stuck requests that its load passes.
         drain: Models on which no new lease should be granted until it is served.
         lacking: The demand that can never be met, and the most that could be had.
     """
@@ -228,6 +125,13 @@ class Decision:
     overtakes: tuple[int, ...] = ()
     drain: tuple[ModelKey, ...] = ()
     lacking: tuple[Demand, int] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """
+        True if the request stays in the queue, and no load of its own starts.
+        """
+        return self.outcome not in (Outcome.GRANT, Outcome.LOAD, Outcome.NEVER)
 
 
 def choose_victims(
@@ -259,7 +163,7 @@ def choose_victims(
     return tuple(taken)
 
 
-Shelf: TypeAlias = "Callable[[str], Sequence[Resident]]"
+Shelf: TypeAlias = "Callable[[str], Iterable[Resident]]"
 """
 A look at the models of a device that may be evicted, the first to go first.
 """
@@ -272,30 +176,6 @@ The type of `plan`, and of other rules in its place.
 """
 
 
-@dataclass(slots=True)
-class _Scratch:
-    """
-    The state that one walk along the queue passes on from request to request.
-
-    Attributes:
-        rooms: The devices' memory, with what older requests were given.
-        idle: The models that may be evicted from a device.
-        busy: The models that may be evicted once they are idle.
-        chosen: Models that were decided on: to be evicted, to stay, or to be loaded.
-        stuck: Places of stuck requests, by device.
-        barred: Devices on which no load may pass a stuck request any more.
-        wanted: Models of stuck requests.
-    """
-
-    rooms: Mapping[str, Room]
-    idle: Shelf
-    busy: Shelf
-    chosen: set[ModelKey] = field(default_factory=set)
-    stuck: dict[str, list[int]] = field(default_factory=dict)
-    barred: set[str] = field(default_factory=set)
-    wanted: set[ModelKey] = field(default_factory=set)
-
-
 def plan(
     queue: Sequence[Pending],
     rooms: Mapping[str, Room],
@@ -305,127 +185,212 @@ def plan(
     """
     Returns what should happen to each request of *queue*, oldest first.
 
+    The parameters are those of `Walk`.
+    """
+    walk = Walk(rooms, idle, busy)
+    return [walk.decide(place, pending) for place, pending in enumerate(queue)]
+
+
+class Walk:
+    """
+    A walk along a queue, and what it passes on from request to request.
+
     Args:
-        queue: The requests that wait.
         rooms: The devices' memory. They are written to; pass copies.
         idle: Given a device, the models that may be evicted from it, the first to go
             first. Asked only when something has to go.
         busy: Likewise, leased models that may be evicted once they are idle.
+
+    Attributes:
+        chosen: Models that were decided on: to be evicted, to stay, or to be loaded.
+        stuck: The devices of each stuck request, by its place.
+        barred: Devices on which no load may pass a stuck request any more, with the
+            place of that.
+        promised_bytes: Bytes that were set aside, by device.
+        margins: The growth that might change a decision, by device.
     """
-    scratch = _Scratch(rooms, idle, busy)
-    return [_decide(scratch, place, pending) for place, pending in enumerate(queue)]
 
+    def __init__(self, rooms: Mapping[str, Room], idle: Shelf, busy: Shelf) -> None:
+        self._rooms = rooms
+        self._idle = idle
+        self._busy = busy
+        self.chosen: set[ModelKey] = set()
+        self.stuck: dict[int, tuple[str, ...]] = {}
+        self.barred: dict[str, int] = {}
+        self.promised_bytes: defaultdict[str, int] = defaultdict(int)
+        self.margins: defaultdict[str, Margin] = defaultdict(Margin)
+        # Models of stuck requests.
+        self._wanted: set[ModelKey] = set()
 
-def _decide(scratch: _Scratch, place: int, pending: Pending) -> Decision:
-    """
-    Returns the decision on one request, in one of six cases.
-    """
-    # (1) Its models are on their way, or were chosen for an older request.
-    if pending.need is Need.NOTHING or not scratch.chosen.isdisjoint(pending.keys):
-        return Decision(Outcome.WAIT)
-    # (2) It can never fit.
-    if lacking := _never(scratch, pending):
-        return Decision(Outcome.NEVER, lacking=lacking)
-    # (3) A stuck request was overtaken too often here. A request that passes is spared:
-    # the stuck one waits for leases of its caller, so both would wait for ever.
-    devices = [demand.device for demand in pending.demands]
-    is_load = pending.need is Need.LOAD
-    if is_load and not pending.passes and not scratch.barred.isdisjoint(devices):
-        return Decision(Outcome.WAIT)
-    # (4) It fits.
-    rooms = [scratch.rooms[device] for device in devices]
-    if all(map(Room.fits, rooms, pending.demands)):
-        for room, demand in zip(rooms, pending.demands, strict=True):
-            room.charge(demand)
-        scratch.chosen.update(pending.keys)
-        passed = {i for device in devices for i in scratch.stuck.get(device, ())}
-        outcome = Outcome.LOAD if is_load else Outcome.GRANT
-        overtakes = tuple(sorted(passed)) if is_load else ()
-        return Decision(outcome, overtakes=overtakes)
-    # (5) It fits once idle models are unloaded. They and what is free are set aside, so
-    # that no younger request takes them.
-    victims = _victims_for(scratch, pending)
-    if victims is not None:
-        scratch.chosen.update(pending.keys)
-        for victim in victims:
-            scratch.chosen.add(victim.key)
-            scratch.rooms[victim.device].expect(victim)
-        for room, demand in zip(rooms, pending.demands, strict=True):
-            room.promise(demand)
-        return Decision(Outcome.WAIT, victims=victims)
-    # (6) It is stuck until leases end.
-    return _stick(scratch, place, pending)
+    def decide(self, place: int, pending: Pending) -> Decision:
+        """
+        Returns the decision on one request, in one of six cases. Those before it in the
+        queue come first; *place* grows along it.
+        """
+        # (1) Its models are on their way, or were chosen for an older request.
+        if pending.need is Need.NOTHING or not self.chosen.isdisjoint(pending.keys):
+            return Decision(Outcome.HELD)
+        # (2) It can never fit.
+        if lacking := self._never(pending):
+            return Decision(Outcome.NEVER, lacking=lacking)
+        # (3) A stuck request was overtaken too often here.
+        if self.barred and self._is_barred(pending):
+            return Decision(Outcome.BARRED)
+        # (4) It fits.
+        rooms = self._rooms
+        if all(rooms[demand.device].fits(demand) for demand in pending.demands):
+            return self._serve(pending)
+        # (5) It fits once idle models are unloaded. They and what is free are set
+        # aside, so that no younger request takes them.
+        victims = self._victims_for(pending)
+        if victims is not None:
+            self._promise(pending, victims)
+            return Decision(Outcome.PROMISED, victims=victims)
+        # (6) It is stuck until leases end.
+        return self._stick(place, pending)
 
+    def _is_barred(self, pending: Pending) -> bool:
+        # A request that passes is spared: the stuck one waits for leases of its caller,
+        # so both would wait for ever.
+        if pending.need is not Need.LOAD or pending.passes:
+            return False
+        return any(demand.device in self.barred for demand in pending.demands)
 
-def _never(scratch: _Scratch, pending: Pending) -> tuple[Demand, int] | None:
-    """
-    Returns the first demand that no release of ours could ever meet, and the most that
-    could be had.
-    """
-    for demand in pending.demands:
-        room = scratch.rooms[demand.device]
-        reachable_bytes = max(0, room.reachable_bytes() - demand.own_bytes)
-        if demand.n_bytes > reachable_bytes:
-            return demand, reachable_bytes
-        if demand.models and room.reachable_models() < (
-            demand.models + demand.own_models
-        ):
-            return demand, 0
-    return None
+    def _serve(self, pending: Pending) -> Decision:
+        for demand in pending.demands:
+            self._rooms[demand.device].charge(demand)
+        self.chosen.update(pending.keys)
+        if pending.need is not Need.LOAD:
+            return Decision(Outcome.GRANT)
+        return Decision(Outcome.LOAD, overtakes=self._passed(pending.demands))
 
+    def _passed(self, demands: tuple[Demand, ...]) -> tuple[int, ...]:
+        devices = {demand.device for demand in demands}
+        return tuple(
+            place
+            for place, theirs in self.stuck.items()
+            if not devices.isdisjoint(theirs)
+        )
 
-def _victims_for(scratch: _Scratch, pending: Pending) -> tuple[Resident, ...] | None:
-    victims: list[Resident] = []
-    for demand in pending.demands:
-        # What an older request will use, or is being unloaded for it, is no candidate.
-        idle = [
-            resident
-            for resident in scratch.idle(demand.device)
-            if resident.key not in scratch.chosen
-        ]
-        candidates = [each for each in idle if each.key not in pending.keys]
+    def _never(self, pending: Pending) -> tuple[Demand, int] | None:
+        """
+        Returns the first demand that no release of ours could ever meet, and the most
+        that could be had.
+        """
+        for demand in pending.demands:
+            room = self._rooms[demand.device]
+            reachable_bytes = max(0, room.reachable_bytes() - demand.own_bytes)
+            if demand.n_bytes > reachable_bytes:
+                return demand, reachable_bytes
+            if demand.models and room.reachable_models() < (
+                demand.models + demand.own_models
+            ):
+                return demand, 0
+        return None
+
+    def _victims_for(self, pending: Pending) -> tuple[Resident, ...] | None:
+        victims: list[Resident] = []
+        for demand in pending.demands:
+            room = self._rooms[demand.device]
+            n_bytes, models = room.shortfall(demand)
+            # All or nothing: an eviction on one device is wasted if another is full.
+            if n_bytes > room.idle_bytes or models > room.idle_models:
+                self._note_reach(demand, n_bytes - room.idle_bytes)
+                return None
+            found = choose_victims(self._candidates(demand, pending), n_bytes, models)
+            if found is None:
+                idle = self._candidates(demand, pending)
+                more_bytes = n_bytes - sum(each.weights_bytes for each in idle)
+                self._note_reach(demand, more_bytes)
+                return None
+            victims.extend(found)
+        return tuple(victims)
+
+    def _note_reach(self, demand: Demand, more_bytes: float) -> None:
+        margin = self.margins[demand.device]
+        # One of the two is enough to keep it waiting.
+        if more_bytes > 0:
+            margin.reach_bytes = min(margin.reach_bytes, more_bytes)
+        else:
+            margin.reach_models = min(margin.reach_models, 1)
+
+    def _candidates(self, demand: Demand, pending: Pending) -> Iterator[Resident]:
+        """
+        Returns the models that may be evicted from the device of *demand* for it.
+        """
+        own_copies = []
+        for resident in self._idle(demand.device):
+            # What an older request will use, or is being unloaded for it, is none.
+            if resident.key in self.chosen:
+                continue
+            if resident.key not in pending.keys:
+                yield resident
+            elif resident.is_copy:
+                own_copies.append(resident)
         # A model of its own is evicted only if its copy stands in another one's way:
         # then it is loaded again, without a copy.
-        candidates += [r for r in idle if r.key in pending.keys and r.is_copy]
-        missing = scratch.rooms[demand.device].shortfall(demand)
-        found = choose_victims(candidates, *missing)
-        # All or nothing: an eviction on one device is wasted if another one is full.
-        if found is None:
-            return None
-        victims.extend(found)
-    return tuple(victims)
+        yield from own_copies
 
+    def _promise(self, pending: Pending, victims: tuple[Resident, ...]) -> None:
+        """
+        Sets memory aside for a request that waits for unloads.
+        """
+        is_noted = False
+        for demand in pending.demands:
+            n_bytes, models = self._rooms[demand.device].lack(demand)
+            # What one device lacks is enough to keep it waiting.
+            if (n_bytes or models) and not is_noted:
+                is_noted = True
+                margin = self.margins[demand.device]
+                if n_bytes:
+                    margin.free_bytes = min(margin.free_bytes, n_bytes)
+                else:
+                    margin.free_models = min(margin.free_models, models)
+        self.chosen.update(pending.keys)
+        for victim in victims:
+            self.chosen.add(victim.key)
+            self._rooms[victim.device].expect(victim)
+        for demand in pending.demands:
+            self._rooms[demand.device].promise(demand)
+            self.promised_bytes[demand.device] += demand.n_bytes
 
-def _stick(scratch: _Scratch, place: int, pending: Pending) -> Decision:
-    """
-    Keeps a request waiting that no idle model can serve, and says for what it waits.
-    """
-    for demand in pending.demands:
-        scratch.stuck.setdefault(demand.device, []).append(place)
+    def _stick(self, place: int, pending: Pending) -> Decision:
+        """
+        Keeps a request waiting that no idle model can serve, and says for what it
+        waits.
+        """
+        self.stuck[place] = tuple(demand.device for demand in pending.demands)
         # Impatience alone bars nothing: drained models return what it needs, and loads
         # that fit may go on (benchmarks/simulate: a fifth less stall on a small card).
         if pending.overtaken >= MAX_OVERTAKES:
-            scratch.barred.add(demand.device)
-    drain: list[ModelKey] = []
-    if pending.impatient:
-        for demand in pending.demands:
-            room = scratch.rooms[demand.device]
-            there = (*scratch.idle(demand.device), *scratch.busy(demand.device))
-            leaving = [
-                resident
-                for resident in there
-                if (resident.key not in pending.keys or resident.is_copy)
-                and resident.key not in scratch.chosen
-                and resident.key not in scratch.wanted
-            ]
-            found = choose_victims(leaving, *room.shortfall(demand))
-            drain.extend(each.key for each in (leaving if found is None else found))
-            # With several workers, other leases on its own model use its memory up.
-            if pending.shares:
-                drain.extend(each.key for each in there if each.key in pending.keys)
-    # No younger request drains what this one will use.
-    scratch.wanted.update(pending.keys)
-    return Decision(Outcome.WAIT, drain=tuple(drain))
+            for demand in pending.demands:
+                self.barred.setdefault(demand.device, place)
+        drain: list[ModelKey] = []
+        if pending.impatient:
+            for demand in pending.demands:
+                drain += self._drain_for(demand, pending)
+        # No younger request drains what this one will use.
+        self._wanted.update(pending.keys)
+        return Decision(Outcome.STUCK, drain=tuple(drain))
+
+    def _drain_for(self, demand: Demand, pending: Pending) -> Iterator[ModelKey]:
+        """
+        Returns the models that should take no new leases until *demand* is met.
+        """
+        device = demand.device
+        leaving = [
+            resident
+            for resident in chain(self._idle(device), self._busy(device))
+            if (resident.key not in pending.keys or resident.is_copy)
+            and resident.key not in self.chosen
+            and resident.key not in self._wanted
+        ]
+        found = choose_victims(leaving, *self._rooms[device].shortfall(demand))
+        yield from (each.key for each in (leaving if found is None else found))
+        # With several workers, other leases on its own model use its memory up.
+        if pending.shares:
+            there = chain(self._idle(device), self._busy(device))
+            yield from (each.key for each in there if each.key in pending.keys)
 
 
 def shrink(room: Room, idle: Iterable[Resident]) -> tuple[Resident, ...]:

@@ -69,6 +69,14 @@ def _gap(resident: Resident, now_s: float) -> float:
 POLICIES: Mapping[str, Policy] = {"lru": _lru, "gap": _gap}
 
 
+def is_lru(policy: Policy) -> bool:
+    """
+    Returns True for the policy whose order is that of release, at any time. Others are
+    functions of the time, so each decision has to ask them.
+    """
+    return policy is _lru
+
+
 def next_gap_s(gap_s: float | None, since_last_use_s: float) -> float:
     """
     Returns the smoothed gap after one more use; *gap_s* is None before the first.

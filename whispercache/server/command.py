@@ -4,28 +4,32 @@ The command ``whispercache serve``.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
 import signal
 import sys
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from whispercache.cache import ModelCache
-from whispercache.console import add_limits, explain
+from whispercache.console import explain
 from whispercache.errors import WhisperCacheError
+from whispercache.settings.arguments import add_config, add_settings, settings_of
+from whispercache.settings.sources import cache_options, values_below
+from whispercache.settings.table import (
+    KEYS_VARIABLE,
+    SERVE,
+    SERVED_CACHE_KEYS,
+    SETTINGS,
+)
 from whispercache.units import parse_duration, parse_limit
 
 from .options import ANY_ORIGIN, ServerOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-# Environment variable with keys, separated by commas; a command line is seen by others.
-KEYS_VARIABLE = "WHISPERCACHE_API_KEYS"
+    import argparse
+    from collections.abc import Mapping, Sequence
 
 HELP = f"""\
 models:
@@ -38,6 +42,8 @@ Limits are bytes or 100MiB, times are seconds or 5m. Keys are lines of --key-fil
 # begins a comment, or in ${KEYS_VARIABLE}, with commas between; clients send
 Authorization: Bearer KEY.
 
+Each option may also stand in a file or a variable: see 'whispercache config --help'.
+
 Pages of other sites may not use it, but those of --allow-origin https://app.example;
 null are pages without an origin, such as local files, and * is any site.
 
@@ -46,7 +52,6 @@ The page is at /, Prometheus metrics at /metrics, probes look at /healthz and /r
 
 # A # within a key is part of it.
 _COMMENT = re.compile(r"(^|\s)#.*")
-_LAST_PORT = 65_535
 # Names by which only programs of this machine reach it.
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -58,75 +63,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = "OpenAI's audio API over the models you name, and no others."
     explain(parser, HELP)
     parser.set_defaults(run=run)
-    _add_service(parser.add_argument)
-    add_limits(parser)
-    _add_cache(parser.add_argument)
-    _add_bounds(parser.add_argument_group("limits of a request").add_argument)
-    _add_web(parser.add_argument_group("pages of other sites").add_argument)
-
-
-def _add_service(add: Callable[..., object]) -> None:
-    add("models", nargs="+", metavar="MODEL", help="[NAME=]MODEL[:TYPE], see below")
+    add, group = parser.add_argument, parser.add_argument_group
     add(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on (default: %(default)s)",
+        "serve.models",
+        nargs="*",
+        metavar="MODEL",
+        help=SETTINGS["serve.models"].meaning,
     )
-    add("--port", type=_port, default=8000, metavar="PORT", help="default: %(default)s")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add_many = partial(add, action="append", default=[])
-    add_many("--preload", metavar="NAME", help="load it now")
-    add_many("--pin", metavar="NAME", help="load and keep it")
-    add_many(
-        "--key-file",
-        type=Path,
-        metavar="FILE",
-        help=f"its keys, one a line; or ${KEYS_VARIABLE}, with commas; may be repeated",
-    )
+    add_settings(add, *_keys_of("host port device preload pin key_file"))
+    add_config(add)
+    cache = "vram ram max_models keep_alive fallback pressure coordinate park variants"
+    add_settings(add, *cache.split())
+    bounds = "max_upload max_duration max_audio timeout max_waiting parallel drain"
+    add_settings(group("limits of a request").add_argument, *_keys_of(bounds))
+    web = group("pages of other sites").add_argument
+    add_settings(web, *_keys_of("allow_host allow_origin"))
 
 
-def _add_cache(add: Callable[..., object]) -> None:
-    add("--max-models", type=int, metavar="N", help="on each device")
-    add("--keep-alive", metavar="TIME", default="5m", help="of idle models: 5m, 0, -1")
-    add("--fallback", action="append", default=[], metavar="RUNG", help="as in the API")
-    add("--watch", action="store_true", help="unload before other programs run out")
-    add("--coordinate", action="store_true", help="with other processes of this user")
-    add("--park", metavar="LIMIT", help="keep copies of what a GPU unloads: 16GiB")
-    add("--no-variants", action="store_true", help="read models as they were saved")
-
-
-def _add_bounds(add: Callable[..., object]) -> None:
-    add("--max-upload", metavar="SIZE", default="100MiB", help="default: %(default)s")
-    add("--max-duration", metavar="TIME", default="1h", help="of audio (%(default)s)")
-    add("--max-audio", metavar="TIME", help="of all at work (as --max-duration)")
-    add("--timeout", metavar="TIME", default="60s", help="for a model (%(default)s)")
-    add("--max-waiting", type=int, default=64, metavar="N", help="default: %(default)s")
-    add(
-        "--parallel",
-        type=int,
-        default=2,
-        metavar="N",
-        help="calls on one model at once",
-    )
-    add(
-        "--drain",
-        metavar="TIME",
-        default="30s",
-        help="to finish at the end (%(default)s)",
-    )
-
-
-def _add_web(add: Callable[..., object]) -> None:
-    add_many = partial(add, action="append", default=[])
-    add_many("--allow-host", metavar="NAME", help="of this server")
-    add_many("--allow-origin", metavar="URL", help="of a page; null, * (see below)")
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > _LAST_PORT:
-        message = f"{text!r} is no port; give a number up to {_LAST_PORT}"
-        raise argparse.ArgumentTypeError(message)
-    return int(text)
+def _keys_of(names: str) -> list[str]:
+    return [f"{SERVE}.{name}" for name in names.split()]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -134,7 +89,9 @@ def run(options: argparse.Namespace) -> int:
     Serves until SIGTERM or Ctrl-C, finishes what has begun, and returns the exit code.
     """
     # First: nonsense is told before FastAPI is imported.
-    served = _served(options)
+    held = settings_of(options)
+    setting = values_below(SERVE, held)
+    served = _served(setting)
     try:
         import uvicorn
 
@@ -144,20 +101,20 @@ def run(options: argparse.Namespace) -> int:
         raise WhisperCacheError(
             f"{missing.name} is missing; pip install 'whispercache[server]'"
         ) from missing
-    with _cache(options) as cache:
+    with ModelCache(**cache_options(held, SERVED_CACHE_KEYS)) as cache:
         app = create_app(served, cache)
         config = uvicorn.Config(
             app,
-            host=options.host,
-            port=options.port,
+            host=setting["host"],
+            port=setting["port"],
             # uvicorn takes whole seconds.
-            timeout_graceful_shutdown=math.ceil(_seconds(options, "drain")),
+            timeout_graceful_shutdown=math.ceil(parse_duration(setting["drain"])),
             # Strangers need not know what serves them, and in which version.
             server_header=False,
             log_config=_LOGGING,
         )
         server = Server(config, app.state.service)
-        _warn(options, served)
+        _warn(setting["host"], setting["port"], served)
         # uvicorn raises the signal again when it has finished; its work is done then.
         signal.signal(signal.SIGTERM, lambda *_: None)
         server.run()
@@ -166,50 +123,31 @@ def run(options: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def _cache(options: argparse.Namespace) -> ModelCache:
-    return ModelCache(
-        vram=options.vram,
-        ram=options.ram,
-        max_models=options.max_models,
-        keep_alive=options.keep_alive,
-        fallback=options.fallback,
-        pressure="watch" if options.watch else "load",
-        coordinate=options.coordinate,
-        park=options.park or False,
-        variants=not options.no_variants,
-    )
-
-
-def _served(options: argparse.Namespace) -> ServerOptions:
-    hosts = tuple(options.allow_host)
+def _served(setting: Mapping[str, Any]) -> ServerOptions:
+    """
+    Returns what `create_app` takes, from the server's settings by their names.
+    """
+    hosts = tuple(setting["allow_host"])
     # Here the names are known; elsewhere --allow-host tells them.
-    if options.host in LOOPBACK:
+    if setting["host"] in LOOPBACK:
         hosts += LOOPBACK
-    max_upload_bytes = parse_limit(options.max_upload, "--max-upload").of(0)
+    longest = setting["max_audio"]
     return ServerOptions(
-        models=tuple(options.models),
-        device=options.device,
-        preload=tuple(options.preload),
-        pin=tuple(options.pin),
-        keys=_keys(options.key_file),
+        models=tuple(setting["models"]),
+        device=setting["device"],
+        preload=tuple(setting["preload"]),
+        pin=tuple(setting["pin"]),
+        keys=_keys([Path(file) for file in setting["key_file"]]),
         hosts=hosts,
-        origins=tuple(options.allow_origin),
-        # None would be no limit, which ServerOptions does not have.
-        max_upload_bytes=max_upload_bytes or 0,
-        max_duration_s=_seconds(options, "max_duration"),
-        max_audio_s=_seconds(options, "max_audio") if options.max_audio else None,
-        timeout_s=_seconds(options, "timeout"),
-        max_waiting=options.max_waiting,
-        parallel=options.parallel,
+        origins=tuple(setting["allow_origin"]),
+        # None would be no limit, which is no setting either.
+        max_upload_bytes=parse_limit(setting["max_upload"]).n_bytes or 0,
+        max_duration_s=parse_duration(setting["max_duration"]),
+        max_audio_s=None if longest is None else parse_duration(longest),
+        timeout_s=parse_duration(setting["timeout"]),
+        max_waiting=setting["max_waiting"],
+        parallel=setting["parallel"],
     )
-
-
-def _seconds(options: argparse.Namespace, name: str) -> float:
-    seconds = parse_duration(getattr(options, name), f"--{name.replace('_', '-')}")
-    # -1 is for ever in Ollama's words.
-    if math.isinf(seconds):
-        raise ValueError(f"--{name.replace('_', '-')} must have an end")
-    return seconds
 
 
 def _keys(files: Sequence[Path]) -> tuple[str, ...]:
@@ -238,15 +176,15 @@ def read_keys(file: Path) -> list[str]:
     return [key for key in keys if key]
 
 
-def _warn(options: argparse.Namespace, served: ServerOptions) -> None:
+def _warn(host: str, port: int, served: ServerOptions) -> None:
     names = ", ".join(spec.name for spec in served.offered)
     # IPv6
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    sys.stderr.write(f"whispercache: {names} on http://{host}:{options.port}\n")
+    place = f"[{host}]" if ":" in host else host
+    sys.stderr.write(f"whispercache: {names} on http://{place}:{port}\n")
     strangers = []
     if ANY_ORIGIN in served.origins:
         strangers.append("any page that a browser here shows")
-    if options.host not in LOOPBACK:
+    if host not in LOOPBACK:
         strangers.append("whoever reaches this address")
     for who in strangers if not served.keys else ():
         sys.stderr.write(

@@ -128,12 +128,43 @@ def read_audio(source: str | os.PathLike[str] | BinaryIO) -> Audio:
     except UNDECODABLE as error:
         if _is_of_path(error, source):
             raise
-        raise AudioError(name_of(source), _reason(error)) from error
+        raise undecodable(source, error) from error
     finally:
         collect()
     if not samples.size:
         raise AudioError(name_of(source), "no audio in it")
     return Audio(samples, recording.damage())
+
+
+def undecodable(source: object, error: BaseException) -> AudioError:
+    """
+    Returns the error for a source that FFmpeg cannot decode. It is caught as FFmpeg's
+    own, too, as programs that were written for faster-whisper do.
+    """
+    text = name_of(source), _reason(error)
+    if not isinstance(error, av.error.FFmpegError):
+        return AudioError(*text)
+
+    def reduce(made: AudioError) -> tuple[type[AudioError], tuple[str, str]]:
+        # Other processes have no such class.
+        return AudioError, (made.audio, made.reason)
+
+    # FFmpeg's attributes are of the class, since some of its own are properties.
+    words = ("errno", "strerror", "filename", "log")
+    members = {name: getattr(error, name, None) for name in words}
+    members |= {"__module__": AudioError.__module__, "__reduce__": reduce}
+    kind: type[AudioError] = type("AudioError", (AudioError, type(error)), members)
+    return kind(*text)
+
+
+def at_end(source: object) -> AudioError:
+    """
+    Returns the error for a stream from which all was read before.
+    """
+    reason = "the stream is at its end; seek(0) to hear it from its beginning"
+    # FFmpeg's own for it.
+    code = av.error.tag_to_code(b"INDA")
+    return undecodable(source, av.error.InvalidDataError(code, reason))
 
 
 def collect() -> None:

@@ -35,6 +35,11 @@ def samples_of(audio: AudioInput) -> NDArray[np.float32]:
         kind = audio.dtype.kind if audio.ndim == 1 else ""
         if kind == "f":
             return audio.astype("float32", copy=False)
+        # What microphones and the module wave have. Other integers are seldom samples.
+        if audio.ndim == 1 and audio.dtype == np.int16:
+            samples: NDArray[np.float32] = audio.astype(np.float32)
+            samples /= 32768
+            return samples
         reason = "samples are floats in one dimension"
         if kind == "i":
             full = 2 ** (8 * audio.dtype.itemsize - 1)

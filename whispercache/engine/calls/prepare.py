@@ -15,7 +15,6 @@ from whispercache.engine.sizes.footprint import (
     Workload,
     rounded_audio_s,
 )
-from whispercache.errors import AudioError
 
 from .parameters import check_batch_size, checked, filters_speech, temperatures_of
 from .signatures import bound
@@ -161,8 +160,10 @@ def _check_position(audio: AudioInput) -> None:
         # A pipe, or a closed file: the decoder says so if it matters.
         return
     if 0 < end <= position:
-        reason = "the stream is at its end; seek(0) to hear it from its beginning"
-        raise AudioError(type(audio).__name__, reason)
+        # Imported late: PyAV takes long.
+        from whispercache.engine.audio.decoder import at_end
+
+        raise at_end(audio)
 
 
 def check_knowledge(source: Callee, values: Mapping[str, object]) -> None:

@@ -163,7 +163,8 @@ def footprint(
     Returns the bytes that *model* takes on *device*. Nothing is loaded and nothing
     downloaded.
 
-    A cache reserves these, until it has learned better from measurements.
+    A cache reserves these. On the CPU they include what earlier loads on this machine
+    have measured; on a card, a cache's own do so, too.
 
     Args:
         model: A known size, its alias or repository, a directory, or a repository that
@@ -191,11 +192,21 @@ def footprint(
     # As calls do it, so that this is what they reserve.
     rounded_s = rounded_audio_s(audio_s)
     workload = Workload(beam_size, best_of, batch_size, fallback, rounded_s, vad)
-    source, saved = _source(canonical_model(model))
+    model_name = canonical_model(model)
+    source, saved = _source(model_name)
     supported = TYPICAL_COMPUTE_TYPES[canonical.partition(":")[0]]
     wanted = compute_type_on(frozen_compute_type(compute_type), canonical)
     effective = effective_compute_type(wanted, saved, canonical, supported)
-    return reserved(estimate(source, effective, canonical, workload), canonical)
+    predicted = estimate(source, effective, canonical, workload)
+    if canonical != "cpu":
+        return predicted
+    # Imported late: who imports the package need not wait for them.
+    from whispercache.devices.host import cpu_name
+
+    from .learned import LearnedFootprints, corrected
+
+    place = (model_name, effective, cpu_name())
+    return reserved(corrected(predicted, LearnedFootprints(), place), canonical)
 
 
 def reserved(predicted: Footprint, device: str) -> Footprint:

@@ -150,6 +150,23 @@ class LearnedFootprints:
         return self._path or user_cache() / "footprints.json"
 
 
+def corrected(
+    predicted: Footprint, learned: LearnedFootprints, place: tuple[str, str, str]
+) -> Footprint:
+    """
+    Returns a prediction with what was learned of a model's weights: those of *place*, a
+    model, compute type and name of a device.
+    """
+    weights_bytes = learned.correct(*place, predicted.weights_bytes)
+    # Upwards only: a load into memory that an earlier one left looks too small.
+    growth_bytes = max(0, weights_bytes - predicted.weights_bytes)
+    return replace(
+        predicted,
+        weights_bytes=predicted.weights_bytes + growth_bytes,
+        loading_bytes=predicted.loading_bytes + growth_bytes,
+    )
+
+
 @dataclass(slots=True)
 class Sizer:
     """
@@ -166,23 +183,14 @@ class Sizer:
         assert files.source is not None
         predicted = _estimate(files.source, key.compute_type, key.device, workload)
         device_name = self._name_of(key.device)
-        weights_bytes = self.learned.correct(
-            key.model, key.compute_type, device_name, predicted.weights_bytes
-        )
-        # Upwards only: a load into memory that an earlier one left looks too small.
-        growth_bytes = max(0, weights_bytes - predicted.weights_bytes)
-        workspace_bytes = predicted.workspace_bytes
+        place = (key.model, key.compute_type, device_name)
+        found = corrected(predicted, self.learned, place)
         if key.device != "cpu":
             # Upwards only, too: few calls do all that was reserved for.
-            seen_bytes = self.learned.correct(_CALLS, "", device_name, workspace_bytes)
-            workspace_bytes = max(workspace_bytes, seen_bytes)
-        corrected = replace(
-            predicted,
-            weights_bytes=predicted.weights_bytes + growth_bytes,
-            workspace_bytes=workspace_bytes,
-            loading_bytes=predicted.loading_bytes + growth_bytes,
-        )
-        return reserved(corrected, key.device)
+            predicted_bytes = predicted.workspace_bytes
+            seen_bytes = self.learned.correct(_CALLS, "", device_name, predicted_bytes)
+            found = replace(found, workspace_bytes=max(predicted_bytes, seen_bytes))
+        return reserved(found, key.device)
 
     def weights_bytes(self, key: ModelKey, files: ModelFiles) -> int:
         if files.source is None:

@@ -1,0 +1,362 @@
+"""
+The line: the requests that wait, in the order of arrival and by what they wait for.
+
+An event should cost those requests that it can help, not all that wait. So they are
+found by their model, by their owner, and by what the planner makes of them: requests
+for one absent model share its load, and absent models that take the same memory are
+alike to the planner, which therefore looks at the oldest of each cohort.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from whispercache.planning import planner
+
+from . import demands
+from .entries import State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from whispercache.planning.deadlock import Owner
+    from whispercache.planning.room import Demand
+
+    from .device import Device
+    from .entries import Entry, Waiter
+
+
+class Cohort:
+    """
+    Requests for absent models that are alike to the planner: each is the oldest for its
+    model, and their loads take the same memory.
+
+    Attributes:
+        demands: That memory.
+        passes: They wait for no older request.
+        serials: Their serial numbers, in order.
+        worn: Those of them that were overtaken as often as may be.
+        stopped_in: The number of the last walk in which one of them had to wait, and so
+            all younger ones.
+        stopped_at: The serial number of that one.
+    """
+
+    __slots__ = (
+        *("_waiters", "demands", "passes", "serials"),
+        *("stopped_at", "stopped_in", "worn"),
+    )
+
+    def __init__(self, demands: tuple[Demand, ...], *, passes: bool) -> None:
+        self.demands: tuple[Demand, ...] = demands
+        self.passes: bool = passes
+        self.serials: list[int] = []
+        self.worn: list[int] = []
+        self.stopped_in: int = -1
+        self.stopped_at: int = -1
+        self._waiters: dict[int, Waiter] = {}
+
+    def add(self, waiter: Waiter) -> None:
+        """
+        Adds a request.
+        """
+        serial = waiter.serial
+        # Mostly it is the youngest, but for those that waited for the same model.
+        insort(self.serials, serial)
+        self._waiters[serial] = waiter
+        if waiter.overtaken >= planner.MAX_OVERTAKES:
+            insort(self.worn, serial)
+
+    def remove(self, waiter: Waiter) -> None:
+        """
+        Removes a request.
+        """
+        serial = waiter.serial
+        del self._waiters[serial]
+        for serials in (self.serials, self.worn):
+            place = bisect_left(serials, serial)
+            if place < len(serials) and serials[place] == serial:
+                del serials[place]
+
+    def after(self, serial: int) -> Waiter | None:
+        """
+        Returns the oldest request younger than *serial*.
+        """
+        return self._at(self.serials, bisect_right(self.serials, serial))
+
+    def worn_after(self, serial: int) -> Waiter | None:
+        """
+        Returns the oldest worn request younger than *serial*.
+        """
+        return self._at(self.worn, bisect_right(self.worn, serial))
+
+    def _at(self, serials: list[int], place: int) -> Waiter | None:
+        return self._waiters[serials[place]] if place < len(serials) else None
+
+    def between(self, first: int, end: int) -> Iterator[Waiter]:
+        """
+        Returns the requests from *first* on that are older than *end*.
+        """
+        place = bisect_left(self.serials, first)
+        for serial in self.serials[place : bisect_left(self.serials, end)]:
+            yield self._waiters[serial]
+
+    def wear(self, waiter: Waiter) -> None:
+        """
+        Notes that a request was overtaken as often as may be.
+        """
+        insort(self.worn, waiter.serial)
+
+
+class Line:
+    """
+    The requests that wait.
+
+    Attributes:
+        waiters: All, by serial number, which is the order of arrival.
+        cohorts: Those for one absent model, by what its load takes.
+        groups: Those for several models.
+        resident: Models in memory that requests for one model wait for.
+        copied: Absent models that such requests wait for, and that have a host copy.
+            What their loads take depends on what is left on the host.
+        owners: The requests whose owners are known, by these.
+        passing: Those that wait for no older request.
+        held: How many leases each owner holds. Kept while anybody waits.
+        suspects: The owners that wait and hold leases.
+    """
+
+    def __init__(self) -> None:
+        self.waiters: dict[int, Waiter] = {}
+        self._serials: list[int] = []
+        self._next_serial = 0
+        self._devices: Counter[Device] = Counter()
+        self._cohort_of: dict[Entry, tuple[Cohort, Waiter]] = {}
+        self.cohorts: dict[tuple[tuple[Demand, ...], bool], Cohort] = {}
+        self.groups: dict[Waiter, None] = {}
+        self.resident: set[Entry] = set()
+        self.copied: set[Entry] = set()
+        self.owners: dict[Owner, dict[Waiter, None]] = {}
+        self.passing: set[Waiter] = set()
+        self.held: Counter[Owner] = Counter()
+        self.suspects: set[Owner] = set()
+
+    def __len__(self) -> int:
+        return len(self.waiters)
+
+    def __iter__(self) -> Iterator[Waiter]:
+        return iter(self.waiters.values())
+
+    def __contains__(self, waiter: Waiter) -> bool:
+        return self.waiters.get(waiter.serial) is waiter
+
+    def get(self, serial: int) -> Waiter | None:
+        """
+        Returns the request with that number, if it waits.
+        """
+        return self.waiters.get(serial)
+
+    @property
+    def next_serial(self) -> int:
+        """
+        The number of the next request.
+        """
+        return self._next_serial
+
+    @property
+    def devices(self) -> Iterable[Device]:
+        """
+        The devices of the models that are waited for.
+        """
+        return self._devices.keys()
+
+    def place(self, waiter: Waiter) -> int:
+        """
+        Returns the place of a request, from 1.
+        """
+        return bisect_left(self._serials, waiter.serial) + 1
+
+    # Join and leave -------------------------------------------------------------------
+
+    def join(self, waiter: Waiter) -> None:
+        """
+        Adds a request at the end.
+        """
+        waiter.serial = self._next_serial
+        self._next_serial += 1
+        self.waiters[waiter.serial] = waiter
+        self._serials.append(waiter.serial)
+        if waiter.owner is not None:
+            self.owners.setdefault(waiter.owner, {})[waiter] = None
+            self._suspect(waiter.owner)
+        if waiter.is_group:
+            self.groups[waiter] = None
+        if waiter.passes:
+            self.passing.add(waiter)
+        for entry in waiter.entries:
+            entry.waiting[waiter] = None
+            self._devices[entry.device] += 1
+            # A load that is asked for already will be shared.
+            if entry not in self._cohort_of:
+                self.file(entry)
+
+    def leave(self, waiter: Waiter) -> None:
+        """
+        Removes a request.
+        """
+        del self.waiters[waiter.serial]
+        del self._serials[self.place(waiter) - 1]
+        self.groups.pop(waiter, None)
+        self.passing.discard(waiter)
+        if waiter.owner is not None:
+            others = self.owners[waiter.owner]
+            del others[waiter]
+            if not others:
+                del self.owners[waiter.owner]
+            self._suspect(waiter.owner)
+        for entry in waiter.entries:
+            del entry.waiting[waiter]
+            self._devices[entry.device] -= 1
+            if not self._devices[entry.device]:
+                del self._devices[entry.device]
+            filed = self._cohort_of.get(entry)
+            if filed is None or filed[1] is waiter or waiter.passes:
+                self.file(entry)
+        if not self.waiters:
+            self.held.clear()
+
+    # What they wait for ---------------------------------------------------------------
+
+    def file(self, entry: Entry) -> None:
+        """
+        Files the requests for one model anew, by where it is now.
+        """
+        entry.device.moved.discard(entry)
+        if (filed := self._cohort_of.pop(entry, None)) is not None:
+            cohort, waiter = filed
+            cohort.remove(waiter)
+            if not cohort.serials:
+                del self.cohorts[cohort.demands, cohort.passes]
+        self.resident.discard(entry)
+        self.copied.discard(entry)
+        first = self.first(entry)
+        if first is None:
+            return
+        if entry.state is State.RESIDENT:
+            self.resident.add(entry)
+        elif entry.state is State.ABSENT and entry.parked_bytes:
+            self.copied.add(entry)
+        elif entry.state is State.ABSENT:
+            key = demands.demands(first.wanted), self.passes(entry)
+            cohort = self.cohorts.get(key) or Cohort(key[0], passes=key[1])
+            self.cohorts[key] = cohort
+            cohort.add(first)
+            self._cohort_of[entry] = cohort, first
+
+    def cohort_of(self, entry: Entry) -> Cohort | None:
+        """
+        Returns the cohort of the oldest request for an absent model.
+        """
+        filed = self._cohort_of.get(entry)
+        return None if filed is None else filed[0]
+
+    def wear(self, waiter: Waiter) -> None:
+        """
+        Notes that a request was overtaken as often as may be.
+        """
+        for entry in waiter.entries:
+            cohort, first = self._cohort_of.get(entry, (None, None))
+            if cohort is not None and first is waiter:
+                cohort.wear(waiter)
+
+    def awaits_load(self, device: Device) -> bool:
+        """
+        Returns True if a request waits for room on *device* to load a model.
+        """
+        if any(entry.device is device for entry in self.copied):
+            return True
+        names = {cohort.demands[0].device for cohort in self.cohorts.values()}
+        if device.name in names:
+            return True
+        return any(
+            entry.device is device and not entry.is_present
+            for waiter in self.groups
+            for entry in waiter.entries
+        )
+
+    def first(self, entry: Entry) -> Waiter | None:
+        """
+        Returns the oldest request for *entry* alone. The others share its load.
+        """
+        if not self.groups:
+            return next(iter(entry.waiting), None)
+        return next((each for each in entry.waiting if not each.is_group), None)
+
+    def passes(self, entry: Entry) -> bool:
+        """
+        Returns True if a request for *entry* alone waits for no older one: the load
+        that it shares must not wait either.
+        """
+        # There are hardly ever any.
+        return any(
+            not waiter.is_group and entry in waiter.entries for waiter in self.passing
+        )
+
+    def let_pass(self, waiter: Waiter) -> None:
+        """
+        Lets a request pass older ones from now on.
+        """
+        waiter.passes = True
+        self.passing.add(waiter)
+        for entry in waiter.entries:
+            self.file(entry)
+
+    def open_waiters(self, entry: Entry) -> list[Waiter]:
+        """
+        Returns the requests for a resident model alone to which a lease on it may be
+        granted, the oldest first.
+        """
+        found: Iterable[Waiter] = entry.waiting
+        if entry.cause is not None or entry.drained_for is not None:
+            # Only those that are exempt; there are few.
+            held = [w for owner in entry.owners.values() for w in self._of(owner)]
+            drained_for = () if entry.drained_for is None else (entry.drained_for,)
+            exempt = {*self.passing, *held, *drained_for}
+            found = sorted(exempt & entry.waiting.keys(), key=lambda w: w.serial)
+        return [w for w in found if not w.is_group and entry.is_open_to(w)]
+
+    def _of(self, owner: Owner) -> Iterable[Waiter]:
+        return () if owner is None else self.owners.get(owner, ())
+
+    # Owners ---------------------------------------------------------------------------
+
+    def count_held(self, entries: Iterable[Entry]) -> None:
+        """
+        Counts the leases on *entries*, as the first request begins to wait.
+        """
+        self.held = Counter(
+            owner
+            for entry in entries
+            if entry.owners
+            for owner in entry.owners.values()
+            if owner is not None
+        )
+
+    def holds(self, owner: Owner, more: int) -> None:
+        """
+        Counts the leases that an owner holds, while anybody waits.
+        """
+        if owner is None or not self.waiters:
+            return
+        held = self.held
+        held[owner] += more
+        if not held[owner]:
+            del held[owner]
+        if owner in self.owners:
+            self._suspect(owner)
+
+    def _suspect(self, owner: Owner) -> None:
+        if owner in self.held and owner in self.owners:
+            self.suspects.add(owner)
+        else:
+            self.suspects.discard(owner)

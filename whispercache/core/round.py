@@ -1,0 +1,270 @@
+"""
+A round: one walk of the planner along the line, past those requests that matter.
+
+Most requests are as stuck as an older one that is alike: they are not looked at. What
+it costs depends on the number of cohorts, and on what happens, not on how many wait.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from whispercache.planning.planner import Need, Outcome, Pending, Walk
+
+from . import demands, view
+from .device import Outlook
+from .entries import State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from whispercache.keys import ModelKey
+    from whispercache.planning.planner import Decision
+
+    from .agenda import Rules
+    from .device import Device
+    from .entries import Waiter
+    from .line import Cohort
+    from .state import CacheState
+
+
+class Found(NamedTuple):
+    """
+    A decision that changes something.
+
+    Attributes:
+        waiter: The request.
+        decision: What happens to it.
+        passed: The stuck requests that its load passes.
+    """
+
+    waiter: Waiter
+    decision: Decision
+    passed: tuple[Waiter, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """
+    A request that the planner has seen, and those that it speaks for.
+    """
+
+    waiter: Waiter
+    cohort: Cohort | None
+
+
+class Round:
+    """
+    One walk along the line. Nothing is changed by it.
+
+    Args:
+        state: The line, and what is in memory.
+        rules: What is decided by.
+        now_s: Monotonic seconds.
+
+    Attributes:
+        found: All that should happen.
+        stopped: The cohorts whose members wait, with the number of the first that does.
+        impatient_since_s: When the next stuck request was made that has patience left.
+    """
+
+    def __init__(self, state: CacheState, rules: Rules, now_s: float) -> None:
+        self._state = state
+        self._line = state.queue
+        self._impatient_since_s = now_s - rules.patience_s
+        look = view.Shelves(state, rules.policy, now_s)
+        rooms = {name: view.room(state, each) for name, each in state.devices.items()}
+        self._walk = Walk(rooms, look.idle, look.busy)
+        # What is to be shown, by serial number; a cohort shows one after the other.
+        self._heap: list[tuple[int, Waiter, Cohort | None]] = []
+        self._seen: dict[int, _Shown] = {}
+        # Stuck cohorts, the members of which may drain more once anything changes.
+        self._impatient: list[Cohort] = []
+        self._draining: set[str] = set()
+        self.stopped: dict[Cohort, int] = {}
+        self.found: list[Found] = []
+        self.impatient_since_s: float = math.inf
+
+    # The walk -------------------------------------------------------------------------
+
+    def run(self) -> list[Found]:
+        """
+        Returns all that should happen, in the order of the line.
+        """
+        line = self._line
+        for waiter in line.groups:
+            self._show(waiter)
+        for entry in line.copied:
+            if (first := line.first(entry)) is not None:
+                self._show(first)
+        for entry in line.resident:
+            workloads = set()
+            for waiter in line.open_waiters(entry):
+                # Those for the same work are alike, the oldest speaks for them.
+                workload = waiter.wanted[0].workload
+                if workload not in workloads:
+                    workloads.add(workload)
+                    self._show(waiter)
+        for cohort in line.cohorts.values():
+            self._show_next(cohort, -1)
+        heap = self._heap
+        heapq.heapify(heap)
+        while heap:
+            self._decide(*heapq.heappop(heap))
+        return self.found
+
+    def decide_on(self, waiter: Waiter) -> Decision:
+        """
+        Returns the decision on a request that is not in the line, as if it were last.
+        """
+        self.run()
+        waiter.serial = self._line.next_serial
+        return self._walk.decide(waiter.serial, self._pending(waiter, None))
+
+    def _show(self, waiter: Waiter, cohort: Cohort | None = None) -> None:
+        heapq.heappush(self._heap, (waiter.serial, waiter, cohort))
+
+    def _show_next(self, cohort: Cohort, serial: int) -> None:
+        if (waiter := cohort.after(serial)) is not None:
+            self._show(waiter, cohort)
+
+    def _decide(self, serial: int, waiter: Waiter, cohort: Cohort | None) -> None:
+        # Shown twice, as one that is worn and as one that is impatient.
+        if serial in self._seen:
+            return
+        self._seen[serial] = _Shown(waiter, cohort)
+        pending = self._pending(waiter, cohort)
+        decision = self._walk.decide(serial, pending)
+        if decision.outcome is Outcome.STUCK:
+            self._note_patience(pending, waiter)
+        passed = tuple(self._passed(serial, decision))
+        if not decision.waits or decision.victims or decision.drain:
+            self.found.append(Found(waiter, decision, passed))
+        if cohort is not None:
+            self._go_on(serial, cohort, decision.outcome)
+        # What younger ones would drain may be another now.
+        speaks_for_itself = cohort is None or decision.outcome is not Outcome.STUCK
+        if self._impatient and speaks_for_itself:
+            for stuck in self._impatient:
+                after = stuck.after(serial)
+                if after is not None and self._is_impatient(after):
+                    self._show(after, stuck)
+
+    def _go_on(self, serial: int, cohort: Cohort, outcome: Outcome) -> None:
+        """
+        Shows the next of a cohort, unless all younger ones wait as this one does.
+        """
+        if outcome is Outcome.STUCK:
+            self.stopped.setdefault(cohort, serial)
+            self._impatient.append(cohort)
+            # But one that was overtaken too often bars others.
+            if (worn := cohort.worn_after(serial)) is not None:
+                self._show(worn, cohort)
+        elif outcome is Outcome.BARRED:
+            self.stopped.setdefault(cohort, serial)
+        else:
+            self._show_next(cohort, serial)
+
+    def _pending(self, waiter: Waiter, cohort: Cohort | None) -> Pending:
+        line, is_impatient = self._line, self._is_impatient(waiter)
+        entry = waiter.wanted[0].entry
+        if cohort is not None:
+            return Pending(
+                (entry.key,),
+                Need.LOAD,
+                cohort.demands,
+                overtaken=waiter.overtaken,
+                impatient=is_impatient,
+                passes=cohort.passes,
+                shares=entry.num_workers > 1,
+            )
+        pending = demands.pending(waiter, impatient=is_impatient)
+        if pending.need is Need.LOAD and not waiter.is_group:
+            # Only the oldest asks for its load; the others share it.
+            if line.first(entry) not in (None, waiter):
+                return Pending(pending.keys, Need.NOTHING)
+            if line.passes(entry):
+                return demands.pending(waiter, impatient=is_impatient, passes=True)
+        return pending
+
+    def _note_patience(self, stuck: Pending, waiter: Waiter) -> None:
+        if stuck.impatient:
+            self._draining.update(demand.device for demand in stuck.demands)
+        else:
+            self.impatient_since_s = min(self.impatient_since_s, waiter.since_s)
+
+    def _is_impatient(self, waiter: Waiter) -> bool:
+        return waiter.since_s <= self._impatient_since_s
+
+    def _passed(self, serial: int, decision: Decision) -> Iterator[Waiter]:
+        """
+        Returns all that the load of the request with that number passes.
+        """
+        seen: set[int] = set()
+        for place in decision.overtakes:
+            for waiter in self._alike(place, serial):
+                if waiter.serial not in seen:
+                    seen.add(waiter.serial)
+                    yield waiter
+
+    def _alike(self, place: int, end: int) -> Iterable[Waiter]:
+        """
+        Returns the stuck request at *place*, and those older than *end* that it spoke
+        for.
+        """
+        shown = self._seen[place]
+        if shown.cohort is not None:
+            # Those younger than the one that bars them were not stuck but barred.
+            if not shown.cohort.passes:
+                barred = self._walk.barred
+                devices = [demand.device for demand in shown.cohort.demands]
+                end = min(end, *(barred.get(name, end) + 1 for name in devices))
+            return shown.cohort.between(place, end)
+        waiter = shown.waiter
+        entry, workload = waiter.wanted[0].entry, waiter.wanted[0].workload
+        if waiter.is_group or entry.state is not State.RESIDENT:
+            return (waiter,)
+        return [
+            other
+            for other in self._line.open_waiters(entry)
+            if place <= other.serial < end and other.wanted[0].workload == workload
+        ]
+
+    @property
+    def has_moved(self) -> bool:
+        """
+        True if a load or an unload was found.
+        """
+        return any(
+            each.decision.outcome is Outcome.LOAD or each.decision.victims
+            for each in self.found
+        )
+
+    # What it leaves behind ------------------------------------------------------------
+
+    @property
+    def chosen(self) -> set[ModelKey]:
+        """
+        The models that something was decided on: hits on them wait their turn.
+        """
+        return self._walk.chosen
+
+    def outlook(self, device: Device) -> Outlook:
+        """
+        Returns what would help the requests that wait for memory of a device. To be
+        asked once all that was found is done.
+        """
+        name = device.name
+        margin = self._walk.margins[name]
+        room = view.room(self._state, device)
+        return Outlook(
+            room.free_bytes + margin.free_bytes,
+            room.free_models + margin.free_models,
+            room.reach_bytes + margin.reach_bytes,
+            room.reach_models + margin.reach_models,
+            self._walk.promised_bytes[name],
+            name in self._draining,
+        )

@@ -1,0 +1,3 @@
+"""
+Settings from outside: one table, read from arguments, variables and a TOML file.
+"""

@@ -1,0 +1,244 @@
+"""
+Kinds of settings: how each is written, whether as text or in TOML.
+
+A kind reads a value that somebody gave, says what is wrong with it under the name that
+it was given by, and returns it as the cache or the server takes it: a text, a number, a
+bool, None, or a list or mapping of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+from whispercache.core.fallback import as_ladder
+from whispercache.keys import canonical_device
+from whispercache.options import OFF
+from whispercache.units import parse_duration, parse_limit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from whispercache.units import DurationValue, LimitValue
+
+    Reader: TypeAlias = Callable[[object, str], object]
+
+_WORDS = {
+    **dict.fromkeys(OFF, False),
+    **dict.fromkeys(("on", "1", "yes", "true"), True),
+}
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_LAST_PORT = 65_535
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """
+    A way of writing a setting.
+
+    Attributes:
+        read: Takes a value and its name in messages; returns what it means. Raises
+            TypeError or ValueError for nonsense.
+        metavar: Its placeholder in help; empty for a switch.
+        is_list: True if it may be given several times.
+        is_path: True if it names files.
+    """
+
+    read: Reader
+    metavar: str
+    is_list: bool = False
+    is_path: bool = False
+
+
+def shown(value: object) -> str:
+    """
+    Returns a setting as people read it, and as a variable would say it.
+    """
+    if value is None or value in ([], {}):
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{card}={shown(limit)}" for card, limit in value.items())
+    return str(value)
+
+
+def _limit(value: object, name: str) -> object:
+    parse_limit(cast("LimitValue", value), name)
+    return value
+
+
+def _limits(value: object, name: str) -> object:
+    """
+    Returns a limit for all cards, or a mapping from cards to theirs.
+    """
+    if isinstance(value, str) and "=" in value:
+        value = dict(map(_pair, value.split(",")))
+    if not isinstance(value, Mapping):
+        return _limit(value, name)
+    for card, limit in value.items():
+        if not canonical_device(card).startswith("cuda:"):
+            raise ValueError(f"{name} is for cards such as 'cuda:0', not {card!r}")
+        _limit(limit, f"{name}[{card!r}]")
+    return value
+
+
+def _pair(text: str) -> tuple[str, str]:
+    card, _, limit = text.partition("=")
+    return card.strip(), limit.strip()
+
+
+def _switch(value: object, name: str) -> bool:
+    if isinstance(value, str):
+        value = _WORDS.get(value.strip().lower(), value)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be on or off, not {value!r}")  # noqa: TRY004
+    return value
+
+
+def _switch_or_limit(value: object, name: str) -> object:
+    try:
+        return _switch(value, name)
+    except ValueError:
+        return _limit(value, name)
+
+
+def _switch_or_bytes(value: object, name: str) -> object:
+    read = _switch_or_limit(value, name)
+    # A share of a disk would change with all that is written there.
+    if not isinstance(read, bool) and parse_limit(cast("str", read)).fraction:
+        raise ValueError(f"{name} must be bytes, such as '5GiB', or off, not {value!r}")
+    return read
+
+
+def _bytes(value: object, name: str) -> object:
+    if not parse_limit(cast("LimitValue", value), name).n_bytes:
+        raise ValueError(f"{name} must be bytes, such as '100MiB', not {value!r}")
+    return value
+
+
+def _keep_alive(value: object, name: str) -> object:
+    seconds = parse_duration(cast("DurationValue", value), name)
+    # One word for ever, which JSON has, too.
+    return -1 if seconds == math.inf else value
+
+
+def _time(value: object, name: str) -> object:
+    # -1 is for ever in Ollama's words.
+    if math.isinf(parse_duration(cast("DurationValue", value), name)):
+        raise ValueError(f"{name} must have an end")
+    return value
+
+
+def _time_or_none(value: object, name: str) -> object:
+    return None if _is_none(value) else _time(value, name)
+
+
+def _seconds(value: object, name: str) -> float:
+    return parse_duration(cast("DurationValue", _time(value, name)))
+
+
+def _is_none(value: object) -> bool:
+    return isinstance(value, str) and value.strip().lower() == "none"
+
+
+def _at_least(least: int) -> Reader:
+    def read(value: object, name: str) -> int:
+        if isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
+            value = int(value)
+        # True counts as 1 in Python, but is never meant as one.
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, not {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+        return value
+
+    return read
+
+
+def _count_or_none(value: object, name: str) -> object:
+    return None if _is_none(value) else _at_least(1)(value, name)
+
+
+def _port(value: object, name: str) -> int:
+    text = str(value).strip()
+    # [0-9], since other alphabets' digits are decimal to Python, too.
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > _LAST_PORT:
+        raise ValueError(
+            f"{name}: {value!r} is no port; give a number up to {_LAST_PORT}"
+        )
+    return int(text)
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be text, not {value!r}")
+    return value.strip()
+
+
+def _device(value: object, name: str) -> str:
+    text = _text(value, name)
+    canonical_device(text)
+    return text
+
+
+def _texts(value: object, name: str) -> list[str]:
+    # As an option says it, too, which may be repeated.
+    if _is_none(value) or value == ["none"]:
+        return []
+    # One text has commas between; what came as a list may have them within.
+    if isinstance(value, str):
+        value = [part for part in value.split(",") if part.strip()]
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list of texts, not {value!r}")
+    return [_text(each, f"{name}: each") for each in value]
+
+
+def _rungs(value: object, name: str) -> list[str]:
+    rungs = _texts(value, name)
+    as_ladder(rungs)
+    return rungs
+
+
+def _files(value: object, name: str) -> list[str]:
+    return [str(Path(each).expanduser()) for each in _texts(value, name)]
+
+
+def one_of(*words: str) -> Kind:
+    """
+    Returns the kind of a setting that is one of some words.
+    """
+
+    def read(value: object, name: str) -> str:
+        if value not in words:
+            raise ValueError(f"{name} must be {' or '.join(words)}, not {value!r}")
+        return str(value)
+
+    return Kind(read, "|".join(words))
+
+
+COUNT = Kind(_at_least(1), "N")
+COUNT_OR_NONE = Kind(_count_or_none, "N")
+COUNT_OR_ZERO = Kind(_at_least(0), "N")
+DEVICE = Kind(_device, "DEVICE")
+FILES = Kind(_files, "FILE", is_list=True, is_path=True)
+FALLBACK = Kind(_rungs, "RUNG", is_list=True)
+KEEP_ALIVE = Kind(_keep_alive, "TIME")
+LIMIT = Kind(_limit, "LIMIT")
+LIMITS = Kind(_limits, "LIMIT")
+PORT = Kind(_port, "PORT")
+SECONDS = Kind(_seconds, "TIME")
+SIZE = Kind(_bytes, "SIZE")
+SWITCH = Kind(_switch, "")
+SWITCH_OR_BYTES = Kind(_switch_or_bytes, "SIZE")
+SWITCH_OR_LIMIT = Kind(_switch_or_limit, "LIMIT")
+TEXT = Kind(_text, "TEXT")
+TEXTS = Kind(_texts, "TEXT", is_list=True)
+TIME = Kind(_time, "TIME")
+TIME_OR_NONE = Kind(_time_or_none, "TIME")
