@@ -52,6 +52,7 @@ coverage: .venv/test .venv/browser
 	$(PYTEST) --cov --cov-report=term --cov-fail-under=95
 
 bench: .venv/bench
+	$(RUN) benchmarks/cold.py
 	$(RUN) benchmarks/imports.py
 	$(RUN) benchmarks/hit_path.py
 	$(RUN) benchmarks/queueing.py

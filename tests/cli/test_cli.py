@@ -246,6 +246,27 @@ class TestTranscribe:
         assert len(cues) > 3
         assert "lighthouse" in " ".join(cue.text for cue in cues)
 
+    @pytest.mark.parametrize("owns_process", [False, True])
+    def test_it_sets_up_only_a_process_of_its_own(
+        self,
+        models: Models,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        owns_process: bool,
+    ) -> None:
+        """
+        A program that calls it keeps its environment as it was.
+        """
+        name = "OPENBLAS_THREAD_TIMEOUT"
+        # So that it is as before after the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+        place = ["--model", models.alpha, "--no-huge-pages"]
+        arguments = ["transcribe", BREAD, *place]
+        monkeypatch.setattr(sys, "argv", ["whispercache", *arguments])
+        assert main(None if owns_process else arguments) == 0
+        assert (name in os.environ) == owns_process
+
     def test_a_model_leaves_before_the_next_one_comes(
         self,
         run: Callable[..., Result],
@@ -598,6 +619,10 @@ except SystemExit as end:
             (("transcribe", "gone.wav", "--model", "/gone"), [True]),
             (("transcribe", "gone.wav", "--model", "/gone", "--no-huge-pages"), []),
             (
+                ("transcribe", "gone.wav", "--model", "/gone", "--batch-size", "2"),
+                [False],
+            ),
+            (
                 ("compare", "gone.wav", "--models", "/a,/b", "--out", "/dev/null/x"),
                 [True],
             ),
@@ -614,11 +639,11 @@ except SystemExit as end:
     ) -> None:
         """
         Unless they are told not to; and not where a program calls them, whose heap is
-        its own. Those that end with their work keep what it frees.
+        its own. Those that end with their work keep what it frees, if not in batches.
         """
         asked: list[bool] = []
         monkeypatch.setattr(
-            "whispercache.cli.main.use_huge_pages",
+            "whispercache.devices.heap.use_huge_pages",
             lambda *, keep: asked.append(keep),
         )
         assert run(*command).code == 2

@@ -243,6 +243,24 @@ class TestKernel:
             heap.settle()
         assert fresh.calls == []
 
+    @pytest.mark.parametrize("mode", ["never", ""])
+    def test_without_huge_pages_freed_memory_can_still_be_kept(
+        self, monkeypatch: pytest.MonkeyPatch, fresh: Library, mode: str
+    ) -> None:
+        """
+        For good, and nothing is advised.
+        """
+        monkeypatch.setattr(heap, "huge_pages", lambda: mode)
+        assert not heap.use_huge_pages(keep=True)
+        with heap.loading(lambda: 64 * MIB):
+            pass
+        heap.settle()
+        told = fresh.asked("mallopt")
+        assert (ARENA_MAX, 1) in told
+        assert {value for name, value in told if name == MMAP_MAX} == {0}
+        assert {value for name, value in told if name == TRIM} == {-1}
+        assert fresh.asked("madvise") == []
+
     def test_the_problem_says_what_helps(
         self, monkeypatch: pytest.MonkeyPatch, fresh: Library
     ) -> None:
@@ -270,9 +288,60 @@ class TestKernel:
             monkeypatch.setattr(ctypes, "CDLL", refuse)
         else:
             delattr(fresh, missing)
-        assert not heap.use_huge_pages()
+        assert not heap.use_huge_pages(keep=True)
         assert heap.huge_pages_problem() == "they need Linux with glibc"
         assert fresh.calls == []
+
+
+KEEPING = """
+import ctypes, json, resource, sys, threading
+
+from whispercache.devices import heap, host
+
+if sys.argv[1] == "never":
+    heap.huge_pages = lambda: "never"
+assert heap.use_huge_pages(keep=True) == (sys.argv[1] != "never")
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.free.argtypes = [ctypes.c_void_p]
+size = 64 * 1024 * 1024
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = library.malloc(ctypes.c_size_t(size))
+    ctypes.memset(block, 1, size)
+    library.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+start = host.anonymous_bytes()
+counts = [faults(), faults()]
+thread = threading.Thread(target=lambda: counts.append(faults()))
+thread.start()
+thread.join()
+kept = host.anonymous_bytes() - start
+host.return_free_memory()
+print(json.dumps([counts, kept, host.anonymous_bytes() - start]))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("mode", ["given", "never"])
+def test_kept_memory_stays_until_it_is_asked_back(mode: str) -> None:
+    """
+    A block of 64 MiB, such as is mapped and unmapped otherwise, costs page faults once;
+    also on a thread, which would have a heap of its own.
+    """
+    problem = heap.huge_pages_problem()
+    if problem and (mode == "given" or "glibc" in problem):
+        pytest.skip(problem)
+    told = child(KEEPING, mode)
+    assert (told.returncode, told.stderr) == (0, "")
+    (first, second, third), kept, left = json.loads(told.stdout)
+    assert kept > 60 * MIB
+    assert left < 8 * MIB
+    # How many there are first is up to the size of the system's pages.
+    assert second < first / 4
+    assert third < first / 4
 
 
 LOADING = """
