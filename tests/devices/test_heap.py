@@ -174,6 +174,121 @@ class TestAdvice:
         assert NOHUGEPAGE not in [each[-1] for each in library.asked("madvise")]
 
 
+class TestCalls:
+    """
+    What calls keep, and for how long.
+    """
+
+    @pytest.fixture
+    def returned(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """
+        One item for each time that free memory went back to the system.
+        """
+        noted: list[str] = []
+        monkeypatch.setattr(heap, "return_free_memory", lambda: noted.append("all"))
+        return noted
+
+    @staticmethod
+    def keeps(library: Library) -> bool:
+        """
+        Tests if freed blocks stay in the heap now.
+        """
+        told = dict(library.asked("mallopt"))
+        assert (told[MMAP_MAX] == 0) == (told[TRIM] == -1)
+        return told[MMAP_MAX] == 0
+
+    def test_the_last_call_to_end_ends_the_keeping(
+        self, library: Library, returned: list[str]
+    ) -> None:
+        """
+        Each of them returns at its end what is free.
+        """
+        one = heap_in(library)
+        with one.calling(keeps=True):
+            with one.calling(keeps=True):
+                assert self.keeps(library)
+            assert self.keeps(library)
+            assert len(returned) == 1
+        assert not self.keeps(library)
+        assert len(returned) == 2
+
+    def test_a_call_that_fails_keeps_nothing(
+        self, library: Library, returned: list[str]
+    ) -> None:
+        """
+        What it freed goes back all the same.
+        """
+
+        def fail() -> None:
+            with one.calling(keeps=True):
+                raise MemoryError
+
+        one = heap_in(library)
+        with pytest.raises(MemoryError):
+            fail()
+        assert not self.keeps(library)
+        assert len(returned) == 1
+
+    def test_a_call_that_keeps_nothing_returns_memory(
+        self, library: Library, returned: list[str]
+    ) -> None:
+        """
+        As those in batches.
+        """
+        one = heap_in(library)
+        one.share()
+        with one.calling(keeps=False):
+            assert not self.keeps(library)
+        assert len(returned) == 1
+
+    def test_a_load_beside_a_call_leaves_the_call_what_it_keeps(
+        self, library: Library, returned: list[str]
+    ) -> None:
+        """
+        Whichever of them ends first.
+        """
+        one = heap_in(library)
+        with one.calling(keeps=True):
+            with one.loading(64 * MIB):
+                pass
+            assert self.keeps(library)
+        with one.loading(64 * MIB):
+            with one.calling(keeps=True):
+                pass
+            assert self.keeps(library)
+        assert not self.keeps(library)
+        # The second call took nothing away from the load.
+        assert len(returned) == 1
+
+    def test_what_was_freed_for_a_load_stays(
+        self, library: Library, returned: list[str]
+    ) -> None:
+        """
+        A call that ends before the load begins does not return it.
+        """
+        one = heap_in(library)
+        one.keep()
+        with one.calling(keeps=True):
+            pass
+        assert self.keeps(library)
+        assert not returned
+        one.settle()
+        assert not self.keeps(library)
+
+    def test_a_heap_that_always_keeps_returns_nothing_after_calls(
+        self, library: Library, returned: list[str]
+    ) -> None:
+        """
+        The next call finds it.
+        """
+        found: Any = library
+        one = Heap(found, HUGE, always_keeps=True)
+        with one.calling(keeps=True):
+            pass
+        assert self.keeps(library)
+        assert not returned
+
+
 class TestKernel:
     """
     What the kernel's settings say, and what follows from them.
@@ -238,7 +353,7 @@ class TestKernel:
         """
         monkeypatch.setattr(heap, "huge_pages", lambda: mode)
         assert not heap.use_huge_pages()
-        with heap.loading(lambda: 64 * MIB):
+        with heap.loading(lambda: 64 * MIB), heap.calling(keeps=True):
             heap.keep()
             heap.settle()
         assert fresh.calls == []
@@ -300,7 +415,8 @@ from whispercache.devices import heap, host
 
 if sys.argv[1] == "never":
     heap.huge_pages = lambda: "never"
-assert heap.use_huge_pages(keep=True) == (sys.argv[1] != "never")
+keeps = sys.argv[1] != "call"
+assert heap.use_huge_pages(keep=keeps) == (sys.argv[1] != "never")
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
 library.free.argtypes = [ctypes.c_void_p]
@@ -313,26 +429,35 @@ def faults():
     library.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+def blocks():
+    counts.extend([faults(), faults()])
+    thread = threading.Thread(target=lambda: counts.append(faults()))
+    thread.start()
+    thread.join()
+    return host.anonymous_bytes() - start
+
+counts = []
 start = host.anonymous_bytes()
-counts = [faults(), faults()]
-thread = threading.Thread(target=lambda: counts.append(faults()))
-thread.start()
-thread.join()
-kept = host.anonymous_bytes() - start
-host.return_free_memory()
+if sys.argv[1] == "call":
+    with heap.calling(keeps=True):
+        kept = blocks()
+else:
+    kept = blocks()
+    host.return_free_memory()
 print(json.dumps([counts, kept, host.anonymous_bytes() - start]))
 """
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("mode", ["given", "never"])
-def test_kept_memory_stays_until_it_is_asked_back(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["always", "never", "call"])
+def test_kept_memory_stays_until_it_is_returned(mode: str) -> None:
     """
-    A block of 64 MiB, such as is mapped and unmapped otherwise, costs page faults once;
-    also on a thread, which would have a heap of its own.
+    By a process that always keeps it, with huge pages or without, or by a call. A block
+    of 64 MiB, such as is mapped and unmapped otherwise, costs page faults once; also on
+    a thread, which would have a heap of its own.
     """
     problem = heap.huge_pages_problem()
-    if problem and (mode == "given" or "glibc" in problem):
+    if problem and (mode != "never" or "glibc" in problem):
         pytest.skip(problem)
     told = child(KEEPING, mode)
     assert (told.returncode, told.stderr) == (0, "")

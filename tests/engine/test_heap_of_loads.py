@@ -1,26 +1,29 @@
 """
-When the loader has the heap keep what is freed, and how much it asks for.
+When loads and calls have the heap keep what is freed, and how much a load asks for.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from real import micro
+from real import SILENCE, TEXT, micro, model_of, text_of
 
-from whispercache import ModelKey
+from whispercache import ModelCache, ModelKey
 from whispercache.devices import heap
 from whispercache.devices.probe import SystemProbe
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.sizes.footprint import estimate
 from whispercache.engine.sizes.learned import Sizer
+from whispercache.engine.views import in_heap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from whispercache import CachedModel
     from whispercache.engine.files import ModelFiles
 
 
@@ -43,6 +46,17 @@ class NotedHeap:
         Note it.
         """
         self.noted.append("settle")
+
+    @contextmanager
+    def calling(self, *, keeps: bool) -> Iterator[None]:
+        """
+        Note its begin and its end.
+        """
+        self.noted.append("keeps" if keeps else "begins")
+        try:
+            yield
+        finally:
+            self.noted.append("returns")
 
     @contextmanager
     def loading(self, n_bytes: int) -> Iterator[None]:
@@ -119,3 +133,70 @@ def test_a_load_takes_host_memory_on_its_way_to_a_card_too(
     expected = predicted.host_loading_bytes or predicted.loading_bytes
     sizer = Sizer(SystemProbe())
     assert sizer.host_loading_bytes(key_on(device), files) == expected > 0
+
+
+class TestCalls:
+    """
+    Calls of a real model that has been loaded.
+    """
+
+    CALL = ("keeps", "returns")
+
+    @pytest.fixture
+    def model(self, noted: list[str | int]) -> Iterator[CachedModel]:
+        """
+        A model whose load has been noted already.
+        """
+        with ModelCache(variants=False) as cache:
+            model = model_of(cache, micro())
+            assert text_of(model.transcribe(SILENCE, language="en")[0]) == TEXT
+            noted.clear()
+            yield model
+
+    def test_a_call_and_its_segments_keep_what_they_free(
+        self, model: CachedModel, noted: list[str | int]
+    ) -> None:
+        """
+        Nothing is kept between them, however long a program waits.
+        """
+        segments, _ = model.transcribe(SILENCE, language="en")
+        assert noted == [*self.CALL]
+        next(segments)
+        assert noted == [*self.CALL, "keeps"]
+        segments.close()
+        assert noted == [*self.CALL * 2]
+
+    def test_so_do_calls_of_a_leased_model(
+        self, model: CachedModel, noted: list[str | int]
+    ) -> None:
+        """
+        They are the same ones.
+        """
+        with model.lease() as whisper:
+            list(whisper.transcribe(SILENCE, language="en")[0])
+            assert noted == [*self.CALL * 2]
+            whisper.detect_language(SILENCE)
+        assert noted == [*self.CALL * 3]
+
+    def test_batches_only_return_it(
+        self, model: CachedModel, noted: list[str | int]
+    ) -> None:
+        """
+        Their blocks are of different sizes.
+        """
+        found = model.transcribe(SILENCE, language="en", batch_size=2)
+        list(found[0])
+        assert noted == ["begins", "returns"] * 2
+
+    def test_calls_on_a_card_and_of_other_processes_stay_as_they_are(
+        self, monkeypatch: pytest.MonkeyPatch, noted: list[str | int]
+    ) -> None:
+        """
+        Their blocks are not on this heap, or there is none.
+        """
+        on: Any = [SimpleNamespace(device=name) for name in ("cuda", "cpu")]
+        assert in_heap(on[0], print) is print
+        assert in_heap(on[1], print) is not print
+        monkeypatch.setattr(heap, "_heap", [])
+        assert in_heap(on[1], print) is print
+        assert noted == []

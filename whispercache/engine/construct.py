@@ -30,7 +30,7 @@ from .files import claims_of
 from .process import ctranslate2, versions
 from .rebound import rebound, swapped
 from .sizes.header import ModelHeader
-from .views import lending, lends
+from .views import in_heap, lending, lends
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -115,7 +115,9 @@ def batched(whisper: WhisperModel) -> Callable[..., object]:
     ctranslate2()
     from faster_whisper import BatchedInferencePipeline
 
-    return swapped(BatchedInferencePipeline(whisper).transcribe, _swaps())
+    call = swapped(BatchedInferencePipeline(whisper).transcribe, _swaps())
+    # Blocks of batches differ too much in size to be used again.
+    return in_heap(whisper.model, call, keeps=False)
 
 
 def signatures() -> Mapping[str, Signature]:

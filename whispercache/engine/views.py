@@ -13,13 +13,16 @@ import functools
 import types
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
+from whispercache.devices import heap
+
 from .calls.parameters import checked
 from .calls.signatures import bound, signature_of
 from .rebound import swapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from ctranslate2.models import Whisper
     from faster_whisper import WhisperModel
 
     from .rebound import Swaps
@@ -128,6 +131,30 @@ def own_values(
     return tuple(values.pop(name) for name in names) if names else args, values
 
 
+def in_heap(
+    model: Whisper, call: Callable[..., object], *, keeps: bool = True
+) -> Callable[..., object]:
+    """
+    Returns a *call* of a model after which, and after the last of its segments, what it
+    has freed goes back to the system; see `heap.calling`.
+    """
+    if not heap.is_shared() or model.device != "cpu":
+        return call
+
+    def called(*args: object, **options: object) -> object:
+        with heap.calling(keeps=keeps):
+            result = call(*args, **options)
+        if type(result) is tuple and isinstance(result[0], types.GeneratorType):
+            return segments(result[0]), *result[1:]
+        return result
+
+    def segments(items: Iterable[object]) -> Iterator[object]:
+        with heap.calling(keeps=keeps):
+            yield from items
+
+    return called
+
+
 @functools.cache
 def lending(base: type[WhisperModel], swaps: Swaps = ()) -> type[WhisperModel]:
     """
@@ -143,7 +170,7 @@ def lending(base: type[WhisperModel], swaps: Swaps = ()) -> type[WhisperModel]:
             if type(plain) is not types.MethodType:
                 return plain(*args, **options)
             args, values = own_values(plain.__func__, args, options, self._check)
-            return swapped(plain, swaps)(*args, **values)
+            return in_heap(self.model, swapped(plain, swaps))(*args, **values)
 
         return call
 
