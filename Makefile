@@ -59,6 +59,7 @@ bench: .venv/bench
 	$(RUN) benchmarks/switch.py
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/audio_memory.py 5 30
+	$(RUN) benchmarks/calls.py
 	$(RUN) benchmarks/overlap.py
 	$(RUN) benchmarks/simulate
 	$(RUN) benchmarks/serve.py

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's greys and blues: told apart by lightness, too.
-COLOURS = ("#999999", "#cccccc", "#56b4e9", "#0072b2")
+COLOURS = ("#999999", "#cccccc", "#56b4e9", "#0072b2", "#003366")
 INK = "#333333"
 WIDTH_INCHES, ROW_INCHES = 8.0, 2.6
 PAD_INCHES = 0.1
