@@ -56,6 +56,7 @@ bench: .venv/bench
 	$(RUN) benchmarks/imports.py
 	$(RUN) benchmarks/hit_path.py
 	$(RUN) benchmarks/queueing.py
+	$(RUN) benchmarks/dropin.py
 	$(RUN) benchmarks/switch.py
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/audio_memory.py 5 30

@@ -74,7 +74,10 @@ OWN = "print(sorted(m for m in sys.modules if m.startswith('whispercache')))"
         ),
         (
             "from whispercache import use_huge_pages",
-            ["whispercache", "devices", "devices.heap", "errors", "version"],
+            [
+                *("whispercache", "devices", "devices.heap", "devices.host"),
+                *("errors", "version"),
+            ],
         ),
     ],
 )

@@ -35,7 +35,7 @@ from real import (
 )
 
 from whispercache import AsyncModelCache, ModelCache, ModelKey, footprint
-from whispercache.model import _ATTRIBUTES, _METHODS
+from whispercache.model import ATTRIBUTES
 from whispercache.testing import settle
 
 if TYPE_CHECKING:
@@ -217,14 +217,13 @@ class TestSurface:
 
     def test_every_public_attribute_is_there(self, cache: ModelCache) -> None:
         """
-        Except ``model``, which is not safe to touch without a lease.
+        tests/dropin has what they do.
         """
         plain, model = plain_model(micro()), model_of(cache, micro())
         public = {name for name in dir(plain) if not name.startswith("_")}
-        missing = {name for name in public if not hasattr(model, name)}
-        assert missing == {"model"}
-        assert public - {"model"} <= set(dir(model))
-        assert {*_ATTRIBUTES, *_METHODS} <= public
+        assert {name for name in public if not hasattr(model, name)} == set()
+        assert public <= set(dir(model))
+        assert set(ATTRIBUTES) <= public
 
     @pytest.mark.parametrize(
         "name", ["max_length", "time_precision", "frames_per_second", "feat_kwargs"]
@@ -251,15 +250,14 @@ class TestSurface:
         assert prompt == [*tokenizer.sot_sequence, tokenizer.no_timestamps]
         assert cache.stats().leases == 0
 
-    def test_the_ctranslate2_model_is_refused(self, cache: ModelCache) -> None:
+    def test_the_ctranslate2_model_is_that_of_a_lease(self, cache: ModelCache) -> None:
         """
-        The error tells how to hold it, and that way works.
+        Without one there is a view.
         """
         model: Any = model_of(cache, micro())
-        with pytest.raises(AttributeError, match=r"with cached_model\.lease\(\)"):
-            _ = model.model
         with model.lease() as whisper:
             assert whisper.model.model_is_loaded
+            assert type(model.model) is not type(whisper.model)
 
     def test_what_no_model_has_is_an_attribute_error(self, cache: ModelCache) -> None:
         """

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from .core.fallback import Terms, as_ladder
+from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .errors import EvictionTimeout, LeaseDeadlock
 from .options import (
     UNCHANGED,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from inspect import Signature
 
     import numpy as np
+    from faster_whisper import WhisperModel
     from numpy.typing import NDArray
 
     from .cache import ModelCache
@@ -40,8 +42,9 @@ if TYPE_CHECKING:
     from .core.fallback import Rung
     from .core.resolver import Request, Resolver, Target
     from .devices.memory import MemoryProbe
-    from .engine.api import AudioInput, Loader
+    from .engine.api import AudioInput, LoadedModel, Loader
     from .engine.calls.languages import Knowledge
+    from .engine.files import ModelFiles
     from .engine.sizes.footprint import Workload
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
     from .keys import ModelKey
@@ -350,6 +353,30 @@ class ModelSource:
         batched = self.cache.loader.batched(lease.whisper)
         return partial(batched, batch_size=batch_size)
 
+    def lasting(self) -> ModelSource:
+        """
+        Returns the source for calls that go on with results of each other: the model
+        stays long enough for that, whatever its keep-alive is.
+        """
+        from .core.entries import SPARED_S
+
+        keep_alive_s = self.terms.keep_alive_s
+        if keep_alive_s is None:
+            keep_alive_s = self.cache._core.rules.keep_alive_s
+        if keep_alive_s >= SPARED_S:
+            return self
+        return replace(self, terms=replace(self.terms, keep_alive_s=SPARED_S))
+
+    def pinned_to(self, key: ModelKey) -> ModelSource:
+        """
+        Returns the source of just *key*, which a request of this one got.
+        """
+        name, _, _, *options = self.request
+        # What follows the device in the request is for that one.
+        pairs = [each for each in options if each[0] != "device_index"]
+        request = (name, key.device, key.compute_type, *pairs)
+        return replace(self, request=request, terms=replace(self.terms, ladder=()))
+
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
         return self.cache.loader.decode_audio(audio)
 
@@ -358,3 +385,39 @@ class ModelSource:
 
     def knowledge(self) -> Knowledge | None:
         return self.cache._resolver.knowledge(self.request, download=True)
+
+    def files(self) -> ModelFiles:
+        return self.cache._resolver.files(self.request)
+
+    def initialize(self, whisper: WhisperModel, model: object) -> None:
+        """
+        Sets the attributes of a WhisperModel, without loading it; see `Loader`. May
+        download.
+        """
+        resolver = self.cache._resolver
+        target = resolver.resolve(self.request)
+        resolver.locate(target, DEFAULT_WORKLOAD)
+        files = target.entry.files
+        assert files is not None
+        self.cache.loader.initialize(whisper, files, model)
+
+    def resident(self) -> LoadedModel | None:
+        """
+        Returns the model if it is in memory, where it may not stay.
+        """
+        entry = self.cache._resolver.known(self.request)
+        return None if entry is None else entry.loaded
+
+    def catch_up(self) -> None:
+        """
+        Has what the garbage collector ended on this thread end now.
+        """
+        self.cache._core.lock.catch_up()
+
+    def let_go(self) -> None:
+        """
+        Has the model unloaded if nobody uses it, without waiting for that.
+        """
+        entry = self.cache._resolver.known(self.request)
+        if entry is not None and entry.is_idle and not entry.pinned:
+            self.cache._core.evict(lambda key: key == entry.key)

@@ -240,7 +240,14 @@ class ModelCache(CacheBase):
         compute_type, load_options = by_position(more, compute_type, load_options)
         request = as_request(model, device, compute_type, load_options)
         terms = self._terms(timeout_s, keep_alive, fallback)
-        return CachedModel(self._source(request, terms))
+        source = self._source(request, terms)
+        base = self.loader.whisper_class()
+        # Those of a loader of a user's own may be anything.
+        if base is None:
+            return CachedModel(source)
+        from .dropin.model import cached_model
+
+        return cached_model(base, source)
 
     def _source(self, request: Request, terms: Terms) -> ModelSource:
         # A repository of unknown size can only be resolved by a download, which is left

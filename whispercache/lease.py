@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 from .devices.faults import is_from_ctranslate2
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Callable, Container, Mapping
     from types import TracebackType
 
     from faster_whisper import WhisperModel
@@ -77,6 +77,8 @@ class _Lessor(Protocol[_Entry_contra]):
     def drop(
         self, entry: _Entry_contra, serial: int, keep_alive_s: float | None
     ) -> None: ...
+
+    def spare(self, entry: _Entry_contra, serial: int) -> Callable[[], None]: ...
 
     def hand_over(self, entry: _Entry_contra, serial: int, owner: Owner) -> None: ...
 
@@ -185,6 +187,16 @@ class Lease:
         if self.is_released:
             raise RuntimeError(f"the lease on {self.key} was released")
         self._lessor.pin(self._entry)
+
+    def spare(self) -> Callable[[], None]:
+        """
+        Has the model be the last to leave for a short while after this lease, since a
+        result is in use that it will be needed for. A preference, and no lease.
+
+        Returns:
+            A function that ends this early. Any thread may call it, anywhere.
+        """
+        return self._lessor.spare(self._entry, self._serial)
 
     def hand_over(self, owner: Owner = None) -> None:
         """

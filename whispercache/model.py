@@ -12,7 +12,7 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from .core.threads import current_owner
 from .engine.calls.prepare import (
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # The other attributes and methods of a WhisperModel; a test compares with the real one.
-_ATTRIBUTES = (
+ATTRIBUTES = (
     "feat_kwargs",
     "feature_extractor",
     "frames_per_second",
@@ -349,9 +349,10 @@ class CachedModel(Handle):
     holds the lease until it is exhausted, closed or collected. Between calls the model
     may be evicted, and the next call reloads it: hold as many of these as you like.
 
-    Made by `ModelCache.get_model`; safe to share between threads. It has the methods
-    and attributes of `faster_whisper.WhisperModel` except ``model``, which is not safe
-    to touch without a lease: use `lease` for that.
+    Made by `ModelCache.get_model`; safe to share between threads. It is an instance of
+    `faster_whisper.WhisperModel` too, whose ``model`` is a view that takes a lease for
+    each call. Only where a cache has a loader of a user's own it is not: calls are
+    passed to the models of that, nothing can be set, and ``model`` is missing.
     """
 
     def lease(self) -> Lease:
@@ -450,9 +451,9 @@ class CachedModel(Handle):
         with lease:
             return lease.loaded.is_multilingual
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as of a WhisperModel
         # Called only for names that are not here, so those of the model.
-        if name in _ATTRIBUTES:
+        if name in ATTRIBUTES:
             with self.lease() as whisper:
                 return getattr(whisper, name)
         # Not methods of the class: faster-whisper's own signatures stay the truth.
@@ -470,4 +471,4 @@ class CachedModel(Handle):
         return call_leased(lease, getattr(lease.whisper, name), *args, **options)
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *_ATTRIBUTES, *_METHODS]
+        return [*super().__dir__(), *ATTRIBUTES, *_METHODS]

@@ -21,11 +21,13 @@ from plain import PlainScheduler
 from whispercache.core import effects
 from whispercache.core.agenda import Agenda, Rules
 from whispercache.core.device import Device
+from whispercache.core.endings import Endings
 from whispercache.core.entries import Entry, State, Waiter, Wanted
 from whispercache.core.evictions import Evictions
 from whispercache.core.reports import Reports
 from whispercache.core.scheduler import Scheduler
 from whispercache.core.state import CacheState, Kept
+from whispercache.core.ticks import Ticks
 from whispercache.engine.api import LoadedModel, Released
 from whispercache.engine.files import ModelFiles
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD, Footprint
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from whispercache.core.threads import DeviceThread
     from whispercache.lease import Lease
     from whispercache.lease import _Lessor as Lessor
-    from whispercache.planning.planner import Pending
+    from whispercache.planning.planner import Pending, Planner
     from whispercache.planning.policies import Resident
     from whispercache.planning.room import Room
 
@@ -121,6 +123,7 @@ class Simulation:
             self._scheduler = self.plain_class(
                 agenda, evictions, _LESSOR, strategy.plan
             )
+        self._ticks = Ticks(agenda, evictions, self._scheduler)
         self._reports = Reports(agenda, evictions, self._scheduler)
         self._asked: dict[object, Asked] = {}  # by the future of a request
         self._copies = Copies(host.ram_bytes)
@@ -275,7 +278,7 @@ class Simulation:
                     raise AssertionError(effect)
 
     def _tick(self, at_s: float) -> None:
-        self._scheduler.tick(at_s)
+        self._ticks.tick(at_s)
         self._perform()
 
     def _settle(self, asked: Asked, lease: Lease) -> None:
@@ -330,9 +333,9 @@ class Simulation:
         self._perform()
 
 
-class StrictScheduler(PlainScheduler):
+class StrictEndings(Endings):
     """
-    A scheduler by which no request passes another, be its model in memory or not.
+    Endings by which no request passes another, be its model in memory or not.
     """
 
     def serve(self, entry: Entry, first: Waiter | None = None) -> None:
@@ -347,6 +350,22 @@ class StrictScheduler(PlainScheduler):
             if oldest in queue:
                 return
             first = None
+
+
+class StrictScheduler(PlainScheduler):
+    """
+    A scheduler that serves the oldest request, and then the next.
+    """
+
+    def __init__(
+        self,
+        agenda: Agenda,
+        evictions: Evictions,
+        lessor: Lessor[Entry],
+        plan: Planner = planner.plan,
+    ) -> None:
+        super().__init__(agenda, evictions, lessor, plan)
+        self.endings = StrictEndings(agenda, evictions, self._grant)
 
 
 def only_the_oldest(

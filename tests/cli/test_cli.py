@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from micro import build_micro
 from real import packaged
 
-from whispercache import CachedModel, __version__, footprint
+from whispercache import __version__, footprint
 from whispercache.cli import doctor
 from whispercache.cli import transcribe as job
 from whispercache.cli.doctor import Finding, examine
@@ -32,6 +32,7 @@ from whispercache.cli.main import main
 from whispercache.cli.models import survey
 from whispercache.cli.progress import remaining_s
 from whispercache.devices.probe import SystemProbe
+from whispercache.dropin.model import CachedWhisperModel
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.errors import DeviceUnavailable
 from whispercache.keys import MODELS
@@ -304,13 +305,13 @@ class TestTranscribe:
         All that were given, and none of which faster-whisper has a default of its own.
         """
         given: list[dict[str, object]] = []
-        transcribe = CachedModel.transcribe
+        transcribe = CachedWhisperModel.transcribe
 
-        def noting(model: CachedModel, audio: str, **options: Any) -> object:
+        def noting(model: Any, audio: str, **options: Any) -> object:
             given.append(options)
             return transcribe(model, audio, **options)
 
-        monkeypatch.setattr(CachedModel, "transcribe", noting)
+        monkeypatch.setattr(CachedWhisperModel, "transcribe", noting)
         options = ("--language", "de", "--task", "translate", "--beam-size", "2")
         run("transcribe", BREAD, "--model", models.alpha, *options, "--vad")
         run("transcribe", BREAD, "--model", models.alpha, "--batch-size", "3")

@@ -195,7 +195,7 @@ class TestCalls:
         """
         told = dict(library.asked("mallopt"))
         assert (told[MMAP_MAX] == 0) == (told[TRIM] == -1)
-        return told[MMAP_MAX] == 0
+        return bool(told[MMAP_MAX] == 0)
 
     def test_the_last_call_to_end_ends_the_keeping(
         self, library: Library, returned: list[str]

@@ -70,7 +70,7 @@ def test_a_call_s_chunk_length_is_its_own(cache: ModelCache, again: str) -> None
     if again == "after evict()":
         cache.evict()
     assert seeks(model.transcribe(LONG)[0]) == SEEKS[None]
-    assert model.feature_extractor.nb_max_frames == 3000  # type: ignore[attr-defined]
+    assert model.feature_extractor.nb_max_frames == 3000
 
 
 def test_long_audio_in_blocks_keeps_its_chunk_length_too(cache: ModelCache) -> None:
@@ -728,7 +728,7 @@ def test_odd_compute_types_are_told_what_they_may_be(
     In place of an error of pybind11's or of a hash.
     """
     with pytest.raises(error, match=r"compute_type must be text such as 'int8'"):
-        make_cache().get_model("small", "cpu", kind)
+        make_cache().get_model("small", "cpu", compute_type=kind)
 
 
 def test_a_stream_at_its_end_is_told_so(cache: ModelCache) -> None:

@@ -53,6 +53,7 @@ from whispercache import (
     ModelLoading,
     Workload,
 )
+from whispercache.engine import process
 from whispercache.engine.kept import MOST_KEPT, KeptModel, KeptModels
 from whispercache.testing import (
     FakeClock,
@@ -144,7 +145,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def construct(*given: object, **options: object) -> object:
         return counted("constructed", partial(plain, **options), *given)
 
-    monkeypatch.setattr(ctranslate2.models, "Whisper", construct)
+    monkeypatch.setattr(process, "whisper", lambda: construct)
     return done
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from real import clip, micro, packaged, plain_model, text_of
 
-from whispercache.engine import warmup
+from whispercache.engine import process, warmup
 from whispercache.engine.warmup import run_micro_model, silent_window
 from whispercache.testing import wait_until
 
@@ -80,7 +80,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
             models.append(Watched(failing, *arguments, **options))
             return models[-1]
 
+        # The first for models without a cache.
         monkeypatch.setattr(ctranslate2.models, "Whisper", construct)
+        monkeypatch.setattr(process, "whisper", lambda: construct)
         return models
 
     return watched

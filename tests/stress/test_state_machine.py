@@ -170,6 +170,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.ends: Counter[int] = Counter()
         self.numbers = itertools.count()
         self.leases: list[Lease] = []
+        self.results: list[Callable[[], None]] = []
         self.retries_in_s: list[float | None] = []
         self.evictions: list[tuple[Entry, Future[None]]] = []
         self.life: defaultdict[ModelKey, list[Event]] = defaultdict(list)
@@ -436,6 +437,24 @@ class CacheMachine(RuleBasedStateMachine):
         Pin a model that is leased.
         """
         self.core.pin(self.leases[-1]._entry)
+
+    @precondition(lambda self: self.leases)
+    @rule()
+    def spare(self) -> None:
+        """
+        Keep a result of a model that is leased, which needs it again.
+        """
+        self.results.append(self.leases[-1].spare())
+
+    @precondition(lambda self: self.results)
+    @rule(data=st.data())
+    def unspare(self, data: st.DataObject) -> None:
+        """
+        Drop a result, in use or long out of date.
+        """
+        self.results.pop(data.draw(st.integers(0, len(self.results) - 1)))()
+        self.cache.stats()  # as in `drop`
+        self.rest()
 
     @rule(model=st.none() | models)
     def unpin(self, model: str | None) -> None:

@@ -526,9 +526,9 @@ def strand_waiters(patch: pytest.MonkeyPatch) -> None:
             own = LoadFailed(str(entry.key), "failed")
             own.__cause__ = error
             if place == 0:
-                self._scheduler.fail(waiter, own)
+                self._scheduler.endings.fail(waiter, own)
             else:
-                self._scheduler._leave_queue(waiter)
+                self._scheduler.endings.leave(waiter)
 
     patch.setattr(Reports, "load_failed", fail_first)
 

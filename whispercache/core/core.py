@@ -48,6 +48,7 @@ from .reports import Reports
 from .scheduler import Scheduler
 from .state import CacheState
 from .threads import DeviceThread, MonotonicClock, caller, has_ended, take_turn
+from .ticks import Ticks
 from .unloads import Unloads
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class Core:
         evictions = Evictions(agenda)
         self._evictions = evictions
         self.scheduler: Scheduler = Scheduler(agenda, evictions, self)
+        self._ticks = Ticks(agenda, evictions, self.scheduler)
         reports = Reports(agenda, evictions, self.scheduler)
         self.gauges: Gauges = Gauges(lock, state, reports, self.probe, peers)
         base = Base(
@@ -220,7 +222,7 @@ class Core:
 
     def _tick(self, at_s: float) -> None:
         with self.lock.changing():
-            self.scheduler.tick(at_s)
+            self._ticks.tick(at_s)
 
     def _stop(self) -> None:
         # From the last to the first; all of it is done, whatever fails in between.
@@ -440,6 +442,24 @@ class Core:
         self.lock.later(partial(self.scheduler.release, entry, serial, keep_alive_s))
         entry.device.thread.submit(self.lock.catch_up)
 
+    def spare(self, entry: Entry, serial: int) -> Callable[[], None]:
+        """
+        Has a leased model be the last to leave once it is idle, for a short while, for
+        it will be needed again; see `entries.SPARED_S`.
+
+        Returns:
+            A function that ends this early, and may be called by the garbage collector.
+        """
+        with self.changing():
+            self.scheduler.spare(entry, serial)
+
+        # As in `drop`.
+        def end() -> None:
+            self.lock.later(partial(self.scheduler.unspare, entry))
+            entry.device.thread.submit(self.lock.catch_up)
+
+        return end
+
     def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
         """
         Notes that another thread or task will end a lease.
@@ -451,8 +471,8 @@ class Core:
         """
         Notes what holds a lease for a caller.
         """
-        with self.changing():
-            self._holders[serial] = holder
+        # One step, without the lock: nothing is decided by it, and each call pays.
+        self._holders[serial] = holder
 
     def blame(self, entry: Entry, error: BaseException) -> None:
         """

@@ -85,6 +85,7 @@ class Device:
             release.
         idle_bytes: The bytes of these.
         pinned: Its idle models that are pinned, likewise.
+        spared: Those that others cannot have evicted for a short while, likewise.
         coming: Its models that are being unloaded.
         staying: Its models that are pinned, and not to be evicted.
         moving: Its models that are being loaded, or unloaded for the first time.
@@ -111,6 +112,7 @@ class Device:
         self.shelf: dict[Entry, None] = {}
         self.idle_bytes: int = 0
         self.pinned: dict[Entry, None] = {}
+        self.spared: dict[Entry, None] = {}
         self.coming: Tally = Tally()
         self.staying: Tally = Tally()
         self.moving: set[Entry] = set()

@@ -18,6 +18,12 @@ from whispercache.planning.policies import Resident, next_gap_s
 
 from .budget import Use
 
+SPARED_S = 1.0
+"""
+Seconds after a raw call, such as ``encode``, for which its model is not evicted for
+others while the result is in use: ``generate`` is to follow.
+"""
+
 if TYPE_CHECKING:
     from whispercache.engine.api import LoadedModel
     from whispercache.engine.files import ModelFiles
@@ -67,7 +73,8 @@ class Entry:
         leases: Bytes of workspace of each lease, by its serial number.
         owners: The owner of each lease, by its serial number.
         pinned: It is not evicted when idle.
-        idle_bytes: What its eviction would free, were it idle: nothing if it is pinned.
+        idle_bytes: What its eviction would free, were it idle: nothing if it is pinned
+            or spared.
         expires_at_s: When its keep-alive ends, if it is idle then.
         reminder_s: When it is looked at next for that.
         last_used_s: When its last lease ended.
@@ -83,6 +90,10 @@ class Entry:
         failure: The last of them, in one line.
         retry_at_s: Before that, no load is tried.
         gone: Futures of those who wait for its unload.
+        spares: Results of calls on it that are still in use, and need its next call.
+        spared_for: The owner of the last of those calls.
+        is_spared: It is not evicted for others when idle, for a short while.
+        spare_reminder_s: When it is looked at next for that.
     """
 
     key: ModelKey
@@ -118,6 +129,10 @@ class Entry:
     failure: str = ""
     retry_at_s: float = -math.inf
     gone: list[Future[None]] = field(default_factory=list)
+    spares: int = 0
+    spared_for: Owner = None
+    is_spared: bool = False
+    spare_reminder_s: float = math.inf
     # The sums of its device in which it is counted now, and with how many bytes.
     _tally: Tally | None = None
     _tallied_bytes: int = 0
@@ -172,11 +187,20 @@ class Entry:
         return self.pinned and self.cause is None
 
     @property
+    def spared_until_s(self) -> float:
+        """
+        When others may have it evicted: its last call may have been one of several.
+        """
+        return (self.last_used_s or 0.0) + SPARED_S
+
+    @property
     def rack(self) -> dict[Entry, None]:
         """
         The idle models of its device among which it is, or would be.
         """
-        return self.device.pinned if self.pinned else self.device.shelf
+        if self.pinned:
+            return self.device.pinned
+        return self.device.spared if self.is_spared else self.device.shelf
 
     @property
     def is_idle(self) -> bool:
@@ -256,12 +280,12 @@ class Entry:
 
     def resident(self) -> Resident:
         """
-        Returns the model as a policy sees it.
+        Returns a model in memory as a policy sees it.
         """
         return Resident(
             key=self.key,
             device=self.device.name,
-            weights_bytes=self.weights_bytes,
+            weights_bytes=self._tallied_bytes,
             last_used_s=self.last_used_s or 0.0,
             gap_s=self.gap_s or 0.0,
             cost_s=self.load_s,
@@ -274,9 +298,10 @@ class Entry:
         Remembers where the files are and what they will take.
         """
         if self.state is State.ABSENT:
-            self.device.moved.add(self)
-            if self.waiting:  # what was decided for them may be wrong
-                self.device.outlook.forget()
+            is_known = self.footprints.items() >= footprints.items()
+            if self.waiting and not is_known:
+                self.device.moved.add(self)
+                self.device.outlook.forget()  # what was decided may be wrong
             if files != self.files:
                 self.failures = 0  # perhaps somebody has mended it
             self.files = files
@@ -411,10 +436,20 @@ class Entry:
         """
         Keeps it in memory when it is idle, or no longer does.
         """
+        self._rack_as(is_pinned=is_pinned, is_spared=self.is_spared)
+
+    def spare(self, *, is_spared: bool) -> None:
+        """
+        Has it be the last to leave when it is idle, or no longer.
+        """
+        if is_spared is not self.is_spared:
+            self._rack_as(is_pinned=self.pinned, is_spared=is_spared)
+
+    def _rack_as(self, *, is_pinned: bool, is_spared: bool) -> None:
         is_idle = self.is_idle
         if is_idle:
             self.unshelve()
-        self.pinned = is_pinned
+        self.pinned, self.is_spared = is_pinned, is_spared
         self._count()
         for device in (self.device, self.host):  # perhaps it has a copy there
             device.outlook.forget()
@@ -449,7 +484,8 @@ class Entry:
             self._tally = device.staying
         if self._tally is not None:
             self._tally.add(1, self._tallied_bytes)
-        self.idle_bytes = 0 if self.pinned else self._tallied_bytes
+        is_kept = self.pinned or self.is_spared
+        self.idle_bytes = 0 if is_kept else self._tallied_bytes
 
     def awaits_unload(self) -> Future[None]:
         """
@@ -515,7 +551,7 @@ class Entry:
         assert not self.leases or state is State.RESIDENT, f"{key} leased, {state}"
         idle = state is State.RESIDENT and not self.leases
         assert self.is_idle is idle, f"{key} idle: {idle}"
-        racks = (self.device.shelf, self.device.pinned)
+        racks = (self.device.shelf, self.device.pinned, self.device.spared)
         assert sum(self in rack for rack in racks) == idle, f"{key} idle twice"
         moving = self in self.device.moving
         assert moving is self.is_moving, f"{key} moves: {moving}"
@@ -601,6 +637,13 @@ class Waiter:
         True if it wants several leases at once.
         """
         return len(self.wanted) > 1
+
+    @property
+    def is_loading(self) -> bool:
+        """
+        True if a model that it wants is on its way.
+        """
+        return any(entry.state is State.LOADING for entry in self.entries)
 
     def wants(self, entry: Entry) -> bool:
         """

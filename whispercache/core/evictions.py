@@ -80,7 +80,11 @@ class Evictions:
         """
         if keep_alive_s is None:
             keep_alive_s = self._rules.keep_alive_s
+        entry.spare(is_spared=entry.spares > 0)
         entry.shelve(keep_alive_s, self._now())
+        if entry.is_spared and entry.spare_reminder_s == math.inf:
+            entry.spare_reminder_s = entry.spared_until_s
+            self._agenda.remind(entry.spared_until_s, entry)
         # It was to be evicted while it was leased.
         if entry.cause is not None:
             self.unload(entry, entry.cause)
@@ -88,6 +92,20 @@ class Evictions:
             self.unload(entry, EvictionCause.EXPIRED)
         elif entry.expires_at_s < entry.reminder_s or self._state.unset_s:
             self.remind_of(entry)
+
+    def end_spare(self, entry: Entry, now_s: float) -> None:
+        """
+        Lets a model go whose last call was long enough ago.
+        """
+        if entry.spare_reminder_s > now_s:
+            return
+        entry.spare_reminder_s = math.inf
+        # Leased, it is spared again with the end of that.
+        if entry.is_idle and entry.spared_until_s <= now_s:
+            entry.spare(is_spared=False)
+        elif entry.is_idle and entry.is_spared:
+            entry.spare_reminder_s = entry.spared_until_s
+            self._agenda.remind(entry.spared_until_s, entry)
 
     def _may_expire(self, entry: Entry) -> bool:
         # If it is waited for, it would have to be loaded again at once.
@@ -190,7 +208,7 @@ class Evictions:
         Takes all idle models of a device that ran out of memory off its shelf, to be
         unloaded by the caller, who is on its thread.
         """
-        idle = list(device.shelf)
+        idle = [*device.shelf, *device.spared]
         for entry in idle:
             entry.begin_unload(EvictionCause.OUT_OF_MEMORY, self._now())
         return idle

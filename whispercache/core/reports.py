@@ -21,8 +21,8 @@ from whispercache.events import (
 )
 
 from .effects import DropCopy, Gone, KeepLost, WriteOff
+from .lookout import LOOK_AGAIN_S
 from .refusals import cool_down_s, load_error, lost, one_line
-from .scheduler import LOOK_AGAIN_S
 
 if TYPE_CHECKING:
     from whispercache.engine.api import LoadedModel, Released
@@ -92,7 +92,7 @@ class Reports:
         )
         # Those who waited for this load come first, even if it is to be evicted now.
         cause, entry.cause = entry.cause, None
-        self._scheduler.serve(entry)
+        self._scheduler.endings.serve(entry)
         entry.cause = cause
         # Those who asked for it have left, or it was preloaded.
         if not entry.leases and not entry.is_idle:
@@ -128,7 +128,7 @@ class Reports:
         self._state.counts["load_failures"] += 1
         self._agenda.tell(ModelLoadFailed(entry.key, reason))
         for waiter in list(entry.waiting):
-            self._scheduler.fail(waiter, load_error(entry.key, error, reason))
+            self._scheduler.endings.fail(waiter, load_error(entry.key, error, reason))
         if is_lost:
             self.lost(entry, one_line(error))
         self._scheduler.admit()
@@ -143,7 +143,7 @@ class Reports:
         # A group holds all of its memory or none: it gives back what it holds so far.
         for waiter in entry.waiting:
             if waiter.held is not None:
-                self._scheduler.let_go(waiter)
+                self._scheduler.endings.let_go(waiter)
 
     def load_follows(self, device: Device) -> bool:
         """
@@ -181,7 +181,9 @@ class Reports:
         for budget in entry.budgets:
             budget.clear(entry)
         self._absent(entry)
-        entry.device.budget.keep(unreturned_bytes, released.used_bytes)
+        if unreturned_bytes:
+            entry.device.budget.keep(unreturned_bytes, released.used_bytes)
+            entry.device.outlook.forget()  # less came than was promised
         self._scheduler.has_moved(entry)
 
     def refused(self, entry: Entry, reason: str) -> None:
@@ -213,7 +215,7 @@ class Reports:
         self._agenda.tell(DeviceLost(entry.key, device.name, reason))
         for waiter in list(self._state.queue):
             if any(wanted.device is device for wanted in waiter.entries):
-                self._scheduler.fail(waiter, lost(device))
+                self._scheduler.endings.fail(waiter, lost(device))
 
     def write_off(self, entry: Entry) -> None:
         """

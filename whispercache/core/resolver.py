@@ -129,6 +129,18 @@ class Resolver:
             return None
         return knowledge_of(files)
 
+    def files(self, request: Request) -> ModelFiles:
+        """
+        Returns enough of the model of *request* to tell what it is.
+
+        Blocks: as `knowledge` does, and raises what that raises.
+        """
+        entry = self.known(request)
+        if entry is not None and entry.files is not None:
+            return entry.files
+        name, _, _, *pairs = request
+        return self._peek(canonical_model(name), dict(pairs), download=True)
+
     def forget(self) -> None:
         """
         Forgets all requests, so that each is resolved anew.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from whispercache.planning.planner import Need, Outcome, Pending, Walk
@@ -46,16 +45,6 @@ class Found(NamedTuple):
     passed: tuple[Waiter, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """
-    A request that the planner has seen, and those that it speaks for.
-    """
-
-    waiter: Waiter
-    cohort: Cohort | None
-
-
 class Round:
     """
     One walk along the line. Nothing is changed by it.
@@ -85,7 +74,8 @@ class Round:
         self._asleep: list[Cohort] = []
         # What is to be shown, by serial number; a cohort shows one after the other.
         self._heap: list[tuple[int, Waiter, Cohort | None]] = []
-        self._seen: dict[int, _Shown] = {}
+        # What was, with those that it speaks for.
+        self._seen: dict[int, tuple[Waiter, Cohort | None]] = {}
         # Stuck cohorts, the members of which may drain more once anything changes.
         self._impatient: list[Cohort] = []
         self._draining: set[str] = set()
@@ -165,7 +155,7 @@ class Round:
         # Shown twice, as one that is worn and as one that is impatient.
         if serial in self._seen:
             return
-        self._seen[serial] = _Shown(waiter, cohort)
+        self._seen[serial] = waiter, cohort
         pending = self._pending(waiter, cohort)
         decision = self._walk.decide(serial, pending)
         if decision.outcome is Outcome.STUCK:
@@ -253,10 +243,9 @@ class Round:
         Returns the stuck request at *place*, and those older than *end* that it spoke
         for.
         """
-        shown = self._seen[place]
-        if shown.cohort is not None:
-            return self._members(shown.cohort, place, end)
-        waiter = shown.waiter
+        waiter, cohort = self._seen[place]
+        if cohort is not None:
+            return self._members(cohort, place, end)
         entry, workload = waiter.wanted[0].entry, waiter.wanted[0].workload
         if waiter.is_group or entry.state is not State.RESIDENT:
             return (waiter,)

@@ -12,28 +12,28 @@ be done is noted as effects.
 from __future__ import annotations
 
 import itertools
-import math
 from typing import TYPE_CHECKING
 
 from whispercache.errors import (
     CacheClosed,
-    LeaseDeadlock,
     LeaseTimeout,
     TooManyWaiters,
 )
-from whispercache.events import EvictionCause, ModelGranted
+from whispercache.events import EvictionCause
 from whispercache.lease import Lease
 from whispercache.planning import planner
 from whispercache.planning.planner import Outcome
 
-from . import deadlocks, demands, view
-from .effects import LookAgain, Settle, StartLoad, StartUnload
+from . import demands, view
+from .effects import StartLoad
+from .endings import Endings
 from .entries import Entry, State
+from .lookout import LOOK_EVERY_S, Lookout
 from .refusals import refusal, too_large
 from .round import Round
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from whispercache.engine.sizes.footprint import Workload
     from whispercache.lease import _Lessor as Lessor
@@ -45,29 +45,7 @@ if TYPE_CHECKING:
     from .device import Device
     from .entries import Waiter
     from .evictions import Evictions, Leaving
-    from .reminders import Thing
     from .round import Found
-
-DEADLOCK_S = 0.04
-"""
-Delay before a possible deadlock is checked.
-
-Only a request that has waited half as long is failed, since a lease may just be moving
-to a thread that will release it. The error therefore arrives 20 to 60 ms after the
-deadlock.
-"""
-
-LOOK_AGAIN_S = 1.0
-"""
-Seconds after which a gauge that could not be read, or does not show yet what was freed,
-is read again for those who wait.
-"""
-
-LOOK_EVERY_S = 0.02
-"""
-Least seconds between two looks at a gauge because something has ended. Each release
-beside a queue asks for one.
-"""
 
 
 class Scheduler:
@@ -90,6 +68,8 @@ class Scheduler:
         self._evictions = evictions
         self._lessor = lessor
         self._serials = itertools.count()
+        self._lookout = Lookout(agenda)
+        self.endings: Endings = Endings(agenda, evictions, self._grant)
 
     # Requests -------------------------------------------------------------------------
 
@@ -123,7 +103,7 @@ class Scheduler:
         state.counts["hits"] += 1
         lease = self._grant(entry, workspace_bytes, keep_alive_s, owner)
         if owner in state.queue.suspects:
-            self._look_out(())
+            self._lookout.look_out(())
         return lease
 
     def _may_pass(self, entry: Entry, workspace_bytes: int) -> bool:
@@ -190,9 +170,10 @@ class Scheduler:
         state.queue.join(waiter)
         try:
             if self._waits_in_vain(waiter):
-                self._look_out(entry.device for entry in waiter.entries)
+                self._lookout.look_out(entry.device for entry in waiter.entries)
             else:
                 self.admit()
+            self._unspare_own(waiter)
         except BaseException:  # Ctrl-C, or a policy's: its caller is gone
             self.abandon(waiter)
             raise
@@ -200,6 +181,24 @@ class Scheduler:
         if waiter.waits and timeout_s is not None:
             waiter.deadline_s = waiter.since_s + timeout_s
             self._agenda.remind(waiter.deadline_s, waiter.serial)
+
+    def _unspare_own(self, waiter: Waiter) -> None:
+        """
+        Gives up what is spared for the caller of a request that is stuck, who may wait
+        for nobody else.
+        """
+        spared = self._state.spared
+        own = [e for e in spared if e.spared_for == waiter.owner]
+        own = [entry for entry in own if not waiter.wants(entry)]
+        if own and waiter in self._state.queue and not waiter.is_loading:
+            for entry in own:
+                entry.spares = 0
+                self._no_longer_spare(entry)
+            self.admit()
+
+    def _no_longer_spare(self, entry: Entry) -> None:
+        self._state.spared.remove(entry)
+        entry.spare(is_spared=False)
 
     def _form_line(self) -> None:
         """
@@ -247,8 +246,8 @@ class Scheduler:
         if waiter not in self._state.queue:
             return False
         may_help = not self._is_stuck(waiter)
-        self._leave_queue(waiter)
-        self.let_go(waiter)
+        self.endings.leave(waiter)
+        self.endings.let_go(waiter)
         return may_help
 
     def _is_stuck(self, waiter: Waiter) -> bool:
@@ -274,47 +273,6 @@ class Scheduler:
             and cohort.stopped_in == self._state.rounds
             and cohort.stopped_at <= waiter.serial
         )
-
-    def _leave_queue(self, waiter: Waiter) -> None:
-        state = self._state
-        state.queue.leave(waiter)
-        # What was held back for it is open again, for the next request in line.
-        for entry in waiter.draining:
-            entry.drained_for = None
-            entry.device.outlook.forget()
-        waiter.draining.clear()
-        # It kept its models from expiring.
-        for entry in waiter.entries:
-            if entry.is_idle:
-                self._evictions.remind_of(entry)
-        if waiter.deadline_s < math.inf:
-            state.reminders.needless(self._is_reminded)
-        state.wait_s += self._now() - waiter.since_s
-
-    def _is_reminded(self, thing: Thing) -> bool:
-        return not isinstance(thing, int) or self._state.queue.get(thing) is not None
-
-    def fail(self, waiter: Waiter, error: BaseException) -> None:
-        """
-        Ends a request with an error.
-        """
-        self._leave_queue(waiter)
-        self.let_go(waiter)
-        # False if its caller cancelled it meanwhile, and so needs no answer.
-        if waiter.future.set_running_or_notify_cancel():
-            self._agenda.note(Settle(waiter.future, error=error))
-
-    def let_go(self, waiter: Waiter) -> None:
-        """
-        Ends the leases that a request for several models holds so far.
-        """
-        held, waiter.held = waiter.held, None
-        for lease in (held or {}).values():
-            if lease._entry.give_back(lease._serial):
-                self._state.leases -= 1
-                self._state.queue.holds(waiter.owner, -1)
-                if not lease._entry.leases:
-                    self._evictions.shelve(lease._entry, waiter.keep_alive_s)
 
     # Admit ----------------------------------------------------------------------------
 
@@ -367,7 +325,7 @@ class Scheduler:
         if last is not None:
             self._take_stock(last)
         if state.queue:
-            self._look_out(state.queue.devices, suspects=suspects)
+            self._lookout.look_out(state.queue.devices, suspects=suspects)
         else:
             self._file_moved()
 
@@ -389,19 +347,21 @@ class Scheduler:
         if decision.outcome is Outcome.LOAD:
             self._start_loads(waiter)
         elif decision.outcome is Outcome.GRANT and waiter.is_group:
-            self._hold(waiter)
+            self.endings.hold(waiter)
         elif decision.outcome is Outcome.GRANT:
-            self.serve(waiter.wanted[0].entry, waiter)
+            self.endings.serve(waiter.wanted[0].entry, waiter)
         # (2) It can never fit.
         elif decision.lacking is not None:
-            self.fail(waiter, too_large(self._state, str(waiter), *decision.lacking))
+            self.endings.fail(
+                waiter, too_large(self._state, str(waiter), *decision.lacking)
+            )
 
     def _start_loads(self, waiter: Waiter) -> None:
         reserved = demands.reservations(waiter.wanted)
         # Models that are there already are pinned first, or they could be evicted while
         # the others load.
         if waiter.is_group:
-            self._hold(waiter)
+            self.endings.hold(waiter)
         for entry, (n_bytes, host_bytes) in reserved.items():
             entry.begin_load(n_bytes, host_bytes)
             self._agenda.note(StartLoad(entry))
@@ -435,7 +395,7 @@ class Scheduler:
             if self._now() >= state.impatient_at_s or view.may_help(state, device):
                 self.admit()
             else:
-                self._look_out((device,), least_s=LOOK_EVERY_S)
+                self._lookout.look_out((device,), least_s=LOOK_EVERY_S)
 
     def has_moved(self, entry: Entry) -> None:
         """
@@ -445,121 +405,15 @@ class Scheduler:
         if not self._state.queue:
             return
         devices = {entry.device, entry.host}
-        outlooks = [device.outlook for device in devices]
-        # What was loaded may have to be drained, and of what was promised less may have
-        # been returned than was hoped for.
-        if entry.waiting or any(o.is_draining or o.promised_bytes for o in outlooks):
+        # What was loaded may have to be drained.
+        if entry.waiting or any(device.outlook.is_draining for device in devices):
             self.admit()
             return
         for device in devices:
             self.settle(device)
-        self._look_out(devices)
-
-    def _look_out(
-        self, devices: Iterable[Device], *, suspects: bool = True, least_s: float = 0.0
-    ) -> None:
-        """
-        Sees to it that no request waits in vain: for what a new reading would show,
-        *least_s* after the last one, or in a deadlock, unless that was just looked for.
-        """
-        state, now_s = self._state, self._now()
-        for device in devices:
-            self._look_at(device, now_s, least_s)
-        is_looked_for = state.deadlocks_at_s < math.inf
-        if suspects and not is_looked_for and deadlocks.suspects(state):
-            state.deadlocks_at_s = now_s + DEADLOCK_S
-            self._agenda.wake_by(state.deadlocks_at_s)
-
-    def _look_at(self, device: Device, now_s: float, least_s: float) -> None:
-        # What ended may have left more than the last reading knew of.
-        if device.is_stale and not device.is_moving and device.budget.may_gain:
-            next_s = device.looked_s + least_s
-            if now_s >= next_s:
-                device.is_stale = False
-                device.looked_s = now_s
-                self._agenda.note(LookAgain(device))
-                return
-            at_s = next_s
-        elif device.unreturned_bytes:
-            # No event of ours will tell that it was returned.
-            at_s = now_s + LOOK_AGAIN_S
-        else:
-            return
-        if device.look_at_s == math.inf:
-            device.look_at_s = at_s
-            self._agenda.remind(at_s, device)
+        self._lookout.look_out(devices)
 
     # Grant ----------------------------------------------------------------------------
-
-    def serve(self, entry: Entry, first: Waiter | None = None) -> None:
-        """
-        Grants a resident model to the requests for it: *first* or else the oldest, and
-        all that cost no more memory.
-
-        Requests for several models whose memory was granted come before them.
-        """
-        self._serve(entry, list(entry.waiting), first)
-
-    def _serve(
-        self, entry: Entry, waiting: list[Waiter], first: Waiter | None = None
-    ) -> None:
-        for waiter in waiting:
-            if waiter.held is not None:
-                self._hold(waiter)
-        singles = [waiter for waiter in waiting if not waiter.is_group]
-        # The plan gave room to *first*; an older one may need more than there is.
-        if first is not None:
-            singles.remove(first)
-            singles.insert(0, first)
-        granted = False
-        for waiter in singles:
-            workspace_bytes = waiter.wanted[0].footprint.workspace_bytes
-            if not entry.is_open_to(waiter) or not entry.fits(workspace_bytes):
-                continue
-            more_bytes = entry.workspace_with(workspace_bytes) - entry.workspace_bytes
-            # More memory is for the planner to give, in the order of the queue.
-            if granted and more_bytes > 0:
-                continue
-            granted = True
-            self._leave_queue(waiter)
-            if waiter.future.set_running_or_notify_cancel():
-                lease = self._grant(
-                    entry, workspace_bytes, waiter.keep_alive_s, waiter.owner
-                )
-                self._settle(waiter, (lease,))
-
-    def _hold(self, waiter: Waiter) -> None:
-        """
-        Takes those leases of a request for several models whose models are there; all
-        of its memory was granted. With the last one, it is served.
-        """
-        held = waiter.held = waiter.held or {}
-        for place, each in enumerate(waiter.wanted):
-            if place not in held and each.entry.state is State.RESIDENT:
-                held[place] = self._grant(
-                    each.entry,
-                    each.footprint.workspace_bytes,
-                    waiter.keep_alive_s,
-                    waiter.owner,
-                )
-        # The rest comes with their loads; until then it keeps its place.
-        if len(held) < len(waiter.wanted):
-            return
-        self._leave_queue(waiter)
-        if waiter.future.set_running_or_notify_cancel():
-            leases = tuple(held[place] for place in range(len(waiter.wanted)))
-            waiter.held = None
-            self._settle(waiter, leases)
-        else:
-            self.let_go(waiter)
-
-    def _settle(self, waiter: Waiter, leases: tuple[Lease, ...]) -> None:
-        # A request that was served at once is a hit or a miss, not a wait.
-        if waiter.waits:
-            wait_s = self._now() - waiter.since_s
-            for lease in leases:
-                self._agenda.tell(ModelGranted(lease.key, wait_s))
-        self._agenda.note(Settle(waiter.future, leases))
 
     def _grant(
         self,
@@ -613,6 +467,26 @@ class Scheduler:
         else:
             self.settle(entry.device)
 
+    def spare(self, entry: Entry, serial: int) -> None:
+        """
+        Notes that the result of a leased call is in use, and needs the model again.
+        """
+        entry.spares += 1
+        entry.spared_for = entry.owners.get(serial)
+        self._state.spared.add(entry)
+
+    def unspare(self, entry: Entry) -> None:
+        """
+        Notes that such a result is no longer in use.
+        """
+        if entry not in self._state.spared:
+            return
+        entry.spares -= 1
+        if not entry.spares:
+            self._no_longer_spare(entry)
+            if self._state.queue:
+                self.admit()
+
     def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
         """
         Notes that another owner will end a lease.
@@ -625,84 +499,6 @@ class Scheduler:
             # A request of its new owner may have the model too, or wait in vain.
             if owner in line.owners or entry.waiting:
                 self.admit()
-
-    # Time -----------------------------------------------------------------------------
-
-    def tick(self, at_s: float) -> None:
-        """
-        Does all that is due by now, unless that was done since *at_s* was set.
-
-        Times requests out, unloads what was idle for its keep-alive, tries unloads
-        again, reads gauges again, and looks for deadlocks.
-        """
-        state, now_s = self._state, self._now()
-        if at_s not in state.timers_s:
-            return  # an earlier call did its work
-        state.end_timers(max(at_s, now_s))
-        try:
-            self._do_due(now_s)
-        finally:  # what a policy raises must not stop the time
-            next_s = min(state.reminders.next_s, state.deadlocks_at_s)
-            self._agenda.wake_by(next_s)
-
-    def _do_due(self, now_s: float) -> None:
-        state = self._state
-        due = state.reminders.due(now_s)
-        late = [state.queue.get(each) for each in due if isinstance(each, int)]
-        # Places as they were before any of them left: the errors tell them.
-        placed = [(w, state.queue.place(w)) for w in late if w is not None]
-        for waiter, place in placed:
-            state.counts["timeouts"] += 1
-            waited_s = now_s - waiter.since_s
-            self.fail(waiter, LeaseTimeout(str(waiter), waited_s, place))
-        for each in due:
-            if isinstance(each, Entry):
-                self._look_after(each, now_s)
-            elif not isinstance(each, int) and each.look_at_s <= now_s:
-                each.look_at_s = math.inf
-                each.looked_s = now_s
-                self._agenda.note(LookAgain(each))
-        if state.deadlocks_at_s <= now_s:
-            state.deadlocks_at_s = math.inf
-            self.admit(suspects=self._break_deadlocks(now_s))
-        else:
-            self.admit()
-
-    def _look_after(self, entry: Entry, now_s: float) -> None:
-        """
-        Unloads a model that was idle for long enough, or tries its unload again.
-        """
-        self._evictions.expire(entry, now_s)
-        if entry.unload_again_s <= now_s:
-            entry.unload_again_s = math.inf
-            self._agenda.note(StartUnload(entry))
-
-    def _break_deadlocks(self, now_s: float) -> bool:
-        """
-        Fails the request that completed a deadlock, and lets requests pass an older one
-        that waits for their own leases.
-
-        Returns:
-            True if there may be more to find without another event.
-        """
-        state, ripe_s = self._state, now_s - DEADLOCK_S / 2
-        if state.closed is not None:
-            return False
-        victim = deadlocks.victim_of_deadlock(state)
-        if victim is not None and victim.since_s <= ripe_s:
-            held = {
-                str(entry.key)
-                for entry in state.entries.values()
-                if victim.owner in entry.owners.values()
-            }
-            state.counts["deadlocks"] += 1
-            self.fail(victim, LeaseDeadlock(str(victim), tuple(sorted(held))))
-        # Not a deadlock yet, but to wait their turn would make one.
-        for passing in deadlocks.detained(state):
-            if passing.since_s <= ripe_s and not passing.passes:
-                state.queue.let_pass(passing)
-        is_settled = all(each.since_s <= ripe_s for each in deadlocks.suspects(state))
-        return victim is not None or not is_settled
 
     # Limits, closing ------------------------------------------------------------------
 
@@ -726,7 +522,7 @@ class Scheduler:
         state = self._state
         state.closed = state.closed or CacheClosed()
         for waiter in list(state.queue):
-            self.fail(waiter, CacheClosed("the cache was closed meanwhile"))
+            self.endings.fail(waiter, CacheClosed("the cache was closed meanwhile"))
         present = [entry for entry in state.entries.values() if entry.is_present]
         leaving = [
             self._evictions.doom(entry, EvictionCause.CLOSED) for entry in present

@@ -69,11 +69,13 @@ class CacheState:
         grants: How many were ever granted.
         closed: Why new requests are refused; None while they are not.
         copied: The models that have a host copy while they are not in memory.
+        spared: The models with results in use, for which they are needed again.
         timers_s: When `Scheduler.tick` will be called, the next time last. An earlier
             time is added before the others, which stay: a clock forgets no call.
         unset_s: Those of them that the clock may not know of yet.
         wake_at_s: The next of them.
         deadlocks_at_s: When it looks for deadlocks next.
+        check_s: How long it took to look for them last.
     """
 
     limit_of: Callable[[str], Limit]
@@ -93,10 +95,12 @@ class CacheState:
     grants: int = 0
     closed: CacheClosed | None = None
     copied: frozenset[Entry] = frozenset()
+    spared: set[Entry] = field(default_factory=set)
     timers_s: list[float] = field(default_factory=list)
     unset_s: set[float] = field(default_factory=set)
     wake_at_s: float = math.inf  # each release asks
     deadlocks_at_s: float = math.inf
+    check_s: float = 0.0
     _last_look: int = -1
 
     @property

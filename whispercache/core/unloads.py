@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from whispercache.devices.faults import Fault, classify
 
+from .budget import Use
 from .entries import State
 from .refusals import one_line
 
@@ -87,8 +88,8 @@ class Unloads:
         device, kept = entry.device, self._copies.look()
         with self._lock.changing():
             work_bytes = device.budget.restart_work()
-            present = device.entries.values()
-            weights_bytes = sum(other.weights_bytes for other in present)
+            weights_bytes = device.budget.sum_of(Use.RESERVED)
+            weights_bytes += device.budget.sum_of(Use.WEIGHTS)
             self._reports.unloaded(entry, released, kept)
         if released.peak_bytes is not None and work_bytes:
             measured_bytes = released.peak_bytes - weights_bytes

@@ -116,7 +116,7 @@ class Shelves:
 
     def busy(self, name: str) -> Iterable[Resident]:
         """
-        Returns the leased models, which can be evicted once they are idle.
+        Returns the leased and spared models, which can be evicted once they are idle.
         """
         return self._look(self._state.devices[name], idle=False)
 
@@ -128,7 +128,8 @@ class Shelves:
 
     def _all(self, device: Device, *, idle: bool) -> Iterator[Resident]:
         # In the order of release; the policy may have another one.
-        own = device.shelf if idle else [e for e in device.entries.values() if e.leases]
+        leased = [entry for entry in device.entries.values() if entry.leases]
+        own = device.shelf if idle else [*leased, *device.spared]
         copied = [
             entry
             for entry in self._state.copies_on(device)

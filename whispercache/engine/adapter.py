@@ -78,5 +78,7 @@ _DEFAULTS: Mapping[str, Callable[..., object]] = {
         inspect.signature(lambda audio=None, **_: audio),
     ),
     "batched": lambda whisper: whisper.transcribe,
+    "whisper_class": _nothing,
+    "initialize": _nothing,
     "decode_audio": samples_of,
 }

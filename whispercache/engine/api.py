@@ -319,6 +319,21 @@ class Calls(Protocol):
         Returns the ``transcribe`` of the batched pipeline over a model.
         """
 
+    def whisper_class(self) -> type[WhisperModel] | None:
+        """
+        Returns the class of which `ModelCache.get_model` gives out an instance; None if
+        its models are not of it, and calls are passed to them as they are.
+        """
+
+    def initialize(
+        self, whisper: WhisperModel, files: ModelFiles, model: object
+    ) -> None:
+        """
+        Sets all attributes of a new instance of that class, *model* for CTranslate2's
+        part of it, without loading weights. Called on any thread. Blocks for parsing a
+        tokenizer.
+        """
+
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
         """
         Returns the samples of *audio*: float32 (samples,), mono, 16 kHz.

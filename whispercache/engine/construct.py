@@ -6,6 +6,8 @@ constructor parses, the number of mel bands that it assumes, and functions of vo
 activity detection that take much memory. Copies of its functions find other things
 behind those names; see `rebound`. A release of faster-whisper that no longer looks the
 names up would make that useless without an error, so this is checked and logged once.
+
+Its classes are those of the first use, whatever programs put in their place later.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import functools
 import inspect
 import logging
 import types
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from whispercache.errors import LoadFailed
 
+from . import process
 from .api import LoadedModel
 from .audio.features import InBlocks
 from .audio.speech import bounded_names
@@ -30,7 +34,7 @@ from .files import claims_of
 from .process import ctranslate2, versions
 from .rebound import rebound, swapped
 from .sizes.header import ModelHeader
-from .views import in_heap, lending, lends
+from .views import in_heap, lending, lends, own_lists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -53,6 +57,53 @@ _HUB_OPTIONS = ("download_root", "revision")
 
 _signature = functools.cache(inspect.signature)
 
+# The attribute of a function that was put in a method's place: the method.
+PLAIN = "_whispercache_plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Genuine:
+    """
+    The classes of faster-whisper, as they were at the first use.
+
+    Attributes:
+        model: `faster_whisper.WhisperModel`.
+        pipeline: `faster_whisper.BatchedInferencePipeline`.
+        init: The constructor of models.
+    """
+
+    model: Any
+    pipeline: Any
+    init: Callable[..., None]
+
+
+@functools.cache
+def genuine() -> Genuine:
+    """
+    Returns faster-whisper's classes, whatever programs put in the place of their names:
+    mocks of a test, or functions that ask this very cache.
+
+    Raises:
+        ImportError: they were replaced in all places before the first use.
+    """
+    ctranslate2()
+    import faster_whisper
+    from faster_whisper import transcribe
+
+    def found(name: str) -> Any:  # noqa: ANN401 - a class of its own for each name
+        # The second is the name that programs import, and replace.
+        for module in (transcribe, faster_whisper):
+            kind = getattr(module, name)
+            if isinstance(kind, type) and kind.__module__ == transcribe.__name__:
+                return kind
+        raise ImportError(
+            f"faster_whisper.{name} was replaced before whispercache first used it; "
+            "make a ModelCache and load a model before that"
+        )
+
+    model = found("WhisperModel")
+    return Genuine(model, found("BatchedInferencePipeline"), model.__init__)
+
 
 def build(key: ModelKey, files: ModelFiles, kept: KeptModels) -> WhisperModel:
     """
@@ -68,23 +119,27 @@ def build(key: ModelKey, files: ModelFiles, kept: KeptModels) -> WhisperModel:
     kind, _, index = key.device.partition(":")
     # They are a matter of the download, which is over.
     options = {name: value for name, value in key.options if name not in _HUB_OPTIONS}
-    whisper = _construct(
+    # Not by a call of the class, which would run the plain constructor.
+    whisper: WhisperModel = object.__new__(lending(genuine().model, _swaps()))
+    initialize(
+        whisper,
         files,
         kept,
+        process.whisper(),
         device=kind,
         device_index=int(index or 0),
         compute_type=key.compute_type,
         **options,
     )
-    # Set afterwards: the constructor makes the plain one.
-    whisper.feature_extractor = InBlocks(whisper.feature_extractor)
     claims, directory = claims_of(files), (files.original or files).directory
     if problem := claims.alignment_problem:
         _log.warning("%s cannot tell when words were said: %s", key, problem)
-        _refuse(whisper, "find_alignment", partial(unalignable, directory, problem))
+        error = partial(unalignable, directory, problem)
+        _refuse(whisper, "find_alignment", "align", error)
     if not claims.can_detect:
         _log.warning("%s cannot detect languages: config.json names none", key)
-        _refuse(whisper, "detect_language", partial(undetectable, directory))
+        name = "detect_language"
+        _refuse(whisper, name, name, partial(undetectable, directory))
     return whisper
 
 
@@ -112,33 +167,50 @@ def batched(whisper: WhisperModel) -> Callable[..., object]:
     """
     Returns the ``transcribe`` of a new batched pipeline: it keeps state between calls.
     """
-    ctranslate2()
-    from faster_whisper import BatchedInferencePipeline
+    call = altered(genuine().pipeline(whisper).transcribe)
+    return in_heap(whisper.model.device, call, keeps=False)
 
-    call = swapped(BatchedInferencePipeline(whisper).transcribe, _swaps())
-    # Blocks of batches differ too much in size to be used again.
-    return in_heap(whisper.model, call, keeps=False)
+
+def altered(method: Callable[..., object]) -> Callable[..., object]:
+    """
+    Returns a *method* of faster-whisper, bound to its object, over altered globals. A
+    call gets lists of its own as defaults, which it tells in its info. One that a
+    program has put there is returned as it is.
+    """
+    if type(method) is not types.MethodType:
+        return method
+    # One that we have put there does nothing for a call that holds its lease.
+    plain = getattr(method.__func__, PLAIN, method.__func__)
+    made = swapped(types.MethodType(plain, method.__self__), _swaps())
+    lists = own_lists(plain)
+    return partial(made, **lists) if lists else made
 
 
 def signatures() -> Mapping[str, Signature]:
     """
     Returns the signatures of the faster-whisper that is installed.
     """
-    ctranslate2()
-    from faster_whisper import BatchedInferencePipeline, WhisperModel
+    model, pipeline = genuine().model, genuine().pipeline
     from faster_whisper.vad import VadOptions
 
     return {
-        "transcribe": signature_of(WhisperModel.transcribe),
-        "batched": signature_of(BatchedInferencePipeline.transcribe),
-        "detect_language": signature_of(WhisperModel.detect_language),
+        "transcribe": signature_of(model.transcribe),
+        "batched": signature_of(pipeline.transcribe),
+        "detect_language": signature_of(model.detect_language),
         "vad": _signature(VadOptions),
     }
 
 
-def _construct(files: ModelFiles, kept: KeptModels, **options: object) -> WhisperModel:
+def initialize(
+    whisper: WhisperModel,
+    files: ModelFiles,
+    kept: KeptModels,
+    make: Callable[..., object],
+    **options: object,
+) -> None:
     """
-    Returns a WhisperModel of *files* that shares its tokenizer with equal ones.
+    Runs faster-whisper's constructor on *whisper*, which shares its tokenizer with
+    equal ones. *make* makes its CTranslate2 model, or what stands for that.
 
     Parsing one takes a third of a small model's load and holds the GIL. Where a model
     has none, faster-whisper would fetch one that does not know large-v3's tokens; and
@@ -147,8 +219,7 @@ def _construct(files: ModelFiles, kept: KeptModels, **options: object) -> Whispe
     Source: the peak of loading base as int8 was 1.28 times what it leaves, and is 1.02
     (tests/engine/test_variants.py, benchmarks/switch.py).
     """
-    ctranslate2()
-    from faster_whisper import WhisperModel
+    init = genuine().init
     from faster_whisper.feature_extractor import FeatureExtractor
 
     assert isinstance(files.source, ModelHeader)
@@ -162,23 +233,27 @@ def _construct(files: ModelFiles, kept: KeptModels, **options: object) -> Whispe
         )
     )
     extractor = partial(FeatureExtractor, feature_size=files.source.architecture.mels)
-    names = {"tokenizers": shared, "FeatureExtractor": extractor}
+    models = types.SimpleNamespace(models=types.SimpleNamespace(Whisper=make))
+    names = {
+        "tokenizers": shared,
+        "FeatureExtractor": extractor,
+        "ctranslate2": models,
+    }
     _check_lookups(
-        (WhisperModel.__init__,),
+        (init,),
         tuple(names),
-        "each model parses a tokenizer of its own, or takes 80 mel bands",
+        "each model parses a tokenizer of its own, takes 80 mel bands, or is loaded "
+        "without need",
     )
-    init = rebound(WhisperModel.__init__, **names)
-    # Not by a call of the class, which would run the plain constructor.
-    whisper: WhisperModel = object.__new__(lending(WhisperModel, _swaps()))
-    init(whisper, files.directory, **options)
-    return whisper
+    rebound(init, **names)(whisper, files.directory, **options)
+    # Set afterwards: the constructor makes the plain one.
+    whisper.feature_extractor = InBlocks(whisper.feature_extractor)
 
 
 @functools.cache
 def _swaps() -> Swaps:
-    ctranslate2()
-    from faster_whisper import BatchedInferencePipeline, WhisperModel, vad
+    model, pipeline = genuine().model, genuine().pipeline
+    from faster_whisper import vad
 
     def vad_model() -> object:
         # Looked up now: programs put others in its place.
@@ -190,7 +265,8 @@ def _swaps() -> Swaps:
         vad.collect_chunks,
         vad.VadOptions,
     )
-    methods = (WhisperModel.transcribe, BatchedInferencePipeline.transcribe)
+    batched = getattr(pipeline.transcribe, PLAIN, pipeline.transcribe)
+    methods = (model.transcribe, batched)
     consequence = "voice activity detection takes more memory"
     _check_lookups(methods, tuple(bounded), consequence)
     _check_lookups((vad.get_speech_timestamps,), ("get_vad_model",), consequence)
@@ -230,10 +306,11 @@ def _languages(whisper: WhisperModel, known: Knowledge | None) -> tuple[str, ...
 
 
 def _refuse(
-    whisper: WhisperModel, method: str, error: Callable[[], CorruptModel]
+    whisper: WhisperModel, method: str, raw: str, error: Callable[[], CorruptModel]
 ) -> None:
     """
-    Makes a method raise an *error* where CTranslate2 would end the process.
+    Makes a method raise an *error* where CTranslate2 would end the process, in its own
+    method *raw*.
     """
 
     def refused(*_: object, **__: object) -> None:
@@ -241,7 +318,8 @@ def _refuse(
 
     # By its class: views of the model, which have its class, refuse it, too.
     plain = type(whisper)
-    whisper.__class__ = type(plain.__name__, (plain,), {method: refused})
+    changes = {method: refused, "refusals": {**plain.refusals, raw: error}}
+    whisper.__class__ = type(plain.__name__, (plain,), changes)
 
 
 def _tokenizer_of(files: ModelFiles, kept: KeptModels) -> Tokenizer:

@@ -368,6 +368,15 @@ class FasterWhisperLoader:
     def batched(self, whisper: WhisperModel) -> Callable[..., object]:
         return construct.batched(whisper)
 
+    def whisper_class(self) -> type[WhisperModel] | None:
+        model: type[WhisperModel] = construct.genuine().model
+        return model
+
+    def initialize(
+        self, whisper: WhisperModel, files: ModelFiles, model: object
+    ) -> None:
+        construct.initialize(whisper, files, self._kept, lambda *_, **__: model)
+
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
         return samples_of(audio)
 

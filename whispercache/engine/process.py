@@ -20,6 +20,8 @@ from whispercache.errors import CacheClosed, CacheForked
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from ctranslate2.models import Whisper
+
     from .api import LoadedModel
 
 # Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
@@ -61,6 +63,15 @@ def ctranslate2() -> ModuleType:
         if given is None:
             del os.environ[name]
     return cast("ModuleType", module)
+
+
+@functools.cache
+def whisper() -> type[Whisper]:
+    """
+    Returns CTranslate2's class of models, as it was at the first use, whatever is put
+    in its place later.
+    """
+    return cast("type[Whisper]", ctranslate2().models.Whisper)
 
 
 @functools.cache

@@ -7,6 +7,8 @@ of its own of some names, serves as one, and leaves the module as it is.
 
 from __future__ import annotations
 
+import functools
+import operator
 import types
 from collections.abc import Callable
 from typing import TypeAlias
@@ -50,13 +52,38 @@ def swapped(method: Callable[..., object], swaps: Swaps) -> Callable[..., object
     function = method.__func__
     if type(function) is not types.FunctionType:
         return method
+    found = list(map(function.__globals__.get, _looked_up(function.__code__)))
+    before, made = _made.get((function, swaps), ((), function))
+    # One with globals of its own each time would run slower, too.
+    if len(before) != len(found) or not all(map(operator.is_, before, found)):
+        made = _swapped(function, found, swaps)
+        if len(_made) >= _MOST_MADE:
+            _made.clear()
+        _made[function, swaps] = found, made
+    return types.MethodType(made, method.__self__)
+
+
+# What was made of a function, and the globals that it looks up, as they were then.
+_made: dict[
+    tuple[types.FunctionType, Swaps], tuple[list[object], types.FunctionType]
+] = {}
+_MOST_MADE = 64
+
+
+@functools.cache
+def _looked_up(code: types.CodeType) -> tuple[str, ...]:
+    # Comprehensions are functions of their own.
+    inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return (*code.co_names, *(name for each in inner for name in _looked_up(each)))
+
+
+def _swapped(
+    function: types.FunctionType, found: list[object], swaps: Swaps
+) -> types.FunctionType:
     names: dict[str, object] = {}
-    for name in function.__code__.co_names:
-        # By identity, so that a function that was replaced is left alone.
-        found = function.__globals__.get(name)
+    for name, value in zip(_looked_up(function.__code__), found, strict=True):
         for original, other in swaps:
-            if found is original:
+            # By identity, so that a function that was replaced is left alone.
+            if value is original:
                 names[name] = other
-    if not names:
-        return method
-    return types.MethodType(rebound(function, **names), method.__self__)
+    return rebound(function, **names) if names else function

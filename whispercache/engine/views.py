@@ -22,7 +22,6 @@ from .rebound import swapped
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from ctranslate2.models import Whisper
     from faster_whisper import WhisperModel
 
     from .rebound import Swaps
@@ -37,8 +36,13 @@ class _Lending:
     A view looks up what was not set on it, at each use, in the object that it is a view
     of. So a model that is replaced when the interpreter ends is replaced for all its
     views, and references to views count as its own.
+
+    Attributes:
+        refusals: What makes the error of a method of CTranslate2's model for which the
+            files lack something, by its name.
     """
 
+    refusals: Mapping[str, Callable[[], Exception]] = types.MappingProxyType({})
     _lender: _Lending | None = None
     _check: Check | None = None
 
@@ -124,21 +128,41 @@ def own_values(
         names = [each.name for each in parameters][: len(args)]
     if check is not None:
         check(values)
-    for each in parameters:
-        # A default list is one object for all calls, and callers get it in the info.
-        if isinstance(each.default, list):
-            values.setdefault(each.name, list(each.default))
+    for name, own in own_lists(function).items():
+        values.setdefault(name, own)
     return tuple(values.pop(name) for name in names) if names else args, values
 
 
+def own_lists(function: Callable[..., object]) -> dict[str, list[object]]:
+    """
+    Returns copies of the lists among the defaults of *function*: each is one object for
+    all calls, and callers get it in the info.
+    """
+    return {name: list(default) for name, default in _default_lists(function)}
+
+
+@functools.cache
+def _default_lists(
+    function: Callable[..., object],
+) -> tuple[tuple[str, list[object]], ...]:
+    parameters = signature_of(function, follow_wrapped=False).parameters.values()
+    return tuple((p.name, p.default) for p in parameters if type(p.default) is list)
+
+
 def in_heap(
-    model: Whisper, call: Callable[..., object], *, keeps: bool = True
+    device: str, call: Callable[..., object], *, keeps: bool = True
 ) -> Callable[..., object]:
     """
-    Returns a *call* of a model after which, and after the last of its segments, what it
-    has freed goes back to the system; see `heap.calling`.
+    Returns a *call* of a model there after which, and after the last of its segments,
+    what it has freed goes back to the system; see `heap.calling`.
+
+    Args:
+        device: The kind of device: ``"cpu"`` or ``"cuda"``.
+        call: Any function.
+        keeps: Until then, what is freed is kept. Blocks of batches differ too much in
+            size to be used again.
     """
-    if not heap.is_shared() or model.device != "cpu":
+    if not heap.is_shared() or device != "cpu":
         return call
 
     def called(*args: object, **options: object) -> object:
@@ -170,7 +194,7 @@ def lending(base: type[WhisperModel], swaps: Swaps = ()) -> type[WhisperModel]:
             if type(plain) is not types.MethodType:
                 return plain(*args, **options)
             args, values = own_values(plain.__func__, args, options, self._check)
-            return in_heap(self.model, swapped(plain, swaps))(*args, **values)
+            return in_heap(self.model.device, swapped(plain, swaps))(*args, **values)
 
         return call
 

@@ -177,7 +177,7 @@ def run_micro_model(
     """
     with tempfile.TemporaryDirectory(prefix="whispercache-") as directory:
         _write_micro(ctranslate2, directory)
-        model = ctranslate2.models.Whisper(
+        model = process.whisper()(
             directory,
             device=kind,
             device_index=index,

@@ -53,7 +53,7 @@ class Need(Enum):
     """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
     """
     A request in the queue, for one model or for several at once.
@@ -107,7 +107,7 @@ class Outcome(Enum):
     """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
     """
     A decision on one request of the queue.
@@ -294,6 +294,8 @@ class Walk:
             room = self._rooms[demand.device]
             n_bytes, models = room.shortfall(demand)
             # All or nothing: an eviction on one device is wasted if another is full.
+            if not n_bytes and not models:
+                continue
             if n_bytes > room.idle_bytes or models > room.idle_models:
                 self._note_reach(demand, n_bytes - room.idle_bytes)
                 return None

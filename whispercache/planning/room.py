@@ -100,7 +100,16 @@ class Room:
         """
         Returns True if *demand* can be served at once.
         """
-        return self.lack(demand) == (0, 0)
+        n_bytes, models = demand.n_bytes, demand.models
+        # Asked for each request that is looked at. A demand for nothing is served even
+        # if a lowered limit leaves less than that.
+        if n_bytes and n_bytes > self.capacity_bytes - self.charged_bytes:
+            return False
+        return (
+            not models
+            or self.max_models is None
+            or models <= self.max_models - self.models
+        )
 
     def lack(self, demand: Demand) -> tuple[int, int]:
         """

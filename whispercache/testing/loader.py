@@ -418,5 +418,11 @@ class FakeLoader:
         transcribe: Callable[..., object] = whisper.transcribe
         return transcribe
 
+    def whisper_class(self) -> type[WhisperModel] | None: ...
+
+    def initialize(
+        self, whisper: WhisperModel, files: ModelFiles, model: object
+    ) -> None: ...
+
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
         return cast("NDArray[np.float32]", audio)

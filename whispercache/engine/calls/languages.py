@@ -169,7 +169,7 @@ def knowledge_of(files: ModelFiles) -> Knowledge | None:
     return Knowledge(n_tokens, is_multilingual, codes, error, claims.can_detect)
 
 
-def check_language(model: str, code: str | None, known: Knowledge | None) -> None:
+def check_language(model: object, code: str | None, known: Knowledge | None) -> None:
     """
     Refuses a language that a model does not know. An English-only model refuses none:
     it takes all for English, and faster-whisper warns of that.
@@ -190,7 +190,7 @@ def check_language(model: str, code: str | None, known: Knowledge | None) -> Non
 
 
 def check_knowledge(
-    model: str, values: Mapping[str, object], known: Knowledge | None
+    model: object, values: Mapping[str, object], known: Knowledge | None
 ) -> None:
     """
     Refuses a call in a language or with tokens that a model does not know, or for word

@@ -182,7 +182,8 @@ def check_knowledge(source: Callee, values: Mapping[str, object]) -> None:
         return
     from . import languages
 
-    languages.check_knowledge(str(source), values, source.knowledge())
+    # Its text is made for an error alone.
+    languages.check_knowledge(source, values, source.knowledge())
 
 
 def prepared_detection(

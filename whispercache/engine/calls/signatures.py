@@ -23,16 +23,8 @@ def bound(
     Raises:
         TypeError: there is no such parameter, there are too many, or one came twice.
     """
-    parameters = signature.parameters.values()
-    kinds = {each.kind for each in parameters}
-    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    names = [each.name for each in parameters if each.kind is plain]
-    known = [*names, *(each.name for each in parameters if each.kind is keyword)]
-    # A wrapper takes anything, and passes the audio on first.
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        names = names or ["audio"]
-    if inspect.Parameter.VAR_KEYWORD not in kinds:
+    names, known = _names(signature)
+    if known is not None:
         for name in options:
             if name not in known:
                 import difflib
@@ -47,6 +39,31 @@ def bound(
         if name in options:
             raise TypeError(f"parameter {name!r} was given by position and by name")
     return {**given, **options}
+
+
+# By identity: to hash a signature takes as long as to read it. They are few, and kept.
+_read: dict[int, tuple[inspect.Signature, list[str], list[str] | None]] = {}
+
+
+def _names(signature: inspect.Signature) -> tuple[list[str], list[str] | None]:
+    """
+    Returns the parameters that may be given by position, and all; None if those may
+    have any name.
+    """
+    found = _read.get(id(signature))
+    if found is None:
+        parameters = signature.parameters.values()
+        kinds = {each.kind for each in parameters}
+        plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        names = [each.name for each in parameters if each.kind is plain]
+        known = [*names, *(each.name for each in parameters if each.kind is keyword)]
+        # A wrapper takes anything, and passes the audio on first.
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            names = names or ["audio"]
+        takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+        found = _read[id(signature)] = signature, names, None if takes_any else known
+    return found[1:]
 
 
 @functools.cache

@@ -1,0 +1,254 @@
+"""
+CachedWhisperModel: the WhisperModel that `ModelCache.get_model` returns.
+
+It is an instance of a subclass of faster-whisper's own class, made at its first use.
+Its methods run as they are, on the object that the program has, and what it sets there
+counts. Only ``model`` is a view, and ``transcribe`` and ``detect_language`` hold one
+lease over all that they call.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import TYPE_CHECKING, Any, cast
+
+from whispercache.engine.calls.prepare import prepared, prepared_detection
+from whispercache.engine.calls.signatures import bound
+from whispercache.engine.construct import PLAIN, altered, genuine
+from whispercache.model import ATTRIBUTES, CachedModel, Handle
+
+from .whisper import LeasedWhisper
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from faster_whisper import BatchedInferencePipeline, WhisperModel
+    from typing_extensions import Self
+
+    from whispercache.base import ModelSource
+    from whispercache.engine.api import AudioInput
+    from whispercache.engine.calls.languages import Knowledge
+    from whispercache.keys import ModelKey
+
+_EXTRACTOR = "feature_extractor"
+# What the constructor sets that is large, or a call's own.
+_OF_A_MODEL = ("hf_tokenizer", "model", _EXTRACTOR)
+# That of `faster_whisper.BatchedInferencePipeline.transcribe`.
+_BATCH_SIZE = 8
+
+
+class CachedWhisperModel(CachedModel):
+    """
+    A WhisperModel whose weights may be unloaded between two calls.
+
+    Subclasses have faster-whisper's class behind this one. The attributes that its
+    constructor sets are made when one is first read, without loading weights.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        super().__init__(source)
+        self.model: LeasedWhisper = LeasedWhisper(source)
+        self._leased: LeasedWhisper = self.model
+
+    @property
+    def served_by(self) -> ModelKey | None:
+        """
+        The model that the last call got; see `CachedModel.served_by`.
+        """
+        return self._leased.served_by
+
+    def _lease(self, workload: Any) -> Any:  # noqa: ANN401 - as there
+        return self._leased.lease(workload)
+
+    # Calls ----------------------------------------------------------------------------
+
+    def transcribe(  # noqa: D102 - that of faster-whisper's
+        self,
+        audio: AudioInput,
+        *args: object,
+        batch_size: int | None = None,
+        **options: object,
+    ) -> Any:  # noqa: ANN401 - as there
+        plain = super(Handle, self).transcribe  # type: ignore[misc]
+        leased = leased_of(self)
+        if leased is None:
+            return plain(audio, *args, **options)
+        ready = prepared(leased.source, audio, args, options, batch_size)
+        if batch_size is None:
+            return leased.run(altered(plain), ready)
+        return leased.run(altered(genuine().pipeline(self).transcribe), ready)
+
+    def detect_language(  # noqa: D102 - that of faster-whisper's
+        self, audio: AudioInput | None = None, *args: object, **options: object
+    ) -> Any:  # noqa: ANN401 - as there
+        plain = super(Handle, self).detect_language  # type: ignore[misc]
+        leased = leased_of(self)
+        if leased is None:
+            return plain(audio, *args, **options)
+        ready = prepared_detection(leased.source, audio, args, options)
+        return leased.run(altered(plain), ready)
+
+    # Attributes -----------------------------------------------------------------------
+
+    def _knowledge(self) -> Knowledge:
+        known = self._source.knowledge()
+        assert known is not None  # all of this loader's models are known
+        return known
+
+    @property
+    def supported_languages(self) -> list[str]:
+        """
+        The codes of the languages that the model knows. Does not load it.
+        """
+        return list(self._knowledge().languages)
+
+    @property
+    def is_multilingual(self) -> bool:
+        """
+        True if the model knows other languages than English. Does not load it.
+        """
+        return self._knowledge().is_multilingual
+
+    @property
+    def feature_extractor(self) -> object:
+        """
+        The feature extractor; during a call, that call's own copy.
+        """
+        call = self._leased.here.call
+        if call is None:
+            return self._made(_EXTRACTOR)
+        mine = vars(self).get(_EXTRACTOR)
+        return call.own(call.loaded.whisper.feature_extractor if mine is None else mine)
+
+    @feature_extractor.setter
+    def feature_extractor(self, value: object) -> None:
+        vars(self)[_EXTRACTOR] = value
+
+    def __getattr__(self, name: str) -> object:
+        # Called only for what is not set, or not set yet.
+        mine = vars(self)
+        if name not in ATTRIBUTES or "_leased" not in mine:
+            kind = type(self).__name__
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+        call = self._leased.here.call
+        if call is None:
+            return self._made(name)
+        theirs = vars(call.loaded.whisper)
+        for each, value in theirs.items():
+            # A tokenizer would be kept beyond the model for each of these.
+            if each not in _OF_A_MODEL:
+                mine.setdefault(each, value)
+        return theirs[name]
+
+    def _made(self, name: str) -> object:
+        """
+        Returns an attribute that the constructor sets, which is run now if need be.
+        """
+        mine = vars(self)
+        if name not in mine:
+            shell = object.__new__(genuine().model)
+            self._source.initialize(shell, self._leased)
+            # One that was set before, or by another thread meanwhile, stays.
+            for each, value in vars(shell).items():
+                mine.setdefault(each, value)
+        return mine[name]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        object.__delattr__(self, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *ATTRIBUTES})
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        own = vars(copied)
+        own.update(vars(self))
+        # Or a call on one would be taken for a call on the other.
+        own["_leased"] = LeasedWhisper(self._source)
+        if self.model is self._leased:
+            own["model"] = own["_leased"]
+        return copied
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self.__copy__()
+
+    def __repr__(self) -> str:
+        return f"<CachedModel {self._source}>"
+
+
+def leased_of(whisper: object) -> LeasedWhisper | None:
+    """
+    Returns the view that a call on *whisper* is to be leased by; None where it holds a
+    plain model, or is within a call that has a lease.
+    """
+    model: object = getattr(whisper, "model", None)
+    if isinstance(model, LeasedWhisper) and model.here.call is None:
+        return model
+    return None
+
+
+@functools.cache
+def class_over(base: type[WhisperModel]) -> type[CachedWhisperModel]:
+    """
+    Returns the class of cached models over faster-whisper's *base*. Its signatures are
+    those of *base*.
+    """
+
+    def like(method: str) -> Callable[..., object]:
+        @functools.wraps(getattr(base, method))
+        def wrapper(self: object, *args: object, **options: object) -> object:
+            return getattr(CachedWhisperModel, method)(self, *args, **options)
+
+        return wrapper
+
+    def new(_kind: type, *args: object, **options: object) -> object:
+        # A program that calls the class of a model means faster-whisper's.
+        return base(*args, **options)
+
+    names = ("__doc__", "__init__", "__module__", "__qualname__")
+    attributes = {name: getattr(base, name) for name in names}
+    methods = {name: like(name) for name in ("transcribe", "detect_language")}
+    bases = (CachedWhisperModel, base)
+    made = type(base.__name__, bases, {"__new__": new, **attributes, **methods})
+    return cast("type[CachedWhisperModel]", made)
+
+
+def lease_pipelines(kind: type[BatchedInferencePipeline]) -> None:
+    """
+    Has the batched pipeline hold one lease over a call, where its model is a cached
+    one. With other models it does what it did.
+    """
+    plain = kind.transcribe
+    # A mock of a test has its own idea, and is gone soon.
+    if type(plain) is not types.FunctionType or hasattr(plain, PLAIN):
+        return
+
+    @functools.wraps(plain)
+    def transcribe(self: Any, *args: Any, **options: Any) -> object:  # noqa: ANN401
+        leased = leased_of(getattr(self, "model", None))
+        if leased is None:
+            return plain(self, *args, **options)
+        signature = leased.source.signatures()["batched"]
+        given = bound(signature, args, options)
+        audio = cast("AudioInput", given.pop("audio"))
+        batch_size = cast("int", given.pop("batch_size", _BATCH_SIZE))
+        ready = prepared(leased.source, audio, (), given, batch_size)
+        return leased.run(altered(types.MethodType(plain, self)), ready)
+
+    setattr(transcribe, PLAIN, plain)
+    kind.transcribe = transcribe
+
+
+def cached_model(base: type[WhisperModel], source: ModelSource) -> CachedModel:
+    """
+    Returns a model of *source*, of a class over faster-whisper's *base*.
+    """
+    # Now, in case that a program has put the plain method back.
+    lease_pipelines(genuine().pipeline)
+    model = object.__new__(class_over(cast("Any", base)))
+    CachedWhisperModel.__init__(model, source)
+    return model
