@@ -64,7 +64,7 @@ def draw(name: str, title: str, rows: Sequence[Sequence[Panel]]) -> Path:
     figure.legend(
         *grid[0][0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=len(COLOURS),
+        ncols=3,
         frameon=False,
         handlelength=1.0,
         columnspacing=1.4,

@@ -189,7 +189,7 @@ def use_huge_pages(*, keep: bool = False) -> bool:
     Has models loaded into huge pages from now on, in this process.
 
     Where models take turns on the CPU, a load in float32 then takes half the time. A
-    call keeps what it frees until it ends, which spares it a quarter of its CPU time.
+    call keeps what it frees until it ends, which spares it a fifth of its CPU time.
     The commands do this by themselves; a program calls it first, before threads start.
     From then on all threads share one heap of the C library, as with
     ``MALLOC_ARENA_MAX=1``, which slows programs down whose threads allocate much at the
