@@ -1,6 +1,7 @@
 # make demo      set up, then transcribe the example clips with several models
 # make test      set up, then check style, types, layers and behaviour
 # make quick     set up, then run the tests that take a moment: nine in ten of them
+# make others    set up others, then test with PyAV 18, with 19 and with faster-whisper2
 # make coverage  set up, then run all tests and see which lines they reach
 # make bench     set up, then measure
 # make soak      set up, then try at random what may happen, for much longer
@@ -17,9 +18,21 @@ BIN := .venv/bin
 RUN := XDG_CACHE_HOME="$(CURDIR)/examples/.cache" $(BIN)/python
 # One test at a time for each processor, and one more, since tests also wait.
 JOBS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
+SHARED := --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
+PYTEST := $(BIN)/pytest $(SHARED)
 
-.PHONY: demo test lint types layers unit quick coverage bench soak gpu clean
+# For environments of a few tests: what is never imported need not be compiled.
+INSTALL := pip install --quiet --no-compile
+OTHERS := hypothesis pytest pytest-timeout pytest-xdist
+# PyAV 19 needs Python 3.12; NEWER=/path/to/python chooses one.
+NEWER ?= $(shell for each in $(PYTHON) python3.14 python3.13 python3.12 \
+    "$$HOME"/.pyenv/versions/3.1[2-9]*/bin/python; do \
+    "$$each" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && \
+    echo "$$each" && break; done)
+
+.SECONDARY: # what was set up for a pattern is kept
+.PHONY: demo test lint types layers unit quick others others-fork coverage bench soak gpu \
+    clean
 
 demo: .venv/demo
 	$(RUN) examples/multilingual.py
@@ -46,6 +59,18 @@ unit: .venv/test .venv/browser
 
 quick: .venv/test
 	$(PYTEST) -m "not process and not browser and not stress and not slow"
+
+# Apart from `make test`, since it sets up three more environments.
+others: others-pyav18 others-pyav19 others-fork
+
+others-pyav%: .venv/others/pyav%/ready
+	$(<D)/bin/pytest $(SHARED) tests/engine/test_audio.py tests/engine/test_views.py \
+	    tests/server/test_decode.py
+
+others-fork: .venv/others/fork/ready
+	! $(<D)/bin/pip show --quiet faster-whisper
+	$(<D)/bin/pytest $(SHARED) -m "not slow" tests/test_model.py \
+	    tests/engine/test_views.py tests/engine/test_construct.py
 
 # Apart from `make test`, since it takes half as long again.
 coverage: .venv/test .venv/browser
@@ -93,6 +118,24 @@ clean:
 
 .venv/test: .venv/pip pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[demo,server,compare]' --group test
+	@touch $@
+
+.venv/others/%/python: | .venv/pip
+	@test -n "$(NEWER)" || \
+	    { echo "this needs Python 3.12 or later; try NEWER=/path/to/python"; exit 1; }
+	$(NEWER) -m venv --clear $(@D)
+	@touch $@
+
+.venv/others/pyav%/ready: .venv/others/pyav%/python pyproject.toml Makefile
+	$(@D)/bin/$(INSTALL) --editable '.[server,compare]' 'av==$*.*' $(OTHERS)
+	@touch $@
+
+# As README says.
+.venv/others/fork/ready: .venv/others/fork/python pyproject.toml Makefile
+	$(@D)/bin/$(INSTALL) faster-whisper2
+	$(@D)/bin/$(INSTALL) --no-deps --editable .
+	$(@D)/bin/$(INSTALL) av ctranslate2 filelock huggingface-hub nvidia-ml-py \
+	    platformdirs psutil rich tomli jiwer $(OTHERS)
 	@touch $@
 
 # The page and the report are tested in a real browser. Where it may, this installs one.

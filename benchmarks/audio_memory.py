@@ -33,9 +33,8 @@ CALLS = {
 CHILD = """
 import json, sys
 import numpy as np
-from faster_whisper import decode_audio
 from faster_whisper.vad import get_vad_model
-from whispercache import ModelCache
+from whispercache import ModelCache, read_audio
 from whispercache.engine.sizes.footprint import Workload, audio_bytes, read_header
 from whispercache.engine.calls.prepare import workload_of
 
@@ -46,7 +45,7 @@ def status(name):
         line = next(line for line in file if line.startswith(name))
     return int(line.split()[1]) * 1024
 
-speech = decode_audio(clip)
+speech = read_audio(clip).samples
 samples = np.tile(speech, 1 + minutes * 60 * 16000 // len(speech))
 samples = np.ascontiguousarray(samples[: minutes * 60 * 16000], np.float32)
 with ModelCache(variants=False) as cache, cache.lease(directory, "cpu") as whisper:

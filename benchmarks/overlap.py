@@ -36,7 +36,7 @@ import psutil
 from report import Table, machine, parsed, write
 from switch import TYPES, prepared
 
-from whispercache import ModelCache
+from whispercache import ModelCache, read_audio
 from whispercache.engine.process import versions
 
 if TYPE_CHECKING:
@@ -63,10 +63,9 @@ def minute() -> NDArray[np.float32]:
     Reads a minute of English from the clips: float32 (samples,), mono, 16 kHz.
     """
     import numpy as np
-    from faster_whisper.audio import decode_audio
 
     clips = Path(__file__).parent.parent / "examples" / "clips"
-    parts = [decode_audio(str(each)) for each in sorted(clips.glob("en-*.flac"))]
+    parts = [read_audio(each).samples for each in sorted(clips.glob("en-*.flac"))]
     return np.concatenate(parts)[: CLIP_S * RATE]
 
 

@@ -57,6 +57,22 @@ def test_all_that_is_listed_is_there_and_all_that_is_there_is_listed() -> None:
     assert public - modules - {"TYPE_CHECKING"} <= listed
 
 
+def test_a_fork_is_installed_with_all_that_the_package_needs() -> None:
+    """
+    By name, in README and for the tests; of faster-whisper there is the fork's.
+    """
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    assert listed
+    needed = re.findall(r'^ +"([a-z0-9-]+)', listed[1], re.MULTILINE)
+    needed.remove("faster-whisper")
+    named = f"install {' '.join(needed)}"
+    for name in ("README.md", "Makefile"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        text = text.replace("$(INSTALL)", "install")
+        assert named in " ".join(text.replace("\\\n", " ").split())
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     """
     Names that are made at their first use do not hide typing errors.

@@ -14,8 +14,7 @@ import av.error
 import numpy as np
 import pytest
 from faster_whisper import WhisperModel
-from faster_whisper.audio import decode_audio
-from real import clip, micro, model_of
+from real import clip, decode_audio, micro, model_of
 
 from whispercache import AudioError, ModelCache, footprint, read_audio
 from whispercache.devices.host import cpu_name

@@ -118,7 +118,8 @@ class PlainScheduler(Scheduler):
         super().__init__(agenda, evictions, lessor)
         self._plan = plan
 
-    def _round(self) -> PlainRound:  # type: ignore[override]
+    def _round(self, *, trusts: bool) -> PlainRound:  # type: ignore[override]
+        del trusts
         return PlainRound(self._state, self._rules, self._now(), self._plan)
 
 

@@ -14,9 +14,11 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import faster_whisper
 import pytest
 from fakes import MIB, FakeGpus, build_drivers
 from hypothesis import given
@@ -1016,6 +1018,8 @@ class TestDoctor:
         """
         A machine with a card, and all that it needs.
         """
+        # That of faster-whisper 1.2.1 is not, with PyAV 19.
+        monkeypatch.setattr(faster_whisper, "decode_audio", lambda _: None)
         monkeypatch.setattr(doctor, "driver_version", lambda: "580.95.05")
         monkeypatch.setattr(doctor, "nvml_problem", lambda: None)
         monkeypatch.setattr(doctor, "cublas_problem", lambda: None)
@@ -1117,6 +1121,58 @@ class TestDoctor:
         assert "libgomp" in found["ctranslate2"].text
         assert "types, cpu" not in found
         assert found["cuda:0"].mark == "works"
+
+    def test_an_audio_library_that_programs_cannot_use_is_worth_a_note(
+        self, healthy: FakeMachine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        The cache can, so all that it needs works.
+        """
+
+        def refuse(_file: object) -> None:
+            raise TypeError("open() got an unexpected argument 'metadata_errors'")
+
+        monkeypatch.setattr(faster_whisper, "decode_audio", refuse)
+        found = self.found(healthy)
+        assert found["PyAV"].mark == "note"
+        assert "the cache reads files, but faster-whisper's" in found["PyAV"].text
+        assert "metadata_errors" in found["PyAV"].text
+        assert found["PyAV"].mend.startswith("pip install 'av<19'")
+        assert found["onnxruntime"].mark == "works"
+
+    def test_without_an_audio_library_samples_can_be_heard(
+        self, healthy: FakeMachine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        docs/gpu.md leaves it out.
+        """
+
+        def absent(name: str) -> str:
+            if name == "av":
+                raise PackageNotFoundError(name)
+            return version(name)
+
+        monkeypatch.setattr(doctor, "version", absent)
+        found = self.found(healthy)["PyAV"]
+        assert (found.mark, found.mend) == ("note", "pip install av")
+
+    def test_two_packages_with_one_module_are_wrong(
+        self, healthy: FakeMachine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        The files are those of the last one that was installed.
+        """
+        assert "packages" not in self.found(healthy)
+        names = ["faster-whisper2", "faster-whisper", "faster-whisper"]
+        monkeypatch.setattr(
+            doctor,
+            "packages_distributions",
+            lambda: {"faster_whisper": names, "onnxruntime": ["onnxruntime"]},
+        )
+        found = self.found(healthy)["packages"]
+        assert found.mark == "wrong"
+        assert found.text.startswith("faster-whisper and faster-whisper2 are both")
+        assert "pip uninstall faster-whisper faster-whisper2," in found.mend
 
     def test_a_full_disk_is_worth_a_note(
         self, healthy: FakeMachine, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,7 @@ from real import (
     TEXT,
     at_once,
     clip,
+    decode_audio,
     micro,
     micro_copy,
     model_of,
@@ -73,9 +74,10 @@ def test_one_lease_is_held_over_a_transcription(
     """
     Whatever it calls, and from whichever thread its segments are read.
     """
-    audio = clip("en-bread")
-    expected = [asdict(s) for s in plain_model(micro()).transcribe(audio, **options)[0]]
-    segments, _ = model_of(cache, micro()).transcribe(audio, **options)
+    samples = decode_audio(clip("en-bread"))
+    heard, _ = plain_model(micro()).transcribe(samples, **options)
+    expected = [asdict(each) for each in heard]
+    segments, _ = model_of(cache, micro()).transcribe(clip("en-bread"), **options)
     assert cache.stats().leases == 1
     assert at_once([lambda: [asdict(each) for each in segments]]) == [expected]
     assert (cache.stats().leases, cache.stats().requests) == (0, 1)
@@ -99,7 +101,8 @@ def test_one_lease_is_held_over_a_batched_one(
     """
     audio = clip("en-two-voices")
     plain = BatchedInferencePipeline(plain_model(micro()))
-    expected = [asdict(each) for each in plain.transcribe(audio, **options)[0]]
+    heard, _ = plain.transcribe(decode_audio(audio), **options)
+    expected = [asdict(each) for each in heard]
     model: Any = model_of(cache, micro())
     pipeline = BatchedInferencePipeline(model=model)
     assert pipeline.model is model

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ctranslate2
 import numpy as np
 import pytest
-from faster_whisper.audio import decode_audio, pad_or_trim
+from faster_whisper.audio import pad_or_trim
 from faster_whisper.tokenizer import Tokenizer
 from real import (
     MIB,
@@ -19,6 +19,7 @@ from real import (
     TEXT,
     at_once,
     clip,
+    decode_audio,
     micro,
     micro_copy,
     model_of,

@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from faster_whisper import BatchedInferencePipeline
-from faster_whisper.audio import decode_audio, pad_or_trim
+from faster_whisper.audio import pad_or_trim
 from faster_whisper.tokenizer import Tokenizer
-from real import at_once, clip, micro, micro_copy, model_of, plain_model, text_of
+from real import (
+    at_once,
+    clip,
+    decode_audio,
+    micro,
+    micro_copy,
+    model_of,
+    plain_model,
+    text_of,
+)
 
 from whispercache import ModelCache, footprint
 from whispercache.testing import settle

@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import av
+import faster_whisper.audio
 import numpy as np
 import pytest
 from broken_audio import VALID, encoded, tone, wav
-from faster_whisper import decode_audio
-from real import clip, micro, model_of
+from real import TEXT, clip, decode_audio, micro, model_of, text_of
 from starlette.datastructures import UploadFile
 
 from whispercache import Audio, AudioDamage, AudioError, ModelCache, compare, read_audio
 from whispercache.cli.main import main
 from whispercache.engine.audio import decoder as audio_module
 from whispercache.engine.audio.decoder import Recording
+from whispercache.engine.audio.samples import in_place_of
 from whispercache.server import decoding
 from whispercache.server.decode import Decoder, samples
 
@@ -301,6 +302,39 @@ class TestWholeFiles:
         monkeypatch.setattr(av, "open", lambda _file, **options: asked.update(options))
         module.open_audio("talk.wav")
         assert [*asked] == ["mode", *passed]
+
+    @pytest.mark.parametrize(
+        "given", [str, Path, lambda path: io.BytesIO(path.read_bytes())]
+    )
+    def test_a_leased_model_reads_files_as_well(
+        self, monkeypatch: pytest.MonkeyPatch, given: Callable[[Path], Any]
+    ) -> None:
+        """
+        The decoder of faster-whisper 1.2.1 cannot, with PyAV 19.
+        """
+        monkeypatch.setattr(faster_whisper.audio, "av", None)
+        path = Path(clip("en-bread"))
+        with ModelCache() as cache, model_of(cache, micro()).lease() as whisper:
+            segments, info = whisper.transcribe(given(path))
+            assert text_of(segments) == TEXT
+        assert info.duration == len(read_audio(path).samples) / RATE
+
+    def test_other_rates_and_stereo_are_left_to_faster_whisper(self) -> None:
+        """
+        No model that is known asks for them.
+        """
+        asked: list[object] = []
+
+        def plain(*arguments: object, **options: object) -> None:
+            asked.append((arguments, options))
+
+        decode = in_place_of(plain)
+        decode("talk.wav", 8_000)
+        decode("talk.wav", split_stereo=True)
+        assert asked == [
+            (("talk.wav", 8_000), {}),
+            (("talk.wav", RATE), {"split_stereo": True}),
+        ]
 
 
 LOST_S = {

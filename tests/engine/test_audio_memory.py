@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from faster_whisper import decode_audio, vad
+from faster_whisper import vad
 from faster_whisper.vad import VadOptions
-from real import MIB, at_once, clip, micro_copy, model_of
+from real import MIB, at_once, clip, decode_audio, micro_copy, model_of
 
 from whispercache import ModelCache, ModelTooLarge, Workload, footprint
 from whispercache.engine.audio.speech import BLOCK_WINDOWS, InBlocks, bounded_names

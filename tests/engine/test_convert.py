@@ -15,10 +15,10 @@ import ctranslate2
 import numpy as np
 import pytest
 from ctranslate2.models import Whisper
-from faster_whisper import WhisperModel, decode_audio
+from faster_whisper import WhisperModel
 from faster_whisper.feature_extractor import FeatureExtractor
 from micro import build_micro
-from real import MIB, child, clip, micro, packaged, reference
+from real import MIB, child, clip, decode_audio, micro, packaged, reference
 
 from whispercache import CorruptModel
 from whispercache.engine.sizes.header import ModelHeader, read_header

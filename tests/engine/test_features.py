@@ -9,9 +9,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from faster_whisper import decode_audio
 from faster_whisper.feature_extractor import FeatureExtractor
-from real import MIB, clip, micro, model_of
+from real import MIB, clip, decode_audio, micro, model_of
 
 from whispercache import ModelCache
 from whispercache.engine.audio.features import BLOCK_S, LONG_S, InBlocks

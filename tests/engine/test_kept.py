@@ -24,7 +24,6 @@ import pytest
 import tokenizers
 from children import in_child
 from effort import tries
-from faster_whisper.audio import decode_audio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real import (
@@ -33,6 +32,7 @@ from real import (
     at_once,
     child,
     clip,
+    decode_audio,
     micro,
     micro_copy,
     model_of,

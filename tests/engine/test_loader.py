@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING, Any
 import faster_whisper.transcribe
 import numpy as np
 import pytest
-from faster_whisper import decode_audio
-from real import FEATURES, SILENCE, TEXT, clip, micro, micro_copy, model_of, text_of
+from real import (
+    FEATURES,
+    SILENCE,
+    TEXT,
+    clip,
+    decode_audio,
+    micro,
+    micro_copy,
+    model_of,
+    text_of,
+)
 
 from whispercache import (
     AudioError,

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-from real import at_once, child_environment, clip, packaged, reference
+from real import (
+    at_once,
+    child_environment,
+    clip,
+    decode_audio,
+    packaged,
+    reference,
+)
 
 from whispercache import AsyncModelCache
 from whispercache.testing import wait_until
@@ -188,8 +195,6 @@ def long_upload() -> dict[str, tuple[str, bytes]]:
     """
     A form with six minutes of speech in it: half a minute's work for tiny.en.
     """
-    from faster_whisper import decode_audio
-
     samples = np.tile(decode_audio(clip("en-harbour-long")), 10)
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:

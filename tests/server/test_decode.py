@@ -30,9 +30,8 @@ from broken_audio import (
     playlists,
     silence_bomb,
 )
-from faster_whisper.audio import decode_audio
 from pebble import ProcessFuture
-from real import child, clip
+from real import child, clip, decode_audio
 
 from whispercache.server import decode, decoding
 from whispercache.server.decode import (

@@ -19,14 +19,15 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import MappingProxyType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import pytest
 from micro import build_micro
 
 from examples.weights import WeightsMissing, packaged_model
+from whispercache.engine.rebound import rebound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -46,6 +47,7 @@ __all__ = [
     "child",
     "child_environment",
     "clip",
+    "decode_audio",
     "micro",
     "micro_copy",
     "model_of",
@@ -139,6 +141,23 @@ def clip(name: str) -> str:
     Path of an example clip, ``"en-bread"`` for example.
     """
     return str(_CLIPS / f"{name}.flac")
+
+
+def decode_audio(source: str | BinaryIO) -> NDArray[np.float32]:
+    """
+    The samples of faster-whisper's ``decode_audio``, which by itself fails with PyAV
+    19: an option that it passes is there no more.
+    """
+    import av
+    from faster_whisper import audio
+
+    def opened(file: str | BinaryIO, mode: Literal["r"], **_: str) -> object:
+        return av.open(file, mode)
+
+    decode: Callable[..., NDArray[np.float32]] = audio.decode_audio
+    if int(av.__version__.partition(".")[0]) >= 19:
+        decode = rebound(decode, av=SimpleNamespace(**{**vars(av), "open": opened}))
+    return decode(source)
 
 
 def reference(name: str) -> str:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +21,12 @@ from whispercache.devices.cuda import DRIVER_LIBRARY
 from whispercache.devices.heap import huge_pages, huge_pages_problem
 from whispercache.devices.nvml import driver_version, nvml_problem
 from whispercache.devices.release import compile_reason, cublas_reason
-from whispercache.engine.process import TELEMETRY, telemetry_setting, versions
+from whispercache.engine.process import (
+    TELEMETRY,
+    decoding_problem,
+    telemetry_setting,
+    versions,
+)
 from whispercache.errors import DeviceUnavailable, WhisperCacheError, format_bytes
 from whispercache.settings.sources import settle
 
@@ -83,6 +88,8 @@ def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
     has_libraries = all(finding.mark == "works" for finding in libraries)
     if has_libraries:
         # Only where faster-whisper is, which needs it.
+        yield from _forks()
+        yield _pyav()
         yield _onnxruntime()
         yield _arithmetic("cpu", loader)
     yield _settings()
@@ -144,6 +151,43 @@ def _libraries() -> Iterator[Finding]:
         return
     for name, number in found.items():
         yield Finding("works", name, number)
+
+
+def _forks() -> Iterator[Finding]:
+    """
+    Finds packages that brought the same module, so that one lies over the other.
+    """
+    names = sorted(set(packages_distributions().get("faster_whisper", ())))
+    if len(names) > 1:
+        yield Finding(
+            "wrong",
+            "packages",
+            f"{' and '.join(names)} are both installed, one over the other",
+            f"pip uninstall {' '.join(names)}, then install the one that you want",
+        )
+
+
+def _pyav() -> Finding:
+    """
+    Returns the state of the library that decodes audio, for programs that have
+    faster-whisper decode it as well.
+    """
+    try:
+        number = version("av")
+    except PackageNotFoundError:
+        # An empty module is enough for faster-whisper to be imported.
+        text = "not installed: samples can be heard, and no files"
+        return Finding("note", "PyAV", text, "pip install av")
+    problem = decoding_problem()
+    if not problem:
+        return Finding("works", "PyAV", number)
+    return Finding(
+        "note",
+        "PyAV",
+        f"{number}: the cache reads files, but faster-whisper's own decode_audio() "
+        f"fails ({problem})",
+        "pip install 'av<19', if your program calls that, or plain models",
+    )
 
 
 def _onnxruntime() -> Finding:

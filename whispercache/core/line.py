@@ -202,28 +202,33 @@ class Line:
 
     def leave(self, waiter: Waiter) -> None:
         """
-        Removes a request.
+        Removes a request, even one that Ctrl-C kept from joining completely.
         """
-        del self.waiters[waiter.serial]
-        del self._serials[self.place(waiter) - 1]
+        self.waiters.pop(waiter.serial, None)
+        place = self.place(waiter) - 1
+        if self._serials[place : place + 1] == [waiter.serial]:
+            del self._serials[place]
         self.groups.pop(waiter, None)
         self.passing.discard(waiter)
-        if waiter.owner is not None:
-            others = self.owners[waiter.owner]
-            del others[waiter]
-            if not others:
-                del self.owners[waiter.owner]
-            self._suspect(waiter.owner)
+        others = self.owners.get(waiter.owner, {})
+        others.pop(waiter, None)
+        if not others:
+            self.owners.pop(waiter.owner, None)
+        self._suspect(waiter.owner)
         for entry in waiter.entries:
-            del entry.waiting[waiter]
-            self._devices[entry.device] -= 1
-            if not self._devices[entry.device]:
-                del self._devices[entry.device]
-            filed = self._cohort_of.get(entry)
-            if filed is None or filed[1] is waiter or waiter.passes:
-                self.file(entry)
+            self._leave(waiter, entry)
         if not self.waiters:
             self.held.clear()
+
+    def _leave(self, waiter: Waiter, entry: Entry) -> None:
+        if waiter in entry.waiting:
+            del entry.waiting[waiter]
+            self._devices[entry.device] -= 1
+            if self._devices[entry.device] <= 0:
+                del self._devices[entry.device]
+        filed = self._cohort_of.get(entry)
+        if filed is None or filed[1] is waiter or waiter.passes:
+            self.file(entry)
 
     # What they wait for ---------------------------------------------------------------
 

@@ -53,6 +53,7 @@ class Round:
         state: The line, and what is in memory.
         rules: What is decided by.
         now_s: Monotonic seconds.
+        trusts: What the last walk found holds but for what was charged or idle.
 
     Attributes:
         found: All that should happen.
@@ -60,7 +61,9 @@ class Round:
         impatient_since_s: When the next stuck request was made that has patience left.
     """
 
-    def __init__(self, state: CacheState, rules: Rules, now_s: float) -> None:
+    def __init__(
+        self, state: CacheState, rules: Rules, now_s: float, *, trusts: bool
+    ) -> None:
         self._state = state
         self._line = state.queue
         self._impatient_since_s = now_s - rules.patience_s
@@ -69,8 +72,7 @@ class Round:
         self._walk = Walk(rooms, look.idle, look.busy)
         # What no younger request than those before can have.
         self._reach_bytes = {name: room.reach_bytes for name, room in rooms.items()}
-        devices = state.devices.values()
-        self._is_known = all(device.outlook.is_known for device in devices)
+        self._trusts = trusts
         self._asleep: list[Cohort] = []
         # What is to be shown, by serial number; a cohort shows one after the other.
         self._heap: list[tuple[int, Waiter, Cohort | None]] = []
@@ -120,7 +122,7 @@ class Round:
         """
         was_stopped = cohort.stopped_in == self._state.rounds
         first = cohort.after(-1)
-        if first is None or not was_stopped or not self._is_known:
+        if first is None or not was_stopped or not self._trusts:
             return False
         # Some of these would bar others, drain models, or be held, not stuck.
         if cohort.worn or self._is_impatient(first) or self._line.groups:

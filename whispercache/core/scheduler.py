@@ -167,8 +167,8 @@ class Scheduler:
         # Even one that is served at once goes through the queue: there is one way in.
         if not waiting:
             self._form_line()
-        state.queue.join(waiter)
         try:
+            state.queue.join(waiter)
             if self._waits_in_vain(waiter):
                 self._lookout.look_out(entry.device for entry in waiter.entries)
             else:
@@ -235,9 +235,7 @@ class Scheduler:
         """
         Returns True if what the last walk along the line found still holds.
         """
-        devices = self._state.devices.values()
-        is_known = all(device.outlook.is_known for device in devices)
-        return is_known and self._now() < self._state.impatient_at_s
+        return self._is_known() and self._now() < self._state.impatient_at_s
 
     def abandon(self, waiter: Waiter) -> bool:
         """
@@ -282,10 +280,17 @@ class Scheduler:
         changed.
         """
         self._file_moved()
-        return self._round().decide_on(waiter)
+        return self._round(trusts=self._is_known()).decide_on(waiter)
 
-    def _round(self) -> Round:
-        return Round(self._state, self._rules, self._now())
+    def _round(self, *, trusts: bool) -> Round:
+        return Round(self._state, self._rules, self._now(), trusts=trusts)
+
+    def _is_known(self) -> bool:
+        """
+        Returns True if nothing but what bounds tell has changed since the last walk.
+        """
+        devices = self._state.devices.values()
+        return all(device.outlook.is_known for device in devices)
 
     def _file_moved(self) -> None:
         """
@@ -315,11 +320,15 @@ class Scheduler:
         self._evictions.shrink()
         before = None
         last = None
+        trusts = self._is_known()
+        # Whatever ends this early, as Ctrl-C may, the next event looks at all anew.
+        for device in state.devices.values():
+            device.outlook.forget()
         # To serve a request may help another one: it no longer holds anything back.
         while state.queue and len(state.queue) != before and state.closed is None:
             before = len(state.queue)
             self._file_moved()
-            last = self._round()
+            last = self._round(trusts=trusts)
             for found in last.run():
                 self._carry_out(found)
         if last is not None:

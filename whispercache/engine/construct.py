@@ -26,6 +26,7 @@ from whispercache.errors import LoadFailed
 from . import process
 from .api import LoadedModel
 from .audio.features import InBlocks
+from .audio.samples import in_place_of
 from .audio.speech import bounded_names
 from .calls.languages import check_knowledge, knowledge_of
 from .calls.signatures import signature_of
@@ -253,7 +254,7 @@ def initialize(
 @functools.cache
 def _swaps() -> Swaps:
     model, pipeline = genuine().model, genuine().pipeline
-    from faster_whisper import vad
+    from faster_whisper import audio, vad
 
     def vad_model() -> object:
         # Looked up now: programs put others in its place.
@@ -270,7 +271,12 @@ def _swaps() -> Swaps:
     consequence = "voice activity detection takes more memory"
     _check_lookups(methods, tuple(bounded), consequence)
     _check_lookups((vad.get_speech_timestamps,), ("get_vad_model",), consequence)
-    return tuple((getattr(vad, name), other) for name, other in bounded.items())
+    decode = audio.decode_audio
+    # Pipelines are given samples.
+    lookup = methods[:1], (decode.__name__,)
+    _check_lookups(*lookup, "a leased model may read no files with PyAV 19")
+    swaps = tuple((getattr(vad, name), other) for name, other in bounded.items())
+    return (*swaps, (decode, in_place_of(decode)))
 
 
 @functools.cache

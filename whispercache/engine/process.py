@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import io
 import os
 import threading
 import time
@@ -109,6 +110,29 @@ def versions() -> dict[str, str]:
         "faster-whisper": str(faster_whisper.__version__),
         "CTranslate2": str(module.__version__),
     }
+
+
+def decoding_problem() -> str:
+    """
+    Returns why faster-whisper's own ``decode_audio`` reads no file; empty if it does.
+
+    Source: 1.2.1 passes PyAV an option that PyAV 19 does not have.
+    """
+    import wave
+
+    ctranslate2()
+    import faster_whisper
+
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+        sound.writeframes(bytes(3_200))
+    file.seek(0)
+    try:
+        faster_whisper.decode_audio(file)
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def enter() -> None:

@@ -122,6 +122,8 @@ def read_audio(source: str | os.PathLike[str] | BinaryIO) -> Audio:
         with open_audio(opened) as container:
             recording = Recording(container)
             samples = _joined(list(recording.pieces()))
+            # From PyAV 19 on, a closed container tells nothing.
+            damage = recording.damage()
     # The reason is ready for people; FFmpeg's errors need words first.
     except NoAudio as error:
         raise AudioError(name_of(source), str(error)) from error
@@ -133,7 +135,7 @@ def read_audio(source: str | os.PathLike[str] | BinaryIO) -> Audio:
         collect()
     if not samples.size:
         raise AudioError(name_of(source), "no audio in it")
-    return Audio(samples, recording.damage())
+    return Audio(samples, damage)
 
 
 def undecodable(source: object, error: BaseException) -> AudioError:
@@ -284,7 +286,8 @@ class Recording:
 
     def damage(self) -> AudioDamage | None:
         """
-        Returns the losses, once all pieces are there, if any are worth telling.
+        Returns the losses, once all pieces are there, if any are worth telling. The
+        container must still be open.
         """
         damage = self._losses.total(_promised_s(self._container, self._stream))
         is_told = damage.lost_s >= WORTH_TELLING_S or damage.breaks_off

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 from whispercache.errors import AudioError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
     from whispercache.engine.api import AudioInput
 
 _log = logging.getLogger("whispercache")
+
+_RATE_HZ = 16_000
 
 
 def samples_of(audio: AudioInput) -> NDArray[np.float32]:
@@ -52,3 +56,20 @@ def samples_of(audio: AudioInput) -> NDArray[np.float32]:
     if heard.damage is not None:
         _log.warning("%s is damaged: %s", name_of(audio), heard.damage)
     return heard.samples
+
+
+def in_place_of(plain: Callable[..., object]) -> Callable[..., object]:
+    """
+    Returns what models call for *plain*, which is faster-whisper's ``decode_audio``:
+    the same of `samples_of`, since faster-whisper 1.2.1 cannot open a file with PyAV
+    19. It still decodes to other rates, and to stereo.
+    """
+
+    def decode_audio(
+        input_file: AudioInput, sampling_rate: int = _RATE_HZ, **options: object
+    ) -> object:
+        if sampling_rate != _RATE_HZ or options:
+            return plain(input_file, sampling_rate, **options)
+        return samples_of(input_file)
+
+    return decode_audio
