@@ -77,6 +77,7 @@ coverage: .venv/test .venv/browser
 	$(PYTEST) --cov --cov-report=term --cov-fail-under=95
 
 bench: .venv/bench
+	$(RUN) benchmarks/cold.py
 	$(RUN) benchmarks/imports.py
 	$(RUN) benchmarks/hit_path.py
 	$(RUN) benchmarks/queueing.py
@@ -84,6 +85,7 @@ bench: .venv/bench
 	$(RUN) benchmarks/switch.py
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/audio_memory.py 5 30
+	$(RUN) benchmarks/calls.py
 	$(RUN) benchmarks/overlap.py
 	$(RUN) benchmarks/simulate
 	$(RUN) benchmarks/serve.py

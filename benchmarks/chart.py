@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's greys and blues: told apart by lightness, too.
-COLOURS = ("#999999", "#cccccc", "#56b4e9", "#0072b2")
+COLOURS = ("#999999", "#cccccc", "#56b4e9", "#0072b2", "#003366")
 INK = "#333333"
 WIDTH_INCHES, ROW_INCHES = 8.0, 2.6
 PAD_INCHES = 0.1
@@ -64,7 +64,7 @@ def draw(name: str, title: str, rows: Sequence[Sequence[Panel]]) -> Path:
     figure.legend(
         *grid[0][0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=len(COLOURS),
+        ncols=3,
         frameon=False,
         handlelength=1.0,
         columnspacing=1.4,

@@ -1,7 +1,7 @@
 """
 What it costs to switch between two models under a limit that holds one: A, B, A, B, …
 
-    python benchmarks/switch.py [--switches 18] [--rounds 3] [--write]
+    python benchmarks/switch.py [--switches 18] [--rounds 3] [--before DIR] [--write]
 
 On the CPU, tiny.en and base, in float32 and int8. Each contender runs in a process of
 its own, and tells how long each switch took, from the request until the model can be
@@ -13,6 +13,9 @@ lru_cache     ``@lru_cache(maxsize=1)`` around it, the usual recipe: the old mod
 no variants   ``ModelCache(ram=LIMIT, variants=False)``, with a limit that holds either
               model, not both
 whispercache  ``ModelCache(ram=LIMIT)``; its variants were built before
+huge pages    the same after ``use_huge_pages()``, as the commands do it
+before        with ``--before``: the same as "whispercache", in the build whose checkout
+              is DIR; that needs a benchmarks/switch.py of the same kind
 
 The contenders take turns, several rounds each; medians. Right before a switch the files
 that it will read are read to the end ("warm"), or put out of the page cache by fsync
@@ -56,7 +59,8 @@ from page_cache import make_cold, read
 from report import Table, machine, parsed, write
 
 from examples.weights import packaged_model
-from whispercache import ModelCache, Workload
+from whispercache import ModelCache, Workload, use_huge_pages
+from whispercache.devices.heap import huge_pages_problem
 from whispercache.devices.host import return_free_memory
 from whispercache.engine.process import versions
 from whispercache.engine.sizes.header import read_header
@@ -66,17 +70,19 @@ from whispercache.errors import format_bytes
 from whispercache.options import DEFAULT_VARIANTS_BYTES, VARIANTS_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 MODELS = ("tiny.en", "base")
 TYPES = ("float32", "int8")
 STATES = ("warm", "cold")
-CONSTRUCT, LRU_CACHE, PLAIN, WHISPERCACHE = CONTENDERS = (
+CONSTRUCT, LRU_CACHE, PLAIN, WHISPERCACHE, HUGE = CONTENDERS = (
     "construct",
     "lru_cache",
     "no variants",
     "whispercache",
+    "huge pages",
 )
+BEFORE = "before"
 WORK = Workload(beam_size=1, fallback=False)
 
 
@@ -132,7 +138,7 @@ def files_of(contender: str, model: Path, compute_type: str) -> list[Path]:
     Returns the files that a contender reads to load *model*.
     """
     directory: Path | None = model
-    if contender == WHISPERCACHE:
+    if contender not in (CONSTRUCT, LRU_CACHE, PLAIN):
         directory = user_variants().find(origin(model), compute_type)
     if directory is None:
         message = f"no {compute_type} variant of {model}"
@@ -156,11 +162,13 @@ def limit_bytes(home: Path, compute_type: str) -> int:
 
 
 def switcher(turn: Turn) -> Callable[[str], object]:
+    if turn.contender == HUGE and not use_huge_pages():
+        raise RuntimeError(huge_pages_problem())
     versions()  # imports CTranslate2 the cache's way, before memory is looked at
     compute_type = turn.compute_type
-    if turn.contender in (PLAIN, WHISPERCACHE):
+    if turn.contender in (PLAIN, WHISPERCACHE, HUGE):
         cache = ModelCache(
-            ram=turn.limit_bytes, max_models=1, variants=turn.contender == WHISPERCACHE
+            ram=turn.limit_bytes, max_models=1, variants=turn.contender != PLAIN
         )
 
         def lease(path: str) -> None:
@@ -245,9 +253,14 @@ def timed(name: str) -> list[float]:
     return seconds
 
 
-def take(turn: Turn) -> Taken:
+def take(turn: Turn, before: str = "") -> Taken:
+    script = Path(__file__)
+    if turn.contender == BEFORE:
+        # Its own, which finds its own whispercache.
+        script = Path(before).resolve() / "benchmarks" / script.name
+        turn = turn._replace(contender=WHISPERCACHE)
     done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(turn)],
+        [sys.executable, script, "--child", json.dumps(turn)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -259,7 +272,8 @@ def take(turn: Turn) -> Taken:
 
 
 class Results:
-    def __init__(self) -> None:
+    def __init__(self, contenders: Sequence[str]) -> None:
+        self.contenders = contenders
         self._seconds: dict[tuple[str, str, str, str], list[float]] = {}
         self.peaks: dict[tuple[str, str], int] = {}
         # Of warm switches to base from variants: whole, load, unload; by type.
@@ -289,18 +303,24 @@ def switch_table(results: Results, kind: str, state: str) -> Table:
     heads = [head for name in MODELS for head in (f"to {name}, s", "× construct")]
     table = Table(f"{kind}, {state} files", ["", *heads, "mean, × construct"])
     plain = results.seconds(CONSTRUCT, kind, state)
-    for contender in CONTENDERS:
+    if BEFORE in results.contenders:
+        table.head.append("mean, × before")
+    for contender in results.contenders:
         own = results.seconds(contender, kind, state)
         cells = []
         for second, other in zip(own, plain, strict=True):
             cells += [f"{second:.3f}", f"{second / other:.2f}"]
-        table.add(contender, *cells, f"{sum(own) / sum(plain):.2f}")
+        cells.append(f"{sum(own) / sum(plain):.2f}")
+        if BEFORE in results.contenders:
+            before = results.seconds(BEFORE, kind, state)
+            cells.append(f"{sum(own) / sum(before):.2f}")
+        table.add(contender, *cells)
     return table
 
 
 def peak_table(results: Results, limits: dict[str, int]) -> Table:
     table = Table("Peak of memory while switching", ["", *TYPES])
-    for contender in CONTENDERS:
+    for contender in results.contenders:
         peaks = (results.peaks[contender, kind] for kind in TYPES)
         table.add(contender, *map(format_bytes, peaks))
     table.add("the limit", *(format_bytes(limits[kind]) for kind in TYPES))
@@ -365,7 +385,9 @@ def load_table(loads: dict[tuple[str, str, str], Taken]) -> Table:
 
 def chart(results: Results) -> Path:
     names = ("construct each time", "lru_cache(maxsize=1)", "whispercache, no variants")
-    labels = dict(zip(CONTENDERS, (*names, "whispercache"), strict=True))
+    labels = dict(
+        zip(CONTENDERS, (*names, "whispercache", "with huge pages"), strict=True)
+    )
     groups = [f"to {name}" for name in MODELS]
     rows = [
         [
@@ -387,33 +409,35 @@ def chart(results: Results) -> Path:
 
 
 def measure(
-    home: Path, limits: dict[str, int], rounds: int, switches: int
+    home: Path, limits: dict[str, int], rounds: int, switches: int, before: str
 ) -> tuple[Results, dict[tuple[str, str, str], Taken]]:
-    results = Results()
+    results = Results((*CONTENDERS, BEFORE) if before else CONTENDERS)
     for _ in range(rounds):
         for kind in TYPES:
-            for contender in CONTENDERS:
+            for contender in results.contenders:
                 turn = Turn(contender, kind, str(home), limits[kind], switches)
-                results.add(turn, take(turn))
+                results.add(turn, take(turn, before))
     loads = {
         (kind, name, contender): take(
             Turn(contender, kind, str(home), limits[kind], alone=name)
         )
         for kind in TYPES
         for name in MODELS
-        for contender in (CONSTRUCT, PLAIN, WHISPERCACHE)
+        for contender in (CONSTRUCT, PLAIN, WHISPERCACHE, HUGE)
     }
     return results, loads
 
 
 def main() -> None:
-    options = parsed(__doc__, switches=18, rounds=3)
+    options = parsed(__doc__, switches=18, rounds=3, before="")
     if options.child:
         print(json.dumps(child(Turn(*json.loads(options.child)))))
         return
     with prepared() as home:
         limits = {kind: limit_bytes(home, kind) for kind in TYPES}
-        results, loads = measure(home, limits, options.rounds, options.switches)
+        results, loads = measure(
+            home, limits, options.rounds, options.switches, options.before
+        )
         floors = [floor_table(results, home, kind) for kind in TYPES]
     tables = [switch_table(results, kind, each) for each in STATES for kind in TYPES]
     tables += [peak_table(results, limits), load_table(loads), *floors]

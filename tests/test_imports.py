@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from real import clip, micro
 
 pytestmark = pytest.mark.process
 
@@ -30,6 +31,21 @@ LATER = {
 }
 
 
+# What other commands, options and calls need.
+NOT_NEEDED = {
+    *("fastapi", "httpx", "jinja2", "onnxruntime", "prometheus_client", "pynvml"),
+    *("requests", "rich", "scipy", "torch", "uvicorn"),
+    *("whispercache.aio", "whispercache.comparison", "whispercache.metrics"),
+    *("whispercache.peers", "whispercache.server", "whispercache.testing"),
+    *(
+        "whispercache.cli.doctor",
+        "whispercache.cli.models",
+        "whispercache.cli.variants",
+    ),
+    "whispercache.watch",
+}
+
+
 def printed(program: str) -> str:
     """
     Returns the output of a fresh interpreter that runs *program*.
@@ -45,19 +61,43 @@ def printed(program: str) -> str:
     return done.stdout.strip()
 
 
+OWN = "print(sorted(m for m in sys.modules if m.startswith('whispercache')))"
+
+
 @pytest.mark.parametrize(
-    "statement",
-    ["import whispercache", "from whispercache import get_model, ModelCache"],
+    ("statement", "own"),
+    [
+        ("import whispercache", ["whispercache", "errors", "version"]),
+        (
+            "from whispercache import WhisperCacheError, get_model",
+            ["whispercache", "default", "errors", "version"],
+        ),
+        (
+            "from whispercache import use_huge_pages",
+            [
+                *("whispercache", "devices", "devices.heap", "devices.host"),
+                *("errors", "version"),
+            ],
+        ),
+    ],
 )
-def test_who_imports_names_does_not_wait_for_what_a_cache_needs(
-    statement: str,
+def test_who_imports_the_package_imports_next_to_nothing_of_it(
+    statement: str, own: list[str]
 ) -> None:
     """
-    The names that all programs use are there without the rest of the package.
+    A program that asks for its first model later should not wait for it at its start.
+    """
+    names = [own[0], *(f"whispercache.{name}" for name in own[1:])]
+    assert printed(f"import sys; {statement}; {OWN}") == str(names)
+
+
+def test_who_imports_the_cache_does_not_wait_for_what_a_cache_needs() -> None:
+    """
+    The class is there without the rest of the package.
     """
     # What an empty interpreter has imported does not count.
     seen = printed(
-        f"import sys; before = set(sys.modules); {statement}; "
+        "import sys; before = set(sys.modules); from whispercache import ModelCache; "
         f"print(sorted({LATER!r} & (set(sys.modules) - before)))"
     )
     assert seen == "[]"
@@ -104,6 +144,25 @@ def test_the_command_answers_before_audio_could_be_decoded() -> None:
         "print(sorted({'av', 'numpy', 'ctranslate2'} & set(sys.modules)))"
     )
     assert seen == "[]"
+
+
+def test_a_transcription_imports_what_it_needs_and_no_other_part() -> None:
+    """
+    Of the package at most 110 modules, and of other packages those of
+    faster-whisper and a few small ones. Each costs a short transcription its time.
+    """
+    seen = printed(
+        "import sys; from whispercache.cli.main import main; "
+        f"assert main(['transcribe', {clip('en-bread')!r}, '--device', 'cpu', "
+        f"'--model', {str(micro())!r}]) == 0; "
+        "own = [m for m in sys.modules if m.startswith('whispercache.')]; "
+        "tops = {m.partition('.')[0] for m in sys.modules}; "
+        f"print(len(own), sorted({NOT_NEEDED!r} & (tops | set(own))))"
+    )
+    # Before it is what was heard.
+    count, _, not_needed = seen.rpartition("\n")[2].partition(" ")
+    assert not_needed == "[]"
+    assert 50 < int(count) <= 110
 
 
 def test_a_decoding_process_imports_pyav_and_nothing_else_that_is_large() -> None:

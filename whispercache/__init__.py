@@ -17,9 +17,6 @@ of your own.
 
 from typing import TYPE_CHECKING
 
-from .cache import ModelCache
-from .default import configure, default_cache, get_model
-from .engine.sizes.footprint import Footprint, Workload, footprint
 from .errors import (
     AudioError,
     CacheClosed,
@@ -38,16 +35,17 @@ from .errors import (
     UnsupportedComputeType,
     WhisperCacheError,
 )
-from .keys import ModelKey
-from .lease import Lease, Leases
-from .model import CachedModel
 from .version import __version__
 
 if TYPE_CHECKING:
     from .aio import AsyncCachedModel, AsyncModelCache
+    from .cache import ModelCache
     from .comparison import compare
+    from .default import configure, default_cache, get_model
+    from .devices.heap import use_huge_pages
     from .engine.audio.damage import AudioDamage
     from .engine.audio.decoder import Audio, read_audio
+    from .engine.sizes.footprint import Footprint, Workload, footprint
     from .events import (
         DeviceInfo,
         DeviceLost,
@@ -68,6 +66,9 @@ if TYPE_CHECKING:
         Stats,
         WaitingInfo,
     )
+    from .keys import ModelKey
+    from .lease import Lease, Leases
+    from .model import CachedModel
 
 __all__ = [
     "AsyncCachedModel",
@@ -122,19 +123,33 @@ __all__ = [
     "footprint",
     "get_model",
     "read_audio",
+    "use_huge_pages",
 ]
 
 
 if not TYPE_CHECKING:  # or any name at all would pass a type checker
-    # Names that few programs ask for, and whose imports would delay all: asyncio, the
-    # event classes, which are the rest of __all__.
+    # Imported when a name is first asked for: a program that imports this at its start
+    # and needs it at its first request should not wait twice. All others of __all__ are
+    # event classes.
     _LATER = {
         "AsyncCachedModel": "aio",
         "AsyncModelCache": "aio",
         "Audio": "engine.audio.decoder",
         "AudioDamage": "engine.audio.damage",
+        "CachedModel": "model",
+        "Footprint": "engine.sizes.footprint",
+        "Lease": "lease",
+        "Leases": "lease",
+        "ModelCache": "cache",
+        "ModelKey": "keys",
+        "Workload": "engine.sizes.footprint",
         "compare": "comparison",
+        "configure": "default",
+        "default_cache": "default",
+        "footprint": "engine.sizes.footprint",
+        "get_model": "default",
         "read_audio": "engine.audio.decoder",
+        "use_huge_pages": "devices.heap",
     }
 
     def __getattr__(name: str) -> object:

@@ -32,6 +32,19 @@ def explain(parser: argparse.ArgumentParser, text: str) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
+def add_huge_pages(parser: argparse.ArgumentParser, *, keep: bool) -> None:
+    """
+    Adds the option of a command that loads models. One that ends with its work *keeps*
+    what calls free.
+    """
+    parser.add_argument(
+        "--no-huge-pages",
+        action="store_true",
+        help="load models as the C library does by itself",
+    )
+    parser.set_defaults(keeps_freed=keep)
+
+
 def error_line(error: BaseException) -> str:
     """
     Returns an error as the one line that the user sees.

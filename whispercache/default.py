@@ -8,13 +8,12 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from .cache import ModelCache
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Unpack
 
+    from .cache import ModelCache
     from .model import CachedModel
     from .options import CacheOptions, ComputeType, DeviceIndex
     from .units import DurationValue
@@ -63,6 +62,8 @@ def default_cache() -> ModelCache:
     with _lock:
         # A program that closes it, as tests do, gets a new one.
         if _default is None or _default.is_closed:
+            # Here, so that the import of `get_model` alone is light.
+            from .cache import ModelCache
             from .settings.sources import cache_options, settle
             from .settings.table import CACHE_KEYS
 

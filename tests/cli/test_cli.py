@@ -249,6 +249,27 @@ class TestTranscribe:
         assert len(cues) > 3
         assert "lighthouse" in " ".join(cue.text for cue in cues)
 
+    @pytest.mark.parametrize("owns_process", [False, True])
+    def test_it_sets_up_only_a_process_of_its_own(
+        self,
+        models: Models,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        owns_process: bool,
+    ) -> None:
+        """
+        A program that calls it keeps its environment as it was.
+        """
+        name = "OPENBLAS_THREAD_TIMEOUT"
+        # So that it is as before after the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+        place = ["--model", models.alpha, "--no-huge-pages"]
+        arguments = ["transcribe", BREAD, *place]
+        monkeypatch.setattr(sys, "argv", ["whispercache", *arguments])
+        assert main(None if owns_process else arguments) == 0
+        assert (name in os.environ) == owns_process
+
     def test_a_model_leaves_before_the_next_one_comes(
         self,
         run: Callable[..., Result],
@@ -594,6 +615,45 @@ except SystemExit as end:
         The package's own.
         """
         assert run("--version") == (0, f"whispercache {__version__}\n", "")
+
+    @pytest.mark.parametrize(
+        ("command", "expected"),
+        [
+            (("transcribe", "gone.wav", "--model", "/gone"), [True]),
+            (("transcribe", "gone.wav", "--model", "/gone", "--no-huge-pages"), []),
+            (
+                ("transcribe", "gone.wav", "--model", "/gone", "--batch-size", "2"),
+                [False],
+            ),
+            (
+                ("compare", "gone.wav", "--models", "/a,/b", "--out", "/dev/null/x"),
+                [True],
+            ),
+            (("serve", "/gone", "--port", "0"), [False]),
+            (("variants", "build", "/gone"), []),
+        ],
+    )
+    def test_commands_that_load_models_use_huge_pages(
+        self,
+        run: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+        command: tuple[str, ...],
+        expected: list[bool],
+    ) -> None:
+        """
+        Unless they are told not to; and not where a program calls them, whose heap is
+        its own. Those that end with their work keep what it frees, if not in batches.
+        """
+        asked: list[bool] = []
+        monkeypatch.setattr(
+            "whispercache.devices.heap.use_huge_pages",
+            lambda *, keep: asked.append(keep),
+        )
+        assert run(*command).code == 2
+        assert not asked
+        monkeypatch.setattr(sys, "argv", ["whispercache", *command])
+        assert main() == 2
+        assert asked == expected
 
 
 # Formats ------------------------------------------------------------------------------
@@ -963,6 +1023,7 @@ class TestDoctor:
         monkeypatch.setattr(doctor, "driver_version", lambda: "580.95.05")
         monkeypatch.setattr(doctor, "nvml_problem", lambda: None)
         monkeypatch.setattr(doctor, "cublas_problem", lambda: None)
+        monkeypatch.setattr(doctor, "huge_pages_problem", lambda: "")
         return FakeMachine({"cpu": "8GiB", "cuda:0": "8GiB"})
 
     def found(self, machine: FakeMachine) -> dict[str, Finding]:
@@ -980,6 +1041,30 @@ class TestDoctor:
         assert {finding.mark for finding in found.values()} == {"works"}
         assert "float16" in found["types, cuda:0"].text
         assert "fake cuda:0, 8.0 GiB of 8.0 GiB free" in found["cuda:0"].text
+
+    @pytest.mark.parametrize(
+        ("problem", "shown"),
+        [
+            ("", "models are loaded into them"),
+            ("they need glibc", "none, since they need glibc; a change of models"),
+            ("it says never: write madvise", "none, since it says never; a change"),
+        ],
+    )
+    def test_huge_pages_are_shown_and_what_it_costs_to_have_none(
+        self,
+        healthy: FakeMachine,
+        monkeypatch: pytest.MonkeyPatch,
+        problem: str,
+        shown: str,
+    ) -> None:
+        """
+        That is no error: all works without them.
+        """
+        monkeypatch.setattr(doctor, "huge_pages_problem", lambda: problem)
+        found = self.found(healthy)["huge pages"]
+        assert found.mark == ("note" if problem else "works")
+        assert found.text.startswith(shown)
+        assert found.mend == problem.partition(": ")[2]
 
     def test_a_missing_cublas_is_wrong_and_can_be_mended(
         self, healthy: FakeMachine, monkeypatch: pytest.MonkeyPatch

@@ -54,6 +54,19 @@ def test_only_the_last_five_count(path: Path) -> None:
     assert learned.correct(*KEY, 1000) == 1300
 
 
+def test_what_five_have_said_is_not_written_again(path: Path) -> None:
+    """
+    A sixth that differs is.
+    """
+    learned = LearnedFootprints(path)
+    record(learned, *[1200] * 5)
+    path.unlink()
+    record(learned, 1205)
+    assert not path.exists()
+    record(learned, 1250)
+    assert path.exists()
+
+
 @pytest.mark.parametrize("measured", [-50, 0, 799, 1501, 10**9])
 def test_noise_is_refused(path: Path, measured: int) -> None:
     """

@@ -18,6 +18,7 @@ import psutil
 
 from whispercache.devices.cublas import cublas_problem, cublas_version
 from whispercache.devices.cuda import DRIVER_LIBRARY
+from whispercache.devices.heap import huge_pages, huge_pages_problem
 from whispercache.devices.nvml import driver_version, nvml_problem
 from whispercache.devices.release import compile_reason, cublas_reason
 from whispercache.engine.process import (
@@ -56,6 +57,14 @@ Source: NVIDIA, CUDA compatibility, minor version compatibility.
 """
 
 
+WITHOUT_HUGE_PAGES = "takes twice as long"
+"""
+What it costs that models cannot be loaded into huge pages.
+
+Source: benchmarks/switch.py, on the CPU, tiny.en and base in turn.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """
@@ -85,6 +94,7 @@ def examine(loader: Loader, probe: MemoryProbe) -> Iterator[Finding]:
         yield _arithmetic("cpu", loader)
     yield _settings()
     yield _host(probe)
+    yield _huge_pages()
     yield from _hub_cache()
     cards = probe.cuda_devices()
     if not cards:
@@ -238,6 +248,18 @@ def _host(probe: MemoryProbe) -> Finding:
         )
     room = f"{format_bytes(reading.free_bytes)} of {format_bytes(reading.total_bytes)}"
     return Finding("works", "host memory", f"{room} free; {limit}")
+
+
+def _huge_pages() -> Finding:
+    if problem := huge_pages_problem():
+        what, _, mend = problem.partition(": ")
+        text = f"none, since {what}; a change of models in float32 {WITHOUT_HUGE_PAGES}"
+        return Finding("note", "huge pages", text, mend)
+    text = (
+        f"models are loaded into them (the kernel's setting is {huge_pages()}), by "
+        "the commands, and by programs that call use_huge_pages()"
+    )
+    return Finding("works", "huge pages", text)
 
 
 def _hub_cache() -> Iterator[Finding]:

@@ -8,6 +8,7 @@ Heavy imports wait for a command that needs them, so that ``--help`` answers at 
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import math
 import os
@@ -17,21 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from whispercache import __version__
-from whispercache.comparison import command as compare
-from whispercache.console import INTERRUPTED, WRONG_USE, error_line, explain
-from whispercache.devices.probe import SystemProbe
-from whispercache.engine.calls.languages import language_code
-from whispercache.engine.loader import FasterWhisperLoader
+from whispercache.console import (
+    INTERRUPTED,
+    WRONG_USE,
+    add_huge_pages,
+    error_line,
+    explain,
+)
 from whispercache.errors import WhisperCacheError
-from whispercache.keys import canonical_device
-from whispercache.server import command as serve
 from whispercache.settings.arguments import add_config, add_settings
 from whispercache.settings.table import KEY_VARIABLE
-from whispercache.transcripts import FORMATS
-from whispercache.units import parse_duration
-
-from . import config, variants
-from .transcribe import transcribe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,10 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     Runs the command, and returns the exit code: 0, or 2 if something could not be done;
     1 from ``doctor``.
+
+    Without *arguments* they are those of this process, which may then be set up for the
+    command alone: nothing else runs in it.
     """
     _prepare()
     try:
-        options = _parser().parse_args(arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        options = _parser(given).parse_args(given)
+        options.owns_process = arguments is None
+        if options.owns_process:
+            _set_up_heap(options)
         run: Callable[[argparse.Namespace], int] = options.run
         code = run(options)
         # Here, where a broken pipe can still be told from other errors.
@@ -105,6 +108,9 @@ def script() -> NoReturn:
     waits for threads; a download may never end.
     """
     code = main()
+    # The end of the interpreter looks for cycles in all that was imported, and again
+    # after that. The system frees it as well.
+    gc.freeze()
     last = threading.Timer(EXIT_S, os._exit, (code,))
     # Or it would itself be waited for.
     last.daemon = True
@@ -121,6 +127,21 @@ def _prepare() -> None:
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
+def _set_up_heap(options: argparse.Namespace) -> None:
+    """
+    Prepares this process for the loads of a command, before its threads start.
+    """
+    # Other commands load no model.
+    if getattr(options, "no_huge_pages", True):
+        return
+    from whispercache.devices.heap import use_huge_pages
+
+    # Blocks of batches differ too much in size to be used again: their peak would be up
+    # to 1.4 times as high.
+    batches = getattr(options, "batch_size", None) is not None
+    use_huge_pages(keep=options.keeps_freed and not batches)
+
+
 class _Parser(argparse.ArgumentParser):
     """
     A parser whose errors are one line.
@@ -132,7 +153,7 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="whispercache",
         description="The faster-whisper models you name, in the memory there is.",
@@ -146,7 +167,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="COMMAND", prog="whispercache", required=True, help=argparse.SUPPRESS
     )
     for name, add_options in _COMMANDS.items():
-        add_options(commands.add_parser(name))
+        parser_of_command = commands.add_parser(name)
+        # Those of the others would import what only they need.
+        if name in arguments:
+            add_options(parser_of_command)
     return parser
 
 
@@ -173,6 +197,10 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_transcribe(parser: argparse.ArgumentParser) -> None:
+    from whispercache.transcripts import FORMATS
+
+    from .transcribe import transcribe
+
     parser.description = "Transcribe audio and video files with one or more models."
     explain(parser, _FORMATS_HELP)
     add = parser.add_argument
@@ -200,14 +228,41 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=Path, metavar="DIR", help="write files there, not stdout")
     add_config(add)
     add_settings(add, "vram", "ram", "variants")
+    add_huge_pages(parser, keep=True)
     parser.set_defaults(run=transcribe)
 
 
 def _language(text: str) -> str | None:
+    from whispercache.engine.calls.languages import language_code
+
     try:
         return language_code(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    from whispercache.server import command
+
+    command.add_options(parser)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    from whispercache.comparison import command
+
+    command.add_options(parser)
+
+
+def _add_variants(parser: argparse.ArgumentParser) -> None:
+    from . import variants
+
+    variants.add_options(parser)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    from . import config
+
+    config.add_options(parser)
 
 
 def _add_top(parser: argparse.ArgumentParser) -> None:
@@ -244,17 +299,21 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "transcribe": _add_transcribe,
-    "serve": serve.add_options,
+    "serve": _add_serve,
     "top": _add_top,
-    "compare": compare.add_options,
+    "compare": _add_compare,
     "models": _add_models,
-    "variants": variants.add_options,
-    "config": config.add_options,
+    "variants": _add_variants,
+    "config": _add_config,
     "doctor": _add_doctor,
 }
 
 
 def _models(options: argparse.Namespace) -> int:
+    from whispercache.devices.probe import SystemProbe
+    from whispercache.engine.loader import FasterWhisperLoader
+    from whispercache.keys import canonical_device
+
     from .models import as_json, show, survey
 
     probe = SystemProbe()
@@ -269,12 +328,15 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _top(options: argparse.Namespace) -> int:
+    from whispercache.units import parse_duration
     from whispercache.watch.top import remote, view, watch
 
     # A file that was named wins.
     key = os.environ.get(KEY_VARIABLE)
     if options.key_file is not None:
-        key = serve.read_keys(options.key_file)[0]
+        from whispercache.server.command import read_keys
+
+        key = read_keys(options.key_file)[0]
     source = remote(options.url, key)
     # "1s", as all times here.
     interval_s = parse_duration(options.interval, "--interval")
@@ -289,6 +351,9 @@ def _top(options: argparse.Namespace) -> int:
 
 
 def _doctor(_options: argparse.Namespace) -> int:
+    from whispercache.devices.probe import SystemProbe
+    from whispercache.engine.loader import FasterWhisperLoader
+
     from .doctor import examine, show
 
     probe = SystemProbe()

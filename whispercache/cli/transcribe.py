@@ -6,6 +6,7 @@ Transcripts go to stdout or into files, everything else to stderr.
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -43,6 +44,11 @@ def transcribe(options: argparse.Namespace) -> int:
     """
     Transcribes, and returns the exit code.
     """
+    # One job, after which the process ends.
+    if options.owns_process:
+        # As few ticks as there may be for which OpenBLAS' threads spin, on the cores
+        # that others need. Fewer threads would change the last bits of features.
+        os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     bar = Bar()
     work = _Transcription(options, bar)
 
@@ -86,13 +92,15 @@ class _Transcription:
                 check_language(str(model.key), options.language, known)
             cache.subscribe(self._watch)
             stems = distinct(Path(file).stem for file in files)
+            last = next(reversed(models), None)
             for name, model in models.items():
                 for file, stem in zip(files, stems, strict=True):
                     # Broken once, broken for the next model too.
                     if file not in self.bad:
                         self._one(file, stem, name, model)
                 # Its turn is over; the next one has the memory.
-                cache.evict(model.key.model)
+                if name != last:
+                    cache.evict(model.key.model)
         return WRONG_USE if self.bad else 0
 
     def _models(self, cache: ModelCache) -> dict[str, CachedModel]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from whispercache.cache import ModelCache
 from whispercache.console import (
     WRONG_USE,
+    add_huge_pages,
     bars,
     clock,
     explain,
@@ -78,6 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--beam-size", type=int, default=5, metavar="N", help="default: 5")
     add_config(add)
     add_settings(add, "vram", "ram")
+    add_huge_pages(parser, keep=True)
     add("--again", action="store_true", help="forget what an earlier run has kept")
 
 

@@ -38,8 +38,8 @@ class _Life:
 
 class _Here(threading.local):
     def __init__(self) -> None:
-        self.life = _Life()
-        self.owner = token_of(self.life)
+        self.life: _Life = _Life()
+        self.owner: weakref.ref[_Life] = token_of(self.life)
 
 
 def token_of(life: T) -> weakref.ref[T]:
@@ -53,7 +53,7 @@ def token_of(life: T) -> weakref.ref[T]:
     return token
 
 
-here = _Here()
+here: _Here = _Here()
 
 
 def caller() -> str:

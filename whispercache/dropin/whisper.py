@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD, Workload
+from whispercache.engine.views import in_heap
 from whispercache.model import call_leased
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ class LeasedWhisper:
         if ready.batch_size is not None:
             options = {**options, "batch_size": ready.batch_size}
         lease = self.lease(ready.workload)
-        bound = _Bound(self.here, lease, function)
+        call = in_heap(lease.key.device, function, keeps=ready.batch_size is None)
+        bound = _Bound(self.here, lease, call)
         return call_leased(lease, bound, ready.samples, **options)
 
     # Calls ----------------------------------------------------------------------------

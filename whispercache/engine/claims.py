@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from itertools import compress, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -301,8 +302,10 @@ def _lines(text: str) -> list[str]:
 
 def _vocabulary(file: str, tokens: Sequence[str]) -> Vocabulary:
     special: dict[str, int] = {}
-    for number, token in enumerate(tokens):
-        if token.startswith("<|") and _SPECIAL.fullmatch(token):
+    # Tens of thousands are words: those are passed over without a step of this loop.
+    may_be = map(str.startswith, tokens, repeat("<|"))
+    for number, token in compress(enumerate(tokens), may_be):
+        if _SPECIAL.fullmatch(token):
             # Of a token that is there twice, CTranslate2 takes the first.
             special.setdefault(token, number)
     return Vocabulary(file, len(tokens), special, "" in tokens)

@@ -35,7 +35,7 @@ from .files import claims_of
 from .process import ctranslate2, versions
 from .rebound import rebound, swapped
 from .sizes.header import ModelHeader
-from .views import lending, lends, own_lists
+from .views import in_heap, lending, lends, own_lists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -168,7 +168,8 @@ def batched(whisper: WhisperModel) -> Callable[..., object]:
     """
     Returns the ``transcribe`` of a new batched pipeline: it keeps state between calls.
     """
-    return altered(genuine().pipeline(whisper).transcribe)
+    call = altered(genuine().pipeline(whisper).transcribe)
+    return in_heap(whisper.model.device, call, keeps=False)
 
 
 def altered(method: Callable[..., object]) -> Callable[..., object]:

@@ -28,15 +28,12 @@ from .sizes.header import SMALL_FILES, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import TypeAlias
 
     from whispercache.keys import OptionValue
 
     from .claims import Claims
     from .sizes.header import ModelHeader
     from .sizes.weights import Source
-
-    _Look: TypeAlias = tuple[ModelHeader, Claims]
 
 _log = logging.getLogger("whispercache")
 
@@ -91,11 +88,15 @@ def stamp_of(directory: str) -> tuple[int, ...]:
     return tuple(stamp)
 
 
-# They are read again when the stamp has changed.
+# Both are read again when the stamp has changed.
 @functools.lru_cache(maxsize=64)
-def _looked_at(directory: str, _stamp: tuple[int, ...]) -> _Look:
-    header = read_header(directory)
-    return header, check_claims(directory, header)
+def _header(directory: str, _stamp: tuple[int, ...]) -> ModelHeader:
+    return read_header(directory)
+
+
+@functools.lru_cache(maxsize=64)
+def _claims(directory: str, stamp: tuple[int, ...]) -> Claims:
+    return check_claims(directory, _header(directory, stamp))
 
 
 def files_in(directory: str) -> ModelFiles:
@@ -109,19 +110,38 @@ def files_in(directory: str) -> ModelFiles:
             are of different ones.
     """
     stamp = stamp_of(directory)
-    header, _ = _looked_at(directory, stamp)
+    header = _header(directory, stamp)
+    _claims(directory, stamp)
     return ModelFiles(directory, header.saved_compute_type, stamp, header)
+
+
+def variant_in(directory: str, original: ModelFiles) -> ModelFiles:
+    """
+    Returns the files in *directory*, an intact variant of *original*. Its small files
+    are those of *original*, which `files_in` has checked.
+
+    Blocks: likewise, but for `check_claims`.
+
+    Raises:
+        CorruptModel, UnknownModel, LoadFailed: there is no whole model.
+    """
+    stamp = stamp_of(directory)
+    header = _header(directory, stamp)
+    # Requests for the default type mean that of the original.
+    saved = original.saved_compute_type
+    return ModelFiles(directory, saved, stamp, header, original)
 
 
 def claims_of(files: ModelFiles) -> Claims:
     """
-    Returns the claims of files that `files_in` has found, mostly without a look at the
-    disk.
+    Returns the claims of files that `files_in` has found, or of those that they are a
+    variant of, mostly without a look at the disk.
 
     Raises:
         CorruptModel, LoadFailed: the files have changed for the worse since.
     """
-    return _looked_at(files.directory, files.stamp)[1]
+    files = files.original or files
+    return _claims(files.directory, files.stamp)
 
 
 def local_files(model: str, options: Mapping[str, OptionValue]) -> ModelFiles | None:

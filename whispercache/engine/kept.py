@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from whispercache.devices import heap
 from whispercache.devices.host import return_free_memory
 from whispercache.errors import CorruptModel
 
@@ -143,8 +144,10 @@ class KeptModels:
         # tokenizers raises nothing narrower.
         except Exception as error:
             raise CorruptModel(path, str(error)) from error
-        # The parser's memory: the weights come on top of it.
-        return_free_memory()
+        # The parser's memory: the weights come on top of it, not into it, but where all
+        # threads share a heap.
+        if not heap.is_shared():
+            return_free_memory()
         with self._lock:
             # Another device's thread may have parsed an equal one meanwhile.
             return self._tokenizers.setdefault(digest, parsed)

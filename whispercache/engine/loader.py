@@ -13,9 +13,10 @@ import gc
 import logging
 import traceback
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-from whispercache.devices import host, release
+from whispercache.devices import heap, host, release
 from whispercache.devices.faults import Fault, classify
 from whispercache.errors import DeviceUnavailable, LoadFailed
 
@@ -139,7 +140,8 @@ class FasterWhisperLoader:
         left = self._kept.take(key)
         # One of other files would decode the new weights with the old tokenizer.
         kept = left if left is not None and left.files == files else None
-        whisper = self._with_weights(key, files, kept)
+        with heap.loading(partial(self._sizer.host_loading_bytes, key, files)):
+            whisper = self._with_weights(key, files, kept)
         reloaded = kept is not None and kept.whisper is not None
         copy_bytes = 0 if kept is None else kept.copy_bytes
         if not reloaded:
@@ -230,6 +232,8 @@ class FasterWhisperLoader:
             release.settle(device)
         before = self._held(device)
         references = _references_left(loaded)
+        if load_follows:
+            heap.keep()
         # A copy in the very memory that the weights were in would gain nothing.
         to_host = parks and not release.is_integrated(device)
         try:
@@ -294,6 +298,8 @@ class FasterWhisperLoader:
 
     def return_memory(self, device: str) -> None:
         del device
+        # What was kept for a load that did not come.
+        heap.settle()
         # A load to a GPU has its buffers on the host, too.
         host.return_free_memory()
 

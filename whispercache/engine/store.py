@@ -8,14 +8,14 @@ import logging
 import os
 import shutil
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whispercache.errors import LoadFailed, WhisperCacheError
 from whispercache.keys import is_directory
 
-from .files import downloaded, files_in, is_whole, local_files
+from .files import downloaded, files_in, is_whole, local_files, variant_in
 from .process import ctranslate2
 from .sizes.header import ModelHeader
 from .variants.convert import Origin, kind_for
@@ -79,14 +79,11 @@ class ModelStore:
         if directory is None:
             return original
         try:
-            variant = files_in(str(directory))
+            return variant_in(str(directory), original)
         except WhisperCacheError as error:
             # Another process has just removed it.
             _log.debug("no variant of %s: %s", key, error)
             return original
-        # Requests for the default type mean that of the original.
-        saved = original.saved_compute_type
-        return replace(variant, saved_compute_type=saved, original=original)
 
     def follow_up(self, loaded: LoadedModel) -> None:
         builder = self._get_builder()

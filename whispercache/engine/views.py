@@ -13,12 +13,14 @@ import functools
 import types
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
+from whispercache.devices import heap
+
 from .calls.parameters import checked
 from .calls.signatures import bound, signature_of
 from .rebound import swapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from faster_whisper import WhisperModel
 
@@ -147,6 +149,36 @@ def _default_lists(
     return tuple((p.name, p.default) for p in parameters if type(p.default) is list)
 
 
+def in_heap(
+    device: str, call: Callable[..., object], *, keeps: bool = True
+) -> Callable[..., object]:
+    """
+    Returns a *call* of a model there after which, and after the last of its segments,
+    what it has freed goes back to the system; see `heap.calling`.
+
+    Args:
+        device: The kind of device: ``"cpu"`` or ``"cuda"``.
+        call: Any function.
+        keeps: Until then, what is freed is kept. Blocks of batches differ too much in
+            size to be used again.
+    """
+    if not heap.is_shared() or device != "cpu":
+        return call
+
+    def called(*args: object, **options: object) -> object:
+        with heap.calling(keeps=keeps):
+            result = call(*args, **options)
+        if type(result) is tuple and isinstance(result[0], types.GeneratorType):
+            return segments(result[0]), *result[1:]
+        return result
+
+    def segments(items: Iterable[object]) -> Iterator[object]:
+        with heap.calling(keeps=keeps):
+            yield from items
+
+    return called
+
+
 @functools.cache
 def lending(base: type[WhisperModel], swaps: Swaps = ()) -> type[WhisperModel]:
     """
@@ -162,7 +194,7 @@ def lending(base: type[WhisperModel], swaps: Swaps = ()) -> type[WhisperModel]:
             if type(plain) is not types.MethodType:
                 return plain(*args, **options)
             args, values = own_values(plain.__func__, args, options, self._check)
-            return swapped(plain, swaps)(*args, **values)
+            return in_heap(self.model.device, swapped(plain, swaps))(*args, **values)
 
         return call
 

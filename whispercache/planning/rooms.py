@@ -97,7 +97,8 @@ class Room:
     """
 
     def __init__(self, ceiling: Ceiling) -> None:
-        self.by_bytes, self.by_models = Gate(), Gate()
+        self.by_bytes: Gate = Gate()
+        self.by_models: Gate = Gate()
         self._ceiling = ceiling
         self._held = {
             model.key: Held(model, is_pinned=True) for model in ceiling.pinned

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whispercache.cache import ModelCache
-from whispercache.console import explain
+from whispercache.console import add_huge_pages, explain
 from whispercache.errors import WhisperCacheError
 from whispercache.settings.arguments import add_config, add_settings, settings_of
 from whispercache.settings.sources import cache_options, values_below
@@ -74,6 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_config(add)
     cache = "vram ram max_models keep_alive fallback pressure coordinate park variants"
     add_settings(add, *cache.split())
+    add_huge_pages(parser, keep=False)
     bounds = "max_upload max_duration max_audio timeout max_waiting parallel drain"
     add_settings(group("limits of a request").add_argument, *_keys_of(bounds))
     web = group("pages of other sites").add_argument
