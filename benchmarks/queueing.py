@@ -57,7 +57,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from report import Table, machine, write
 
 from whispercache import ModelCache, TooManyWaiters
-from whispercache.core.entries import Wanted
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
 from whispercache.keys import ModelKey
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine
@@ -67,7 +66,12 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from whispercache import Lease
-    from whispercache.core.entries import Waiter
+    from whispercache.core.waiters import Waiter
+
+try:
+    from whispercache.core.waiters import Wanted
+except ImportError:  # an older build
+    from whispercache.core.entries import Wanted  # type: ignore[attr-defined,no-redef]
 
 ROOT = Path(__file__).parent.parent
 WAITING = (0, 10, 100, 1_000, 5_000)

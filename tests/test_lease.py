@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from driver import ThreadDriver
 
-from whispercache.core.entries import Wanted
 from whispercache.core.resolver import Target
+from whispercache.core.waiters import Wanted
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
 from whispercache.planning.policies import POLICIES
 from whispercache.testing import check, settle, wait_until

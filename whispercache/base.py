@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 
     from .cache import ModelCache
     from .core.core import Core
-    from .core.entries import Entry, Wanted
+    from .core.entries import Entry
     from .core.evictions import Leaving
     from .core.fallback import Rung
     from .core.resolver import Request, Resolver, Target
+    from .core.waiters import Wanted
     from .devices.memory import MemoryProbe
     from .engine.api import AudioInput, LoadedModel, Loader
     from .engine.calls.languages import Knowledge
@@ -92,7 +93,7 @@ class CacheBase:
 
         Blocks: for downloads, so tasks call it on a thread.
         """
-        from .core.entries import Wanted
+        from .core.waiters import Wanted
 
         order = list(range(len(requests)))
         if len(requests) > 1:

@@ -48,11 +48,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from .core.entries import Wanted
     from .core.evictions import Leaving
     from .core.gauges import Peers
     from .core.resolver import Request
     from .core.threads import Clock
+    from .core.waiters import Wanted
     from .devices.memory import MemoryProbe
     from .engine.api import Engine, Loader
     from .engine.calls.languages import Knowledge

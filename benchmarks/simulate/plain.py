@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
     from whispercache.core.agenda import Agenda, Rules
     from whispercache.core.device import Device
-    from whispercache.core.entries import Entry, Waiter
+    from whispercache.core.entries import Entry
     from whispercache.core.evictions import Evictions
     from whispercache.core.state import CacheState
+    from whispercache.core.waiters import Waiter
     from whispercache.keys import ModelKey
     from whispercache.lease import _Lessor as Lessor
     from whispercache.planning.planner import Decision, Planner

@@ -22,12 +22,13 @@ from whispercache.core import effects
 from whispercache.core.agenda import Agenda, Rules
 from whispercache.core.device import Device
 from whispercache.core.endings import Endings
-from whispercache.core.entries import Entry, State, Waiter, Wanted
+from whispercache.core.entries import Entry, State
 from whispercache.core.evictions import Evictions
 from whispercache.core.reports import Reports
 from whispercache.core.scheduler import Scheduler
 from whispercache.core.state import CacheState, Kept
 from whispercache.core.ticks import Ticks
+from whispercache.core.waiters import Waiter, Wanted
 from whispercache.engine.api import LoadedModel, Released
 from whispercache.engine.files import ModelFiles
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD, Footprint

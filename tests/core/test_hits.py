@@ -13,7 +13,7 @@ import pytest
 
 from whispercache import CacheClosed, ModelCache, WhisperCacheError, Workload
 from whispercache.core import core as core_module
-from whispercache.core.entries import Wanted
+from whispercache.core.waiters import Wanted
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from whispercache import Lease
     from whispercache.core.core import Core
-    from whispercache.core.entries import Entry, Waiter
+    from whispercache.core.entries import Entry
+    from whispercache.core.waiters import Waiter
 
 GIB = 1 << 30
 SIZES = {"tiny": GIB, "base": GIB, "small": 2 * GIB, "medium": 3 * GIB}

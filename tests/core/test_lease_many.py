@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from conftest import MakeCache
     from driver import Driver
 
-    from whispercache.core.entries import Waiter
+    from whispercache.core.waiters import Waiter
     from whispercache.testing import FakeClock
 
 GIB = 1024**3

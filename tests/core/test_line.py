@@ -13,7 +13,8 @@ import pytest
 
 from whispercache import LeaseTimeout, ModelCache
 from whispercache.core import demands
-from whispercache.core.entries import Entry, Wanted
+from whispercache.core.entries import Entry
+from whispercache.core.waiters import Wanted
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
 from whispercache.planning.planner import Walk
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine, check, settle
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from whispercache import Lease
-    from whispercache.core.entries import Waiter
+    from whispercache.core.waiters import Waiter
 
 CARD = "cuda:0"
 MIB = 1024**2

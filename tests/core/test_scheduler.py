@@ -25,7 +25,7 @@ from whispercache.core.effects import (
     Stop,
     WakeAt,
 )
-from whispercache.core.entries import Entry, State, Waiter, Wanted
+from whispercache.core.entries import Entry, State
 from whispercache.core.evictions import Evictions
 from whispercache.core.lock import Outbox
 from whispercache.core.lookout import DEADLOCK_S
@@ -33,6 +33,7 @@ from whispercache.core.reports import FIRST_RETRY_S, Reports
 from whispercache.core.scheduler import Scheduler
 from whispercache.core.state import CacheState, Kept
 from whispercache.core.ticks import Ticks
+from whispercache.core.waiters import Waiter, Wanted
 from whispercache.engine.api import LoadedModel, Released
 from whispercache.engine.files import ModelFiles
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD, Footprint

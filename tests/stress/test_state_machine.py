@@ -51,7 +51,8 @@ from whispercache import (
     Workload,
 )
 from whispercache.core import core, entries
-from whispercache.core.entries import State, Wanted
+from whispercache.core.entries import State
+from whispercache.core.waiters import Wanted
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine, check
 from whispercache.units import Limit
 
@@ -60,7 +61,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from whispercache import Lease, ModelKey
-    from whispercache.core.entries import Entry, Waiter
+    from whispercache.core.entries import Entry
+    from whispercache.core.waiters import Waiter
 
 pytestmark = pytest.mark.soak
 

@@ -38,7 +38,7 @@ from whispercache.errors import CacheForked, format_bytes
 from . import effects, view
 from .agenda import Agenda
 from .device import Device
-from .entries import Entry, State, Waiter
+from .entries import Entry, State
 from .evictions import Evictions
 from .gauges import Base, Gauges, NoPeers
 from .hits import Hits
@@ -51,6 +51,7 @@ from .state import CacheState
 from .threads import DeviceThread, MonotonicClock, caller, has_ended
 from .ticks import Ticks
 from .unloads import Unloads
+from .waiters import Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -66,12 +67,12 @@ if TYPE_CHECKING:
 
     from .agenda import Rules
     from .effects import Effect
-    from .entries import Wanted
     from .evictions import Leaving
     from .gauges import Peers
     from .line import Line
     from .resolver import Request
     from .threads import Clock
+    from .waiters import Wanted
 
 _log = logging.getLogger("whispercache")
 

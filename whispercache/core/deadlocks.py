@@ -15,8 +15,9 @@ from .demands import reservations
 from .entries import State
 
 if TYPE_CHECKING:
-    from .entries import Entry, Waiter
+    from .entries import Entry
     from .state import CacheState
+    from .waiters import Waiter
 
 
 def suspects(state: CacheState) -> list[Waiter]:

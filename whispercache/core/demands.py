@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .device import Device
-    from .entries import Entry, Waiter, Wanted
+    from .entries import Entry
+    from .waiters import Waiter, Wanted
 
 
 def reservations(wanted: Sequence[Wanted]) -> dict[Entry, tuple[int, int]]:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from whispercache.planning.deadlock import Owner
 
     from .agenda import Agenda
-    from .entries import Entry, Waiter
+    from .entries import Entry
     from .evictions import Evictions
     from .reminders import Thing
+    from .waiters import Waiter
 
 
 class Endings:

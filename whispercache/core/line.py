@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from whispercache.planning.room import Demand
 
     from .device import Device
-    from .entries import Entry, Waiter
+    from .entries import Entry
+    from .waiters import Waiter
 
 
 class Cohort:

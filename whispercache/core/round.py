@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from .agenda import Rules
     from .device import Device
-    from .entries import Waiter
     from .line import Cohort
     from .state import CacheState
+    from .waiters import Waiter
 
 
 class Found(NamedTuple):

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
     from .agenda import Agenda
     from .device import Device
-    from .entries import Waiter
     from .evictions import Evictions, Leaving
     from .round import Found
+    from .waiters import Waiter
 
 
 class Scheduler:

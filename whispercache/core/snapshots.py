@@ -12,8 +12,9 @@ from whispercache.events import DeviceInfo, Explanation, ModelInfo, Stats, Waiti
 from whispercache.planning.planner import Outcome
 
 from . import demands
-from .entries import State, Waiter, Wanted
+from .entries import State
 from .refusals import refusal, too_large
+from .waiters import Waiter, Wanted
 
 if TYPE_CHECKING:
     from whispercache.engine.sizes.footprint import Workload
