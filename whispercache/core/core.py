@@ -143,8 +143,10 @@ class Core:
         self._ticks = Ticks(agenda, evictions, self.scheduler)
         hits = Hits(lock, agenda, self.scheduler, self, self.requests)
         # Each call in between would be felt.
-        self.hit = hits.hit
-        self.release = hits.release
+        self.hit: Callable[[Request, Workload, float | None, Owner], Lease | None] = (
+            hits.hit
+        )
+        self.release: Callable[[Entry, int, float | None], None] = hits.release
         reports = Reports(agenda, evictions, self.scheduler)
         self.gauges: Gauges = Gauges(lock, state, reports, self.probe, peers)
         base = Base(
