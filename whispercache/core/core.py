@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
     from whispercache.devices.memory import MemoryProbe
     from whispercache.engine.api import Loader
+    from whispercache.engine.sizes.footprint import Workload
     from whispercache.keys import ModelKey
     from whispercache.lease import Holder, Lease
     from whispercache.planning.deadlock import Owner
