@@ -260,7 +260,7 @@ def _leave_to_the_scheduler(core: Core) -> None:
         with core.changing():
             core.scheduler.release(entry, serial, keep_alive_s)
 
-    core.hit = hit  # type: ignore[assignment]
+    core.hit = hit
     core.release = release
 
 
