@@ -25,7 +25,7 @@ PUBLIC = {
         ModelStillReferenced ModelTooLarge NotDownloaded ReleaseUnconfirmed Stats
         TooManyWaiters UnknownModel UnsupportedComputeType WaitingInfo
         WhisperCacheError Workload __version__ compare configure default_cache
-        footprint get_model read_audio use_huge_pages
+        footprint get_model install installed read_audio uninstall use_huge_pages
     """,
     "whispercache.comparison": """
         Agreement Comparison Difference Edit Failure FileInfo Interval ModelFailure

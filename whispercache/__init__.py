@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         Stats,
         WaitingInfo,
     )
+    from .installing import install, installed, uninstall
     from .keys import ModelKey
     from .lease import Lease, Leases
     from .model import CachedModel
@@ -122,7 +123,10 @@ __all__ = [
     "default_cache",
     "footprint",
     "get_model",
+    "install",
+    "installed",
     "read_audio",
+    "uninstall",
     "use_huge_pages",
 ]
 
@@ -148,7 +152,10 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
         "default_cache": "default",
         "footprint": "engine.sizes.footprint",
         "get_model": "default",
+        "install": "installing",
+        "installed": "installing",
         "read_audio": "engine.audio.decoder",
+        "uninstall": "installing",
         "use_huge_pages": "devices.heap",
     }
 

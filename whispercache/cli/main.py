@@ -45,6 +45,7 @@ _COMMANDS_HELP = """\
 commands:
   transcribe  transcribe files with one or more models
   serve       OpenAI's audio API over the models you name
+  run         a program of others, with its models from a cache
   top         what a server is doing, live
   compare     how well, and how fast, models hear your audio
   models      what each known model takes, and where it fits now
@@ -85,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.owns_process = arguments is None
         if options.owns_process:
             _set_up_heap(options)
-        run: Callable[[argparse.Namespace], int] = options.run
-        code = run(options)
+        command: Callable[[argparse.Namespace], int] = options.run
+        code = command(options)
         # Here, where a broken pipe can still be told from other errors.
         sys.stdout.flush()
     except BrokenPipeError:
@@ -247,6 +248,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     command.add_options(parser)
 
 
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    from . import run
+
+    run.add_options(parser)
+
+
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     from whispercache.comparison import command
 
@@ -300,6 +307,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "transcribe": _add_transcribe,
     "serve": _add_serve,
+    "run": _add_run,
     "top": _add_top,
     "compare": _add_compare,
     "models": _add_models,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from whispercache.engine.calls.prepare import prepared, prepared_detection
 from whispercache.engine.calls.signatures import bound
-from whispercache.engine.construct import PLAIN, altered, genuine
+from whispercache.engine.construct import altered, genuine
+from whispercache.engine.replaced import is_replacement, replaces
 from whispercache.model import ATTRIBUTES, CachedModel, Handle
 
 from .whisper import LeasedWhisper
@@ -224,7 +225,7 @@ def lease_pipelines(kind: type[BatchedInferencePipeline]) -> None:
     """
     plain = kind.transcribe
     # A mock of a test has its own idea, and is gone soon.
-    if type(plain) is not types.FunctionType or hasattr(plain, PLAIN):
+    if type(plain) is not types.FunctionType or is_replacement(plain):
         return
 
     @functools.wraps(plain)
@@ -239,7 +240,7 @@ def lease_pipelines(kind: type[BatchedInferencePipeline]) -> None:
         ready = prepared(leased.source, audio, (), given, batch_size)
         return leased.run(altered(types.MethodType(plain, self)), ready)
 
-    setattr(transcribe, PLAIN, plain)
+    replaces(transcribe, plain)
     kind.transcribe = transcribe
 
 

@@ -34,6 +34,7 @@ from .claims import check_tokens, unalignable, undetectable
 from .files import claims_of
 from .process import ctranslate2, versions
 from .rebound import rebound, swapped
+from .replaced import plain_of
 from .sizes.header import ModelHeader
 from .views import in_heap, lending, lends, own_lists
 
@@ -57,9 +58,6 @@ _log = logging.getLogger("whispercache")
 _HUB_OPTIONS = ("download_root", "revision")
 
 _signature = functools.cache(inspect.signature)
-
-# The attribute of a function that was put in a method's place: the method.
-PLAIN = "_whispercache_plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +101,8 @@ def genuine() -> Genuine:
         )
 
     model = found("WhisperModel")
-    return Genuine(model, found("BatchedInferencePipeline"), model.__init__)
+    # The import may itself have been what changed them (`whispercache run`).
+    return Genuine(model, found("BatchedInferencePipeline"), plain_of(model.__init__))
 
 
 def build(key: ModelKey, files: ModelFiles, kept: KeptModels) -> WhisperModel:
@@ -181,7 +180,7 @@ def altered(method: Callable[..., object]) -> Callable[..., object]:
     if type(method) is not types.MethodType:
         return method
     # One that we have put there does nothing for a call that holds its lease.
-    plain = getattr(method.__func__, PLAIN, method.__func__)
+    plain = plain_of(method.__func__)
     made = swapped(types.MethodType(plain, method.__self__), _swaps())
     lists = own_lists(plain)
     return partial(made, **lists) if lists else made
@@ -266,8 +265,7 @@ def _swaps() -> Swaps:
         vad.collect_chunks,
         vad.VadOptions,
     )
-    batched = getattr(pipeline.transcribe, PLAIN, pipeline.transcribe)
-    methods = (model.transcribe, batched)
+    methods = (plain_of(model.transcribe), plain_of(pipeline.transcribe))
     consequence = "voice activity detection takes more memory"
     _check_lookups(methods, tuple(bounded), consequence)
     _check_lookups((vad.get_speech_timestamps,), ("get_vad_model",), consequence)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from whispercache.errors import CacheClosed, CacheForked
 
+from .replaced import plain_of
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -72,7 +74,8 @@ def whisper() -> type[Whisper]:
     Returns CTranslate2's class of models, as it was at the first use, whatever is put
     in its place later.
     """
-    return cast("type[Whisper]", ctranslate2().models.Whisper)
+    # The import may itself have been what replaced it (`whispercache run`).
+    return cast("type[Whisper]", plain_of(ctranslate2().models.Whisper))
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from whispercache.devices import heap
 from .calls.parameters import checked
 from .calls.signatures import bound, signature_of
 from .rebound import swapped
+from .replaced import plain_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -193,6 +194,7 @@ def lending(base: type[WhisperModel], swaps: Swaps = ()) -> type[WhisperModel]:
             plain = getattr(super(made, self._lend()), method)
             if type(plain) is not types.MethodType:
                 return plain(*args, **options)
+            plain = types.MethodType(plain_of(plain.__func__), plain.__self__)
             args, values = own_values(plain.__func__, args, options, self._check)
             return in_heap(self.model.device, swapped(plain, swaps))(*args, **values)
 

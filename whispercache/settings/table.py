@@ -29,12 +29,17 @@ CONFIG_VARIABLE = "WHISPERCACHE_CONFIG"
 # Keys come by variables or files: a command line is seen by others.
 KEYS_VARIABLE = "WHISPERCACHE_API_KEYS"
 KEY_VARIABLE = "WHISPERCACHE_API_KEY"
+# Those by which `whispercache run` reaches the program that it runs.
+RUN_VARIABLE = "WHISPERCACHE_RUN"
+RUN_TOP_VARIABLE = "WHISPERCACHE_RUN_TOP"
 
 # Variables that are no settings of this table.
 OTHER_VARIABLES = {
     CONFIG_VARIABLE: "the file, in place of the usual one",
     KEYS_VARIABLE: "keys of a server, with commas between",
     KEY_VARIABLE: "the key with which `whispercache top` asks a server",
+    RUN_VARIABLE: "`whispercache run` is at work, with these changes",
+    RUN_TOP_VARIABLE: "where the events of its program go",
     "WHISPERCACHE_EFFORT": "how much this project's own tests try at random",
     "WHISPERCACHE_GPU_MODELS": "the folder of models for this project's tests on GPUs",
 }

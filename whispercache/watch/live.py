@@ -58,7 +58,7 @@ EVENTS = 50
 _HUGE = 2**60
 
 
-class _Watchable(Protocol):
+class Watchable(Protocol):
     """
     The methods of a cache that are needed to watch it.
     """
@@ -188,7 +188,7 @@ class Watch:
 
     def __init__(
         self,
-        cache: _Watchable,
+        cache: Watchable,
         name_of: Callable[[ModelKey], str] = short_name,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -201,11 +201,7 @@ class Watch:
         self._unsubscribe = cache.subscribe(self._note)
 
     def _note(self, event: Event) -> None:
-        kind, text = _sentence(event)
-        name = self._name_of(event.key)
-        # They happen to a device; the model only noticed.
-        if isinstance(event, (DeviceLost, DeviceWarmedUp, DeviceWarmingUp)):
-            name = event.device
+        kind, name, text = in_words(event, self._name_of)
         last = self._events[-1] if self._events else None
         if kind == "granted" and last and (last.kind, last.model) == ("loaded", name):
             return  # to the request that asked for the load
@@ -256,6 +252,20 @@ _CAUSES = {
     "pressure": "for other programs",
     "out_of_memory": "as memory ran out",
 }
+
+
+def in_words(
+    event: Event, name_of: Callable[[ModelKey], str] = short_name
+) -> tuple[str, str, str]:
+    """
+    Returns the kind of an event, the name of what it happened to, and a sentence on it,
+    as `LiveEvent` has them.
+    """
+    kind, text = _sentence(event)
+    # They happen to a device; the model only noticed.
+    if isinstance(event, (DeviceLost, DeviceWarmedUp, DeviceWarmingUp)):
+        return kind, event.device, text
+    return kind, name_of(event.key), text
 
 
 def _sentence(event: Event) -> tuple[str, str]:

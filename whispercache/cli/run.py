@@ -1,0 +1,161 @@
+"""
+The command ``whispercache run``: a program that one did not write, with its models from
+a cache.
+
+The program takes the place of this process, so its process id, its streams, its signals
+and its exit code are its own. It learns of the cache by its environment, as its
+children do.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from whispercache import startup
+from whispercache.console import error_line, explain
+from whispercache.settings.arguments import add_config, add_settings, settings_of
+from whispercache.settings.kinds import shown
+from whispercache.settings.table import (
+    CACHE_KEYS,
+    CONFIG_VARIABLE,
+    RUN_TOP_VARIABLE,
+    RUN_VARIABLE,
+    SETTINGS,
+)
+from whispercache.watch.log import TERMINAL
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping, Sequence
+
+_HELP = """\
+examples:
+  whispercache run --ram 2GiB -- whisper-ctranslate2 talk.wav --model small
+  whispercache run --keep-alive 1m -m wyoming_faster_whisper --model base
+
+The program, and each Python that it starts, must be able to import whispercache. It is
+reached by PYTHONPATH: a Python that ignores the environment (-I, -E) has plain models.
+Each process has a cache of its own; --coordinate has them take turns.
+"""
+
+# Exit codes of shells and of env, for programs that do not start.
+_NOT_FOUND = 127
+_NOT_STARTED = 126
+# Signals that Python ignores, and whose being ignored a program would inherit.
+# Source: Python/pylifecycle.c, init_signals; subprocess's restore_signals.
+_IGNORED = ("SIGPIPE", "SIGXFSZ")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """
+    Adds the command's parameters to *parser*.
+    """
+    parser.description = (
+        "Run a program whose faster-whisper models come from a cache, those of its "
+        "children too."
+    )
+    parser.usage = "whispercache run [OPTIONS] [--] PROGRAM [ARGUMENT ...]\n       "
+    parser.usage += "whispercache run [OPTIONS] -m MODULE [ARGUMENT ...]"
+    explain(parser, _HELP)
+    add = parser.add_argument
+    # The rest of the line, whatever it looks like.
+    add("command", nargs="...", metavar="PROGRAM", help="with its arguments")
+    add("-m", dest="is_module", action="store_true", help="it is a module of Python")
+    add(
+        "--ctranslate2",
+        action="store_true",
+        help="also for programs that use ctranslate2.models.Whisper directly",
+    )
+    add(
+        "--preload",
+        action="store_true",
+        help="load models where the program makes them, not at their first use",
+    )
+    add(
+        "--top",
+        metavar="FILE",
+        help=f"write loads, evictions and the peak there; {TERMINAL} is the terminal, "
+        "at the end",
+    )
+    add_config(add)
+    add_settings(add, *CACHE_KEYS)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """
+    Becomes the program. Returns only if it does not start, or on Windows.
+    """
+    command = list(options.command)
+    if command[:1] == ["--"]:
+        del command[0]
+    if not command:
+        raise ValueError("name the program to run; see 'whispercache run --help'")
+    # Nonsense is told here, not by the program.
+    settings_of(options)
+    if options.is_module:
+        command = [sys.executable, "-m", *command]
+    environment = {**os.environ, **_variables(options)}
+    try:
+        if os.name == "nt":
+            # There, a process that takes the place of another is a new one, for which
+            # nobody waits.
+            return subprocess.call(command, env=environment)  # noqa: S603
+        _become(command, environment)
+    except FileNotFoundError as error:
+        sys.stderr.write(f"{error_line(_named(error, command))}\n")
+        return _NOT_FOUND
+    except OSError as error:
+        sys.stderr.write(f"{error_line(_named(error, command))}\n")
+        return _NOT_STARTED
+
+
+def _named(error: OSError, command: Sequence[str]) -> OSError:
+    return type(error)(error.errno, error.strerror, command[0])
+
+
+def _variables(options: argparse.Namespace) -> dict[str, str]:
+    given = vars(options)
+    found = {
+        SETTINGS[key].variable: shown(given[key])
+        for key in CACHE_KEYS
+        if given[key] not in (None, [])
+    }
+    if options.config is not None:
+        # The program may go to another directory.
+        found[CONFIG_VARIABLE] = str(Path(options.config).expanduser().absolute())
+    words = ["faster_whisper"]
+    words += [name for name in ("ctranslate2", "preload") if given[name]]
+    found[RUN_VARIABLE] = ",".join(words)
+    if options.top is not None:
+        found[RUN_TOP_VARIABLE] = _place(options.top)
+    assert startup.__file__ is not None
+    place = str(Path(startup.__file__).parent)
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [place, *(path for path in others if path and path != place)]
+    found["PYTHONPATH"] = os.pathsep.join(paths)
+    return found
+
+
+def _place(top: str) -> str:
+    if top == TERMINAL:
+        return top
+    path = Path(top).absolute()
+    # That it cannot be written is told now.
+    path.open("a").close()
+    return str(path)
+
+
+def _become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    for name in _IGNORED:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    # What is still in Python's buffers would be lost.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], list(command), environment)  # noqa: S606
