@@ -54,7 +54,7 @@ class EventLog:
             # The one before was closed.
             self._write(*_sums(self._cache))
         self._cache = cache
-        cache.subscribe(self._note)
+        self._unsubscribe = cache.subscribe(self._note)
 
     def _note(self, event: Event) -> None:
         kind, name, text = in_words(event)
@@ -78,6 +78,8 @@ class EventLog:
 
     def _end(self) -> None:
         assert self._cache is not None
+        # That all models leave with the process is no news.
+        self._unsubscribe()
         self._write(*_sums(self._cache))
         sys.stderr.writelines(self._lines)
 
