@@ -32,6 +32,7 @@ from whispercache import (
     uninstall,
 )
 from whispercache.dropin.whisper import LeasedWhisper
+from whispercache.engine.rebound import plain_of
 from whispercache.installing import _Installation
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ def cache() -> Iterator[ModelCache]:
     with ModelCache(variants=False, max_models=1) as made:
         yield made
         uninstall()
+        # These stay, for the models that were leased; other tests begin without.
+        for name in ("transcribe", "detect_language"):
+            setattr(WhisperModel, name, plain_of(getattr(WhisperModel, name)))
         assert made.stats().leases == 0
     assert WhisperModel.__init__ is GENUINE
     assert ctranslate2.models.Whisper is PLAIN_WHISPER

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from whispercache.engine import process
 from whispercache.engine.calls.prepare import prepared, prepared_detection
 from whispercache.engine.construct import altered, genuine
-from whispercache.engine.replaced import is_replacement, plain_of, replaces
+from whispercache.engine.rebound import is_replacement, plain_of, replaces
 
 from .model import lease_pipelines, leased_of
 from .whisper import LeasedWhisper

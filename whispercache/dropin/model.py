@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from whispercache.engine.calls.prepare import prepared, prepared_detection
 from whispercache.engine.calls.signatures import bound
 from whispercache.engine.construct import altered, genuine
-from whispercache.engine.replaced import is_replacement, replaces
+from whispercache.engine.rebound import is_replacement, replaces
 from whispercache.model import ATTRIBUTES, CachedModel, Handle
 
 from .whisper import LeasedWhisper

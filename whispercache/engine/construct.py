@@ -33,8 +33,7 @@ from .calls.signatures import signature_of
 from .claims import check_tokens, unalignable, undetectable
 from .files import claims_of
 from .process import ctranslate2, versions
-from .rebound import rebound, swapped
-from .replaced import plain_of
+from .rebound import plain_of, rebound, swapped
 from .sizes.header import ModelHeader
 from .views import in_heap, lending, lends, own_lists
 

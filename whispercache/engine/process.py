@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from whispercache.errors import CacheClosed, CacheForked
 
-from .replaced import plain_of
+from .rebound import plain_of
 
 if TYPE_CHECKING:
     from types import ModuleType

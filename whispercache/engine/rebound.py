@@ -1,8 +1,10 @@
 """
-Copies of another module's functions, with other globals behind some names.
+Copies of another module's functions, with other globals behind some names, and what is
+put in the place of its functions and classes.
 
 faster-whisper has no hook for some of what it does. A copy of its function, with a view
-of its own of some names, serves as one, and leaves the module as it is.
+of its own of some names, serves as one, and leaves the module as it is. Where a program
+must find something else in the module itself, this remembers what was there.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import functools
 import operator
 import types
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 # Functions of another module, each with its replacement.
 Swaps: TypeAlias = tuple[tuple[Callable[..., object], Callable[..., object]], ...]
@@ -87,3 +89,29 @@ def _swapped(
             if value is original:
                 names[name] = other
     return rebound(function, **names) if names else function
+
+
+# Not attributes of the replacements: whoever wraps one of them, as programs do, copies
+# its attributes.
+_plain: dict[object, Any] = {}
+
+
+def replaces(made: object, plain: object) -> None:
+    """
+    Notes that *made* stands, or will stand, in the place of *plain*.
+    """
+    _plain[made] = plain
+
+
+def is_replacement(found: object) -> bool:
+    """
+    Returns True if *found* was put in its place by this package.
+    """
+    return found in _plain
+
+
+def plain_of(found: Any) -> Any:  # noqa: ANN401 - functions and classes of any kind
+    """
+    Returns what *found* replaces; *found* itself if it is nothing of ours.
+    """
+    return _plain.get(found, found)

@@ -17,8 +17,7 @@ from whispercache.devices import heap
 
 from .calls.parameters import checked
 from .calls.signatures import bound, signature_of
-from .rebound import swapped
-from .replaced import plain_of
+from .rebound import plain_of, swapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
