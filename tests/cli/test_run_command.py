@@ -207,19 +207,21 @@ def test_a_python_without_whispercache_says_so(program: Path, tmp_path: Path) ->
 @PROCESS
 def test_other_programs_import_nothing_more() -> None:
     """
-    And see no change of their paths.
+    And see no change of their paths, of which an empty one is the working directory.
     """
+    given = f"{child_environment()['PYTHONPATH']}{os.pathsep}"
     code = "import sys; print(*sorted(sys.modules)); print(sys.path)"
     plain = subprocess.run(
         [PYTHON, "-c", code],
-        env=child_environment(),
+        env=child_environment({"PYTHONPATH": given}),
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     modules, path = plain.stdout.splitlines()
-    found, same = run("--", PYTHON, "-c", code).stdout.splitlines()
+    done = run("--", PYTHON, "-c", code, environment={"PYTHONPATH": given})
+    found, same = done.stdout.splitlines()
     assert same == path
     assert set(found.split()) - set(modules.split()) <= {"sitecustomize"}
 

@@ -136,8 +136,10 @@ def _variables(options: argparse.Namespace) -> dict[str, str]:
         found[RUN_TOP_VARIABLE] = _place(options.top)
     assert startup.__file__ is not None
     place = str(Path(startup.__file__).parent)
-    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    paths = [place, *(path for path in others if path and path != place)]
+    others = os.environ.get("PYTHONPATH")
+    # An empty entry is the working directory; an empty variable is none.
+    given_paths = others.split(os.pathsep) if others else []
+    paths = [place, *(path for path in given_paths if path != place)]
     found["PYTHONPATH"] = os.pathsep.join(paths)
     return found
 
