@@ -87,8 +87,8 @@ class EventLog:
 def _sums(cache: Watchable) -> list[str]:
     stats = cache.stats()
     counts = (
-        f"{stats.requests} calls, {stats.loads} loads in {stats.load_s:.2f} s, "
-        f"{stats.evictions} evictions"
+        f"calls: {stats.requests}, loads: {stats.loads} in {stats.load_s:.2f} s, "
+        f"evictions: {stats.evictions}"
     )
     peaks = (
         f"peak on {each.device} {format_bytes(each.peak_bytes)}"
