@@ -47,7 +47,7 @@ def program(request: pytest.FixtureRequest) -> Program:
     found: Program = request.param
     if found.missing:
         pytest.skip(found.missing)
-    # Else this is no environment for them, and tests/dropin tries faster-whisper itself.
+    # Else this is no environment for them; tests/dropin tries faster-whisper itself.
     if all(each.missing for each in PROGRAMS if each.distribution != "faster-whisper"):
         pytest.skip("no program of these is installed: see `make apps`")
     return found
