@@ -4,6 +4,8 @@
 # make others    set up others, then test with PyAV 18, with 19 and with faster-whisper2
 # make coverage  set up, then run all tests and see which lines they reach
 # make bench     set up, then measure
+# make apps      set up .venv-apps, then try other people's programs on cached models;
+#                with TORCH=1 (5 GB) also those that need torch
 # make soak      set up, then try at random what may happen, for much longer
 # make gpu       set up, then test and measure on a card; writes benchmarks/results
 #
@@ -31,8 +33,8 @@ NEWER ?= $(shell for each in $(PYTHON) python3.14 python3.13 python3.12 \
     echo "$$each" && break; done)
 
 .SECONDARY: # what was set up for a pattern is kept
-.PHONY: demo test lint types layers unit quick others others-fork coverage bench soak gpu \
-    clean
+.PHONY: demo test lint types layers unit quick others others-fork coverage bench apps \
+    soak gpu clean
 
 demo: .venv/demo
 	$(RUN) examples/multilingual.py
@@ -90,6 +92,9 @@ bench: .venv/bench
 	$(RUN) benchmarks/simulate
 	$(RUN) benchmarks/serve.py
 
+apps: .venv-apps/apps $(if $(TORCH),.venv-apps/torch)
+	.venv-apps/bin/pytest tests/apps --durations=10
+
 # Twelve times what an ordinary run tries, a hundred thousand steps of the state machine
 # among it: minutes, not for every run.
 soak: .venv/test
@@ -101,15 +106,15 @@ gpu: .venv/test .venv/cublas
 	$(BIN)/python benchmarks/gpu --write
 
 clean:
-	rm -rf .venv .coverage .coverage.* .hypothesis .import_linter_cache \
+	rm -rf .venv .venv-apps .coverage .coverage.* .hypothesis .import_linter_cache \
 	    .mypy_cache .pytest_cache .ruff_cache build dist examples/.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/pip:
+.venv/pip .venv-apps/pip: %/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "whispercache needs Python 3.10 or later; try make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --upgrade 'pip>=25.1' # the first with --group
+	$(PYTHON) -m venv --clear $*
+	$*/bin/pip install --quiet --upgrade 'pip>=25.1' # the first with --group
 	@touch $@
 
 .venv/demo: .venv/pip pyproject.toml
@@ -153,4 +158,13 @@ clean:
 
 .venv/bench: .venv/pip pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[demo,server]' --group bench
+	@touch $@
+
+.venv-apps/apps: .venv-apps/pip pyproject.toml
+	.venv-apps/bin/pip install --quiet --editable '.[demo]' --group apps
+	.venv-apps/bin/pip install --quiet --no-deps --group apps-alone
+	@touch $@
+
+.venv-apps/torch: .venv-apps/apps
+	.venv-apps/bin/pip install --quiet --group apps-torch
 	@touch $@

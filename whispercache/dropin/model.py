@@ -119,8 +119,7 @@ class CachedWhisperModel(CachedModel):
         call = self._leased.here.call
         if call is None:
             return self._made(_EXTRACTOR)
-        mine = vars(self).get(_EXTRACTOR)
-        return call.own(call.loaded.whisper.feature_extractor if mine is None else mine)
+        return call.own(vars(self).get(_EXTRACTOR))
 
     @feature_extractor.setter
     def feature_extractor(self, value: object) -> None:
@@ -136,10 +135,11 @@ class CachedWhisperModel(CachedModel):
         if call is None:
             return self._made(name)
         theirs = vars(call.loaded.whisper)
-        for each, value in theirs.items():
-            # A tokenizer would be kept beyond the model for each of these.
-            if each not in _OF_A_MODEL:
-                mine.setdefault(each, value)
+        # A tokenizer would be kept beyond the model for each of these.
+        if name not in _OF_A_MODEL:
+            for each, value in theirs.items():
+                if each not in _OF_A_MODEL:
+                    mine.setdefault(each, value)
         return theirs[name]
 
     def _made(self, name: str) -> object:

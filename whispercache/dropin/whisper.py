@@ -55,11 +55,13 @@ class Call:
 
     def own(self, extractor: object) -> object:
         """
-        Returns the call's own copy of a feature extractor: faster-whisper keeps the
-        ``chunk_length`` of a call in it.
+        Returns the call's own copy of a feature extractor, if None of the model's:
+        faster-whisper keeps the ``chunk_length`` of a call in it.
         """
-        if self._of is not extractor:
-            self._extractor, self._of = copy.copy(extractor), extractor
+        if self._extractor is None or self._of is not extractor:
+            theirs: Any = self.loaded.whisper
+            whole = theirs.feature_extractor if extractor is None else extractor
+            self._extractor, self._of = copy.copy(whole), extractor
         return self._extractor
 
 
@@ -359,32 +361,31 @@ class _Bound:
         self._function = function
 
     def __call__(self, *args: object, **options: object) -> object:
-        call = Call(self._lease)
-        result = self._within(call, functools.partial(self._function, *args, **options))
-        if isinstance(result, Iterator):
-            return self._steps(call, result)
-        if isinstance(result, tuple) and result and isinstance(result[0], Iterator):
-            return (self._steps(call, result[0]), *result[1:])
-        return result
-
-    def _within(self, call: Call, function: Callable[[], object]) -> object:
-        here = self._here
+        call, here = Call(self._lease), self._here
         before, here.call = here.call, call
         try:
-            return function()
+            result = self._function(*args, **options)
         finally:
             here.call = before
+        if isinstance(result, tuple) and result and isinstance(result[0], Iterator):
+            return (self._steps(call, result[0]), *result[1:])
+        if isinstance(result, Iterator):
+            return self._steps(call, result)
+        return result
 
     def _steps(
         self, call: Call, items: Iterator[object]
     ) -> Generator[object, None, None]:
-        step = functools.partial(next, items)
+        here = self._here
         try:
             while True:
+                before, here.call = here.call, call
                 try:
-                    item = self._within(call, step)
+                    item = next(items)
                 except StopIteration:
                     return
+                finally:
+                    here.call = before
                 yield item
         finally:
             # Iterators of a program's own may have no close().

@@ -190,12 +190,22 @@ def signatures() -> Mapping[str, Signature]:
     Returns the signatures of the faster-whisper that is installed.
     """
     model, pipeline = genuine().model, genuine().pipeline
+    # Looked up now: programs, and tests, put others in their place.
+    return _signatures(model.transcribe, pipeline.transcribe, model.detect_language)
+
+
+@functools.lru_cache(maxsize=16)
+def _signatures(
+    transcribe: Callable[..., object],
+    batched: Callable[..., object],
+    detect_language: Callable[..., object],
+) -> Mapping[str, Signature]:
     from faster_whisper.vad import VadOptions
 
     return {
-        "transcribe": signature_of(model.transcribe),
-        "batched": signature_of(pipeline.transcribe),
-        "detect_language": signature_of(model.detect_language),
+        "transcribe": signature_of(transcribe),
+        "batched": signature_of(batched),
+        "detect_language": signature_of(detect_language),
         "vad": _signature(VadOptions),
     }
 

@@ -6,9 +6,10 @@ Whatever can be refused is refused here, so that no model is evicted for it.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from whispercache.engine.sizes.footprint import (
     DEFAULT_WORKLOAD,
@@ -66,15 +67,20 @@ def workload_of(
         return value if isinstance(value, int) and value > 0 else 5
 
     is_batched = batch_size is not None
-    workload = Workload(
-        beam_size=count("beam_size"),
-        best_of=count("best_of"),
-        batch_size=batch_size or 1,
-        fallback=any(temperature != 0 for temperature in temperatures_of(options)),
-        audio_s=rounded_audio_s(n_samples / _RATE_HZ),
-        vad=filters_speech(options, is_batched=is_batched),
+    return _known_workload(
+        count("beam_size"),
+        count("best_of"),
+        batch_size or 1,
+        any(temperature != 0 for temperature in temperatures_of(options)),
+        rounded_audio_s(n_samples / _RATE_HZ),
+        filters_speech(options, is_batched=is_batched),
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _known_workload(*parts: Any) -> Workload:  # noqa: ANN401 - those of a Workload
     # The same object each time: footprints are memoized by it.
+    workload = Workload(*parts)
     return DEFAULT_WORKLOAD if workload == DEFAULT_WORKLOAD else workload
 
 
