@@ -78,8 +78,8 @@ class Round:
         self._heap: list[tuple[int, Waiter, Cohort | None]] = []
         # What was, with those that it speaks for.
         self._seen: dict[int, tuple[Waiter, Cohort | None]] = {}
-        # Stuck cohorts, the members of which may drain more once anything changes.
-        self._impatient: list[Cohort] = []
+        # Cohorts with a stuck one: younger ones may drain more once anything changes.
+        self._stuck: list[Cohort] = []
         self._draining: set[str] = set()
         self.stopped: dict[Cohort, int] = {}
         self.found: list[Found] = []
@@ -171,8 +171,8 @@ class Round:
             self._go_on(serial, cohort, decision.outcome)
         # What younger ones would drain may be another now.
         speaks_for_itself = cohort is None or decision.outcome is not Outcome.STUCK
-        if self._impatient and speaks_for_itself:
-            for stuck in self._impatient:
+        if self._stuck and speaks_for_itself:
+            for stuck in self._stuck:
                 after = stuck.after(serial)
                 if after is not None and self._is_impatient(after):
                     self._show(after, stuck)
@@ -183,7 +183,7 @@ class Round:
         """
         if outcome is Outcome.STUCK:
             self.stopped.setdefault(cohort, serial)
-            self._impatient.append(cohort)
+            self._stuck.append(cohort)
             # But one that was overtaken too often bars others.
             if (worn := cohort.worn_after(serial)) is not None:
                 self._show(worn, cohort)
