@@ -268,13 +268,12 @@ class TestOtherNames:
         shutil.copy(mine / "model.bin", "whisper-base")
         assert canonical_model("whisper-base") == os.path.realpath("whisper-base")
 
-    def test_a_server_knows_the_same(self, make_cache: MakeCache) -> None:
+    def test_a_server_knows_the_same(self) -> None:
         """
         However the model is named on its command line.
         """
-        cache = make_cache()
         for served in ("large-v3", "whisper-large-v3", "openai/whisper-large-v3"):
-            offers = Offers([parse_spec(served)], "cpu", cache)
+            offers = Offers([parse_spec(served)], "cpu")
             for name in ("large", "large-v3", "whisper-large-v3", "whisper-large"):
                 offer = offers.find(name)
                 assert offer is not None, (served, name)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from conftest import MakeCache
 
+    from whispercache.server.offers import Offer
     from whispercache.testing import FakeLoader
 
 BREAD = clip("en-bread")
@@ -450,14 +451,14 @@ def test_files_that_come_later_are_looked_at_before_a_load(
     """
     What was not known at the door is known once the files are here.
     """
-    from whispercache.server.offers import Offer
+    from whispercache.server.local import LocalEngine
 
-    real, answers = Offer.knowledge, [None]
+    real, answers = LocalEngine.knowledge, [None]
 
-    def late(offer: Offer) -> object:
-        return answers.pop() if answers else real(offer)
+    async def late(engine: LocalEngine, offer: Offer) -> object:
+        return answers.pop() if answers else await real(engine, offer)
 
-    monkeypatch.setattr(Offer, "knowledge", late)
+    monkeypatch.setattr(LocalEngine, "knowledge", late)
     answer = ask(served, "transcriptions", "many", language="yue")
     assert (answer.status_code, answers) == (400, [])
     assert "Cantonese" in answer.json()["error"]["message"]

@@ -18,6 +18,7 @@ from whispercache import (
 )
 from whispercache.engine.naming import ModelSpec
 from whispercache.planning.placement import Candidate, choose
+from whispercache.server.local import LocalEngine
 from whispercache.server.offers import Offers
 from whispercache.testing import FakeLoader, FakeMachine, settle, wait_until
 
@@ -610,7 +611,8 @@ def test_a_server_calls_a_model_the_same_on_any_card(
     Where it was when its name was learned does not matter.
     """
     cache = make_cache()
-    offers = Offers([ModelSpec("mine", "base")], "cuda", cache)
+    offers = Offers([ModelSpec("mine", "base")], "cuda")
+    engine = LocalEngine(offers, cache, threads=1)
     cache.lease("base", "cuda", keep_alive=0).release()
     settle(cache)
     before = cache._resolver.entry(("base", "cuda", "default")).key
@@ -618,4 +620,4 @@ def test_a_server_calls_a_model_the_same_on_any_card(
     with cache.lease("base", "cuda"):
         after = cache.models()[0].key
         assert after.device != before.device
-        assert [offers.name_of(key) for key in (before, after)] == ["mine", "mine"]
+        assert [engine.name_of(key) for key in (before, after)] == ["mine", "mine"]

@@ -87,19 +87,18 @@ def test_known_sizes_answer_to_all_their_names() -> None:
     As far as they are served under their own.
     """
     specs = [parse_spec(text) for text in ("large:int8", "base", "mine=tiny")]
-    with ModelCache() as cache:
-        offers = Offers(specs, "cpu", cache)
-        for name, found in (
-            ("large:int8", "large:int8"),
-            ("large-v3:int8", "large:int8"),
-            ("Systran/faster-whisper-base", "base"),
-            ("whisper-1", "large:int8"),
-            ("tiny", None),
-            ("base:int8", None),
-            ("large", None),
-        ):
-            offer = offers.find(name)
-            assert (offer.name if offer else None) == found, name
+    offers = Offers(specs, "cpu")
+    for name, found in (
+        ("large:int8", "large:int8"),
+        ("large-v3:int8", "large:int8"),
+        ("Systran/faster-whisper-base", "base"),
+        ("whisper-1", "large:int8"),
+        ("tiny", None),
+        ("base:int8", None),
+        ("large", None),
+    ):
+        offer = offers.find(name)
+        assert (offer.name if offer else None) == found, name
 
 
 def test_it_is_ready_once_all_is_loaded_that_should_be(
@@ -162,7 +161,7 @@ def test_a_cache_of_its_own_is_closed_and_a_given_one_is_not(cache: ModelCache) 
         transcribe(client, A)
     assert [info.state for info in cache.models()] == ["resident"]
     app = create_app(ServerOptions(models=micros(), device="cpu"))
-    own = app.state.service.cache.cache
+    own = app.state.service.engine.cache.cache
     with running(app) as url, httpx.Client(base_url=url) as client:
         transcribe(client, A)
     assert own._core.is_closed

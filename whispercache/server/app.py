@@ -4,7 +4,7 @@ The server as one ASGI application.
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from fastapi import Depends, FastAPI
@@ -18,10 +18,13 @@ from . import audio, errors, manage
 from .drain import Unfinished
 from .guard import Guard
 from .limits import UploadLimit
+from .local import LocalEngine
+from .offers import Offers
 from .service import Service
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
 
     from .options import ServerOptions
 
@@ -44,19 +47,33 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
     Raises:
         WhisperCacheError: a model on the list does not exist, or its device does not.
     """
+    offers = Offers(options.offered, options.device)
     # Names and devices are checked here, so that a wrong option ends the command and
     # not the first request.
-    service = Service(options, cache or ModelCache())
+    engine = LocalEngine(
+        offers,
+        cache or ModelCache(),
+        # One for each turn at the gate.
+        threads=options.parallel * len(offers),
+    )
+    # A cache of the caller's own stays open; others may use it.
+    closing = engine.cache if cache is None else nullcontext()
+    return application(Service(options, offers, engine), closing)
+
+
+def application(
+    service: Service, closing: AbstractAsyncContextManager[object]
+) -> FastAPI:
+    """
+    Returns the routes over a service, whatever its engine; *closing* is entered while
+    it runs.
+    """
+    options = service.options
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        try:
-            async with service.running():
-                yield
-        finally:
-            # A cache of the caller's own stays open; others may use it.
-            if cache is None:
-                await service.cache.__aexit__(None, None, None)
+        async with closing, service.running():
+            yield
 
     app = FastAPI(
         title="whispercache",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from whispercache.engine.calls.languages import check_language, language_code
 from whispercache.engine.calls.prepare import workload_of
 from whispercache.errors import AudioError, LoadFailed
 
-from .calls import transcribe, while_present
+from .calls import while_present
 from .decode import samples
+from .engine import Terms
 from .errors import ApiError, as_refusal, nonsense, responses
 from .forms import FILE, GRANULARITIES, SmallForm, check_keep_alive
 from .offers import ALIGNMENT_HEADS
@@ -42,9 +43,9 @@ if TYPE_CHECKING:
 
     from faster_whisper.transcribe import Segment, TranscriptionInfo
 
-    from whispercache.aio import AsyncSegments
     from whispercache.engine.calls.languages import Knowledge
 
+    from .engine import Segments
     from .offers import Offer
 
 router: APIRouter = APIRouter(prefix="/v1/audio", tags=["audio"], route_class=SmallForm)
@@ -286,16 +287,14 @@ async def _begin(
     file: UploadFile,
     offer: Offer,
     asked: Asked,
-) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
+) -> tuple[Segments, TranscriptionInfo]:
     """
     Decodes, waits for the model, and begins to transcribe; *lifetime* ends all of it.
     """
-    # On a thread, since files may be read for it.
-    known = await run_in_threadpool(offer.knowledge)
+    engine = service.engine
+    known = await engine.knowledge(offer)
     asked.check_model(offer.name, known)
-    if "word" in asked.granularities and not await run_in_threadpool(
-        offer.may_tell_words
-    ):
+    if "word" in asked.granularities and not await engine.may_tell_words(offer):
         raise nonsense(GRANULARITIES, NO_WORDS)
     # A full queue is told before the upload is decoded.
     service.gate.check(offer.name)
@@ -309,18 +308,16 @@ async def _begin(
         service.gate.turn(offer.name, service.options.timeout_s, audio_s)
     )
     options = asked.options()
-    # The lease reserves memory for this length, and no longer one.
-    workload = workload_of(options, None, round(audio_s * _RATE_HZ))
-    # A model that is downloaded first is checked between download and load.
-    check = partial(asked.check_model, offer.name) if known is None else None
-    lease = await service.lease(offer, left_s, asked.keep_alive, workload, check)
-    with ExitStack() as held:
-        # Until the call has the lease, an error must release it.
-        held.callback(lease.release)
-        heard = await run_in_threadpool(samples, decoded)
-        # From now on the call has it, whatever becomes of the request.
-        held.pop_all()
-    segments, info = await transcribe(service.callers, lease, heard, options)
+    terms = Terms(
+        left_s,
+        asked.keep_alive,
+        # Memory is reserved for this length, and no longer one.
+        workload_of(options, None, round(audio_s * _RATE_HZ)),
+        # A model that is downloaded first is checked between download and load.
+        partial(asked.check_model, offer.name) if known is None else None,
+    )
+    heard = partial(samples, decoded)
+    segments, info = await engine.transcribe(offer, heard, options, terms)
     await lifetime.enter_async_context(segments)
     return segments, info
 
@@ -352,9 +349,7 @@ def _save(file: UploadFile, target: Path) -> None:
         shutil.copyfileobj(file.file, out)
 
 
-async def _events(
-    segments: AsyncSegments[Segment], info: TranscriptionInfo
-) -> AsyncIterator[bytes]:
+async def _events(segments: Segments, info: TranscriptionInfo) -> AsyncIterator[bytes]:
     heard: list[Segment] = []
     try:
         async for segment in segments:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -18,12 +18,17 @@ from starlette.concurrency import run_in_threadpool
 from whispercache.version import __version__
 
 from .calls import while_present
+from .engine import Terms
 from .errors import responses
 from .forms import check_keep_alive
 from .service import Served, Service
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from fastapi import FastAPI
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import Metric
 
     from .offers import Offer
 
@@ -103,7 +108,7 @@ async def show_processes(service: Served) -> dict[str, object]:
     return {
         "version": __version__,
         "requires_key": bool(service.options.keys),
-        **service.snapshot().as_json(),
+        **(await service.snapshot()).as_json(),
     }
 
 
@@ -129,7 +134,7 @@ async def _load(service: Service, offer: Offer, keep_alive: str | None) -> None:
     # Nonsense is told before a load.
     if keep_alive is not None:
         check_keep_alive(keep_alive)
-    (await service.lease(offer, service.options.timeout_s, keep_alive)).release()
+    await service.engine.load(offer, Terms(service.options.timeout_s, keep_alive))
 
 
 @router.post("/api/models/{name:path}/pin", responses=_ASKED)
@@ -138,15 +143,9 @@ async def pin(request: Request, service: Served, name: str) -> Done:
     Loads a model, and keeps it in memory, idle or not.
     """
     offer = service.offer(name)
-    await while_present(request, _pin(service, offer))
+    pinning = service.engine.pin(offer, Terms(service.options.timeout_s))
+    await while_present(request, pinning)
     return Done(model=name, status="pinned")
-
-
-async def _pin(service: Service, offer: Offer) -> None:
-    lease = await service.lease(offer, service.options.timeout_s)
-    with lease:
-        # Under the lease: an idle model could be evicted in between.
-        lease.pin()
 
 
 @router.delete("/api/models/{name:path}/pin", responses=_ASKED)
@@ -154,11 +153,8 @@ async def unpin(service: Served, name: str) -> Done:
     """
     Ends a pin: the model may be evicted again when it is idle.
     """
-    key = service.offer(name).key()
-    # Not known yet means that it was never loaded.
-    if key is None or not service.cache.unpin(key.model, key.device, key.compute_type):
-        return Done(model=name, status="absent")
-    return Done(model=name, status="unpinned")
+    was_there = await service.engine.unpin(service.offer(name))
+    return Done(model=name, status="unpinned" if was_there else "absent")
 
 
 @router.delete("/api/models/{name:path}", responses=_ASKED)
@@ -167,14 +163,22 @@ async def evict(request: Request, service: Served, name: str) -> Done:
     Unloads a model, pinned or not, and waits until its memory is free. A model at work
     is unloaded when it is idle.
     """
-    key = service.offer(name).key()
-    if key is None:
-        return Done(model=name, status="absent")
-    eviction = service.cache.evict(
-        key.model, key.device, key.compute_type, timeout_s=service.options.timeout_s
-    )
+    eviction = service.engine.evict(service.offer(name), service.options.timeout_s)
     was_there = await while_present(request, eviction)
     return Done(model=name, status="evicted" if was_there else "absent")
+
+
+class _Figures:
+    """
+    The server's own figures and its engine's, as an encoder reads a registry.
+    """
+
+    def __init__(self, own: CollectorRegistry, further: Sequence[Metric]) -> None:
+        self._own, self._further = own, further
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._own.collect()
+        yield from self._further
 
 
 @router.get(
@@ -194,7 +198,8 @@ async def metrics(request: Request, service: Served) -> Response:
     except (TypeError, ValueError):  # a version in it that is no number
         # The plain format, which all versions read.
         encode, media_type = choose_encoder("")
-    text = await run_in_threadpool(encode, service.registry)
+    seen = _Figures(service.registry, await service.engine.metrics())
+    text = await run_in_threadpool(encode, cast("CollectorRegistry", seen))
     return Response(text, media_type=media_type)
 
 

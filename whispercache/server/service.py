@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import anyio
 from fastapi import Depends, Request
 from prometheus_client import (
     CollectorRegistry,
@@ -19,31 +17,21 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from starlette.concurrency import run_in_threadpool
 
-from whispercache.aio import AsyncModelCache
-from whispercache.errors import (
-    DownloadTimeout,
-    LeaseTimeout,
-    LoadFailed,
-    WhisperCacheError,
-)
-from whispercache.metrics import CacheCollector
-from whispercache.watch.live import Snapshot, Watch
+from whispercache.errors import LoadFailed, WhisperCacheError
 
 from .decode import Decoder
+from .engine import Terms
 from .errors import RETRY_S, ApiError
 from .gate import Gate
-from .offers import Offer, Offers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
-    from whispercache.cache import ModelCache
-    from whispercache.engine.calls.languages import Knowledge
-    from whispercache.engine.sizes.footprint import Workload
-    from whispercache.lease import Lease
+    from whispercache.watch.live import Snapshot
 
+    from .engine import Engine
+    from .offers import Offer, Offers
     from .options import ServerOptions
 
 _log = logging.getLogger("whispercache")
@@ -51,17 +39,13 @@ _log = logging.getLogger("whispercache")
 
 class Service:
     """
-    A cache and its offers, with all that a server adds to them. Raises a
-    WhisperCacheError if a model on the list does not exist, or its device does not.
+    An engine and what it offers, with all that a server adds to them.
     """
 
-    def __init__(self, options: ServerOptions, cache: ModelCache) -> None:
+    def __init__(self, options: ServerOptions, offers: Offers, engine: Engine) -> None:
         self.options = options
-        self.cache: AsyncModelCache = AsyncModelCache(cache)
-        self.offers: Offers = Offers(options.offered, options.device, cache)
-        # Finds names that do not exist, without a download.
-        for offer in self.offers:
-            cache.get_model(*offer.place)
+        self.offers = offers
+        self.engine = engine
         # Made anew at each start; these are for applications that ask before.
         self._renew()
         self.registry: CollectorRegistry = self._new_registry()
@@ -69,23 +53,10 @@ class Service:
         self.pending: dict[str, str] = dict.fromkeys(
             (*options.preload, *options.pin), "loading"
         )
-        self._watch: Watch | None = None
         # Where it runs: the loop, and what was started there without the server's word.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: asyncio.Future[None] | None = None
         self._background: asyncio.Task[None] | None = None
-        # Not the loop's own pool, for which the end of the loop waits. Threads are made
-        # when they are needed: for calls one for each turn at the gate, for downloads
-        # one for each model.
-        self.callers: ThreadPoolExecutor = ThreadPoolExecutor(
-            options.parallel * len(options.models),
-            thread_name_prefix="whispercache-call",
-        )
-        self._fetchers = ThreadPoolExecutor(
-            len(options.models), thread_name_prefix="whispercache-fetch"
-        )
-        # Downloads under way, by the name of the model.
-        self._fetching: dict[str, asyncio.Future[None]] = {}
 
     def _new_registry(self) -> CollectorRegistry:
         # Of its own: two servers in one process would clash in the global one.
@@ -116,16 +87,10 @@ class Service:
         """
         Runs all parts of the server in an ``async with`` block.
         """
-        cache = self.cache.cache
         # An application may be started again, as by test clients.
         self._renew()
-        self._fetching = {}
         async with AsyncExitStack() as stack:
-            self._watch = stack.enter_context(Watch(cache, self.offers.name_of))
-            collector = CacheCollector(cache)
-            stack.callback(collector.close)
-            self.registry.register(collector)
-            stack.callback(self.registry.unregister, collector)
+            await stack.enter_async_context(self.engine.running())
             await stack.enter_async_context(self.decoder)
             # In the background: requests are served meanwhile, and /readyz waits for
             # it.
@@ -180,9 +145,9 @@ class Service:
         while True:
             try:
                 if name in self.options.pin:
-                    await self.cache.pin(*offer.place)
+                    await self.engine.pin(offer, Terms())
                 else:
-                    await self.cache.preload(*offer.place)
+                    await self.engine.load(offer, Terms())
             except WhisperCacheError as error:
                 _log.error("%s is not ready: %s", name, error)
                 self.pending[name] = type(error).__name__
@@ -197,70 +162,17 @@ class Service:
         """
         The state: does it take work, and has it loaded the models for its start?
         """
-        if self.gate.is_closed or self.cache.is_closed:
+        if self.gate.is_closed or self.engine.is_closed:
             return "closing"
         return "loading" if self.pending else "ready"
 
-    def snapshot(self) -> Snapshot:
+    async def snapshot(self) -> Snapshot:
         """
-        Returns the state of the cache and of the gate.
+        Returns the state of the engine and of the gate.
         """
-        assert self._watch is not None, "the server is not running"
-        seen = self._watch.snapshot()
+        seen = await self.engine.snapshot()
         # The gate's come first: they wait for those before the cache, or beside them.
         return replace(seen, waiting=(*self.gate.waiting(), *seen.waiting))
-
-    async def lease(
-        self,
-        offer: Offer,
-        timeout_s: float,
-        keep_alive: str | None = None,
-        workload: Workload | None = None,
-        check: Callable[[Knowledge | None], None] | None = None,
-    ) -> Lease:
-        """
-        Returns a lease on a model, downloaded and loaded if need be. *check* is called
-        with what is known of the model once its files are here, and before it is
-        loaded.
-
-        Raises:
-            DownloadTimeout: its files were not there within *timeout_s*.
-            LeaseTimeout: the model was not, the download included.
-        """
-        is_there = False
-        # The cache's own limit begins once the files are there, and tells more.
-        with anyio.move_on_after(timeout_s + 0.5):
-            # Outside the cache, in which a download would hold a place in the queue.
-            await self._fetch(offer)
-            is_there = True
-            if check is not None:
-                check(await run_in_threadpool(offer.knowledge))
-            return await self.cache.lease(
-                *offer.place,
-                timeout_s=timeout_s,
-                keep_alive=keep_alive,
-                workload=workload,
-            )
-        ended = LeaseTimeout if is_there else DownloadTimeout
-        raise ended(offer.name, timeout_s)
-
-    async def _fetch(self, offer: Offer) -> None:
-        """
-        Downloads a model's files if they are missing. Requests for the same model share
-        one download, on a thread of its own: it may take long, or for ever.
-        """
-        fetching = self._fetching.get(offer.name)
-        # There is no await between this look and the note, so there is one download.
-        if fetching is None:
-            loop = asyncio.get_running_loop()
-            fetching = loop.run_in_executor(self._fetchers, offer.fetch)
-            self._fetching[offer.name] = fetching
-            fetching.add_done_callback(lambda _: self._fetching.pop(offer.name))
-        # A request that is cancelled does not end it for the others. What went wrong is
-        # told by the lease, which may fall back.
-        # Not awaited itself, which would cancel it with the request.
-        await asyncio.wait((fetching,))
-        fetching.exception()
 
     def offer(self, name: str) -> Offer:
         """

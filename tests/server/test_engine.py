@@ -1,0 +1,113 @@
+"""
+The engine of a server, as its routes use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+from real import SILENCE, micro
+
+from whispercache import ModelCache
+from whispercache.engine.naming import ModelSpec
+from whispercache.server.engine import Terms
+from whispercache.server.local import LocalEngine
+from whispercache.server.offers import Offers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from whispercache.server.offers import Offer
+
+
+@pytest.fixture
+def cache() -> Iterator[ModelCache]:
+    """
+    A cache, which is left as the engine left it.
+    """
+    with ModelCache() as cache:
+        yield cache
+
+
+def engine_of(cache: ModelCache) -> tuple[LocalEngine, Offer]:
+    """
+    An engine, and what it offers.
+    """
+    offers = Offers([ModelSpec("m", str(micro("micro says hello")))], "cpu")
+    return LocalEngine(offers, cache, threads=1), next(iter(offers))
+
+
+def test_a_model_is_held_as_long_as_its_segments_are(cache: ModelCache) -> None:
+    """
+    And each phase of the call is told as it begins.
+    """
+    engine, offer = engine_of(cache)
+    told: list[tuple[str, int]] = []
+
+    async def main() -> None:
+        async with engine.running():
+            segments, info = await engine.transcribe(
+                offer,
+                lambda: SILENCE,
+                {},
+                Terms(5),
+                lambda phase: told.append((phase, cache.stats().leases)),
+            )
+            assert info.duration > 0
+            async with segments:
+                assert cache.stats().leases == 1
+                assert (await anext(aiter(segments))).text == " micro says hello"
+            assert cache.stats().leases == 0
+
+    asyncio.run(main())
+    assert told == [("loading", 0), ("working", 1)]
+
+
+@pytest.mark.parametrize("fault", ["check", "samples"])
+def test_what_fails_before_the_call_holds_nothing(
+    cache: ModelCache, fault: str
+) -> None:
+    """
+    A model that is refused is not even loaded.
+    """
+    engine, offer = engine_of(cache)
+
+    def fail(*_: object) -> None:
+        raise ValueError(fault)
+
+    async def main() -> None:
+        is_check = fault == "check"
+        samples = (lambda: SILENCE) if is_check else fail
+        terms = Terms(5, check=fail if is_check else None)
+        with pytest.raises(ValueError, match=fault):
+            await engine.transcribe(offer, samples, {}, terms)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert (cache.stats().loads, cache.stats().leases) == (fault == "samples", 0)
+
+
+def test_a_model_is_loaded_pinned_and_unloaded(cache: ModelCache) -> None:
+    """
+    By the names that clients use.
+    """
+    engine, offer = engine_of(cache)
+
+    async def main() -> None:
+        async with engine.running():
+            assert not await engine.unpin(offer)
+            await engine.pin(offer, Terms())
+            (seen,) = (await engine.snapshot()).models
+            assert (seen.key.model, seen.pinned) == ("m", True)
+            names = {metric.name for metric in await engine.metrics()}
+            assert "whispercache_loads" in names
+            assert await engine.unpin(offer)
+            assert await engine.evict(offer, 5)
+            assert not await engine.evict(offer, 5)
+            await engine.load(offer, Terms(keep_alive="1h"))
+            (seen,) = (await engine.snapshot()).models
+            assert (seen.loads, seen.leases, seen.pinned) == (2, 0, False)
+            assert seen.expires_in_s is not None
+
+    asyncio.run(main())

@@ -1,0 +1,250 @@
+"""
+The engine of a server whose models are in its own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import anyio
+from starlette.concurrency import run_in_threadpool
+
+from whispercache.aio import AsyncModelCache
+from whispercache.engine.files import claims_of
+from whispercache.engine.naming import short_name
+from whispercache.errors import DownloadTimeout, LeaseTimeout, WhisperCacheError
+from whispercache.metrics import CacheCollector
+from whispercache.watch.live import Snapshot, Watch
+
+from .calls import transcribe
+from .engine import Phase, nobody
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from faster_whisper.transcribe import TranscriptionInfo
+    from prometheus_client.core import Metric
+
+    from whispercache.cache import ModelCache
+    from whispercache.engine.calls.languages import Knowledge
+    from whispercache.keys import ModelKey
+    from whispercache.lease import Lease
+
+    from .engine import Samples, Segments, Terms
+    from .offers import Offer, Offers
+
+
+class LocalEngine:
+    """
+    An `Engine` over a cache of this process, which is shared and stays open.
+
+    Args:
+        offers: The models that it is asked for.
+        cache: The cache that they are in.
+        threads: Number of calls that may compute at once.
+
+    Raises:
+        WhisperCacheError: a model on the list does not exist, or its device does not.
+    """
+
+    def __init__(self, offers: Offers, cache: ModelCache, threads: int) -> None:
+        self.cache: AsyncModelCache = AsyncModelCache(cache)
+        self._offers = offers
+        # Finds names that do not exist, without a download.
+        for offer in offers:
+            cache.get_model(*offer.place)
+        self._watch: Watch | None = None
+        self._collector: CacheCollector | None = None
+        # Not the loop's own pool, for which the end of the loop waits. Threads are made
+        # when they are needed, for downloads one for each model.
+        self._callers = ThreadPoolExecutor(
+            threads, thread_name_prefix="whispercache-call"
+        )
+        self._fetchers = ThreadPoolExecutor(
+            len(offers), thread_name_prefix="whispercache-fetch"
+        )
+        # Downloads under way, by the name of the model.
+        self._fetching: dict[str, asyncio.Future[None]] = {}
+
+    @property
+    def is_closed(self) -> bool:
+        """
+        True once the cache was closed.
+        """
+        return self.cache.is_closed
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """
+        Watches the cache and counts its events in an ``async with`` block.
+        """
+        # Those of an event loop that has ended.
+        self._fetching = {}
+        with ExitStack() as stack:
+            cache = self.cache.cache
+            self._watch = stack.enter_context(Watch(cache, self.name_of))
+            self._collector = CacheCollector(cache)
+            stack.callback(self._collector.close)
+            yield
+
+    # What is known of a model -----------------------------------------------------
+
+    def key(self, offer: Offer) -> ModelKey | None:
+        """
+        Returns a model's key, as far as it is known without a download.
+        """
+        return self.cache.cache.known_key(*offer.place)
+
+    def name_of(self, key: ModelKey) -> str:
+        """
+        Returns the clients' name of a model in memory.
+        """
+        for offer in self._offers:
+            found = self.key(offer)
+            # It may have been on another card before.
+            # By the key, so that two names of one model find the first.
+            if found is not None and replace(found, device=key.device) == key:
+                return offer.name
+        return short_name(key)
+
+    async def knowledge(self, offer: Offer) -> Knowledge | None:
+        """
+        Returns what a model's files tell of it. See `Engine.knowledge`.
+        """
+        # On a thread, since files may be read for it.
+        return await run_in_threadpool(self.cache.cache.knowledge, *offer.place)
+
+    async def may_tell_words(self, offer: Offer) -> bool:
+        """
+        Returns what a model's files tell of the times of words.
+        """
+        return await run_in_threadpool(self._may_tell_words, offer)
+
+    def _may_tell_words(self, offer: Offer) -> bool:
+        key = self.key(offer)
+        if key is None:
+            return True
+        loader = self.cache.cache.loader
+        try:
+            files = loader.locate(key.model, dict(key.options), download=False)
+            return files is None or claims_of(files).tells_words
+        except WhisperCacheError:  # which the load will raise as well
+            return True
+
+    # Work -------------------------------------------------------------------------
+
+    async def transcribe(
+        self,
+        offer: Offer,
+        samples: Samples,
+        options: Mapping[str, object],
+        terms: Terms,
+        tell: Callable[[Phase], None] = nobody,
+    ) -> tuple[Segments, TranscriptionInfo]:
+        """
+        Begins to transcribe. See `Engine.transcribe`.
+        """
+        tell("loading")
+        lease = await self._lease(offer, terms)
+        with ExitStack() as held:
+            # Until the call has the lease, an error must release it.
+            held.callback(lease.release)
+            tell("working")
+            heard = await run_in_threadpool(samples)
+            # From now on the call has it, whatever becomes of the request.
+            held.pop_all()
+        return await transcribe(self._callers, lease, heard, dict(options))
+
+    async def load(self, offer: Offer, terms: Terms) -> None:
+        """
+        Loads a model. See `Engine.load`.
+        """
+        (await self._lease(offer, terms)).release()
+
+    async def pin(self, offer: Offer, terms: Terms) -> None:
+        """
+        Loads a model, and keeps it. See `Engine.pin`.
+        """
+        lease = await self._lease(offer, terms)
+        with lease:
+            # Under the lease: an idle model could be evicted in between.
+            lease.pin()
+
+    async def _lease(self, offer: Offer, terms: Terms) -> Lease:
+        is_there, limit_s = False, terms.timeout_s
+        # The cache's own limit begins once the files are there, and tells more.
+        with anyio.move_on_after(None if limit_s is None else limit_s + 0.5):
+            # Outside the cache, in which a download would hold a place in the queue.
+            await self._fetch(offer)
+            is_there = True
+            if terms.check is not None:
+                terms.check(await self.knowledge(offer))
+            return await self.cache.lease(
+                *offer.place,
+                timeout_s=limit_s,
+                keep_alive=terms.keep_alive,
+                workload=terms.workload,
+            )
+        ended = LeaseTimeout if is_there else DownloadTimeout
+        raise ended(offer.name, limit_s or 0.0)
+
+    async def _fetch(self, offer: Offer) -> None:
+        """
+        Downloads a model's files if they are missing. Requests for the same model share
+        one download, on a thread of its own: it may take long, or for ever.
+        """
+        fetching = self._fetching.get(offer.name)
+        # There is no await between this look and the note, so there is one download.
+        if fetching is None:
+            loop = asyncio.get_running_loop()
+            download = self.cache.cache.download
+            fetching = loop.run_in_executor(self._fetchers, download, *offer.place)
+            self._fetching[offer.name] = fetching
+            fetching.add_done_callback(lambda _: self._fetching.pop(offer.name))
+        # A request that is cancelled does not end it for the others. What went wrong is
+        # told by the lease, which may fall back.
+        # Not awaited itself, which would cancel it with the request.
+        await asyncio.wait((fetching,))
+        fetching.exception()
+
+    async def unpin(self, offer: Offer) -> bool:
+        """
+        Ends a pin. See `Engine.unpin`.
+        """
+        key = self.key(offer)
+        # Not known yet means that it was never loaded.
+        return key is not None and bool(
+            self.cache.unpin(key.model, key.device, key.compute_type)
+        )
+
+    async def evict(self, offer: Offer, timeout_s: float) -> bool:
+        """
+        Unloads a model. See `Engine.evict`.
+        """
+        key = self.key(offer)
+        return key is not None and bool(
+            await self.cache.evict(
+                key.model, key.device, key.compute_type, timeout_s=timeout_s
+            )
+        )
+
+    # What is seen -----------------------------------------------------------------
+
+    async def snapshot(self) -> Snapshot:
+        """
+        Returns the state of the cache.
+        """
+        assert self._watch is not None, "the server is not running"
+        return self._watch.snapshot()
+
+    async def metrics(self) -> Sequence[Metric]:
+        """
+        Returns the figures of the cache.
+        """
+        collector = self._collector
+        assert collector is not None, "the server is not running"
+        return await run_in_threadpool(lambda: list(collector.collect()))
