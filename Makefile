@@ -2,6 +2,7 @@
 # make test      set up, then check style, types, layers and behaviour
 # make quick     set up, then run the tests that take a moment: nine in ten of them
 # make others    set up others, then test with PyAV 18, with 19 and with faster-whisper2
+# make docs      set up, then build the documentation in build/docs
 # make coverage  set up, then run all tests and see which lines they reach
 # make bench     set up, then measure
 # make apps      set up .venv-apps, then try other people's programs on cached models;
@@ -33,8 +34,8 @@ NEWER ?= $(shell for each in $(PYTHON) python3.14 python3.13 python3.12 \
     echo "$$each" && break; done)
 
 .SECONDARY: # what was set up for a pattern is kept
-.PHONY: demo test lint types layers unit quick others others-fork coverage bench apps \
-    soak gpu clean
+.PHONY: demo test lint types layers unit quick docs others others-fork coverage bench \
+    apps soak gpu clean
 
 demo: .venv/demo
 	$(RUN) examples/multilingual.py
@@ -61,6 +62,9 @@ unit: .venv/test .venv/browser
 
 quick: .venv/test
 	$(PYTEST) -m "not process and not browser and not stress and not slow"
+
+docs: .venv/test
+	$(BIN)/python -m sphinx -q -W --keep-going -b dirhtml docs build/docs
 
 # Apart from `make test`, since it sets up three more environments.
 others: others-pyav18 others-pyav19 others-fork
