@@ -482,7 +482,13 @@ def test_the_schema_describes_itself(http: httpx.Client) -> None:
     """
     schema = http.get("/openapi.json").json()
     assert "/v1/audio/transcriptions" in schema["paths"]
-    assert http.get("/docs").status_code == 404
+    page = http.get("/docs").text
+    assert "//" not in page.replace("https://app.example", "")
+    for path in schema["paths"]:
+        assert path in page
+    for field in ("timestamp_granularities[]", "audio_file", "temperature_inc"):
+        assert f"<td>{field}<td>" in page
+    assert http.get("/page/docs.css").status_code == 200
 
 
 def test_no_temporary_file_stays(

@@ -53,14 +53,13 @@ class Told:
         """
         self.model = model
         # They come from clients, and go into a header.
-        self.unknown = [ascii(name)[1:-1][:_LONGEST_SHOWN] for name in unknown]
+        self.unknown = [ascii(name[:_LONGEST_SHOWN]) for name in unknown]
         if not unknown:
             return
         if strict:
-            message = f"{self.unknown[0]}: there is no such field"
-            raise ApiError(
-                400, message, code="unknown_parameter", param=self.unknown[0]
-            )
+            name = unknown[0][:_LONGEST_SHOWN]
+            message = f"{name}: there is no such field"
+            raise ApiError(400, message, code="unknown_parameter", param=name)
         new = [name for name in self.unknown if name not in _logged]
         if new and len(_logged) < _MOST_LOGGED:
             _logged.update(new)
@@ -74,7 +73,7 @@ class Told:
         found = {REQUEST_ID: self.request_id}
         if self.model is not None:
             # Offers may have any name; headers have no other letters.
-            found[MODEL] = self.model.encode("ascii", "backslashreplace").decode()
+            found[MODEL] = ascii(self.model)[1:-1]
         if self.unknown:
             found[WARNING] = f"unknown fields: {', '.join(self.unknown)}"
         return found

@@ -16,6 +16,7 @@ from whispercache.version import __version__
 
 from . import audio, errors, manage, others
 from .answers import MODEL, REQUEST_ID, WARNING, Answers
+from .docs import add_docs
 from .drain import Unfinished
 from .guard import Guard
 from .limits import UploadLimit
@@ -87,7 +88,7 @@ def application(
         summary="faster-whisper models, in the memory there is.",
         version=__version__,
         lifespan=lifespan,
-        # These pages load their scripts from another site.
+        # These pages load their scripts from another site; ours does not.
         docs_url=None,
         redoc_url=None,
         # A slash at the end is dropped: a client that is sent elsewhere would upload
@@ -104,6 +105,7 @@ def application(
     # Probes have no key.
     app.include_router(manage.health)
     manage.add_page(app)
+    add_docs(app)
     _add_middleware(app, options)
     return app
 

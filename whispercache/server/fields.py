@@ -172,7 +172,9 @@ class Speech(Form):
         if batch_size is None and chunking is not None:
             batch_size = BATCH
         words = [*filter(None, (self.hotwords,)), *self.keywords]
-        languages = tuple(filter(None, map(_code_among, self.languages)))
+        possible = [code_of(each, "languages") for each in self.languages]
+        # "auto" among them is any.
+        languages = () if None in possible else tuple(filter(None, possible))
         language = code_of(self.language)
         # One that it may be is the one that it is.
         if language is None and len(languages) == 1:
@@ -295,7 +297,3 @@ def code_of(language: str | None, field: str = "language") -> str | None:
         return language_code(language)
     except ValueError as error:
         raise nonsense(field, str(error)) from None
-
-
-def _code_among(language: str) -> str | None:
-    return code_of(language, "languages")

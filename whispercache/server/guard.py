@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Paths that need no key: the page itself, which asks for one, and those of probes.
-OPEN_PATHS = ("/", "/health", "/healthz", "/readyz")
+# Paths that need no key: the page itself, which asks for one, the description of the
+# API, which is the same everywhere, and those of probes.
+OPEN_PATHS = ("/", "/docs", "/health", "/healthz", "/readyz")
 _OPEN_FOLDER = "/page/"
 _HARMLESS = ("GET", "HEAD", "OPTIONS")
 _LONGEST_SHOWN = 100
