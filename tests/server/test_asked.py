@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from fastapi import UploadFile
 from faster_whisper.transcribe import Segment, TranscriptionInfo, Word
-from starlette.datastructures import UploadFile
 
 from whispercache.server.asked import BATCH, Asked
 from whispercache.server.errors import ApiError
@@ -79,7 +79,12 @@ def test_a_plain_form_asks_for_nothing_special() -> None:
         ({"timestamp_granularities[]": ["segment"]}, {"word_timestamps": False}),
         (
             {"chunking_strategy": "auto"},
-            {"vad_filter": True, "batch_size": BATCH, "without_timestamps": False},
+            {"vad_filter": True, "batch_size": BATCH},
+        ),
+        # A window of a batch would be one cue.
+        (
+            {"chunking_strategy": "auto", "response_format": "srt"},
+            {"vad_filter": True, "batch_size": None},
         ),
         (
             {

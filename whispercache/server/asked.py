@@ -55,7 +55,7 @@ class Asked:
         stream: Events, as the text is heard.
         vad: Speech is looked for, and nothing else heard; None if that is not said.
         vad_parameters: Those of faster-whisper's ``VadOptions``.
-        batch_size: Windows at once; None without batches.
+        batch_size: Windows at once; None without batches, whose segments are windows.
         hotwords: Words that may be said, for every window.
         words: Segments begin and end with their words, and have them.
         logprobs: The log probabilities of words are asked for.
@@ -187,6 +187,7 @@ class Asked:
         if self.vad_parameters:
             found["vad_parameters"] = dict(self.vad_parameters)
         if is_batched:
-            # Batches have no times within their windows unless told so.
-            found |= {"batch_size": self.batch_size, "without_timestamps": False}
+            # As it is by default, without times within a window: with them the words
+            # after a window's last time are lost (faster-whisper 1.2.1).
+            found["batch_size"] = self.batch_size
         return found

@@ -108,13 +108,13 @@ class Speech(Form):
     stream: Annotated[bool, Field(description="Send text as it is heard.")] = False
     chunking_strategy: Annotated[
         Chunking | None,
-        Field(description='"auto", or {"type": "server_vad", …}: pauses and batches.'),
+        Field(description='"auto", or {"type": "server_vad", …}: at pauses, batched.'),
     ] = None
     vad_filter: Annotated[
         bool | None, Field(description="Look for speech, and hear nothing else.")
     ] = None
     batch_size: Annotated[
-        int | None, Field(ge=1, le=64, description="Windows at once.")
+        int | None, Field(ge=1, le=64, description="Windows at once, a segment each.")
     ] = None
     hotwords: Annotated[str | None, Field(description="Words that may be said.")] = None
     keywords: Annotated[
@@ -169,7 +169,9 @@ class Speech(Form):
         """
         chunking = self.chunking_strategy
         batch_size = self.batch_size
-        if batch_size is None and chunking is not None:
+        # A window of a batch is one segment: too long for a cue.
+        has_cues = self.response_format not in ("json", "text")
+        if batch_size is None and chunking is not None and not has_cues:
             batch_size = BATCH
         words = [*filter(None, (self.hotwords,)), *self.keywords]
         possible = [code_of(each, "languages") for each in self.languages]
@@ -190,7 +192,8 @@ class Speech(Form):
             granularities=tuple(self.timestamp_granularities),
             keep_alive=self.keep_alive or None,
             stream=self.stream,
-            vad=self.vad_filter,
+            # A strategy is one for pauses.
+            vad=True if chunking and self.vad_filter is None else self.vad_filter,
             vad_parameters=chunking.parameters() if chunking else {},
             batch_size=batch_size,
             hotwords=", ".join(words) or None,
