@@ -478,6 +478,8 @@ def test_whisper_asr_webservice_detects_and_translates(http: httpx.Client) -> No
     refused = http.post("/asr", params={"output": "pdf"}, files=audio)
     assert refused.status_code == 400
     assert error_of(refused)["param"] == "output"
+    # Bazarr's button for a test asks for it.
+    assert http.get("/status").json()["version"].startswith("whispercache ")
 
 
 def test_whisper_cpp(http: httpx.Client) -> None:

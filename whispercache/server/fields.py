@@ -20,7 +20,7 @@ from .errors import nonsense
 # As JavaScript writes what is not there.
 _NOTHING = ("null", "undefined")
 # What people write themselves, where they may mean it.
-_TEXTS = ("prompt", "initial_prompt", "hotwords", "keywords[]", "model")
+_TEXTS = ("prompt", "hotwords", "keywords[]", "model")
 
 _Prompt = Annotated[
     str | None,
@@ -63,6 +63,20 @@ class Form(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
+    def unknown(self) -> list[str]:
+        """
+        Returns the names of the fields that mean nothing here.
+        """
+        return list(self.model_extra or ())
+
+
+class Upload(Form):
+    """
+    A form with a file in it, in which JavaScript's nothing is left out.
+    """
+
+    file: Annotated[UploadFile, Field(description="Anything that FFmpeg reads.")]
+
     @model_validator(mode="before")
     @classmethod
     def _without_nothing(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -72,19 +86,12 @@ class Form(BaseModel):
             if name in _TEXTS or not isinstance(value, str) or value not in _NOTHING
         }
 
-    def unknown(self) -> list[str]:
-        """
-        Returns the names of the fields that mean nothing here.
-        """
-        return list(self.model_extra or ())
 
-
-class Speech(Form):
+class Speech(Upload):
     """
     The form of OpenAI's audio API, and what other servers have added to it.
     """
 
-    file: Annotated[UploadFile, Field(description="Anything that FFmpeg reads.")]
     model: Annotated[str, Field(min_length=1, description="A model served here.")]
     language: _Language = None
     languages: Annotated[
@@ -234,12 +241,11 @@ class Asr(Form):
         )
 
 
-class Inference(Form):
+class Inference(Upload):
     """
     The form of whisper.cpp's server. Source: its examples/server/server.cpp.
     """
 
-    file: Annotated[UploadFile, Field(description="Anything that FFmpeg reads.")]
     response_format: Kind = "json"
     language: _Language = None
     detect_language: bool = False

@@ -11,11 +11,13 @@ from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
 from pydantic import BaseModel
 
 from whispercache.engine.calls.languages import LANGUAGES
+from whispercache.version import __version__
 
 from .answers import told
 from .asked import Asked
 from .audio import FORM, RESPONSES
 from .calls import while_present
+from .errors import responses
 from .fields import Asr, Inference
 from .forms import SmallForm
 from .hearing import Answer, Hearing, Lifetime
@@ -86,6 +88,14 @@ async def detect_language(
         language_code=info.language,
         confidence=info.language_probability,
     )
+
+
+@router.get("/status", responses=responses(401))
+async def status() -> dict[str, str]:
+    """
+    Tells the version, as Subgen does: Bazarr tests its connection by that.
+    """
+    return {"version": f"whispercache {__version__}"}
 
 
 @router.post(
