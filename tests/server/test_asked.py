@@ -75,6 +75,10 @@ def test_a_plain_form_asks_for_nothing_special() -> None:
                 "condition_on_previous_text": False,
             },
         ),
+        (
+            {"hotwords": "Zug", "prompt": "Wir fahren."},
+            {"hotwords": "Zug Wir fahren.", "initial_prompt": None},
+        ),
         ({"include[]": ["logprobs"]}, {"word_timestamps": True}),
         ({"timestamp_granularities[]": ["segment"]}, {"word_timestamps": False}),
         (
@@ -123,7 +127,7 @@ def test_each_field_reaches_the_call(
         ({"batch_size": 2, "vad_filter": False}, "batch_size"),
         ({"chunking_strategy": "auto", "vad_filter": False}, "chunking_strategy"),
         ({"batch_size": 2, "temperature[]": [0, 0.5]}, "temperature"),
-        ({"hotwords": "é" * 500, "prompt": "a"}, "hotwords"),
+        ({"hotwords": "é" * 400, "prompt": "a"}, "hotwords"),
         ({"keywords[]": ["a" * 300] * 4}, "hotwords"),
         ({"language": "klingon"}, "language"),
         ({"languages[]": ["en", "klingon"]}, "languages"),

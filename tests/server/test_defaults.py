@@ -265,8 +265,21 @@ def test_of_several_languages_the_likeliest_is_taken(http: httpx.Client) -> None
     assert heard(http, audio, **fields).json()["language"] == "german"
     answer = heard(http, audio, **fields, **{"languages[]": ["de", "en"]}).json()
     assert answer["language"] == "german"
+    fields["chunking_strategy"] = '{"type": "server_vad", "threshold": 0.4}'
     answer = heard(http, audio, **fields, **{"languages[]": ["ja", "en"]}).json()
     assert answer["language"] in ("japanese", "english")
+
+
+def test_hot_words_leave_room_for_what_is_said(http: httpx.Client) -> None:
+    """
+    However many tokens they are, in each window of a long recording.
+    """
+    audio = Path(clip("en-harbour-long")).read_bytes()
+    for words in ("harbour summer fishermen " * 32, "\N{GOTHIC LETTER HWAIR}" * 200):
+        answer = heard(http, audio, hotwords=words[:800].strip())
+        text = answer.json()["text"].lower()
+        assert "harbo" in text
+        assert text.rstrip(".").endswith("next summer")
 
 
 def test_a_seed_is_the_same_text_again(http: httpx.Client) -> None:

@@ -32,9 +32,8 @@ NO_SPEAKERS = "speakers are not told apart here; leave it out, or use another se
 # Windows at once, where a request asks for batches and not for their size. Source:
 # faster-whisper's own default.
 BATCH = 8
-# Bytes of a prompt and hot words together, at most some 330 tokens: a window has 448,
-# and needs the rest for what is said in it.
-_MOST_HINTS = 1000
+# Bytes of a prompt and hot words together: mostly below the 223 tokens that count.
+_MOST_HINTS = 800
 LOGPROBS = "logprobs"
 
 
@@ -163,7 +162,7 @@ class Asked:
             "task": self.task,
             "language": self.language,
             # None where there is none: an empty prompt would be tokens too.
-            "initial_prompt": self.prompt,
+            "initial_prompt": None if self.hotwords else self.prompt,
             "word_timestamps": self.wants_words,
         }
         if self.languages:
@@ -175,8 +174,12 @@ class Asked:
             # Nothing is drawn, so that all who ask get the same.
             options[TEMPERATURE] = [0.0]
         if self.hotwords:
-            # In a window, hot words and what was said before would take all its tokens.
-            options |= {"hotwords": self.hotwords, "condition_on_previous_text": False}
+            # Together, as what was said before comes from a place of its own: it and
+            # hot words would take all of a window's tokens.
+            options |= {
+                "hotwords": " ".join(filter(None, (self.hotwords, self.prompt))),
+                "condition_on_previous_text": False,
+            }
         return options | self._pauses(filters=vad if self.vad is None else self.vad)
 
     def _pauses(self, *, filters: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from whispercache.aio import AsyncSegments
 from whispercache.model import call_leased
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from concurrent.futures import Executor, Future
 
     import numpy as np
@@ -108,7 +108,8 @@ def _begin(
     **options: object,
 ) -> object:
     if languages:
-        options["language"] = _likeliest(whisper, audio, languages, options)
+        filters = bool(options.get("vad_filter"))
+        options["language"] = _likeliest(whisper, audio, languages, filters=filters)
     if batch_size is None:
         return whisper.transcribe(audio, **options)
     return batched(whisper)(audio, batch_size=batch_size, **options)
@@ -118,18 +119,14 @@ def _likeliest(
     whisper: WhisperModel,
     audio: NDArray[np.float32],
     languages: Sequence[str],
-    options: Mapping[str, object],
+    *,
+    filters: bool,
 ) -> str:
     if not whisper.model.is_multilingual:
         return "en"
-    heeded = {name: options[name] for name in _OF_DETECTION if name in options}
-    _, _, all_of_them = whisper.detect_language(audio, **heeded)
+    _, _, all_of_them = whisper.detect_language(audio, vad_filter=filters)
     chances = dict(all_of_them)
     return max(languages, key=lambda code: chances.get(code, 0.0))
-
-
-# Parameters that a detection has, too.
-_OF_DETECTION = ("vad_filter", "vad_parameters")
 
 
 def _close_segments(future: Future[object]) -> None:

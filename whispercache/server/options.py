@@ -46,9 +46,9 @@ class ServerOptions:
         max_upload_bytes: Of one request's whole body.
         max_duration_s: Of one request's audio.
         max_audio_s: Of the audio of all requests that are at work, which is in memory:
-            64 kB of samples and up to 51 kB of spectrogram for each second, and some
-            60 MB for each request. None for that of the longest request. What waits is
-            on disk.
+            for each second 64 kB of samples, up to 51 kB of spectrogram and 68 kB where
+            speech is looked for, and some 60 MB for each request. None for that of the
+            longest request. What waits is on disk.
         upload_timeout_s: For one request's body to arrive.
         decode_timeout_s: For its audio to be decoded.
         timeout_s: For a model to be had, from the moment at which the audio is decoded.
