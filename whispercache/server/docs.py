@@ -21,6 +21,7 @@ _HEAD = """\
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>whispercache: the API</title>
+<link rel="icon" href="page/icon.svg">
 <link rel="stylesheet" href="page/docs.css">
 </head>
 <body>

@@ -6,7 +6,7 @@ each means.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -61,7 +61,7 @@ class Form(BaseModel):
     A form that notes the fields which it does not know.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
 
     def unknown(self) -> list[str]:
         """
@@ -99,14 +99,19 @@ class Speech(Upload):
         Field(alias="languages[]", max_length=20, description="It is one of these."),
     ] = []
     prompt: _Prompt = None
-    response_format: Kind = "json"
-    temperature: _Temperature = 0.0
+    response_format: Annotated[Kind, Field(description="Of a stream, too.")] = "json"
+    temperature: Annotated[
+        _Temperature, Field(description="At 0 Whisper raises it where it has to.")
+    ] = 0.0
     temperatures: Annotated[
         list[_Temperature],
         Field(alias="temperature[]", description="Tried one after the other."),
     ] = []
     timestamp_granularities: Annotated[
-        list[Literal["word", "segment"]], Field(alias="timestamp_granularities[]")
+        list[Literal["word", "segment"]],
+        Field(
+            alias="timestamp_granularities[]", description="Words need verbose_json."
+        ),
     ] = []
     include: Annotated[
         list[Literal["logprobs"]],

@@ -20,14 +20,14 @@ NO_ORIGIN = "null"
 # Programs whose windows are pages, and the origins that those send. Source: Obsidian's
 # desktop and its mobile ones, which are Capacitor's; Tauri 2, on macOS and elsewhere;
 # Electron, where a window shows a file.
-PROGRAMS = {
+PROGRAMS: dict[str, tuple[str, ...]] = {
     "obsidian": ("app://obsidian.md", "capacitor://localhost", "http://localhost"),
     "electron": ("file://",),
     "tauri": ("tauri://localhost", "http://tauri.localhost", "https://tauri.localhost"),
 }
 # What containers call the machine that they run on. Source: Docker's and Podman's
 # documentation of their networks.
-MACHINES = {
+MACHINES: dict[str, tuple[str, ...]] = {
     "docker": (
         *("host.docker.internal", "gateway.docker.internal"),
         "host.containers.internal",
