@@ -6,7 +6,8 @@ which cannot be stopped once it runs.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, TypeVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 import anyio
 from starlette.requests import ClientDisconnect
@@ -15,16 +16,20 @@ from whispercache.aio import AsyncSegments
 from whispercache.model import call_leased
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
     from concurrent.futures import Executor, Future
 
     import numpy as np
+    from faster_whisper import WhisperModel
     from faster_whisper.transcribe import Segment, TranscriptionInfo
     from numpy.typing import NDArray
     from starlette.requests import Request
 
     from whispercache.lease import Lease
     from whispercache.model import LeasedIterator
+
+    # Returns the ``transcribe`` of a new batched pipeline of a model.
+    Pipeline: TypeAlias = Callable[[WhisperModel], Callable[..., object]]
 
 T = TypeVar("T")
 
@@ -57,18 +62,22 @@ async def _left(request: Request) -> None:
 
 
 async def transcribe(
-    pool: Executor, lease: Lease, audio: NDArray[np.float32], options: dict[str, object]
+    pool: Executor,
+    lease: Lease,
+    audio: NDArray[np.float32],
+    options: dict[str, object],
+    batched: Pipeline,
 ) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
     """
     Begins to transcribe *audio*: float32 (samples,), mono, 16 kHz, with a leased model.
-    The segments take the lease with them.
+    The segments take the lease with them. See `Engine.transcribe` for the options.
 
     A cancelled call goes on to its end, so that its request keeps its place at the
     `Gate` as long as the model is busy with it.
     """
     # From here on the call releases the lease, and not the caller.
     lease.owned = True
-    call = lease.whisper.transcribe
+    call = partial(_begin, lease.whisper, batched)
     future = pool.submit(call_leased, lease, call, audio, **options)
     ended = asyncio.wrap_future(future)
     try:
@@ -87,6 +96,37 @@ async def transcribe(
                 await asyncio.wait((ended,))
         raise
     return AsyncSegments(segments), info
+
+
+def _begin(
+    whisper: WhisperModel,
+    batched: Pipeline,
+    audio: NDArray[np.float32],
+    *,
+    batch_size: int | None = None,
+    languages: Sequence[str] = (),
+    **options: object,
+) -> object:
+    if languages:
+        filters = bool(options.get("vad_filter"))
+        options["language"] = _likeliest(whisper, audio, languages, filters=filters)
+    if batch_size is None:
+        return whisper.transcribe(audio, **options)
+    return batched(whisper)(audio, batch_size=batch_size, **options)
+
+
+def _likeliest(
+    whisper: WhisperModel,
+    audio: NDArray[np.float32],
+    languages: Sequence[str],
+    *,
+    filters: bool,
+) -> str:
+    if not whisper.model.is_multilingual:
+        return "en"
+    _, _, all_of_them = whisper.detect_language(audio, vad_filter=filters)
+    chances = dict(all_of_them)
+    return max(languages, key=lambda code: chances.get(code, 0.0))
 
 
 def _close_segments(future: Future[object]) -> None:
