@@ -4,7 +4,16 @@ How the documentation is built: ``make docs``, and a test that it builds.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sphinx.errors import ExtensionError
+
 from whispercache.version import __version__
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 project = "whispercache"
 author = "the whispercache authors"
@@ -26,3 +35,23 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
+
+
+def without_links_to_the_repository(app: Sphinx, _: str, source: list[str]) -> None:
+    """
+    Leaves the words of links to files of the repository, which only show beside it.
+    """
+
+    def words(link: re.Match[str]) -> str:
+        if not (Path(app.srcdir) / link[2]).exists():
+            raise ExtensionError(f"no such file: {link[2]}")
+        return link[1]
+
+    source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#]+)\)", words, source[0])
+
+
+def setup(app: Sphinx) -> None:
+    """
+    Has Sphinx call the above for each page.
+    """
+    app.connect("source-read", without_links_to_the_repository)
