@@ -14,12 +14,13 @@ from starlette.middleware.cors import CORSMiddleware
 from whispercache.cache import ModelCache
 from whispercache.version import __version__
 
-from . import audio, errors, manage
+from . import audio, errors, manage, requests
 from .drain import Unfinished
 from .guard import Guard
 from .limits import UploadLimit
 from .local import LocalEngine
 from .offers import Offers
+from .seen import RequestsSeen
 from .service import Service
 
 if TYPE_CHECKING:
@@ -85,11 +86,13 @@ def application(
         redoc_url=None,
     )
     app.state.service = service
-    errors.install(app, (audio.router, manage.router, manage.health))
+    app.state.seen = RequestsSeen()
+    errors.install(app, (audio.router, manage.router, requests.router, manage.health))
     # `Guard` asks for the key; this is for the schema.
     key = [Depends(HTTPBearer(auto_error=False))] if options.keys else []
     app.include_router(audio.router, dependencies=key)
     app.include_router(manage.router, dependencies=key)
+    app.include_router(requests.router, dependencies=key)
     # Probes have no key.
     app.include_router(manage.health)
     manage.add_page(app)
