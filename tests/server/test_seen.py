@@ -58,14 +58,14 @@ def test_a_load_concerns_those_who_wait(clock: FakeClock, seen: RequestsSeen) ->
     waits.enter("waiting")
     works.enter("working")
     for request in (waits, works):
-        request.move("waiting", "loading")
+        request.told("loading")
     clock.tick(2)
-    waits.enter("working")
+    waits.told("working")
     for request in (waits, works):
         # Late.
-        request.move("loading", "waiting")
+        request.told("waiting")
         request.end()
-        request.move("waiting", "loading")
+        request.told("loading")
         request.enter("working")
         assert request.is_over
     assert waits.seconds()["loading"] == 2

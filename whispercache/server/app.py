@@ -16,6 +16,7 @@ from whispercache.version import __version__
 
 from . import audio, errors, manage, requests
 from .drain import Unfinished
+from .following import REQUEST_ID, Following
 from .guard import Guard
 from .limits import UploadLimit
 from .local import LocalEngine
@@ -110,7 +111,11 @@ def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
         max_at_once=options.max_waiting + 2 * options.parallel * len(options.models),
     )
     app.add_middleware(
-        Guard, keys=options.keys, hosts=options.hosts, origins=options.origins
+        Guard,
+        keys=options.keys,
+        hosts=options.hosts,
+        origins=options.origins,
+        names=options.key_names,
     )
     # Outside the guard: whatever is cancelled gets an answer.
     app.add_middleware(Unfinished)
@@ -120,5 +125,7 @@ def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
             allow_origins=list(options.origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", REQUEST_ID],
         )
+    # Outside them all: whatever is answered has a name.
+    app.add_middleware(Following, seen=app.state.seen)

@@ -20,6 +20,7 @@ from whispercache.engine.calls.languages import check_language, language_code
 from whispercache.engine.calls.prepare import workload_of
 from whispercache.errors import AudioError, LoadFailed
 
+from . import seen
 from .calls import while_present
 from .decode import samples
 from .engine import Terms
@@ -303,7 +304,9 @@ async def _begin(
     decoded = Path(folder, "samples")
     # Decoded before the wait, so that the queue holds files and no memory, and knows
     # how long the work will be.
+    seen.enter("decoding")
     audio_s = await _decode(service, file, Path(folder, "upload"), decoded)
+    tell = seen.teller(audio_s)
     left_s = await lifetime.enter_async_context(
         service.gate.turn(offer.name, service.options.timeout_s, audio_s)
     )
@@ -317,7 +320,7 @@ async def _begin(
         partial(asked.check_model, offer.name) if known is None else None,
     )
     heard = partial(samples, decoded)
-    segments, info = await engine.transcribe(offer, heard, options, terms)
+    segments, info = await engine.transcribe(offer, heard, options, terms, tell)
     await lifetime.enter_async_context(segments)
     return segments, info
 
@@ -359,7 +362,9 @@ async def _events(segments: Segments, info: TranscriptionInfo) -> AsyncIterator[
             yield as_event("transcript.text.delta", delta=delta)
     except Exception as error:
         # The status has been sent: what went wrong is an event, too.
-        yield as_event("error", error=as_refusal(error).detail.model_dump())
+        detail = as_refusal(error).detail
+        seen.failed(detail.code)
+        yield as_event("error", error=detail.model_dump())
         return
     # Its usage would be in tokens, which a Whisper of OpenAI's does not stream.
     yield as_event("transcript.text.done", text=text_of(heard), duration=info.duration)

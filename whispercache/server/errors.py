@@ -31,6 +31,7 @@ from whispercache.errors import (
     WhisperCacheError,
 )
 
+from . import seen
 from .decode import AudioTooLong, DecodeCrashed, DecoderClosed, DecodeTimeout
 
 if TYPE_CHECKING:
@@ -45,9 +46,6 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 # Seconds after which a refused client may try again; by then a queue has moved on.
 RETRY_S = 5
-
-# A status that nginx has for this, for logs.
-_CLIENT_LEFT = 499
 
 
 class ErrorDetail(BaseModel):
@@ -99,6 +97,7 @@ class ApiError(Exception):
         """
         Returns the answer itself.
         """
+        seen.failed(self.detail.code)
         body = ErrorBody(error=self.detail).model_dump()
         return JSONResponse(body, self.status, self.headers)
 
@@ -205,7 +204,7 @@ async def _failed(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _left(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=_CLIENT_LEFT)  # for the log alone
+    return Response(status_code=seen.CLIENT_LEFT)  # for the log alone
 
 
 async def _misshapen(_request: Request, error: Exception) -> JSONResponse:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from whispercache.engine.naming import ModelSpec, parse_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 # Values of `ServerOptions.origins` besides sites.
 ANY_ORIGIN = "*"
@@ -35,6 +35,8 @@ class ServerOptions:
         preload: Names of models to load at the start; ready once all are.
         pin: Names of those to keep, idle or not; they are loaded at the start, too.
         keys: Requests need one of these; none if empty.
+        key_names: Names of *keys*, each as ``{key: name}``, by which requests are told
+            apart in the list of them, the log and traces.
         hosts: Names by which clients may address it, as protection against pages that
             rebind a name of theirs to this machine; any if empty.
         origins: Origins of other sites whose pages may use it, as browsers send them:
@@ -66,6 +68,7 @@ class ServerOptions:
     preload: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    key_names: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     max_upload_bytes: int = 100 * 1024**2

@@ -10,17 +10,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 Phase: TypeAlias = Literal[
     "arriving", "decoding", "waiting", "downloading", "loading", "working"
 ]
 Outcome: TypeAlias = Literal["answered", "refused", "failed", "left"]
+
+# While a request wants a model: the phases of which others may tell.
+_WANTING = ("waiting", "downloading", "loading")
+
+# Methods that only look.
+LOOKING = ("GET", "HEAD", "OPTIONS")
 
 # Number of requests that are remembered when they are over, and most of those under way
 # that are listed.
@@ -96,10 +103,11 @@ class SeenRequest:
 
     def admit(self, who: str | None = None) -> None:
         """
-        Lists it, as one of the key that is called *who*.
+        Lists it, as one of the key that is called *who*, unless it only looks.
         """
         self.who = who
-        self._seen.admit(self)
+        if self.method not in LOOKING:
+            self._seen.admit(self)
 
     def enter(self, phase: Phase) -> None:
         """
@@ -108,13 +116,13 @@ class SeenRequest:
         with self._seen.lock:
             self._turn(phase)
 
-    def move(self, before: Phase, after: Phase) -> None:
+    def told(self, phase: Phase) -> None:
         """
-        Does the same if it is in the phase *before*. Any thread may call it.
+        Does the same while it wants a model. Any thread may call it, at any time.
         """
         with self._seen.lock:
-            if self._phase == before:
-                self._turn(after)
+            if self._phase in _WANTING:
+                self._turn(phase)
 
     def end(self, outcome: Outcome | None = None) -> None:
         """
@@ -125,10 +133,10 @@ class SeenRequest:
             if self._phase is None:
                 return
             self._turn(None)
-            self.outcome = outcome or self._told()
+            self.outcome = outcome or self._by_status()
         self._seen.retire(self)
 
-    def _told(self) -> Outcome:
+    def _by_status(self) -> Outcome:
         if self.status is None or self.status == CLIENT_LEFT:
             return "left"
         # An error in the middle of a stream comes after the status.
@@ -230,16 +238,62 @@ def current() -> SeenRequest | None:
     return _CURRENT.get(None)
 
 
-def follow(request: SeenRequest | None) -> None:
+@contextmanager
+def following(request: SeenRequest) -> Iterator[None]:
     """
-    Notes that this task, and all that it starts, works for *request*.
+    Notes that this task, and all that it starts, works for *request* in a ``with``
+    block.
     """
-    _CURRENT.set(request)
+    token = _CURRENT.set(request)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+# Without a current request, as where parts are tested by themselves, nothing happens.
+
+
+def admit(who: str | None) -> None:
+    """
+    Notes that the current request was let in, by the key that is called *who*.
+    """
+    if (request := current()) is not None:
+        request.admit(who)
+
+
+def wants(model: str) -> None:
+    """
+    Notes the served name of the model that the current request is for.
+    """
+    if (request := current()) is not None:
+        request.model = model
+
+
+def failed(code: str | None) -> None:
+    """
+    Notes the code of the error that the current request ends with.
+    """
+    if (request := current()) is not None:
+        request.error = code
 
 
 def enter(phase: Phase) -> None:
     """
-    Begins a phase of the current request. Without one, as in tests, nothing happens.
+    Begins a phase of the current request.
     """
     if (request := current()) is not None:
         request.enter(phase)
+
+
+def teller(audio_s: float | None = None) -> Callable[[Phase], None]:
+    """
+    Notes that the current request waits for a model, for *audio_s* seconds of audio,
+    and returns what to call with the phases until it has it.
+    """
+    request = current()
+    if request is None:
+        return lambda _phase: None
+    request.audio_s = audio_s
+    request.enter("waiting")
+    return request.told

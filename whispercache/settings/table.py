@@ -154,6 +154,12 @@ _OF_SERVERS = (
     Setting("max_waiting", kinds.COUNT_OR_ZERO, 64, "requests that wait"),
     Setting("parallel", kinds.COUNT, 2, "requests at work on one model"),
     Setting("drain", kinds.TIME, "30s", "time to finish at the end"),
+    Setting(
+        "log_format",
+        kinds.one_of("text", "json"),
+        "text",
+        "lines on stderr: text, or json for programs",
+    ),
     Setting("allow_host", kinds.TEXTS, [], "names of this server", "NAME"),
     Setting(
         "allow_origin", kinds.TEXTS, [], "other sites whose pages may use it", "URL"
