@@ -107,7 +107,7 @@ def test_each_answer_has_an_id(
         "é".encode(),
         "y" * 99,
     ):
-        headers = {} if given == "" else {"X-Request-ID": given}
+        headers: Any = {} if given == "" else {"X-Request-ID": given}
         answer = client.request(method, path, headers=headers)
         assert answer.status_code == status
         found.add(answer.headers["x-request-id"])
