@@ -105,7 +105,7 @@ class _Followed:
         self._note_route()
         request.end(outcome)
         self._trace.finish()
-        if request.method not in LOOKING:
+        if request.method not in LOOKING and _log.isEnabledFor(logging.INFO):
             _log.info("%s", _sentence(request), extra={FIELDS: _fields(request)})
 
     def _note_route(self) -> None:

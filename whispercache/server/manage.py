@@ -167,6 +167,7 @@ async def evict(request: Request, service: Served, name: str) -> Done:
     is unloaded when it is idle.
     """
     eviction = service.engine.evict(service.offer(name), service.options.timeout_s)
+    seen.enter("waiting")
     was_there = await while_present(request, eviction)
     return Done(model=name, status="evicted" if was_there else "absent")
 

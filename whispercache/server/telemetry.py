@@ -64,7 +64,7 @@ class Trace:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        if not _has_api:
+        if not _is_set_up():
             return self
         self._span = trace.get_current_span()
         if not self._span.get_span_context().is_valid:
@@ -95,7 +95,7 @@ class Trace:
         """
         Tells what became of the request, and how long each of its phases was.
         """
-        if not _has_api or not self._span.is_recording():
+        if self._span is None or not self._span.is_recording():
             return
         request = self._request
         told = {
@@ -142,6 +142,13 @@ class Trace:
                 spell.phase, context, start_time=round((start_s + spell.began_s) * _NS)
             )
             child.end(round((start_s + spell.ended_s) * _NS))
+
+
+def _is_set_up() -> bool:
+    # The API's stand-in would do all that follows, for nothing.
+    return _has_api and not isinstance(
+        trace.get_tracer_provider(), trace.ProxyTracerProvider
+    )
 
 
 def _tracer() -> trace.Tracer:
