@@ -240,7 +240,10 @@ def test_what_went_wrong_is_told(
     monkeypatch.setattr(genuine().model, "encode", fail)
     # uvicorn ends the connection after a bug.
     client.headers["Connection"] = "close"
-    answer = transcribe(client, A, language="en")
+    with written(logs.TextLines()) as log:
+        answer = transcribe(client, A, language="en")
+    (told,) = (line for line in log if "Traceback" in line)
+    assert f"a request failed [{answer.headers['x-request-id']}]" in told
     del client.headers["Connection"]
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] == last(client)["id"]

@@ -55,7 +55,7 @@ def main():
         sent = {**HEADERS, "authorization": "Bearer k"}
         with Path(sys.argv[2]).open("rb") as file:
             answer = client.post(
-                "/v1/audio/transcriptions",
+                "/v1/audio/transcriptions?initial_prompt=secret",
                 data={"model": "m", "prompt": "secret"},
                 files={"file": ("secret.flac", file)},
                 headers=sent,

@@ -189,9 +189,9 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     Gives all errors of *app*, with the routes of *routers*, this shape.
     """
     routes = [route for router in routers for route in router.routes]
-    # RuntimeError is CTranslate2's. What is not listed here is answered, too, but then
-    # Starlette raises it again, and uvicorn ends the connection.
-    told = (ApiError, WhisperCacheError, RuntimeError, MemoryError, OSError, Exception)
+    # RuntimeError is CTranslate2's. What is not listed here is a bug, which `Following`
+    # answers and raises again, and uvicorn ends the connection.
+    told = (ApiError, WhisperCacheError, RuntimeError, MemoryError, OSError)
     for kind in told:
         app.add_exception_handler(kind, _failed)
     app.add_exception_handler(ClientDisconnect, _left)

@@ -91,6 +91,7 @@ class LocalEngine:
         """
         # Those of an event loop that has ended.
         self._fetching = {}
+        self._loads = Loads(self._names_of)
         with ExitStack() as stack:
             cache = self.cache.cache
             self._watch = stack.enter_context(Watch(cache, self.name_of))

@@ -69,6 +69,9 @@ class Trace:
         self._span = trace.get_current_span()
         if not self._span.get_span_context().is_valid:
             self._begin()
+        elif self._scope.get("query_string"):
+            # That of a framework has it, and there may be texts in it.
+            self._span.set_attribute("url.query", "REDACTED")
         return self
 
     def _begin(self) -> None:
