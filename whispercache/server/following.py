@@ -47,7 +47,8 @@ class Following:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
-        name = given if _SANE.fullmatch(given) else uuid.uuid4().hex
+        # A new one looks as OpenAI's do.
+        name = given if _SANE.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         request = self._seen.begin(name, scope["method"])
         with following(request), Trace(request, scope) as trace:
             followed = _Followed(request, trace, scope, receive, send)
