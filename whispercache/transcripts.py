@@ -100,14 +100,17 @@ def _spans(transcript: Transcript) -> Iterator[tuple[int, int, str]]:
     """
     Yields start and end in milliseconds, and lines of text, of the cues that have any.
     """
+    # Whisper counts in windows of 30 s, which may end after the audio.
+    last_ms = max(1, round(transcript.duration_s * 1000))
     for cue in transcript.cues:
         lines = (" ".join(line.split()) for line in cue.text.splitlines())
         # An empty line would end the cue.
         if text := "\n".join(filter(None, lines)):
             # Subtitles have no times before the start.
-            start_ms = max(0, round(cue.start_s * 1000))
+            start_ms = min(max(0, round(cue.start_s * 1000)), last_ms - 1)
+            end_ms = min(round(cue.end_s * 1000), last_ms)
             # A cue that ends when it starts is never shown.
-            yield start_ms, max(round(cue.end_s * 1000), start_ms + 1), text
+            yield start_ms, max(end_ms, start_ms + 1), text
 
 
 def _clock(total_ms: int, point: str) -> str:

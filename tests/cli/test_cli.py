@@ -711,7 +711,9 @@ def written(name: str, *cues: Cue) -> str:
     """
     These cues in a format.
     """
-    transcript = Transcript("talk.wav", "tiny/cpu/float32", "en", 12.5, cues)
+    # No cue ends after the audio.
+    duration_s = max([12.5, *(cue.end_s for cue in cues)])
+    transcript = Transcript("talk.wav", "tiny/cpu/float32", "en", duration_s, cues)
     return "".join(FORMATS[name](transcript))
 
 

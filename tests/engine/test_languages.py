@@ -19,7 +19,9 @@ from starlette.testclient import TestClient
 from whispercache import ModelCache, compare
 from whispercache.cli.main import main
 from whispercache.engine.calls.languages import (
+    _THREE_LETTERS,
     LANGUAGES,
+    _by_name,
     check_language,
     knowledge_of,
     language_code,
@@ -59,6 +61,9 @@ def cache() -> Iterator[ModelCache]:
         ("", None),
         ("auto", None),
         (" Auto ", None),
+        ("null", None),
+        ("None", None),
+        ("und", None),
         ("de", "de"),
         (" DE ", "de"),
         ("German", "de"),
@@ -87,6 +92,14 @@ def cache() -> Iterator[ModelCache]:
         ("jv-ID", "jw"),
         ("haw", "haw"),
         ("haw-US", "haw"),
+        ("eng", "en"),
+        ("ENG-GB", "en"),
+        ("deu", "de"),
+        ("ger", "de"),
+        ("zho", "zh"),
+        ("fra-CA", "fr"),
+        ("nob", "no"),
+        ("jav", "jw"),
     ],
 )
 def test_languages_go_by_code_name_and_locale(
@@ -103,6 +116,8 @@ def test_languages_go_by_code_name_and_locale(
     [
         *("tlh", "klingon", "en-", "-en", "en--US", "english-US", "e", "x-en", "en/US"),
         *("C", "en US", "deutsch", "de-toolongasubtag", "xx-YY", "\0", "a" * 10_000),
+        # Several languages, and none of Whisper's.
+        *("hbs", "sgn", "mul", "tlh-US"),
     ],
 )
 def test_what_is_no_language_is_refused(said: str) -> None:
@@ -131,6 +146,18 @@ def test_every_name_and_code_of_whisper_s_is_its_own() -> None:
     for code, name in LANGUAGES.items():
         assert language_code(code) == language_code(name) == code
         assert language_code(f"{code}-XX") == code
+
+
+def test_every_language_has_a_code_of_three_letters() -> None:
+    """
+    Which is that of no other one.
+    """
+    three = _by_name(_THREE_LETTERS)
+    assert {len(code) for code in three} == {3}
+    assert not set(three) & set(LANGUAGES)
+    assert {*three.values(), "haw", "yue"} == set(LANGUAGES)
+    # None was written down twice.
+    assert len(three) == _THREE_LETTERS.count(";") + 1
 
 
 # What a model knows -------------------------------------------------------------------
@@ -479,10 +506,10 @@ def test_a_model_that_cannot_detect_a_language_wants_one(
     models = (ModelSpec("tuned", str(directory)),)
     app = create_app(ServerOptions(models=models, device="cpu"), cache)
     with TestClient(app, base_url="http://127.0.0.1") as client:
-        for kind, field in (("transcriptions", "language"), ("translations", "model")):
+        for kind in ("transcriptions", "translations"):
             answer = ask(client, kind, "tuned")
             error = answer.json()["error"]
-            assert (answer.status_code, error["param"]) == (400, field)
+            assert (answer.status_code, error["param"]) == (400, "language")
             assert "cannot detect the language" in error["message"]
         assert cache.stats().loads == 0
         assert ask(client, "transcriptions", "tuned", language="de").status_code == 200

@@ -276,6 +276,7 @@ def test_words_of_a_model_that_is_not_there_yet(
         ('name="file"', "Content-Type: audio/flac\r\n"),
         ('name="file"; filename=""', ""),
         ('name="file"; filename="a.flac"', ""),
+        ('filename="a.flac"', ""),
         ("name=\"file\"; filename*=UTF-8''a.flac", ""),
         ('name="file"; filename="a.flac"; filename*=utf-8\'\'a.flac', ""),
     ],
@@ -338,7 +339,8 @@ def test_what_was_meant_for_a_file_is_told(client: TestClient) -> None:
         ("prompt", [('name="file"', "", b"a"), ('name="prompt"', "", b"x" * 70_000)]),
         ("data", [('name="file"', "", b"a"), ('name="data"', "", b"x" * 70_000)]),
         ("x", [('name="file"', "", b"a"), *[('name="x"', "", b"x")] * 60]),
-        (None, [('name="file"', "", b"a"), ('filename="a"', "", b"a")]),
+        ("file", [('name="file"', "", b"a"), ('filename="a"', "", b"a")]),
+        (None, [('name="file"', "", b"a"), ("x=y", "", b"a")]),
     ],
 )
 def test_a_form_without_file_names_has_the_same_limits(

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from whispercache import ModelCache
 from whispercache.server import command, create_app
+from whispercache.server.origins import option_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +105,8 @@ def test_a_comment_is_no_key(tmp_path: Path, cache: ModelCache) -> None:
         ("https://app.example:0443", "https://app.example"),
         ("NULL", "null"),
         ("file:///home/me/page.html", "null"),
+        ("http://localhost:3000:*", "http://localhost:*"),
+        ("http://Localhost:*", "http://localhost"),
     ],
 )
 def test_an_origin_that_cannot_match_is_told_the_right_one(
@@ -152,6 +155,11 @@ def test_what_is_no_origin_at_all_is_refused(given: str) -> None:
         "chrome-extension://abcdefghijklmnop",
         "tauri://localhost",
         "https://xn--bcher-kva.example:8443",
+        "app://obsidian.md",
+        "file://",
+        "http://localhost:*",
+        "http://[::1]:*",
+        "https://app.example:*",
     ],
 )
 def test_what_browsers_send_is_an_origin(given: str) -> None:
@@ -159,6 +167,110 @@ def test_what_browsers_send_is_an_origin(given: str) -> None:
     Of sites, extensions and applications.
     """
     assert options_of(origins=(given,)).origins == (given,)
+
+
+def test_programs_go_by_their_names() -> None:
+    """
+    For all origins that their windows have.
+    """
+    origins = options_of(origins=("obsidian", "tauri", "electron")).origins
+    for each in (
+        *("app://obsidian.md", "capacitor://localhost", "tauri://localhost"),
+        *("http://tauri.localhost", "file://"),
+    ):
+        assert each in origins
+        assert option_for(each).startswith("--allow-origin ")
+        assert "://" not in option_for(each)
+    assert options_of(origins=("tauri", "tauri://localhost")).origins == (
+        options_of(origins=("tauri",)).origins
+    )
+    # Pages without an origin are anybody's.
+    assert "null" not in origins
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("https://speech.example", "speech.example"),
+        ("speech.example:8000", "speech.example"),
+        ("http://speech.example:8000/v1", "speech.example"),
+        ("[::1]:8000", "::1"),
+        ("bücher.example", "xn--bcher-kva.example"),
+        ("speech.example/v1", "speech.example"),
+    ],
+)
+def test_a_host_that_cannot_match_is_told_the_right_one(given: str, sent: str) -> None:
+    """
+    As clients send it, without a port; which is accepted.
+    """
+    with pytest.raises(ValueError, match="is no host name that a client sends") as no:
+        options_of(hosts=(given,))
+    assert f"name it as in {sent}, " in str(no.value)
+    assert options_of(hosts=(sent,)).hosts == (sent,)
+
+
+@pytest.mark.parametrize("given", ["*", "", "*.example", "a b", "http://", "::zz"])
+def test_what_is_no_host_at_all_is_refused(given: str) -> None:
+    """
+    With what there is to say instead.
+    """
+    with pytest.raises(ValueError, match=r"name each as in speech\.example"):
+        options_of(hosts=(given,))
+
+
+def test_hosts_have_names_for_containers_and_any_case() -> None:
+    """
+    Docker's and Podman's.
+    """
+    hosts = options_of(hosts=("docker", "Speech.Example", "[::1]", "127.0.0.1")).hosts
+    assert {"host.docker.internal", "host.containers.internal"} < set(hosts)
+    assert {"speech.example", "::1", "127.0.0.1"} < set(hosts)
+
+
+def test_a_refusal_tells_the_option_that_would_let_it_in(cache: ModelCache) -> None:
+    """
+    By the short name where there is one.
+    """
+    with TestClient(create_app(options_of(hosts=("testserver",)), cache)) as client:
+        for headers, option in (
+            ({"origin": "app://obsidian.md"}, "--allow-origin obsidian"),
+            ({"origin": "tauri://localhost"}, "--allow-origin tauri"),
+            (
+                {"origin": "http://localhost:3000"},
+                "--allow-origin http://localhost:3000",
+            ),
+            ({"sec-fetch-site": "cross-site"}, "--allow-origin"),
+            ({"host": "host.docker.internal:8000"}, "--allow-host docker"),
+            ({"host": "speech.example"}, "--allow-host speech.example"),
+        ):
+            answer = client.post("/api/models/m/load", headers=headers)
+            assert answer.status_code == 403
+            assert answer.json()["error"]["message"].endswith(option), headers
+
+
+def test_a_site_may_have_any_port(cache: ModelCache) -> None:
+    """
+    And no other name that begins or ends like it.
+    """
+    app = create_app(options_of(origins=("http://localhost:*", "obsidian")), cache)
+    with TestClient(app) as client:
+        for origin, may in (
+            ("http://localhost:3000", True),
+            ("http://localhost", True),
+            ("app://obsidian.md", True),
+            ("https://localhost:3000", False),
+            ("http://localhost:3000.evil.example", False),
+            ("http://localhost.evil.example", False),
+            ("http://localhost:", False),
+            ("http://localhost:123456", False),
+            ("app://obsidianxmd", False),
+        ):
+            page = {"origin": origin, "sec-fetch-site": "cross-site"}
+            answer = client.post("/api/models/m/load", headers=page)
+            assert (answer.status_code == 200) is may, origin
+            reads = answer.headers.get("access-control-allow-origin")
+            assert (reads == origin) is may, origin
+        assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
 
 
 ORIGINS = ("https://app.example", "https://evil.example", "null")

@@ -169,6 +169,18 @@ def timed_out(client: httpx.Client) -> None:
     assert transcribe(client, ENGLISH).status_code in (200, 503)
 
 
+def other_forms(client: httpx.Client) -> None:
+    """
+    Other services' forms, with languages that there are not.
+    """
+    with Path(clip("en-bread")).open("rb") as file:
+        sent = {"audio_file": ("a.flac", file.read())}
+    asked = {"language": "xx-YY"}
+    assert client.post("/asr", params=asked, files=sent).is_error
+    sent = {"file": sent["audio_file"]}
+    assert client.post("/inference", data=asked, files=sent).is_error
+
+
 REFUSED: dict[str, Callable[[httpx.Client], None]] = {
     "a language": refused(language="xx-YY"),
     "an English model's language": refused(model=ENGLISH, language="de"),
@@ -182,6 +194,7 @@ REFUSED: dict[str, Callable[[httpx.Client], None]] = {
     "left in mid-upload": left_before,
     "left in a stream": left_in_a_stream,
     "a time-out": timed_out,
+    "other forms": other_forms,
 }
 
 

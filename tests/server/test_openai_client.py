@@ -229,7 +229,7 @@ def test_nothing_but_what_is_served_can_be_had(
     No other size, no path, not even that of a model that is served.
     """
     before = cache.stats().requests
-    for name in ("base", "large-v3", str(packaged(TINY)), "../tiny.en", "", "/etc"):
+    for name in ("small", "large-v3", str(packaged(TINY)), "../tiny.en", "", "/etc"):
         with pytest.raises(openai.APIStatusError) as caught:
             client.audio.transcriptions.create(model=name, file=opened(BREAD))
         assert caught.value.status_code in (400, 404), name
@@ -245,7 +245,21 @@ def test_nothing_but_what_is_served_can_be_had(
         ({"temperature": float("nan")}, "temperature"),
         ({"response_format": "xml"}, "response_format"),
         ({"timestamp_granularities": ["word"]}, "timestamp_granularities"),
-        ({"stream": True, "response_format": "srt"}, "stream"),
+        ({"response_format": "diarized_json"}, "response_format"),
+        ({"known_speaker_names": ["agent"]}, "known_speaker_names"),
+        ({"known_speaker_references": ["data:"]}, "known_speaker_references"),
+        ({"include": ["logprobs"], "response_format": "vtt"}, "include"),
+        ({"include": ["words"]}, "include"),
+        ({"chunking_strategy": "never"}, "chunking_strategy"),
+        ({"extra_body": {"chunking_strategy": "{"}}, "chunking_strategy"),
+        ({"extra_body": {"batch_size": 0}}, "batch_size"),
+        ({"extra_body": {"batch_size": 4, "vad_filter": False}}, "batch_size"),
+        ({"extra_body": {"temperature[]": ["0", "2"]}}, "temperature"),
+        ({"extra_body": {"temperature[]": "0,0.5", "batch_size": 4}}, "temperature"),
+        ({"extra_body": {"seed": 7}, "temperature": 0.5}, "seed"),
+        ({"extra_body": {"hotwords": "a" * 801}}, "hotwords"),
+        ({"languages": ["de", "fr"]}, "languages"),
+        ({"languages": ["tlh"]}, "languages"),
         ({"extra_body": {"keep_alive": "soon"}}, "keep_alive"),
         ({"prompt": "a" * 10_001}, "prompt"),
         ({"file": ("a.wav", b"")}, "file"),
@@ -437,13 +451,14 @@ def test_a_method_that_a_path_does_not_know_is_told_those_it_knows(
     All of them, in whichever routes they are.
     """
     for path, methods in (
-        ("/v1/models", "GET"),
+        ("/v1/models", "GET, HEAD"),
         ("/healthz", "GET, HEAD"),
         ("/api/models/tiny.en/pin", "DELETE, POST"),
     ):
         assert http.put(path).headers["allow"] == methods
-    for path in ("/", "/healthz", "/readyz"):
+    for path in ("/", "/health", "/healthz", "/readyz", "/v1/models", "/metrics"):
         assert http.head(path).status_code == 200
+        assert http.head(path).content == b""
 
 
 def test_a_scraper_that_asks_for_an_unknown_format_gets_the_plain_one(
@@ -467,7 +482,13 @@ def test_the_schema_describes_itself(http: httpx.Client) -> None:
     """
     schema = http.get("/openapi.json").json()
     assert "/v1/audio/transcriptions" in schema["paths"]
-    assert http.get("/docs").status_code == 404
+    page = http.get("/docs").text
+    assert "//" not in page.replace("https://app.example", "")
+    for path in schema["paths"]:
+        assert path in page
+    for field in ("timestamp_granularities[]", "audio_file", "temperature_inc"):
+        assert f"<td>{field}<td>" in page
+    assert http.get("/page/docs.css").status_code == 200
 
 
 def test_no_temporary_file_stays(

@@ -288,7 +288,8 @@ def test_a_call_holds_its_lease_however_often_it_is_cancelled(
     async def main() -> None:
         pool = ThreadPoolExecutor(1)
         lease = await AsyncModelCache(cache).lease(micro("micro a"), "cpu")
-        call = asyncio.create_task(calls.transcribe(pool, lease, SILENCE, {}))
+        begun = calls.transcribe(pool, lease, SILENCE, {}, cache.loader.batched)
+        call = asyncio.create_task(begun)
         del lease
         await asyncio.to_thread(running.wait, 10)
         for _ in range(2):

@@ -84,7 +84,7 @@ def test_models_are_named_as_on_the_command_line() -> None:
 
 def test_known_sizes_answer_to_all_their_names() -> None:
     """
-    As far as they are served under their own.
+    In whatever type they are served, unless one is named.
     """
     specs = [parse_spec(text) for text in ("large:int8", "base", "mine=tiny")]
     offers = Offers(specs, "cpu")
@@ -93,9 +93,12 @@ def test_known_sizes_answer_to_all_their_names() -> None:
         ("large-v3:int8", "large:int8"),
         ("Systran/faster-whisper-base", "base"),
         ("whisper-1", "large:int8"),
-        ("tiny", None),
+        ("tiny", "mine"),
+        ("mine", "mine"),
         ("base:int8", None),
-        ("large", None),
+        ("large", "large:int8"),
+        ("small", None),
+        ("whisper-small", None),
     ):
         offer = offers.find(name)
         assert (offer.name if offer else None) == found, name

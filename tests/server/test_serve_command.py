@@ -175,6 +175,9 @@ def test_its_settings_come_from_a_file_and_from_variables(tmp_path: Path) -> Non
         (("no-such-size",), "unknown model 'no-such-size'"),
         (("base:in8",), "no compute type"),
         (("base", "--pin", "tiny"), "tiny is not among"),
+        (("base", "--default", "tiny"), "the default tiny is not among"),
+        (("base", "--allow-host", "http://a.example"), "name it as in a.example"),
+        (("base", "--allow-origin", "a.example"), "browsers send https://a.example"),
         (("base", "--timeout", "-1"), "--timeout must have an end"),
         (("base", "--max-upload", "lots"), "--max-upload"),
         (("base", "--key-file", os.devnull), "holds no key"),
@@ -195,6 +198,34 @@ def test_wrong_use_is_told_in_one_line(arguments: tuple[str, ...], said: str) ->
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+class Configured(Exception):
+    """
+    uvicorn got this far.
+    """
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [((), 75), (("--idle-timeout", "1.5m"), 90)]
+)
+def test_idle_connections_stay_open(
+    monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], seconds: int
+) -> None:
+    """
+    As long as those of a proxy in front do, or as long as is said.
+    """
+    asked: dict[str, object] = {}
+
+    def configured(_app: object, **options: object) -> None:
+        asked.update(options)
+        raise Configured
+
+    monkeypatch.setattr("uvicorn.Config", configured)
+    monkeypatch.delenv("WHISPERCACHE_API_KEYS", raising=False)
+    with pytest.raises(Configured):
+        main(["serve", f"m={micro('micro says hello')}", "--device", "cpu", *given])
+    assert asked["timeout_keep_alive"] == seconds
 
 
 def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:

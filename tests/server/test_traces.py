@@ -72,6 +72,7 @@ if __name__ == "__main__":
 ALONE = """
 import asyncio
 from whispercache.server import seen
+from whispercache.server.answers import Answers
 from whispercache.server.following import Following
 from whispercache.server.logs import JsonLines
 
@@ -95,7 +96,7 @@ scope = {
     "http_version": "1.1", "client": ("127.0.0.9", 1), "server": ("localhost", 8000),
     "headers": [(name.encode(), value.encode()) for name, value in HEADERS.items()],
 }
-asyncio.run(Following(app, seen.RequestsSeen())(scope, None, send))
+asyncio.run(Answers(Following(app, seen.RequestsSeen()))(scope, None, send))
 tell()
 """
 

@@ -14,13 +14,16 @@ from starlette.middleware.cors import CORSMiddleware
 from whispercache.cache import ModelCache
 from whispercache.version import __version__
 
-from . import audio, errors, manage, requests
+from . import audio, errors, manage, others, requests
+from .answers import MODEL, REQUEST_ID, WARNING, Answers
+from .docs import add_docs
 from .drain import Unfinished
-from .following import REQUEST_ID, Following
+from .following import Following
 from .guard import Guard
 from .limits import UploadLimit
 from .local import LocalEngine
 from .offers import Offers
+from .origins import ANY_ORIGIN, pattern_of
 from .seen import RequestsSeen
 from .service import Service
 
@@ -49,7 +52,12 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
     Raises:
         WhisperCacheError: a model on the list does not exist, or its device does not.
     """
-    offers = Offers(options.offered, options.device)
+    offers = Offers(
+        options.offered,
+        options.device,
+        options.default,
+        strict=options.strict_names,
+    )
     # Names and devices are checked here, so that a wrong option ends the command and
     # not the first request.
     engine = LocalEngine(
@@ -82,21 +90,27 @@ def application(
         summary="faster-whisper models, in the memory there is.",
         version=__version__,
         lifespan=lifespan,
-        # These pages load their scripts from another site.
+        # These pages load their scripts from another site; ours does not.
         docs_url=None,
         redoc_url=None,
+        # A slash at the end is dropped: a client that is sent elsewhere would upload
+        # all of it once more, if at all.
+        redirect_slashes=False,
     )
     app.state.service = service
     app.state.seen = RequestsSeen()
-    errors.install(app, (audio.router, manage.router, requests.router, manage.health))
+    routers = (audio.router, others.router, manage.router, requests.router)
+    errors.install(app, (*routers, manage.health))
     # `Guard` asks for the key; this is for the schema.
     key = [Depends(HTTPBearer(auto_error=False))] if options.keys else []
     app.include_router(audio.router, dependencies=key)
+    app.include_router(others.router, dependencies=key)
     app.include_router(manage.router, dependencies=key)
     app.include_router(requests.router, dependencies=key)
     # Probes have no key.
     app.include_router(manage.health)
     manage.add_page(app)
+    add_docs(app)
     _add_middleware(app, options)
     return app
 
@@ -122,10 +136,13 @@ def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
     if options.origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(options.origins),
+            allow_origins=[ANY_ORIGIN] if ANY_ORIGIN in options.origins else [],
+            # Sites with any port are patterns.
+            allow_origin_regex=pattern_of(options.origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["Retry-After", REQUEST_ID],
+            expose_headers=["Retry-After", REQUEST_ID, MODEL, WARNING],
         )
-    # Outside them all: whatever is answered has a name.
     app.add_middleware(Following, seen=app.state.seen)
+    # Outside all of it: whatever the answer is, it has an id.
+    app.add_middleware(Answers)

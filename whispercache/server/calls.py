@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 import anyio
 from starlette.requests import ClientDisconnect
@@ -17,16 +17,20 @@ from whispercache.aio import AsyncSegments
 from whispercache.model import call_leased
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
     from concurrent.futures import Executor, Future
 
     import numpy as np
+    from faster_whisper import WhisperModel
     from faster_whisper.transcribe import Segment, TranscriptionInfo
     from numpy.typing import NDArray
     from starlette.requests import Request
 
     from whispercache.lease import Lease
     from whispercache.model import LeasedIterator
+
+    # Returns the ``transcribe`` of a new batched pipeline of a model.
+    Pipeline: TypeAlias = Callable[[WhisperModel], Callable[..., object]]
 
 T = TypeVar("T")
 
@@ -59,18 +63,22 @@ async def _left(request: Request) -> None:
 
 
 async def transcribe(
-    pool: Executor, lease: Lease, audio: NDArray[np.float32], options: dict[str, object]
+    pool: Executor,
+    lease: Lease,
+    audio: NDArray[np.float32],
+    options: dict[str, object],
+    batched: Pipeline,
 ) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
     """
     Begins to transcribe *audio*: float32 (samples,), mono, 16 kHz, with a leased model.
-    The segments take the lease with them.
+    The segments take the lease with them. See `Engine.transcribe` for the options.
 
     A cancelled call goes on to its end, so that its request keeps its place at the
     `Gate` as long as the model is busy with it.
     """
     # From here on the call releases the lease, and not the caller.
     lease.owned = True
-    call = lease.whisper.transcribe
+    call = partial(_begin, lease.whisper, batched)
     # In this context: what the call logs is of this request.
     started = partial(call_leased, lease, call, audio, **options)
     future = pool.submit(contextvars.copy_context().run, started)
@@ -91,6 +99,37 @@ async def transcribe(
                 await asyncio.wait((ended,))
         raise
     return AsyncSegments(segments), info
+
+
+def _begin(
+    whisper: WhisperModel,
+    batched: Pipeline,
+    audio: NDArray[np.float32],
+    *,
+    batch_size: int | None = None,
+    languages: Sequence[str] = (),
+    **options: object,
+) -> object:
+    if languages:
+        filters = bool(options.get("vad_filter"))
+        options["language"] = _likeliest(whisper, audio, languages, filters=filters)
+    if batch_size is None:
+        return whisper.transcribe(audio, **options)
+    return batched(whisper)(audio, batch_size=batch_size, **options)
+
+
+def _likeliest(
+    whisper: WhisperModel,
+    audio: NDArray[np.float32],
+    languages: Sequence[str],
+    *,
+    filters: bool,
+) -> str:
+    if not whisper.model.is_multilingual:
+        return "en"
+    _, _, all_of_them = whisper.detect_language(audio, vad_filter=filters)
+    chances = dict(all_of_them)
+    return max(languages, key=lambda code: chances.get(code, 0.0))
 
 
 def _close_segments(future: Future[object]) -> None:

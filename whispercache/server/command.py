@@ -26,7 +26,8 @@ from whispercache.settings.table import (
 )
 from whispercache.units import parse_duration, parse_limit
 
-from .options import ANY_ORIGIN, ServerOptions
+from .options import ServerOptions
+from .origins import ANY_ORIGIN
 
 if TYPE_CHECKING:
     import argparse
@@ -37,7 +38,10 @@ models:
   base                 by its name, which is also what clients call it
   base:int8            in another compute type; clients say base:int8
   mine=/models/mine    a directory; clients say mine
-  whisper-1=large-v3   another name; by default whisper-1 is the first of them
+  whisper-1=large-v3   another name
+
+Sizes go by all their usual names: whisper-base and openai/whisper-base are base.
+OpenAI's names (whisper-1, gpt-4o-transcribe, …) are the --default, or the first model.
 
 Limits are bytes or 100MiB, times are seconds or 5m. Keys are lines of --key-file, where
 # begins a comment, or in ${KEYS_VARIABLE}, with commas between; clients send
@@ -47,7 +51,9 @@ list of requests.
 Each option may also stand in a file or a variable: see 'whispercache config --help'.
 
 Pages of other sites may not use it, but those of --allow-origin https://app.example;
-null are pages without an origin, such as local files, and * is any site.
+http://localhost:* is any port, obsidian, electron and tauri are such programs, null are
+pages without an origin, such as local files, and * is any site. Clients in containers
+call this machine by a name that --allow-host docker allows.
 
 The page is at /, Prometheus metrics at /metrics, probes look at /healthz and /readyz.
 """
@@ -76,13 +82,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=SETTINGS["serve.models"].meaning,
     )
-    add_settings(add, *_keys_of("host port device preload pin key_file"))
+    add_settings(add, *_keys_of("host port device preload pin default key_file"))
     add_config(add)
     cache = "vram ram max_models keep_alive fallback pressure coordinate park variants"
     add_settings(add, *cache.split())
     add_huge_pages(parser, keep=False)
     add_settings(add, *_keys_of("log_format"))
-    bounds = "max_upload max_duration max_audio timeout max_waiting parallel drain"
+    bounds = (
+        "max_upload max_duration max_audio timeout max_waiting parallel drain "
+        "idle_timeout strict_names strict vad"
+    )
     add_settings(group("limits of a request").add_argument, *_keys_of(bounds))
     web = group("pages of other sites").add_argument
     add_settings(web, *_keys_of("allow_host allow_origin"))
@@ -118,6 +127,7 @@ def run(options: argparse.Namespace) -> int:
             port=setting["port"],
             # uvicorn takes whole seconds.
             timeout_graceful_shutdown=math.ceil(parse_duration(setting["drain"])),
+            timeout_keep_alive=math.ceil(parse_duration(setting["idle_timeout"])),
             # Strangers need not know what serves them, and in which version.
             server_header=False,
             log_config=logs.config(setting["log_format"]),
@@ -150,6 +160,10 @@ def _served(setting: Mapping[str, Any]) -> ServerOptions:
         pin=tuple(setting["pin"]),
         keys=tuple(keys),
         key_names=keys,
+        default=setting["default"],
+        strict_names=setting["strict_names"],
+        strict=setting["strict"],
+        vad=setting["vad"],
         hosts=hosts,
         origins=tuple(setting["allow_origin"]),
         # None would be no limit, which is no setting either.

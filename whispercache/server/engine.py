@@ -120,7 +120,9 @@ class Engine(Protocol):
         Args:
             offer: The model.
             samples: Returns the audio, once the model is there.
-            options: Further parameters of ``WhisperModel.transcribe``.
+            options: Further parameters of ``WhisperModel.transcribe``; with
+                *batch_size*, of the batched pipeline. Of *languages*, a list of codes,
+                the likeliest is taken.
             terms: How long it may take to begin, among others.
             tell: Called with each phase as it begins, on any thread.
 

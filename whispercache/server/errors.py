@@ -47,6 +47,9 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 # Seconds after which a refused client may try again; by then a queue has moved on.
 RETRY_S = 5
 
+# Where OpenAI's clients look, below their base URL.
+_PLACES = ("/audio/transcriptions", "/audio/translations", "/models")
+
 
 class ErrorDetail(BaseModel):
     """
@@ -233,13 +236,27 @@ async def _other(
     headers = dict(error.headers or {})
     if "Allow" in headers:  # of the first route of that path, where there are more
         headers["Allow"] = _methods(routes, request)
+    message = str(error.detail)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        message += _hint(request.url.path)
     refusal = ApiError(
         error.status_code,
-        str(error.detail),
+        message,
         code=code or "invalid_request",
         headers=headers,
     )
     return refusal.response()
+
+
+def _hint(path: str) -> str:
+    """
+    Returns where the API is, for clients that were given a wrong address of it.
+    """
+    for place in _PLACES:
+        if path.endswith(place):
+            # A base URL ends in /v1, or its client adds that.
+            return f"; it is /v1{place}: mind the /v1 in the base URL of your client"
+    return ""
 
 
 def _field_of(place: Sequence[str | int]) -> str:
@@ -257,6 +274,8 @@ def _methods(routes: Sequence[BaseRoute], request: Request) -> str:
     for route in routes:
         if route.matches(request.scope)[0] is not Match.NONE:
             methods |= getattr(route, "methods", None) or set()
+    if "GET" in methods:
+        methods.add("HEAD")
     return ", ".join(sorted(methods))
 
 

@@ -1,17 +1,14 @@
 """
-Each request from its first byte to its last: its id, its place in the list, its line in
-the log, and its trace.
+Each request from its first byte to its last: its place in the list, its line in the
+log, and its trace.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import uuid
 from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers, MutableHeaders
-
+from .answers import request_id
 from .errors import as_refusal
 from .logs import FIELDS
 from .seen import LOOKING, following
@@ -24,15 +21,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("whispercache")
 
-REQUEST_ID = "X-Request-ID"
-# No more than goes through a log and a header as it is.
-_SANE = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-
 
 class Following:
     """
-    ASGI middleware that knows each request by an id: the client's own, if it sends one
-    that is short and plain. The answer tells it.
+    ASGI middleware that has the phases of each request noted, within `Answers`, which
+    gives it an id.
     """
 
     def __init__(self, app: ASGIApp, seen: RequestsSeen) -> None:
@@ -46,10 +39,7 @@ class Following:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID, "")
-        # A new one looks as OpenAI's do.
-        name = given if _SANE.fullmatch(given) else f"req_{uuid.uuid4().hex}"
-        request = self._seen.begin(name, scope["method"])
+        request = self._seen.begin(request_id(scope), scope["method"])
         with following(request), Trace(request, scope) as trace:
             followed = _Followed(request, trace, scope, receive, send)
             try:
@@ -57,7 +47,7 @@ class Following:
             except Exception as error:
                 answer = as_refusal(error)
                 request.error = answer.detail.code
-                # Starlette would answer it outside of this, without the id.
+                # Starlette would answer it outside of this, unseen.
                 if request.status is None:
                     await answer.response()(scope, receive, followed.send)
                 followed.end("failed")
@@ -90,7 +80,6 @@ class _Followed:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._request.status = message["status"]
-            MutableHeaders(scope=message)[REQUEST_ID] = self._request.id
         elif message["type"] == "http.response.body" and not message.get("more_body"):
             # Before it is sent: with that, a framework's own span ends.
             self.end()

@@ -5,6 +5,7 @@ waits, so there must not be much of them.
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, cast
@@ -30,10 +31,21 @@ if TYPE_CHECKING:
 # Names of fields, as OpenAI's API has them.
 FILE = "file"
 GRANULARITIES = "timestamp_granularities"
+CHUNKING = "chunking_strategy"
+TEMPERATURE = "temperature"
+# That of whisper-asr-webservice.
+AUDIO_FILE = "audio_file"
 
+# Lists of what people write themselves.
+_FREE = ("keywords", "known_speaker_names", "known_speaker_references")
+_SEVERAL = "|".join((GRANULARITIES, "include", "languages", TEMPERATURE, *_FREE))
 # With brackets or without, with numbers in them (qs, PHP), or after dots.
-_GRANULARITIES = re.compile(rf"{GRANULARITIES}(\[[^\[\]]*\]|\.\d+)*")
+_SPELLED = re.compile(
+    rf"(?P<several>{_SEVERAL})(?P<place>(\[[^\[\]]*\]|\.\d+)*)"
+    rf"|{CHUNKING}[\[.](?P<part>\w+)\]?"
+)
 _UNNAMED = b'; filename=""'
+_AS_FILE = f'; name="{FILE}"'.encode()
 _LONGEST_SHOWN = 100
 
 
@@ -84,7 +96,8 @@ class _Request(Request):
 
 class _Parser(MultiPartParser):
     """
-    Takes a part that is called `FILE` for a file, also where it has no file name.
+    Takes a part that is called `FILE` for a file, also where it has no file name, and a
+    file whose part has no name for that one.
     """
 
     _name = ""  # of the part that is read; none before the first
@@ -104,15 +117,18 @@ class _Parser(MultiPartParser):
 
     def on_header_end(self) -> None:
         """
-        Gives the file the name that it lacks, an empty one.
+        Gives the file the name that it lacks.
         """
         # Without a file name, Starlette takes a part for a text, of which it holds no
         # more than a field's length.
         if self._header.lower() == b"content-disposition":
             _, options = parse_options_header(bytes(self._value))
             self._name = options.get(b"name", b"").decode(errors="replace")
-            if self._name == FILE and b"filename" not in options:
+            if self._name in (FILE, AUDIO_FILE) and b"filename" not in options:
                 super().on_header_value(_UNNAMED, 0, len(_UNNAMED))
+            elif not self._name and b"filename" in options:
+                self._name = FILE
+                super().on_header_value(_AS_FILE, 0, len(_AS_FILE))
         self._header.clear()
         self._value.clear()
         super().on_header_end()
@@ -127,30 +143,45 @@ def _in_one_spelling(
     items: Iterable[tuple[str, UploadFile | str]],
 ) -> Iterator[tuple[str, UploadFile | str]]:
     """
-    Yields the fields of a form, with all spellings of its one list replaced by one.
+    Yields the fields of a form, with all spellings of a list, or of a field that has
+    fields, replaced by one.
     """
     # As keys, so that each value is there once and in order.
-    chosen: dict[str, None] = {}
-    is_given = False
+    lists: dict[str, dict[str, None]] = {}
+    parts: dict[str, str] = {}
     for name, value in items:
-        if isinstance(value, str) and _GRANULARITIES.fullmatch(unquote(name)):
-            is_given = True
-            chosen.update(dict.fromkeys(_listed(value)))
-        else:
+        match = _SPELLED.fullmatch(unquote(name)) if isinstance(value, str) else None
+        if match is None or not isinstance(value, str):
             yield name, value
-    if is_given and not chosen:
-        chosen[""] = None  # to be refused: an empty list is no wish
-    # The spelling of OpenAI's own client.
-    yield from ((f"{GRANULARITIES}[]", one) for one in chosen)
+        elif match["part"]:
+            parts[match["part"]] = value
+        elif match["several"] == TEMPERATURE and not match["place"]:
+            # Alone it is a number.
+            yield name, value
+        else:
+            chosen = lists.setdefault(match["several"], {})
+            chosen.update(dict.fromkeys(_listed(value, match["several"])))
+    if parts:
+        yield CHUNKING, json.dumps(parts)
+    for name, chosen in lists.items():
+        # Nothing but empty values is refused: an empty list is no wish. The spelling is
+        # that of OpenAI's own client.
+        yield from ((f"{name}[]", one) for one in chosen or ("",))
 
 
-def _listed(text: str) -> Iterator[str]:
+def _listed(text: str, name: str) -> Iterator[str]:
     """
     Yields the values of a list in any notation: alone, with commas, as JSON or Python.
     """
-    for part in text.strip().strip("[](){}").split(","):
+    # What people say may have commas and capitals in it.
+    is_free = name in _FREE
+    inner = text.strip()
+    if is_free and not inner.startswith("["):
+        yield from filter(None, (inner,))
+        return
+    for part in inner.strip("[](){}").split(","):
         if value := part.strip().strip("\"'").strip():
-            yield value.lower()
+            yield value if is_free else value.lower()
 
 
 def check_keep_alive(text: str) -> None:

@@ -5,6 +5,7 @@ The guard, which decides on a request before its body is read.
 from __future__ import annotations
 
 import hmac
+import re
 from hashlib import sha256
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -14,17 +15,19 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from . import seen
 from .errors import ApiError
-from .options import ANY_ORIGIN
+from .origins import ANY_ORIGIN, option_for, option_for_host, pattern_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Paths that need no key: the page itself, which asks for one, and those of probes.
-OPEN_PATHS = ("/", "/healthz", "/readyz")
+# Paths that need no key: the page itself, which asks for one, the description of the
+# API, which is the same everywhere, and those of probes.
+OPEN_PATHS = ("/", "/docs", "/health", "/healthz", "/readyz")
 _OPEN_FOLDER = "/page/"
 _HARMLESS = ("GET", "HEAD", "OPTIONS")
+_LONGEST_SHOWN = 100
 
 _HEADERS = {
     # Transcripts must not remain in a browser's cache.
@@ -64,7 +67,8 @@ class Guard:
         self._names = [names.get(key, "") for key in keys]
         # Browsers send them in any case.
         self._hosts = {host.lower() for host in hosts}
-        self._origins = set(origins)
+        self._is_open = ANY_ORIGIN in origins
+        self._origins = re.compile(pattern_of(origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """
@@ -96,14 +100,17 @@ class Guard:
         host = _parts(f"//{headers.get('host', '')}").hostname
         # A page that rebinds its own name to this address sends that name.
         if self._hosts and host not in self._hosts:
-            message = f"this server does not go by the name {host!r}; see --allow-host"
+            told = (host or "")[:_LONGEST_SHOWN]
+            message = (
+                f"this server does not go by the name {told!r}; if it should, start it "
+                f"with {option_for_host(told)}"
+            )
             return ApiError(403, message, code="unknown_host")
         # The harmless ones are the browser's to guard, which shows their answers to no
         # other page.
         if scope["method"] not in _HARMLESS and self._is_foreign(headers):
-            message = "pages of other sites may not do this; see --allow-origin"
-            return ApiError(403, message, code="cross_site")
-        path = _route_path(scope)
+            return ApiError(403, _cross_site(headers), code="cross_site")
+        path = route_path(scope)
         is_open = path in OPEN_PATHS or path.startswith(_OPEN_FOLDER)
         if is_open or not self._digests or has_key:
             return None
@@ -119,7 +126,9 @@ class Guard:
         True for a request of another site's page. Other programs send neither header.
         """
         origin = headers.get("origin")
-        if ANY_ORIGIN in self._origins or origin in self._origins:
+        if self._is_open:
+            return False
+        if origin and self._origins.fullmatch(origin):
             return False
         # The browser's own judgement, which a page cannot forge.
         if (site := headers.get("sec-fetch-site")) is not None:
@@ -142,7 +151,17 @@ class Guard:
         return self._names[matches.index(True)]
 
 
-def _route_path(scope: Scope) -> str:
+def _cross_site(headers: Headers) -> str:
+    origin = headers.get("origin", "")[:_LONGEST_SHOWN]
+    whose = f"those of {origin} may" if origin else "one may"
+    option = option_for(origin) if origin else "--allow-origin"
+    return (
+        f"pages of other sites may not do this; if {whose}, start the server with "
+        f"{option}"
+    )
+
+
+def route_path(scope: Scope) -> str:
     """
     Returns the path below the one where the server is mounted.
     """

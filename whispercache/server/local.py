@@ -175,7 +175,8 @@ class LocalEngine:
             heard = await run_in_threadpool(samples)
             # From now on the call has it, whatever becomes of the request.
             held.pop_all()
-        return await transcribe(self._callers, lease, heard, dict(options))
+        batched = self.cache.cache.loader.batched
+        return await transcribe(self._callers, lease, heard, dict(options), batched)
 
     async def load(
         self, offer: Offer, terms: Terms, tell: Callable[[Phase], None] = nobody

@@ -207,7 +207,14 @@ async def metrics(request: Request, service: Served) -> Response:
     return Response(text, media_type=media_type)
 
 
-@health.head("/healthz", include_in_schema=False)
+@health.get("/health")
+async def plain_health() -> dict[str, str]:
+    """
+    Answers as whisper.cpp's server does.
+    """
+    return {"status": "ok"}
+
+
 @health.get("/healthz")
 async def healthz() -> Health:
     """
@@ -216,7 +223,6 @@ async def healthz() -> Health:
     return Health(status="alive")
 
 
-@health.head("/readyz", include_in_schema=False)
 @health.get("/readyz", responses={503: {"model": Health}})
 async def readyz(service: Served) -> Response:
     """
@@ -233,7 +239,6 @@ def add_page(app: FastAPI) -> None:
     Serves the page at ``/``.
     """
 
-    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(_PAGE / "index.html")

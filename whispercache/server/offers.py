@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from whispercache.engine.naming import anchored
-from whispercache.keys import ALIASES, MODELS, OTHER_NAMES
+
+from .names import is_openais, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,12 +18,6 @@ if TYPE_CHECKING:
 
 # The field of config.json that names the attention heads which follow the words.
 ALIGNMENT_HEADS = "alignment_heads"
-
-# OpenAI's name of its Whisper, for which many clients ask.
-OPENAI_NAME = "whisper-1"
-
-# All names of each known size.
-_SIZES = {**{name: name for name in MODELS}, **ALIASES, **OTHER_NAMES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +35,20 @@ class Offers:
     """
     All models on the list. Names are looked up, never interpreted: only what is on the
     list is opened, whatever a client sends.
+
+    An offer's own name comes first. Then a known size in any spelling is the first
+    offer of that size, of the compute type asked for if one is. OpenAI's names are the
+    *default*, the first on the list if None. With *strict* none of that is done.
     """
 
-    def __init__(self, specs: Sequence[ModelSpec], device: str) -> None:
+    def __init__(
+        self,
+        specs: Sequence[ModelSpec],
+        device: str,
+        default: str | None = None,
+        *,
+        strict: bool = False,
+    ) -> None:
         self._offers = {
             # What a relative path means is settled now: caches remember no other.
             spec.name: Offer(
@@ -50,13 +56,15 @@ class Offers:
             )
             for spec in specs
         }
-        self._aliases: dict[str, Offer] = {}
+        self._is_strict = strict
+        self.default: Offer = self._offers[default or specs[0].name]
+        self._sizes: dict[tuple[str, str], Offer] = {}
         for spec in specs:
-            for alias in _other_names(spec):
-                # The first model of the list wins, and real names win over all.
-                self._aliases.setdefault(alias, self._offers[spec.name])
-        # Most clients ask for it by default.
-        self._aliases.setdefault(OPENAI_NAME, self._offers[specs[0].name])
+            offer = self._offers[spec.name]
+            for size in _sizes_of(spec):
+                # The first model of the list wins, in its type and where none is named.
+                for kind in (_kind_of(spec), ""):
+                    self._sizes.setdefault((size, kind), offer)
 
     def __len__(self) -> int:
         return len(self._offers)
@@ -66,19 +74,25 @@ class Offers:
 
     def find(self, name: str) -> Offer | None:
         """
-        Returns the model of that name, or alias of a name.
+        Returns the model that clients call so, if there is one.
         """
-        return self._offers.get(name) or self._aliases.get(name)
+        if name in self._offers or self._is_strict:
+            return self._offers.get(name)
+        bare, _, kind = name.partition(":")
+        size = size_of(bare)
+        if size is not None:
+            return self._sizes.get((size, kind))
+        return self.default if is_openais(name) else None
 
 
-def _other_names(spec: ModelSpec) -> Iterator[str]:
+def _sizes_of(spec: ModelSpec) -> Iterator[str]:
     """
-    Yields other names of a known size that is served under one of its own.
+    Yields the size that a model is, and the one that it is called.
     """
-    # A name of its own that looks like a size is no reason to guess.
-    size, _, kind = spec.name.partition(":")
-    canonical = _SIZES.get(size)
-    if canonical is None or _SIZES.get(spec.model) != canonical:
-        return
-    suffix = f":{kind}" if kind else ""
-    yield from (other + suffix for other, name in _SIZES.items() if name == canonical)
+    for name in (spec.model, spec.name.partition(":")[0]):
+        if size := size_of(name):
+            yield size
+
+
+def _kind_of(spec: ModelSpec) -> str:
+    return "" if spec.compute_type == "default" else spec.compute_type

@@ -4,23 +4,15 @@ The options of a server: its models, its limits, and its permissions.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from whispercache.engine.naming import ModelSpec, parse_spec
 
+from .origins import hosts_of, origins_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-# Values of `ServerOptions.origins` besides sites.
-ANY_ORIGIN = "*"
-NO_ORIGIN = "null"
-
-_USUAL_PORTS = {"http": 80, "https": 443}
-_HOST = re.compile(r"[a-z0-9_.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +29,28 @@ class ServerOptions:
         keys: Requests need one of these; none if empty.
         key_names: Names of *keys*, each as ``{key: name}``, by which requests are told
             apart in the list of them, the log and traces.
+        default: The name of the model for clients that ask for OpenAI's, and for those
+            whose form has no field for it; the first of *models* if None.
+        strict_names: Names on the list are the only ones: no aliases.
+        strict: Fields that are unknown are errors, and not only warnings.
         hosts: Names by which clients may address it, as protection against pages that
-            rebind a name of theirs to this machine; any if empty.
+            rebind a name of theirs to this machine; any if empty. ``"docker"`` is what
+            containers call it.
         origins: Origins of other sites whose pages may use it, as browsers send them:
-            ``"https://app.example"``, without a slash or a usual port. ``"*"`` is any
-            site, and ``"null"`` are pages without an origin, such as local files; but
-            any site can make such a page, so that without *keys* both are for whatever
-            page a browser here happens to show.
+            ``"https://app.example"``, without a slash or a usual port;
+            ``"http://localhost:*"`` is any port. ``"obsidian"``, ``"electron"`` and
+            ``"tauri"`` are those of such programs. ``"*"`` is any site, and ``"null"``
+            are pages without an origin, such as local files; but any site can make such
+            a page, so that without *keys* both are for whatever page a browser here
+            happens to show.
+        vad: Speech is looked for, and nothing else heard, where a request does not say;
+            without it models write words into silence (benchmarks/silence.py).
         max_upload_bytes: Of one request's whole body.
         max_duration_s: Of one request's audio.
         max_audio_s: Of the audio of all requests that are at work, which is in memory:
-            64 kB of samples and up to 51 kB of spectrogram for each second, and some
-            60 MB for each request. None for that of the longest request. What waits is
-            on disk.
+            for each second 64 kB of samples, up to 51 kB of spectrogram and 68 kB where
+            speech is looked for, and some 60 MB for each request. None for that of the
+            longest request. What waits is on disk.
         upload_timeout_s: For one request's body to arrive.
         decode_timeout_s: For its audio to be decoded.
         timeout_s: For a model to be had, from the moment at which the audio is decoded.
@@ -67,10 +68,14 @@ class ServerOptions:
     device: str = "auto"
     preload: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
+    default: str | None = None
+    strict_names: bool = False
+    strict: bool = False
     keys: tuple[str, ...] = ()
     key_names: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    vad: bool = True
     max_upload_bytes: int = 100 * 1024**2
     max_duration_s: float = 3600.0
     max_audio_s: float | None = None
@@ -97,8 +102,14 @@ class ServerOptions:
                 f"{', '.join(sorted(unknown))} is not among the models served: "
                 f"{', '.join(names)}"
             )
-        for origin in self.origins:
-            _check_origin(origin)
+        if self.default is not None and self.default not in names:
+            raise ValueError(
+                f"the default {self.default} is not among the models served: "
+                f"{', '.join(names)}"
+            )
+        # What could never match is told here.
+        object.__setattr__(self, "hosts", hosts_of(self.hosts))
+        object.__setattr__(self, "origins", origins_of(self.origins))
         if any(not key.strip() for key in self.keys):
             raise ValueError("an empty key would let everybody in")
         for name in (
@@ -119,53 +130,3 @@ def _parsed(models: Sequence[str | ModelSpec]) -> tuple[ModelSpec, ...]:
     return tuple(
         parse_spec(model) if isinstance(model, str) else model for model in models
     )
-
-
-def _check_origin(origin: str) -> None:
-    if origin in (ANY_ORIGIN, NO_ORIGIN):
-        return
-    spelled = _as_browsers_spell(origin)
-    if spelled and origin == spelled:
-        return
-    hint = (
-        f"browsers send {spelled}"
-        if spelled
-        else f"name each site as in https://app.example, or {ANY_ORIGIN} for all"
-    )
-    raise ValueError(f"{origin!r} is no origin; {hint}")
-
-
-def _as_browsers_spell(site: str) -> str:
-    """
-    Returns the origin of pages at an address; nothing if that is none.
-
-    Source: "serialization of an origin" in the HTML and URL standards.
-    """
-    text = site.strip()
-    if text.lower() == NO_ORIGIN:
-        return NO_ORIGIN
-    if "://" not in text:
-        is_here = text.lower().startswith(("localhost", "127.", "["))
-        text = f"{'http' if is_here else 'https'}://{text}"
-    try:
-        parts = urlsplit(text)
-        host, port = _host(parts.hostname or ""), parts.port
-    except ValueError:
-        return ""
-    if parts.scheme == "file":
-        return NO_ORIGIN
-    if not host or not parts.scheme:
-        return ""
-    is_usual = port is None or port == _USUAL_PORTS.get(parts.scheme)
-    return f"{parts.scheme}://{host}" if is_usual else f"{parts.scheme}://{host}:{port}"
-
-
-def _host(name: str) -> str:
-    """
-    Returns a host as in an origin: small letters, other alphabets in ASCII.
-    """
-    if ":" in name:
-        return f"[{IPv6Address(name)}]"
-    if not name.isascii():
-        name = name.encode("idna").decode("ascii")
-    return name if _HOST.fullmatch(name) else ""

@@ -182,6 +182,10 @@ def _text(value: object, name: str) -> str:
     return value.strip()
 
 
+def _text_or_none(value: object, name: str) -> str | None:
+    return None if _is_none(value) else _text(value, name)
+
+
 def _device(value: object, name: str) -> str:
     text = _text(value, name)
     canonical_device(text)
@@ -239,6 +243,7 @@ SWITCH = Kind(_switch, "")
 SWITCH_OR_BYTES = Kind(_switch_or_bytes, "SIZE")
 SWITCH_OR_LIMIT = Kind(_switch_or_limit, "LIMIT")
 TEXT = Kind(_text, "TEXT")
+TEXT_OR_NONE = Kind(_text_or_none, "TEXT")
 TEXTS = Kind(_texts, "TEXT", is_list=True)
 TIME = Kind(_time, "TIME")
 TIME_OR_NONE = Kind(_time_or_none, "TIME")

@@ -140,7 +140,32 @@ _OF_SERVERS = (
     Setting("preload", kinds.TEXTS, [], "models to load at the start", "NAME"),
     Setting("pin", kinds.TEXTS, [], "models to load and keep", "NAME"),
     Setting(
+        "default",
+        kinds.TEXT_OR_NONE,
+        None,
+        "the model for OpenAI's names (the first, if none)",
+        "NAME",
+    ),
+    Setting(
+        "strict_names",
+        kinds.SWITCH,
+        default=False,
+        meaning="no other names for models than those given",
+    ),
+    Setting(
+        "strict",
+        kinds.SWITCH,
+        default=False,
+        meaning="unknown fields are errors, not warnings",
+    ),
+    Setting(
         "key_file", kinds.FILES, [], f"its keys, one a line; or use ${KEYS_VARIABLE}"
+    ),
+    Setting(
+        "vad",
+        kinds.SWITCH,
+        default=True,
+        meaning="hear speech alone, where a request does not say",
     ),
     Setting("max_upload", kinds.SIZE, "100MiB", "size of a request"),
     Setting("max_duration", kinds.TIME, "1h", "audio of a request"),
@@ -160,9 +185,16 @@ _OF_SERVERS = (
         "text",
         "lines on stderr: text, or json for programs",
     ),
-    Setting("allow_host", kinds.TEXTS, [], "names of this server", "NAME"),
+    Setting("idle_timeout", kinds.TIME, "75s", "time that idle connections stay open"),
     Setting(
-        "allow_origin", kinds.TEXTS, [], "other sites whose pages may use it", "URL"
+        "allow_host", kinds.TEXTS, [], "names of this server: a name, docker", "NAME"
+    ),
+    Setting(
+        "allow_origin",
+        kinds.TEXTS,
+        [],
+        "other sites whose pages may use it: a URL, obsidian, electron, tauri",
+        "URL",
     ),
 )
 

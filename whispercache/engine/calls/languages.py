@@ -65,11 +65,27 @@ _OTHER_NAMES = _by_name("""\
 my burmese; es castilian; nl flemish; ht haitian; lb letzeburgesch; zh mandarin;
 ro moldavian; ro moldovan; pa panjabi; ps pushto; si sinhalese; es valencian""")
 
+# Codes of three letters. Those of groups, such as Serbo-Croatian's, stand for several.
+# Source: ISO 639-3; of 639-2 the bibliographic ones, which are in media files.
+_THREE_LETTERS = """\
+af afr; am amh; ar ara; as asm; az aze; ba bak; be bel; bg bul; bn ben; bo bod; bo tib;
+br bre; bs bos; ca cat; cs ces; cs cze; cy cym; cy wel; da dan; de deu; de ger; el ell;
+el gre; en eng; es spa; et est; eu baq; eu eus; fa fas; fa per; fi fin; fo fao; fr fra;
+fr fre; gl glg; gu guj; ha hau; he heb; hi hin; hr hrv; ht hat; hu hun; hy arm; hy hye;
+id ind; is ice; is isl; it ita; ja jpn; jw jav; ka geo; ka kat; kk kaz; km khm; kn kan;
+ko kor; la lat; lb ltz; ln lin; lo lao; lt lit; lv lav; mg mlg; mi mao; mi mri; mk mac;
+mk mkd; ml mal; mn mon; mr mar; ms may; ms msa; mt mlt; my bur; my mya; ne nep; nl dut;
+nl nld; nn nno; no nor; oc oci; pa pan; pl pol; ps pus; pt por; ro ron; ro rum; ru rus;
+sa san; sd snd; si sin; sk slk; sk slo; sl slv; sn sna; so som; sq alb; sq sqi; sr srp;
+su sun; sv swe; sw swa; ta tam; te tel; tg tgk; th tha; tk tuk; tl tgl; tr tur; tt tat;
+uk ukr; ur urd; uz uzb; vi vie; yi yid; yo yor; zh chi; zh zho"""
+
 # Codes that operating systems and speech services have for languages of Whisper's.
-# Source: IANA language subtag registry: deprecated codes, macrolanguages (``nb`` is
-# Norwegian, ``cmn`` Chinese, ``fil`` Tagalog) and the extended ``zh-yue``.
+# Source: IANA language subtag registry: deprecated codes, languages of macrolanguages
+# (``nb`` is Norwegian, ``cmn`` Chinese, ``fil`` Tagalog) and the extended ``zh-yue``.
 _OTHER_CODES = _by_name(
-    "zh cmn; tl fil; id in; he iw; yi ji; jw jv; ro mo; no nb; yue zh-yue"
+    "zh cmn; tl fil; id in; he iw; yi ji; jw jv; ro mo; no nb; yue zh-yue; ar arb; "
+    f"fa pes; fa prs; ms zsm; no nob; sw swh; {_THREE_LETTERS}"
 )
 
 _CODES: Mapping[str, str] = {
@@ -78,7 +94,8 @@ _CODES: Mapping[str, str] = {
     **_OTHER_NAMES,
     **_OTHER_CODES,
 }
-_DETECT = ("", "auto")
+# As people say it, as JavaScript and Python do, and as ISO 639 (undetermined).
+_DETECT = ("", "auto", "null", "undefined", "none", "und")
 _LOCALE = re.compile(r"([a-z]{2,3})(?:-[a-z0-9]{1,8})+")
 _LONGEST_SHOWN = 20
 
@@ -87,8 +104,8 @@ def language_code(language: str | None) -> str | None:
     """
     Returns Whisper's code of a language, or None to detect it.
 
-    ``"de"``, ``"German"``, ``"de-AT"`` and ``"de_DE.UTF-8"`` are ``"de"``; None, empty
-    text and ``"auto"`` ask for detection.
+    ``"de"``, ``"German"``, ``"de-AT"``, ``"deu"`` and ``"de_DE.UTF-8"`` are ``"de"``;
+    None, empty text, ``"auto"`` and ``"null"`` ask for detection.
 
     Raises:
         TypeError: it is no text.
