@@ -185,7 +185,8 @@ class RequestsSeen:
     ) -> None:
         self.clock = clock
         self.wall = wall
-        self.lock: threading.Lock = threading.Lock()
+        # Reentrant: the garbage collector may end a lease in here, which makes events.
+        self.lock: threading.RLock = threading.RLock()
         # In the order of their arrival; a dict, since a set has none.
         self._under_way: dict[SeenRequest, None] = {}
         self._lately: deque[SeenRequest] = deque(maxlen=LATELY)
