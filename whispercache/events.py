@@ -162,10 +162,11 @@ class ReleaseUnconfirmed(Event):
 @dataclass(frozen=True, slots=True)
 class ModelStillReferenced(Event):
     """
-    A model was unloaded, but the object is still referred to.
+    A model was unloaded, but CTranslate2's part of it is still referred to.
 
-    A `WhisperModel` that was kept beyond its lease cannot be used any more, and to try
-    is memory-unsafe; on a GPU it keeps some memory, too.
+    ``whisper.model`` of a lease that was kept beyond it cannot be used any more, and to
+    try is memory-unsafe; on a GPU it keeps some memory, too. The ``whisper`` itself may
+    be kept, by frames of an error, say: it refers to the model no more.
 
     Attributes:
         references: Number of references that are left over.

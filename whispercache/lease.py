@@ -92,8 +92,10 @@ class Lease:
     """
     A model, held in memory until `release`.
 
-    A context manager whose value is the `faster_whisper.WhisperModel`. Do not keep that
-    model beyond the lease: to touch it once it was unloaded is memory-unsafe.
+    A context manager whose value is the `faster_whisper.WhisperModel`. It is of no use
+    beyond the lease: once the model was unloaded, what is looked up in it is a
+    RuntimeError. Do not keep its ``model``, CTranslate2's own: to touch that after the
+    unload is memory-unsafe.
 
     A lease that is dropped without `release` is released when it is collected, with a
     `ResourceWarning`. The warning names the place where it was taken, while tracemalloc
@@ -171,7 +173,7 @@ class Lease:
         """
         Ends the lease, so that the model may be evicted. A second call does nothing.
         """
-        # First: the view counts as a reference to the model, which may go with this.
+        # And with it what was set on it.
         self._view = None
         release = self._lessor.release
         release(self._entry, self._serial, self._keep_alive_s)
@@ -259,8 +261,6 @@ class Lease:
         except AttributeError:  # Ctrl-C in the moment of its making
             return
         if is_held:
-            # Before the drop, or the view counts as a reference that stayed behind.
-            self._view = None
             self._lessor.drop(self._entry, self._serial, self._keep_alive_s)
             if not getattr(self, "owned", False):
                 taken_at = getattr(self, "taken_at", "")

@@ -156,7 +156,8 @@ def test_a_leased_model_is_a_whisper_model(cache: ModelCache) -> None:
 
 def test_a_lease_on_a_leased_model_s_view_ends_with_it(cache: ModelCache) -> None:
     """
-    What was lent refers to the model, and is noticed if it is kept; else nothing is.
+    What was lent refers to the model until that is unloaded, and says so afterwards,
+    whether or not it was loaded again; CTranslate2's own part is noticed if it is kept.
     """
     from whispercache import ModelStillReferenced
 
@@ -164,14 +165,19 @@ def test_a_lease_on_a_leased_model_s_view_ends_with_it(cache: ModelCache) -> Non
     cache.subscribe(events.append)
     model = model_of(cache, micro())
     with model.lease() as whisper:
-        whisper.transcribe(SILENCE)
+        segments, _ = whisper.transcribe(SILENCE)
         assert whisper.feature_extractor is whisper.feature_extractor
-    del whisper
+    assert whisper.model.is_multilingual
     cache.evict()
     assert not [each for each in events if isinstance(each, ModelStillReferenced)]
-    lease = model.lease()
-    kept = lease.whisper
-    lease.release()
+    with model.lease() as other:
+        kept = other.model
+        for late in (whisper.transcribe, whisper.detect_language, whisper.encode):
+            with pytest.raises(RuntimeError, match="unloaded after its lease"):
+                late(SILENCE)
+        with pytest.raises(RuntimeError, match="iterate over its segments there"):
+            next(iter(segments))
+        assert "model" not in dir(whisper)
     cache.evict()
     assert [each for each in events if isinstance(each, ModelStillReferenced)]
     del kept

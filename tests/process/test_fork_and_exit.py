@@ -195,8 +195,8 @@ def test_a_model_that_outlives_its_lease_is_noticed(tmp_path: Path) -> None:
         use()
         cache.evict()
         assert not [e for e in events if isinstance(e, ModelStillReferenced)]
-        with cache.lease(micro(), "cpu", cpu_threads=1) as kept:
-            pass
+        with cache.lease(micro(), "cpu", cpu_threads=1) as whisper:
+            kept = whisper.model
         cache.evict()
         (noticed,) = (e for e in events if isinstance(e, ModelStillReferenced))
         assert noticed.references == 1

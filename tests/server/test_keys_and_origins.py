@@ -47,18 +47,22 @@ def client(cache: ModelCache) -> Iterator[TestClient]:
 
 def test_a_key_file_has_comments(tmp_path: Path) -> None:
     """
-    Lines that begin with #, what follows one after a space, and lines without anything.
+    Lines that begin with #, what follows one after a space, and lines without anything;
+    and names before a colon and a space.
     """
     file = tmp_path / "keys"
     file.write_text(
         "\ufeff# who may use it\n\n  alice-1  \n\t# bob left\nbob#2\n"
-        "carol\t# of sales\n   \n#dave\n",
+        "sales: carol\t# till May\n   \n#dave\nno:name\n",
         encoding="utf-8",
     )
-    assert command.read_keys(file) == ["alice-1", "bob#2", "carol"]
+    keys = {"alice-1": "", "bob#2": "", "carol": "sales", "no:name": ""}
+    assert command.read_keys(file) == keys
     other = tmp_path / "more"
-    other.write_text("erin\r\nalice-1\r\n", encoding="utf-8")
-    assert command._keys([file, other]) == ("alice-1", "bob#2", "carol", "erin")
+    other.write_text("erin\r\nal: alice-1\r\n", encoding="utf-8")
+    found = command._keys([file, other])
+    assert found == {**keys, "alice-1": "al", "erin": ""}
+    assert list(found) == ["alice-1", "bob#2", "carol", "no:name", "erin"]
     file.write_text("# nobody\n\n", encoding="utf-8")
     with pytest.raises(ValueError, match="keys holds no key"):
         command._keys([file, other])
@@ -73,7 +77,7 @@ def test_a_comment_is_no_key(tmp_path: Path, cache: ModelCache) -> None:
     """
     file = tmp_path / "keys"
     file.write_text("# staff\nsecret\n", encoding="utf-8")
-    app = create_app(options_of(keys=command._keys([file])), cache)
+    app = create_app(options_of(keys=tuple(command._keys([file]))), cache)
     with TestClient(app) as client:
         for key, status in (("secret", 200), ("# staff", 401), ("#", 401), ("", 401)):
             headers = {"authorization": f"Bearer {key}"}

@@ -134,7 +134,9 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def request_of(model: str, length: int | None, clip_name: str) -> bytes:
+def request_of(
+    model: str, length: int | None, clip_name: str, key: str | None = None
+) -> bytes:
     """
     The same request as bytes; one that stops in the middle of *length* if given.
     """
@@ -145,6 +147,8 @@ def request_of(model: str, length: int | None, clip_name: str) -> bytes:
     request = httpx.Request("POST", url, data=fields, files={"file": ("a", audio)})
     body = request.read()
     headers = {**request.headers, "content-length": str(length or len(body))}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
     lines = [f"{name}: {value}" for name, value in headers.items()]
     head = "\r\n".join(["POST /v1/audio/transcriptions HTTP/1.1", *lines])
     return f"{head}\r\n\r\n".encode() + body
@@ -156,13 +160,14 @@ def asking(
     model: str,
     length: int | None = None,
     clip_name: str = "en-bread",
+    key: str | None = None,
 ) -> Iterator[socket.socket]:
     """
     Somebody who asks for *model*, and hangs up at the end.
     """
     address = (client.base_url.host, client.base_url.port or 80)
     with socket.create_connection(address, timeout=30) as asked:
-        asked.sendall(request_of(model, length, clip_name))
+        asked.sendall(request_of(model, length, clip_name, key))
         yield asked
 
 

@@ -344,7 +344,7 @@ def _top(options: argparse.Namespace) -> int:
     if options.key_file is not None:
         from whispercache.server.command import read_keys
 
-        key = read_keys(options.key_file)[0]
+        key = next(iter(read_keys(options.key_file)))
     source = remote(options.url, key)
     # "1s", as all times here.
     interval_s = parse_duration(options.interval, "--interval")

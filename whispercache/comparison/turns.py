@@ -148,11 +148,6 @@ class Run:
         try:
             with Gauge(self.cache.probe, key.device) as gauge:
                 self._hold(entrant, missing, gauge)
-        except _ModelFailed as failed:
-            # Their frames refer to the model that is to be unloaded.
-            for error in (failed, failed.__context__):
-                traceback.clear_frames(error.__traceback__ if error else None)
-            raise
         finally:
             self.cache.evict(*place)
 

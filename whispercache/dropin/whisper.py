@@ -452,10 +452,11 @@ def _method(loaded: LoadedModel, name: str) -> Callable[..., object]:
         CorruptModel: its files lack something for that, where CTranslate2 would end the
             process.
     """
-    whisper: Any = loaded.whisper
-    if (error := whisper.refusals.get(name)) is not None:
+    # No name for the model here: the frames of an error would refer to it.
+    refusals = cast("Any", loaded.whisper).refusals
+    if (error := refusals.get(name)) is not None:
         raise error()
-    return cast("Callable[..., object]", getattr(whisper.model, name))
+    return cast("Callable[..., object]", getattr(loaded.whisper.model, name))
 
 
 def _workload(

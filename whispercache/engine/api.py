@@ -66,6 +66,7 @@ class LoadedModel:
         references: Number of references to it while nothing uses it.
         knowledge: Its languages and tokens, if they are known.
         lend: Returns what a lease hands out, so that what is set there stays there.
+        cut: Makes all that was lent useless, since the model is gone.
     """
 
     key: ModelKey
@@ -82,6 +83,7 @@ class LoadedModel:
     references: int = 0
     knowledge: Knowledge | None = None
     lend: Callable[[WhisperModel], WhisperModel] = lambda whisper: whisper
+    cut: Callable[[], None] = lambda: None
 
     # A loader of a user's own computes in what it was asked for, as a rule.
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ from .files import claims_of
 from .process import ctranslate2, versions
 from .rebound import plain_of, rebound, swapped
 from .sizes.header import ModelHeader
-from .views import in_heap, lending, lends, own_lists
+from .views import Bridge, in_heap, lending, lends, own_lists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -150,6 +150,8 @@ def described(key: ModelKey, files: ModelFiles, whisper: WhisperModel) -> Loaded
     if model.compute_type != key.compute_type:
         _log.warning("%s computes in %s", key, model.compute_type)
     known = knowledge_of(files)
+    check = partial(check_knowledge, str(key), known=known)
+    bridge = Bridge(whisper)
     return LoadedModel(
         key=key,
         files=files,
@@ -158,7 +160,8 @@ def described(key: ModelKey, files: ModelFiles, whisper: WhisperModel) -> Loaded
         is_multilingual=bool(model.is_multilingual),
         supported_languages=_languages(whisper, known),
         knowledge=known,
-        lend=lends(type(whisper), partial(check_knowledge, str(key), known=known)),
+        lend=lends(type(whisper), bridge, check),
+        cut=bridge.cut,
     )
 
 

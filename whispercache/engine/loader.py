@@ -242,6 +242,7 @@ class FasterWhisperLoader:
             return Released(confirmed=False, reason=f"not unloaded: {still}")
         self._kept.keep(loaded.key, self._rest_of(loaded, has_copy=to_host))
         self._present.pop(loaded.key, None)
+        loaded.cut()
         del loaded.whisper
         if not load_follows:
             self.return_memory(device)

@@ -4,6 +4,10 @@ Views of a WhisperModel: objects of their own over shared weights.
 faster-whisper stores some parameters of a call in the model: ``chunk_length`` stays in
 its feature extractor, where the next call, and one that is under way, find it. So each
 lease gets a view, and each call on a view another one; what they write is their own.
+
+Views reach the model over a `Bridge`, which is cut when the model is unloaded. So a
+view that outlives its lease holds no model and touches no freed memory: one that an
+iterator, a running thread or the frames of an error still refer to, say.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ class _Lending:
 
     A view looks up what was not set on it, at each use, in the object that it is a view
     of. So a model that is replaced when the interpreter ends is replaced for all its
-    views, and references to views count as its own.
+    views.
 
     Attributes:
         refusals: What makes the error of a method of CTranslate2's model for which the
@@ -43,7 +47,7 @@ class _Lending:
     """
 
     refusals: Mapping[str, Callable[[], Exception]] = types.MappingProxyType({})
-    _lender: _Lending | None = None
+    _lender: _Lending | Bridge | None = None
     _check: Check | None = None
 
     def _lend(self) -> _Lending:
@@ -81,22 +85,51 @@ class _Lending:
         )
 
 
+class Bridge:
+    """
+    The one way from views to the attributes of their model.
+    """
+
+    __slots__ = ("_whisper",)
+
+    def __init__(self, whisper: WhisperModel) -> None:
+        self._whisper: WhisperModel | None = whisper
+
+    def cut(self) -> None:
+        """
+        Ends it: whatever is looked up from now on is a RuntimeError.
+        """
+        self._whisper = None
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as of a WhisperModel
+        if self._whisper is None:
+            raise RuntimeError(
+                "the model was unloaded after its lease had ended; use it within the "
+                "lease, and iterate over its segments there"
+            )
+        return getattr(self._whisper, name)
+
+    def __dir__(self) -> Iterable[str]:
+        return () if self._whisper is None else dir(self._whisper)
+
+
 def lends(
-    kind: type[WhisperModel], check: Check
+    kind: type[WhisperModel], bridge: Bridge, check: Check
 ) -> Callable[[WhisperModel], WhisperModel]:
     """
-    Returns a function that makes views of models, whose calls *check* their parameters;
-    of a class that cannot be lent, as in tests, it returns the model itself.
+    Returns a function that makes views over *bridge*, whose calls *check* their
+    parameters; of a class that cannot be lent, as in tests, it returns the model that
+    it is given.
     """
     if not issubclass(kind, _Lending):
         return lambda whisper: whisper
     new = object.__new__
 
     # On the path of each hit, so nothing is looked up here.
-    def lend(whisper: WhisperModel) -> WhisperModel:
+    def lend(_whisper: WhisperModel) -> WhisperModel:
         view = new(kind)
         # Set directly: a constructor would cost each hit more time.
-        view._lender = whisper
+        view._lender = bridge
         view._check = check
         return view
 

@@ -27,7 +27,8 @@ MODEL = "Whispercache-Model"
 WARNING = "Whispercache-Warning"
 
 _TOLD = "whispercache.told"
-_PROPER_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
+# No more than goes through a log and a header as it is.
+_PROPER_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 _LONGEST_SHOWN = 40
 # Names that were in the log already: a client sends the same ones each time.
 _MOST_LOGGED = 100
@@ -85,6 +86,14 @@ def told(request: Request) -> Told:
     """
     found: Told = request.scope[_TOLD]
     return found
+
+
+def request_id(scope: Scope) -> str:
+    """
+    Returns the id of a request.
+    """
+    found: Told = scope[_TOLD]
+    return found.request_id
 
 
 class Answers:

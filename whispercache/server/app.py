@@ -14,15 +14,17 @@ from starlette.middleware.cors import CORSMiddleware
 from whispercache.cache import ModelCache
 from whispercache.version import __version__
 
-from . import audio, errors, manage, others
+from . import audio, errors, manage, others, requests
 from .answers import MODEL, REQUEST_ID, WARNING, Answers
 from .docs import add_docs
 from .drain import Unfinished
+from .following import Following
 from .guard import Guard
 from .limits import UploadLimit
 from .local import LocalEngine
 from .offers import Offers
 from .origins import ANY_ORIGIN, pattern_of
+from .seen import RequestsSeen
 from .service import Service
 
 if TYPE_CHECKING:
@@ -96,12 +98,15 @@ def application(
         redirect_slashes=False,
     )
     app.state.service = service
-    errors.install(app, (audio.router, others.router, manage.router, manage.health))
+    app.state.seen = RequestsSeen()
+    routers = (audio.router, others.router, manage.router, requests.router)
+    errors.install(app, (*routers, manage.health))
     # `Guard` asks for the key; this is for the schema.
     key = [Depends(HTTPBearer(auto_error=False))] if options.keys else []
     app.include_router(audio.router, dependencies=key)
     app.include_router(others.router, dependencies=key)
     app.include_router(manage.router, dependencies=key)
+    app.include_router(requests.router, dependencies=key)
     # Probes have no key.
     app.include_router(manage.health)
     manage.add_page(app)
@@ -120,7 +125,11 @@ def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
         max_at_once=options.max_waiting + 2 * options.parallel * len(options.models),
     )
     app.add_middleware(
-        Guard, keys=options.keys, hosts=options.hosts, origins=options.origins
+        Guard,
+        keys=options.keys,
+        hosts=options.hosts,
+        origins=options.origins,
+        names=options.key_names,
     )
     # Outside the guard: whatever is cancelled gets an answer.
     app.add_middleware(Unfinished)
@@ -134,5 +143,6 @@ def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
             allow_headers=["*"],
             expose_headers=["Retry-After", REQUEST_ID, MODEL, WARNING],
         )
+    app.add_middleware(Following, seen=app.state.seen)
     # Outside all of it: whatever the answer is, it has an id.
     app.add_middleware(Answers)

@@ -6,6 +6,7 @@ which cannot be stopped once it runs.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
@@ -78,7 +79,9 @@ async def transcribe(
     # From here on the call releases the lease, and not the caller.
     lease.owned = True
     call = partial(_begin, lease.whisper, batched)
-    future = pool.submit(call_leased, lease, call, audio, **options)
+    # In this context: what the call logs is of this request.
+    started = partial(call_leased, lease, call, audio, **options)
+    future = pool.submit(contextvars.copy_context().run, started)
     ended = asyncio.wrap_future(future)
     try:
         # The shield lets the thread go on where this task is cancelled.

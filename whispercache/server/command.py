@@ -4,6 +4,7 @@ The command ``whispercache serve``.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -30,7 +31,7 @@ from .origins import ANY_ORIGIN
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 HELP = f"""\
 models:
@@ -44,7 +45,8 @@ OpenAI's names (whisper-1, gpt-4o-transcribe, …) are the --default, or the fir
 
 Limits are bytes or 100MiB, times are seconds or 5m. Keys are lines of --key-file, where
 # begins a comment, or in ${KEYS_VARIABLE}, with commas between; clients send
-Authorization: Bearer KEY.
+Authorization: Bearer KEY. A line "anna: KEY" gives the key a name, for the log and the
+list of requests.
 
 Each option may also stand in a file or a variable: see 'whispercache config --help'.
 
@@ -56,6 +58,10 @@ call this machine by a name that --allow-host docker allows.
 The page is at /, Prometheus metrics at /metrics, probes look at /healthz and /readyz.
 """
 
+_log = logging.getLogger("whispercache")
+
+# A name before a key: a word, a colon and a space, which no key has in it.
+_NAMED = re.compile(r"([^\s:]+):\s+(\S+)")
 # A # within a key is part of it.
 _COMMENT = re.compile(r"(^|\s)#.*")
 # Names by which only programs of this machine reach it.
@@ -81,6 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     cache = "vram ram max_models keep_alive fallback pressure coordinate park variants"
     add_settings(add, *cache.split())
     add_huge_pages(parser, keep=False)
+    add_settings(add, *_keys_of("log_format"))
     bounds = (
         "max_upload max_duration max_audio timeout max_waiting parallel drain "
         "idle_timeout strict_names strict vad"
@@ -105,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         import uvicorn
 
+        from . import logs
         from .app import create_app
         from .drain import Server
     except ModuleNotFoundError as missing:
@@ -122,10 +130,11 @@ def run(options: argparse.Namespace) -> int:
             timeout_keep_alive=math.ceil(parse_duration(setting["idle_timeout"])),
             # Strangers need not know what serves them, and in which version.
             server_header=False,
-            log_config=_LOGGING,
+            log_config=logs.config(setting["log_format"]),
         )
         server = Server(config, app.state.service)
-        _warn(setting["host"], setting["port"], served)
+        tell = _tell_in_json if setting["log_format"] == "json" else _tell
+        _warn(setting["host"], setting["port"], served, tell)
         # uvicorn raises the signal again when it has finished; its work is done then.
         signal.signal(signal.SIGTERM, lambda *_: None)
         server.run()
@@ -143,16 +152,18 @@ def _served(setting: Mapping[str, Any]) -> ServerOptions:
     if setting["host"] in LOOPBACK:
         hosts += LOOPBACK
     longest = setting["max_audio"]
+    keys = _keys([Path(file) for file in setting["key_file"]])
     return ServerOptions(
         models=tuple(setting["models"]),
         device=setting["device"],
         preload=tuple(setting["preload"]),
         pin=tuple(setting["pin"]),
+        keys=tuple(keys),
+        key_names=keys,
         default=setting["default"],
         strict_names=setting["strict_names"],
         strict=setting["strict"],
         vad=setting["vad"],
-        keys=_keys([Path(file) for file in setting["key_file"]]),
         hosts=hosts,
         origins=tuple(setting["allow_origin"]),
         # None would be no limit, which is no setting either.
@@ -165,57 +176,59 @@ def _served(setting: Mapping[str, Any]) -> ServerOptions:
     )
 
 
-def _keys(files: Sequence[Path]) -> tuple[str, ...]:
+def _keys(files: Sequence[Path]) -> dict[str, str]:
+    """
+    Returns the names of all keys, empty for those without, by the keys in their order.
+    """
     # The processes that decode what strangers sent need not know them.
     named = os.environ.pop(KEYS_VARIABLE, "").split(",")
-    keys = [key.strip() for key in named if key.strip()]
+    keys = {key.strip(): "" for key in named if key.strip()}
     for file in files:
-        keys += read_keys(file)
-    # Each once, in order.
-    return tuple(dict.fromkeys(keys))
+        for key, name in read_keys(file).items():
+            keys[key] = keys.get(key) or name
+    return keys
 
 
-def read_keys(file: Path) -> list[str]:
+def read_keys(file: Path) -> dict[str, str]:
     """
-    Returns the keys in a file, one a line. Text after a ``#`` at the beginning of a
-    line, or after a space, is a comment. Raises ValueError if there are none.
+    Returns the names of the keys in a file, by the keys: one a line, as ``anna: KEY``,
+    or without a name, as ``KEY``. Text after a ``#`` at the beginning of a line, or
+    after a space, is a comment. Raises ValueError if there are none.
     """
     try:
         # Windows' editors begin a file with a byte order mark.
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no key file: it is not UTF-8") from error
-    keys = [_COMMENT.sub("", line).strip() for line in lines]
-    if not any(keys):
+    found = [_COMMENT.sub("", line).strip() for line in lines]
+    if not any(found):
         raise ValueError(f"{file} holds no key, which would let everybody in")
-    return [key for key in keys if key]
+    named = [(_NAMED.fullmatch(line), line) for line in found if line]
+    return {one[2] if one else line: one[1] if one else "" for one, line in named}
 
 
-def _warn(host: str, port: int, served: ServerOptions) -> None:
+def _tell(level: int, text: str) -> None:
+    warning = "warning: " if level >= logging.WARNING else ""
+    sys.stderr.write(f"whispercache: {warning}{text}\n")
+
+
+def _tell_in_json(level: int, text: str) -> None:
+    # Of the standard library's warnings, too, each is a line of JSON.
+    logging.captureWarnings(capture=True)
+    _log.log(level, "%s", text)
+
+
+def _warn(
+    host: str, port: int, served: ServerOptions, tell: Callable[[int, str], None]
+) -> None:
     names = ", ".join(spec.name for spec in served.offered)
     # IPv6
     place = f"[{host}]" if ":" in host else host
-    sys.stderr.write(f"whispercache: {names} on http://{place}:{port}\n")
+    tell(logging.INFO, f"{names} on http://{place}:{port}")
     strangers = []
     if ANY_ORIGIN in served.origins:
         strangers.append("any page that a browser here shows")
     if host not in LOOPBACK:
         strangers.append("whoever reaches this address")
     for who in strangers if not served.keys else ():
-        sys.stderr.write(
-            f"whispercache: warning: {who} may use it; --key-file asks for keys\n"
-        )
-
-
-_LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {
-        "plain": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
-    },
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
-    "loggers": {
-        "uvicorn": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
-        "whispercache": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
-    },
-}
+        tell(logging.WARNING, f"{who} may use it; --key-file asks for keys")

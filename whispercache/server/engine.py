@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     # float32 (samples,), mono, 16 kHz, in ±1. Blocks, so it is called on a thread.
     Samples: TypeAlias = Callable[[], NDArray[np.float32]]
 
-# What becomes of a call: its model is fetched, loaded or waited for; then it computes.
-Phase = Literal["loading", "working"]
+# What becomes of a call: its model's files are downloaded, others are served or room
+# is made, it is loaded; then it computes.
+Phase = Literal["downloading", "waiting", "loading", "working"]
 
 
 def nobody(_phase: Phase) -> None:
@@ -123,19 +124,23 @@ class Engine(Protocol):
                 *batch_size*, of the batched pipeline. Of *languages*, a list of codes,
                 the likeliest is taken.
             terms: How long it may take to begin, among others.
-            tell: Called with each phase as it begins.
+            tell: Called with each phase as it begins, on any thread.
 
         Raises:
             DownloadTimeout: the model's files were not there in time.
             LeaseTimeout: the model was not, the download included.
         """
 
-    async def load(self, offer: Offer, terms: Terms) -> None:
+    async def load(
+        self, offer: Offer, terms: Terms, tell: Callable[[Phase], None] = nobody
+    ) -> None:
         """
         Loads a model, and waits until it is in memory. Raises what `transcribe` does.
         """
 
-    async def pin(self, offer: Offer, terms: Terms) -> None:
+    async def pin(
+        self, offer: Offer, terms: Terms, tell: Callable[[Phase], None] = nobody
+    ) -> None:
         """
         Loads a model and keeps it, idle or not. Raises what `transcribe` does.
         """

@@ -31,6 +31,7 @@ from whispercache.errors import (
     WhisperCacheError,
 )
 
+from . import seen
 from .decode import AudioTooLong, DecodeCrashed, DecoderClosed, DecodeTimeout
 
 if TYPE_CHECKING:
@@ -48,9 +49,6 @@ RETRY_S = 5
 
 # Where OpenAI's clients look, below their base URL.
 _PLACES = ("/audio/transcriptions", "/audio/translations", "/models")
-
-# A status that nginx has for this, for logs.
-_CLIENT_LEFT = 499
 
 
 class ErrorDetail(BaseModel):
@@ -102,6 +100,7 @@ class ApiError(Exception):
         """
         Returns the answer itself.
         """
+        seen.failed(self.detail.code)
         body = ErrorBody(error=self.detail).model_dump()
         return JSONResponse(body, self.status, self.headers)
 
@@ -193,9 +192,9 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     Gives all errors of *app*, with the routes of *routers*, this shape.
     """
     routes = [route for router in routers for route in router.routes]
-    # RuntimeError is CTranslate2's. What is not listed here is answered, too, but then
-    # Starlette raises it again, and uvicorn ends the connection.
-    told = (ApiError, WhisperCacheError, RuntimeError, MemoryError, OSError, Exception)
+    # RuntimeError is CTranslate2's. What is not listed here is a bug, which `Following`
+    # answers and raises again, and uvicorn ends the connection.
+    told = (ApiError, WhisperCacheError, RuntimeError, MemoryError, OSError)
     for kind in told:
         app.add_exception_handler(kind, _failed)
     app.add_exception_handler(ClientDisconnect, _left)
@@ -208,7 +207,7 @@ async def _failed(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _left(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=_CLIENT_LEFT)  # for the log alone
+    return Response(status_code=seen.CLIENT_LEFT)  # for the log alone
 
 
 async def _misshapen(_request: Request, error: Exception) -> JSONResponse:

@@ -7,16 +7,18 @@ from __future__ import annotations
 import hmac
 import re
 from hashlib import sha256
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from . import seen
 from .errors import ApiError
 from .origins import ANY_ORIGIN, option_for, option_for_host, pattern_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -48,6 +50,7 @@ class Guard:
     Three things are asked of a request: a host name that is ours, so that no page can
     rebind its own name to this machine; that no page of another site sent it, but of
     *origins*; and a bearer key. Where there are no *keys* or no *hosts*, any will do.
+    *names* are those of keys.
     """
 
     def __init__(
@@ -56,10 +59,12 @@ class Guard:
         keys: Sequence[str] = (),
         hosts: Sequence[str] = (),
         origins: Sequence[str] = (),
+        names: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._app = app
         # Digests are of one length, so that comparing takes the same time for all.
         self._digests = [sha256(key.encode()).digest() for key in keys]
+        self._names = [names.get(key, "") for key in keys]
         # Browsers send them in any case.
         self._hosts = {host.lower() for host in hosts}
         self._is_open = ANY_ORIGIN in origins
@@ -81,11 +86,17 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
-        refusal = self._refusal(scope, Headers(scope=scope))
+        headers = Headers(scope=scope)
+        who = self._who(headers)
+        refusal = self._refusal(scope, headers, has_key=who is not None)
+        if refusal is None:
+            seen.admit(who or None)
         app = self._app if refusal is None else refusal.response()
         await app(scope, receive, send_guarded)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+    def _refusal(
+        self, scope: Scope, headers: Headers, *, has_key: bool
+    ) -> ApiError | None:
         host = _parts(f"//{headers.get('host', '')}").hostname
         # A page that rebinds its own name to this address sends that name.
         if self._hosts and host not in self._hosts:
@@ -101,7 +112,7 @@ class Guard:
             return ApiError(403, _cross_site(headers), code="cross_site")
         path = route_path(scope)
         is_open = path in OPEN_PATHS or path.startswith(_OPEN_FOLDER)
-        if is_open or not self._digests or self._has_key(headers):
+        if is_open or not self._digests or has_key:
             return None
         return ApiError(
             401,
@@ -125,13 +136,19 @@ class Guard:
         # Older browsers send the origin alone.
         return origin is not None and _parts(origin).netloc != headers.get("host")
 
-    def _has_key(self, headers: Headers) -> bool:
+    def _who(self, headers: Headers) -> str | None:
+        """
+        Returns the name of the key that is given, empty if it has none; None if it is
+        not one of the keys.
+        """
         # An empty key matches none, since there are no empty ones.
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = sha256(key.strip().encode("latin-1")).digest()  # the bytes as sent
         # All are compared, whichever it is.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        if scheme.lower() != "bearer" or not any(matches):
+            return None
+        return self._names[matches.index(True)]
 
 
 def _cross_site(headers: Headers) -> str:

@@ -20,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from whispercache.engine.calls.prepare import workload_of
 from whispercache.errors import AudioError, LoadFailed
 
+from . import seen
 from .asked import NO_WORDS
 from .decode import samples
 from .engine import Terms
@@ -129,7 +130,9 @@ class Hearing:
         )
         # Decoded before the wait, so that the queue holds files and no memory, and
         # knows how long the work will be.
+        seen.enter("decoding")
         audio_s = await self._decode(folder / "upload", folder / "samples")
+        tell = seen.teller(audio_s)
         left_s = await self.lifetime.enter_async_context(
             self.service.gate.turn(offer.name, self.service.options.timeout_s, audio_s)
         )
@@ -143,7 +146,7 @@ class Hearing:
             partial(asked.check_model, offer.name) if known is None else None,
         )
         heard = partial(samples, folder / "samples")
-        segments, info = await engine.transcribe(offer, heard, options, terms)
+        segments, info = await engine.transcribe(offer, heard, options, terms, tell)
         await self.lifetime.enter_async_context(segments)
         return segments, info
 
@@ -204,6 +207,8 @@ async def _events(
                 yield as_event("transcript.text.delta", delta=delta, **more)
     except Exception as error:
         # The status has been sent: what went wrong is an event, too.
-        yield as_event("error", error=as_refusal(error).detail.model_dump())
+        detail = as_refusal(error).detail
+        seen.failed(detail.code)
+        yield as_event("error", error=detail.model_dump())
         return
     yield as_done(heard, info, asked, text + growing.rest())

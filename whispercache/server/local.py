@@ -5,6 +5,7 @@ The engine of a server whose models are in its own process.
 from __future__ import annotations
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -18,24 +19,29 @@ from whispercache.engine.files import claims_of
 from whispercache.engine.naming import short_name
 from whispercache.errors import DownloadTimeout, LeaseTimeout, WhisperCacheError
 from whispercache.metrics import CacheCollector
-from whispercache.watch.live import Snapshot, Watch
+from whispercache.watch.live import Snapshot, Watch, in_words
 
 from .calls import transcribe
 from .engine import Phase, nobody
+from .loads import Loads
+from .logs import FIELDS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from faster_whisper.transcribe import TranscriptionInfo
     from prometheus_client.core import Metric
 
     from whispercache.cache import ModelCache
     from whispercache.engine.calls.languages import Knowledge
+    from whispercache.events import Event
     from whispercache.keys import ModelKey
     from whispercache.lease import Lease
 
     from .engine import Samples, Segments, Terms
     from .offers import Offer, Offers
+
+_log = logging.getLogger("whispercache")
 
 
 class LocalEngine:
@@ -67,6 +73,7 @@ class LocalEngine:
         self._fetchers = ThreadPoolExecutor(
             len(offers), thread_name_prefix="whispercache-fetch"
         )
+        self._loads = Loads(self._names_of)
         # Downloads under way, by the name of the model.
         self._fetching: dict[str, asyncio.Future[None]] = {}
 
@@ -84,12 +91,22 @@ class LocalEngine:
         """
         # Those of an event loop that has ended.
         self._fetching = {}
+        self._loads = Loads(self._names_of)
         with ExitStack() as stack:
             cache = self.cache.cache
             self._watch = stack.enter_context(Watch(cache, self.name_of))
             self._collector = CacheCollector(cache)
             stack.callback(self._collector.close)
+            stack.callback(cache.subscribe(self._loads.note))
+            stack.callback(cache.subscribe(self._log))
             yield
+
+    def _log(self, event: Event) -> None:
+        kind, name, text = in_words(event, self.name_of)
+        # Each load would have three lines.
+        if kind not in ("loading", "granted"):
+            fields = {"event": kind, "model": name}
+            _log.info("%s %s", name, text, extra={FIELDS: fields})
 
     # What is known of a model -----------------------------------------------------
 
@@ -103,13 +120,15 @@ class LocalEngine:
         """
         Returns the clients' name of a model in memory.
         """
+        # The first of two names of one model.
+        return next(self._names_of(key), short_name(key))
+
+    def _names_of(self, key: ModelKey) -> Iterator[str]:
         for offer in self._offers:
             found = self.key(offer)
             # It may have been on another card before.
-            # By the key, so that two names of one model find the first.
             if found is not None and replace(found, device=key.device) == key:
-                return offer.name
-        return short_name(key)
+                yield offer.name
 
     async def knowledge(self, offer: Offer) -> Knowledge | None:
         """
@@ -148,8 +167,7 @@ class LocalEngine:
         """
         Begins to transcribe. See `Engine.transcribe`.
         """
-        tell("loading")
-        lease = await self._lease(offer, terms)
+        lease = await self._lease(offer, terms, tell)
         with ExitStack() as held:
             # Until the call has the lease, an error must release it.
             held.callback(lease.release)
@@ -160,22 +178,30 @@ class LocalEngine:
         batched = self.cache.cache.loader.batched
         return await transcribe(self._callers, lease, heard, dict(options), batched)
 
-    async def load(self, offer: Offer, terms: Terms) -> None:
+    async def load(
+        self, offer: Offer, terms: Terms, tell: Callable[[Phase], None] = nobody
+    ) -> None:
         """
         Loads a model. See `Engine.load`.
         """
-        (await self._lease(offer, terms)).release()
+        (await self._lease(offer, terms, tell)).release()
 
-    async def pin(self, offer: Offer, terms: Terms) -> None:
+    async def pin(
+        self, offer: Offer, terms: Terms, tell: Callable[[Phase], None] = nobody
+    ) -> None:
         """
         Loads a model, and keeps it. See `Engine.pin`.
         """
-        lease = await self._lease(offer, terms)
+        lease = await self._lease(offer, terms, tell)
         with lease:
             # Under the lease: an idle model could be evicted in between.
             lease.pin()
 
-    async def _lease(self, offer: Offer, terms: Terms) -> Lease:
+    async def _lease(
+        self, offer: Offer, terms: Terms, tell: Callable[[Phase], None]
+    ) -> Lease:
+        if self.key(offer) is None:
+            tell("downloading")
         is_there, limit_s = False, terms.timeout_s
         # The cache's own limit begins once the files are there, and tells more.
         with anyio.move_on_after(None if limit_s is None else limit_s + 0.5):
@@ -184,12 +210,14 @@ class LocalEngine:
             is_there = True
             if terms.check is not None:
                 terms.check(await self.knowledge(offer))
-            return await self.cache.lease(
-                *offer.place,
-                timeout_s=limit_s,
-                keep_alive=terms.keep_alive,
-                workload=terms.workload,
-            )
+            tell("waiting")
+            with self._loads.told(offer.name, tell):
+                return await self.cache.lease(
+                    *offer.place,
+                    timeout_s=limit_s,
+                    keep_alive=terms.keep_alive,
+                    workload=terms.workload,
+                )
         ended = LeaseTimeout if is_there else DownloadTimeout
         raise ended(offer.name, limit_s or 0.0)
 

@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from whispercache.version import __version__
 
+from . import seen
 from .calls import while_present
 from .engine import Terms
 from .errors import responses
@@ -134,7 +135,8 @@ async def _load(service: Service, offer: Offer, keep_alive: str | None) -> None:
     # Nonsense is told before a load.
     if keep_alive is not None:
         check_keep_alive(keep_alive)
-    await service.engine.load(offer, Terms(service.options.timeout_s, keep_alive))
+    terms = Terms(service.options.timeout_s, keep_alive)
+    await service.engine.load(offer, terms, seen.teller())
 
 
 @router.post("/api/models/{name:path}/pin", responses=_ASKED)
@@ -143,7 +145,8 @@ async def pin(request: Request, service: Served, name: str) -> Done:
     Loads a model, and keeps it in memory, idle or not.
     """
     offer = service.offer(name)
-    pinning = service.engine.pin(offer, Terms(service.options.timeout_s))
+    terms = Terms(service.options.timeout_s)
+    pinning = service.engine.pin(offer, terms, seen.teller())
     await while_present(request, pinning)
     return Done(model=name, status="pinned")
 
@@ -164,6 +167,7 @@ async def evict(request: Request, service: Served, name: str) -> Done:
     is unloaded when it is idle.
     """
     eviction = service.engine.evict(service.offer(name), service.options.timeout_s)
+    seen.enter("waiting")
     was_there = await while_present(request, eviction)
     return Done(model=name, status="evicted" if was_there else "absent")
 

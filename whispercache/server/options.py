@@ -12,7 +12,7 @@ from whispercache.engine.naming import ModelSpec, parse_spec
 from .origins import hosts_of, origins_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class ServerOptions:
         preload: Names of models to load at the start; ready once all are.
         pin: Names of those to keep, idle or not; they are loaded at the start, too.
         keys: Requests need one of these; none if empty.
+        key_names: Names of *keys*, each as ``{key: name}``, by which requests are told
+            apart in the list of them, the log and traces.
         default: The name of the model for clients that ask for OpenAI's, and for those
             whose form has no field for it; the first of *models* if None.
         strict_names: Names on the list are the only ones: no aliases.
@@ -70,6 +72,7 @@ class ServerOptions:
     strict_names: bool = False
     strict: bool = False
     keys: tuple[str, ...] = ()
+    key_names: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     vad: bool = True

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from whispercache.engine.calls.languages import LANGUAGES
 from whispercache.version import __version__
 
+from . import seen
 from .answers import told
 from .asked import Asked
 from .audio import FORM, RESPONSES
@@ -125,5 +126,6 @@ def _offer(
     Returns the model that is meant: the default one for those who cannot name it.
     """
     offer = service.offer(name) if name else service.offers.default
+    seen.wants(offer.name)
     told(request).note(offer.name, form.unknown(), strict=service.options.strict)
     return offer

@@ -20,6 +20,7 @@ from prometheus_client import (
 
 from whispercache.errors import LoadFailed, WhisperCacheError
 
+from . import seen
 from .decode import Decoder
 from .engine import Terms
 from .errors import RETRY_S, ApiError
@@ -170,9 +171,9 @@ class Service:
         """
         Returns the state of the engine and of the gate.
         """
-        seen = await self.engine.snapshot()
+        found = await self.engine.snapshot()
         # The gate's come first: they wait for those before the cache, or beside them.
-        return replace(seen, waiting=(*self.gate.waiting(), *seen.waiting))
+        return replace(found, waiting=(*self.gate.waiting(), *found.waiting))
 
     def offer(self, name: str) -> Offer:
         """
@@ -184,6 +185,7 @@ class Service:
             # Names come from clients and may be long.
             message = f"the model {name[:100]!r} is not served here; there are {served}"
             raise ApiError(404, message, code="model_not_found", param="model")
+        seen.wants(offer.name)
         return offer
 
 

@@ -179,6 +179,12 @@ _OF_SERVERS = (
     Setting("max_waiting", kinds.COUNT_OR_ZERO, 64, "requests that wait"),
     Setting("parallel", kinds.COUNT, 2, "requests at work on one model"),
     Setting("drain", kinds.TIME, "30s", "time to finish at the end"),
+    Setting(
+        "log_format",
+        kinds.one_of("text", "json"),
+        "text",
+        "lines on stderr: text, or json for programs",
+    ),
     Setting("idle_timeout", kinds.TIME, "75s", "time that idle connections stay open"),
     Setting(
         "allow_host", kinds.TEXTS, [], "names of this server: a name, docker", "NAME"
