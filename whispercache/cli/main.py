@@ -228,7 +228,7 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=tuple(FORMATS), default="txt", help="see below")
     add("--output-dir", type=Path, metavar="DIR", help="write files there, not stdout")
     add_config(add)
-    add_settings(add, "vram", "ram", "variants")
+    add_settings(add, "vram", "ram", "variants", "on")
     add_huge_pages(parser, keep=True)
     parser.set_defaults(run=transcribe)
 

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from whispercache.cache import ModelCache
 from whispercache.console import add_huge_pages, explain
 from whispercache.errors import WhisperCacheError
-from whispercache.settings.arguments import add_config, add_settings, settings_of
+from whispercache.settings.arguments import (
+    add_config,
+    add_settings,
+    hooks_of,
+    settings_of,
+)
 from whispercache.settings.sources import cache_options, values_below
 from whispercache.settings.table import (
     KEYS_VARIABLE,
@@ -80,6 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_config(add)
     cache = "vram ram max_models keep_alive fallback pressure coordinate park variants"
     add_settings(add, *cache.split())
+    add_settings(add, "on")
     add_huge_pages(parser, keep=False)
     bounds = (
         "max_upload max_duration max_audio timeout max_waiting parallel drain "
@@ -128,7 +134,8 @@ def run(options: argparse.Namespace) -> int:
         _warn(setting["host"], setting["port"], served)
         # uvicorn raises the signal again when it has finished; its work is done then.
         signal.signal(signal.SIGTERM, lambda *_: None)
-        server.run()
+        with hooks_of(held, cache, app.state.service.engine.name_of):
+            server.run()
         # The second one ends it at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0 if server.started else 1

@@ -43,13 +43,14 @@ class Kind:
     Attributes:
         read: Takes a value and its name in messages; returns what it means. Raises
             TypeError or ValueError for nonsense.
-        metavar: Its placeholder in help; empty for a switch.
+        metavar: Its placeholder in help, or one for each word of a value; empty for a
+            switch.
         is_list: True if it may be given several times.
         is_path: True if it names files.
     """
 
     read: Reader
-    metavar: str
+    metavar: str | tuple[str, ...]
     is_list: bool = False
     is_path: bool = False
 
@@ -214,6 +215,22 @@ def _files(value: object, name: str) -> list[str]:
     return [str(Path(each).expanduser()) for each in _texts(value, name)]
 
 
+def _hooks(value: object, name: str) -> list[str]:
+    if _is_none(value) or value == ["none"]:
+        return []
+    # Commas and semicolons are in many a command, the ends of lines in none.
+    given = value.splitlines() if isinstance(value, str) else value
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"{name} must be a list of texts, not {value!r}")
+    # An option has two words for each.
+    from whispercache.watch.hooks import parse_hook
+
+    texts = [each if isinstance(each, str) else " ".join(each) for each in given]
+    for text in texts:
+        parse_hook(text)
+    return texts
+
+
 def one_of(*words: str) -> Kind:
     """
     Returns the kind of a setting that is one of some words.
@@ -233,6 +250,7 @@ COUNT_OR_ZERO = Kind(_at_least(0), "N")
 DEVICE = Kind(_device, "DEVICE")
 FILES = Kind(_files, "FILE", is_list=True, is_path=True)
 FALLBACK = Kind(_rungs, "RUNG", is_list=True)
+HOOKS = Kind(_hooks, ("EVENT", "COMMAND|URL"), is_list=True)
 KEEP_ALIVE = Kind(_keep_alive, "TIME")
 LIMIT = Kind(_limit, "LIMIT")
 LIMITS = Kind(_limits, "LIMIT")

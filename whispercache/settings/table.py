@@ -132,6 +132,10 @@ _OF_CACHES = (
     ),
 )
 
+_OF_COMMANDS = (
+    Setting("on", kinds.HOOKS, [], "command to run, or URL to call, when that happens"),
+)
+
 _OF_SERVERS = (
     Setting("models", kinds.TEXTS, [], "models to serve: [NAME=]MODEL[:TYPE]", "MODEL"),
     Setting("host", kinds.TEXT, "127.0.0.1", "address to listen on", "HOST"),
@@ -196,6 +200,7 @@ SETTINGS: dict[str, Setting] = {
     setting.key: setting
     for setting in (
         *_OF_CACHES,
+        *_OF_COMMANDS,
         *(replace(each, key=f"{SERVE}.{each.key}") for each in _OF_SERVERS),
     )
 }
