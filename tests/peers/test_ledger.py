@@ -30,8 +30,8 @@ from whispercache.peers.ledger import (
     Ledger,
     Owner,
     bytes_to_free,
-    default_directory,
 )
+from whispercache.peers.places import default_directory
 from whispercache.testing import FakeClock, wait_until
 
 if TYPE_CHECKING:

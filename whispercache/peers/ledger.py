@@ -23,15 +23,15 @@ import logging
 import math
 import os
 import re
-import stat
 import sys
-import tempfile
 import threading
 import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from .places import permissions, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -114,12 +114,14 @@ class Ledger:
     """
     One process's account of a device, and its view of the others'. Thread-safe.
 
-    All processes must belong to one user, and name the same directory and device. After
-    a fork the parent keeps its account, and the child's first `publish` opens another.
-    An account ends with `close`, with the ledger, or with the process.
+    All processes must name the same directory and device, and be let into it: whoever
+    can write there is trusted. After a fork the parent keeps its account, and the
+    child's first `publish` opens another. An account ends with `close`, with the
+    ledger, or with the process.
 
     Args:
-        directory: On this machine, not on a network's drive; made if missing.
+        directory: On this machine, not on a network's drive; made if missing. Whom its
+            permissions let in may use what is made in it.
         device_id: The same in all processes, however they count devices: a GPU's UUID,
             or ``"cpu"``.
         clock: Seconds, for the heartbeat.
@@ -191,9 +193,10 @@ class Ledger:
         return tuple(sorted(accounts, key=lambda each: each.owner))
 
     @contextlib.contextmanager
-    def turn(self, timeout_s: float) -> Iterator[bool]:
+    def turn(self, timeout_s: float, name: str = "load") -> Iterator[bool]:
         """
-        Admits one process at a time to a block; yields False if the time ran out.
+        Admits one process at a time to a block of that *name*; yields False if the time
+        ran out.
 
         The kernel ends the turn of a process that dies, but not of one that is stuck.
         A caller that gets False must therefore go on without. Not reentrant.
@@ -211,7 +214,10 @@ class Ledger:
         self._make_directory()
         # Threads of one process exclude each other too: each has a lock of its own.
         lock = FileLock(
-            self._directory / "load.lock", timeout=timeout_s, thread_local=False
+            self._directory / f"{name}.lock",
+            timeout=timeout_s,
+            mode=self._mode(0o666),
+            thread_local=False,
         )
         pid = os.getpid()
         try:
@@ -263,7 +269,10 @@ class Ledger:
         text = json.dumps({field: getattr(account, field) for field in _FIELDS})
         self._make_directory()
         try:
-            fresh.write_text(text, encoding="utf-8")
+            # In a directory of several users, only a file that was not there is ours.
+            with fresh.open("x", encoding="utf-8") as file:
+                file.write(text)
+            fresh.chmod(self._mode(0o644))
             fresh.replace(self._directory / f"{name}.json")
         except BaseException:
             fresh.unlink(missing_ok=True)
@@ -272,7 +281,15 @@ class Ledger:
     def _make_directory(self) -> None:
         # Each time, since the system may clear directories of a session or for
         # temporary files.
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._directory.mkdir(mode=0o700)
+        except FileExistsError:
+            return
+        share(self._directory)
+
+    def _mode(self, most: int) -> int:
+        return most & permissions(self._directory)
 
 
 class _Pages:
@@ -314,54 +331,6 @@ def bytes_to_free(own: Account, others: Sequence[Account], free_bytes: int) -> i
     return own.idle_bytes - idle_bytes[own.owner]
 
 
-def default_directory() -> Path:
-    """
-    Returns the directory through which one user's processes on this machine share.
-
-    It is private to the user: in ``$XDG_RUNTIME_DIR`` if that is set and the user's
-    own, else in the directory for temporary files. Processes with different
-    environments, such as a service and a shell, must be given the same directory.
-
-    Raises:
-        OSError: Neither can be used.
-    """
-    # Not what platformdirs takes without the variable: /run/user/<uid> exists only
-    # while the user is logged in, and a service's workers would not find each other.
-    session = os.environ.get("XDG_RUNTIME_DIR")
-    if session and Path(session).is_absolute():
-        try:
-            _check_own(Path(session))
-            return _private(Path(session) / "whispercache")
-        except OSError as error:
-            _log.debug("XDG_RUNTIME_DIR is not used: %s", error)
-    user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
-    return _private(Path(tempfile.gettempdir()) / f"whispercache{user}")
-
-
-def _private(path: Path) -> Path:
-    """
-    Returns *path*, made if missing, if no other user can read or write there.
-    """
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    status = _check_own(path)
-    if os.name == "posix" and status.st_mode & 0o077:
-        raise PermissionError(f"{path} is open to others; run: chmod 700 {path}")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path} cannot be written")
-    return path
-
-
-def _check_own(path: Path) -> os.stat_result:
-    # Without following a link, which in a public directory any user may have made.
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise NotADirectoryError(f"{path} is not a directory")
-    if hasattr(os, "getuid") and status.st_uid != os.getuid():
-        raise PermissionError(f"{path} belongs to another user")
-    return status
-
-
 def _safe(device_id: str) -> str:
     """
     Returns a file name for *device_id*, different for each.
@@ -395,7 +364,8 @@ def _place(pid: int) -> str:
 
 def _is_alive(owner: Owner, path: Path, place: str) -> bool:
     if owner.place == place:
-        # A system may hide processes of the same user; then the file's age decides.
+        # A system may hide processes, of others or even one's own; then the file's age
+        # decides.
         with contextlib.suppress(PermissionError):
             started_s = _started_s(owner.pid)
             if started_s is None:
@@ -415,6 +385,9 @@ def _started_in_proc(pid: int) -> float | None:
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
+        # Another user's may be hidden (proc(5), hidepid). Signals tell of it.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
         return None
     # The second field is a name in brackets, which may contain spaces and brackets.
     fields = text.rpartition(b")")[2].split()

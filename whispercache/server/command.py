@@ -83,9 +83,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_settings(add, *_keys_of("host port device preload pin default key_file"))
     add_config(add)
-    cache = "vram ram max_models keep_alive fallback pressure coordinate park variants"
-    add_settings(add, *cache.split())
-    add_settings(add, "on")
+    cache = "vram ram max_models keep_alive fallback pressure coordinate coordinate_dir"
+    add_settings(add, *cache.split(), "park", "variants", "on")
     add_huge_pages(parser, keep=False)
     bounds = (
         "max_upload max_duration max_audio timeout max_waiting parallel drain "

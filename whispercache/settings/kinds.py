@@ -9,6 +9,7 @@ bool, None, or a list or mapping of them.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -187,6 +188,16 @@ def _text_or_none(value: object, name: str) -> str | None:
     return None if _is_none(value) else _text(value, name)
 
 
+def _directory_or_none(value: object, name: str) -> object:
+    if value is None or _is_none(value):
+        return None
+    # Everywhere the same, wherever a process was started.
+    path = Path(_text(os.fspath(cast("str", value)), name)).expanduser()
+    if not path.is_absolute():
+        raise ValueError(f"{name} must be an absolute path, not {value!r}")
+    return str(path)
+
+
 def _device(value: object, name: str) -> str:
     text = _text(value, name)
     canonical_device(text)
@@ -248,6 +259,7 @@ COUNT = Kind(_at_least(1), "N")
 COUNT_OR_NONE = Kind(_count_or_none, "N")
 COUNT_OR_ZERO = Kind(_at_least(0), "N")
 DEVICE = Kind(_device, "DEVICE")
+DIRECTORY_OR_NONE = Kind(_directory_or_none, "DIR")
 FILES = Kind(_files, "FILE", is_list=True, is_path=True)
 FALLBACK = Kind(_rungs, "RUNG", is_list=True)
 HOOKS = Kind(_hooks, ("EVENT", "COMMAND|URL"), is_list=True)

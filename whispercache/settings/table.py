@@ -119,6 +119,12 @@ _OF_CACHES = (
         meaning="take turns with this user's other processes",
     ),
     Setting(
+        "coordinate_dir",
+        kinds.DIRECTORY_OR_NONE,
+        None,
+        "directory for that; turns it on",
+    ),
+    Setting(
         "park",
         kinds.SWITCH_OR_LIMIT,
         default=False,
@@ -210,7 +216,10 @@ CACHE_KEYS = tuple(setting.key for setting in _OF_CACHES)
 The settings of the default cache.
 """
 
-ONE_BY_ONE_KEYS = ("vram", "ram", "max_models", "pressure", "coordinate", "variants")
+ONE_BY_ONE_KEYS = (
+    *("vram", "ram", "max_models", "pressure", "coordinate", "coordinate_dir"),
+    "variants",
+)
 """
 Those of a cache whose models take turns, each named and used once: no model of it is
 idle, nobody waits for another, and a fallback would not be what was asked for.
