@@ -46,6 +46,7 @@ commands:
   transcribe  transcribe files with one or more models
   serve       OpenAI's audio API over the models you name
   run         a program of others, with its models from a cache
+  reserve     a program of others, with room that is made and kept for it
   top         what a server is doing, live
   compare     how well, and how fast, models hear your audio
   models      what each known model takes, and where it fits now
@@ -254,6 +255,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run.add_options(parser)
 
 
+def _add_reserve(parser: argparse.ArgumentParser) -> None:
+    from . import reserve
+
+    reserve.add_options(parser)
+
+
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     from whispercache.comparison import command
 
@@ -308,6 +315,7 @@ _COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "transcribe": _add_transcribe,
     "serve": _add_serve,
     "run": _add_run,
+    "reserve": _add_reserve,
     "top": _add_top,
     "compare": _add_compare,
     "models": _add_models,

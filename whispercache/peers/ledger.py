@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -45,6 +45,9 @@ HEARTBEAT_S: Final = 10.0
 # Source: a choice. Two heartbeats may be missed, and a process that has ended does not
 # block the others for longer.
 FRESH_S: Final = 30.0
+
+# Number of a process's reservation among its ledgers.
+RESERVATION: Final = 999_999_999
 
 _POLL_S = 0.02
 # Start times are exact on Linux; elsewhere a corrected clock may move them a little.
@@ -124,6 +127,8 @@ class Ledger:
             permissions let in may use what is made in it.
         device_id: The same in all processes, however they count devices: a GPU's UUID,
             or ``"cpu"``.
+        pid: The process whose account it is, for which this one keeps it: a reservation
+            of room, which ends with that process.
         clock: Seconds, for the heartbeat.
     """
 
@@ -132,11 +137,13 @@ class Ledger:
         directory: str | os.PathLike[str],
         device_id: str,
         *,
+        pid: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = Path(directory) / _safe(device_id)
         self._clock = clock
-        self._number = next(_numbers)
+        self._pid = pid
+        self._number = next(_numbers) if pid is None else RESERVATION
         # By process, and set without a lock of ours: a fork may find any lock held.
         self._pages: dict[int, _Pages] = {}
 
@@ -179,12 +186,14 @@ class Ledger:
             OSError: The directory is there, but cannot be read.
         """
         own = self._own().owner
+        # What was reserved for a process is its to take.
+        reserved = replace(own, number=RESERVATION)
         accounts: list[Account] = []
         # A listing this short is one system call, during which no file can be renamed.
         # So a file that is being replaced is not missed.
         for path in self._files():
             owner = _owner(path)
-            if owner is None or owner == own:
+            if owner is None or owner in {own, reserved}:
                 continue
             if not _is_alive(owner, path, own.place):
                 _remove(path)
@@ -238,6 +247,15 @@ class Ledger:
             elif has_turn:
                 lock.release()
 
+    def is_owner_alive(self) -> bool:
+        """
+        Returns True as long as the process lives whose account this is.
+        """
+        owner = self._own().owner
+        with contextlib.suppress(PermissionError):
+            return _started_s(owner.pid) == owner.started_s
+        return True
+
     def close(self) -> None:
         """
         Removes this process's account. A later `publish` opens one again.
@@ -246,15 +264,16 @@ class Ledger:
         if pages is not None:
             with pages.lock:
                 pages.last = None
-                _remove_own(self._directory, pages.owner)
+                _remove_own(self._directory, pages.owner, os.getpid())
 
     def _own(self) -> _Pages:
         pid = os.getpid()
         pages = self._pages.get(pid)
         if pages is None:
             # Of threads that come here at once, all get what the first one set.
-            pages = self._pages.setdefault(pid, _Pages(_own_identity(self._number)))
-            weakref.finalize(self, _remove_own, self._directory, pages.owner)
+            owner = _identity(self._pid or pid, self._number)
+            pages = self._pages.setdefault(pid, _Pages(owner))
+            weakref.finalize(self, _remove_own, self._directory, owner, pid)
         return pages
 
     def _files(self) -> list[Path]:
@@ -341,11 +360,11 @@ def _safe(device_id: str) -> str:
     return f"_{name}-{hashlib.sha256(device_id.encode()).hexdigest()[:12]}"
 
 
-def _own_identity(number: int) -> Owner:
-    started_s = _started_s(os.getpid())
+def _identity(pid: int, number: int) -> Owner:
+    started_s = _started_s(pid)
     if started_s is None:
-        raise OSError("the system does not tell when this process started")
-    return Owner(os.getpid(), started_s, _place(os.getpid()), number)
+        raise OSError(f"the system does not tell when process {pid} started")
+    return Owner(pid, started_s, _place(os.getpid()), number)
 
 
 @functools.lru_cache(maxsize=1)
@@ -440,7 +459,7 @@ def _remove(path: Path) -> None:
         _log.debug("%s stays, though its process has ended: %s", path, error)
 
 
-def _remove_own(directory: Path, owner: Owner) -> None:
+def _remove_own(directory: Path, owner: Owner, pid: int) -> None:
     # A forked child inherits the finalizer, and must leave its parent's account alone.
-    if os.getpid() == owner.pid:
+    if os.getpid() == pid:
         _remove(directory / f"{owner.file_name}.json")
