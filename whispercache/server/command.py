@@ -81,7 +81,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=SETTINGS["serve.models"].meaning,
     )
-    add_settings(add, *_keys_of("host port device preload pin default key_file"))
+    add_settings(
+        add, *_keys_of("host port wyoming device preload pin default key_file")
+    )
     add_config(add)
     cache = "vram ram max_models keep_alive fallback pressure coordinate coordinate_dir"
     add_settings(add, *cache.split(), "park", "variants", "on")
@@ -168,7 +170,17 @@ def _served(setting: Mapping[str, Any]) -> ServerOptions:
         timeout_s=parse_duration(setting["timeout"]),
         max_waiting=setting["max_waiting"],
         parallel=setting["parallel"],
+        wyoming=_address(setting["wyoming"]),
+        drain_s=parse_duration(setting["drain"]),
     )
+
+
+def _address(text: str | None) -> tuple[str, int] | None:
+    if text is None:
+        return None
+    host, _, port = text.rpartition(":")
+    # IPv6
+    return host.strip("[]"), int(port)
 
 
 def _keys(files: Sequence[Path]) -> tuple[str, ...]:
@@ -202,6 +214,11 @@ def _warn(host: str, port: int, served: ServerOptions) -> None:
     # IPv6
     place = f"[{host}]" if ":" in host else host
     sys.stderr.write(f"whispercache: {names} on http://{place}:{port}\n")
+    if served.wyoming is not None:
+        host, port = served.wyoming
+        sys.stderr.write(f"whispercache: Wyoming on tcp://{host}:{port}\n")
+        if served.keys:
+            sys.stderr.write("whispercache: warning: Wyoming knows no keys\n")
     strangers = []
     if ANY_ORIGIN in served.origins:
         strangers.append("any page that a browser here shows")

@@ -178,6 +178,18 @@ def _port(value: object, name: str) -> int:
     return int(text)
 
 
+def _address_or_none(value: object, name: str) -> object:
+    if value is None or _is_none(value):
+        return None
+    text = str(value).strip()
+    host, colon, port = text.rpartition(":")
+    if not colon or not host.strip("[]"):
+        example = "HOST:PORT, such as 0.0.0.0:10300"
+        raise ValueError(f"{name} must be {example}, not {value!r}")
+    _port(port, name)
+    return text
+
+
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be text, not {value!r}")
@@ -255,6 +267,7 @@ def one_of(*words: str) -> Kind:
     return Kind(read, "|".join(words))
 
 
+ADDRESS_OR_NONE = Kind(_address_or_none, "HOST:PORT")
 COUNT = Kind(_at_least(1), "N")
 COUNT_OR_NONE = Kind(_count_or_none, "N")
 COUNT_OR_ZERO = Kind(_at_least(0), "N")

@@ -190,6 +190,7 @@ _OF_SERVERS = (
     Setting("parallel", kinds.COUNT, 2, "requests at work on one model"),
     Setting("drain", kinds.TIME, "30s", "time to finish at the end"),
     Setting("idle_timeout", kinds.TIME, "75s", "time that idle connections stay open"),
+    Setting("wyoming", kinds.ADDRESS_OR_NONE, None, "Home Assistant's protocol, there"),
     Setting(
         "allow_host", kinds.TEXTS, [], "names of this server: a name, docker", "NAME"
     ),
