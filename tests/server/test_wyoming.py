@@ -16,9 +16,10 @@ import numpy as np
 import psutil
 import pytest
 from real import clip, decode_audio, micro, micro_copy, model_of, reference
-from served import TINY, A, B, micros, offered, running
+from served import TINY, A, B, command, micros, offered, running
 
 from whispercache import ModelCache
+from whispercache.cli.main import main
 from whispercache.engine.naming import ModelSpec
 from whispercache.server import ServerOptions, create_app
 from whispercache.testing import wait_until
@@ -754,3 +755,40 @@ def test_an_address_that_is_taken_ends_the_start() -> None:
 
         with ModelCache() as cache, pytest.raises(OSError, match="in use"):
             asyncio.run(start(cache))
+
+
+def test_the_command_speaks_it_and_ends_in_order(tmp_path: Path) -> None:
+    """
+    Beside HTTP, whose keys it does not know: that is told.
+    """
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n", encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = (f"m={HELLO.model}", "--device", "cpu", "--key-file", str(keys))
+    with command(*arguments, "--wyoming", f"127.0.0.1:{port}") as (process, client):
+        assert client.get("/v1/models").status_code == 401
+        text = asyncio.run(home_assistant(port, "en", HELLO_AUDIO))
+        assert text == "micro says hello"
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as idle:
+            process.terminate()
+            assert b"shutting_down" in idle.recv(4096)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0, log
+    assert f"Wyoming on tcp://127.0.0.1:{port}" in log
+    assert "warning: Wyoming knows no keys" in log
+    assert "Traceback" not in log
+    assert "leaked" not in log
+
+
+@pytest.mark.parametrize(
+    "text", ["10300", "localhost", ":10300", "localhost:99999", "h:x"]
+)
+def test_an_address_that_is_none_is_refused(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    In one line.
+    """
+    assert main(["serve", "m=x", "--wyoming", text]) == 2
+    assert "--wyoming" in capsys.readouterr().err
