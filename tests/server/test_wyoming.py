@@ -5,6 +5,7 @@ Wyoming: Home Assistant's protocol, by its own client, and by clients that misbe
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 from contextlib import asynccontextmanager, contextmanager
@@ -522,6 +523,34 @@ def test_a_model_that_fails_is_told(tmp_path: Any) -> None:
             assert len(program.models) == 2
 
     with speaking(HELLO, ModelSpec("broken", str(broken))) as served:
+        asyncio.run(talk(served))
+        served.assert_all_is_let_go()
+
+
+def test_a_full_disk_is_told_and_the_next_event_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    Though the rest of a payload is still to come.
+    """
+    from whispercache.server.wyoming.recording import Recording
+
+    async def talk(served: Served) -> None:
+        async with served.client() as client:
+            chunk = AudioChunk(16_000, 2, 1, bytes(600_000))
+            with monkeypatch.context() as patched:
+
+                def full(_recording: Recording) -> None:
+                    raise OSError(errno.ENOSPC, "no space is left")
+
+                patched.setattr(Recording, "_write", full)
+                await client.write_event(chunk.event())
+                assert (await refused(client)).code == "disk_full"
+            await client.write_event(AudioStop().event())
+            await say(client, HELLO_AUDIO)
+            assert (await heard(client)).text == "micro says hello"
+
+    with speaking() as served:
         asyncio.run(talk(served))
         served.assert_all_is_let_go()
 

@@ -17,9 +17,10 @@ from wyoming.event import async_write_event
 from wyoming.info import AsrModel, AsrProgram, Attribution, Info
 from wyoming.ping import Pong
 
+from whispercache.engine.audio.decoder import SAMPLES_PER_S
 from whispercache.engine.calls.prepare import workload_of
 from whispercache.server.calls import unless
-from whispercache.server.decode import AudioTooLong, samples
+from whispercache.server.decode import samples
 from whispercache.server.engine import Terms
 from whispercache.server.errors import ApiError, as_refusal, nonsense, shutting_down
 from whispercache.version import __version__
@@ -58,7 +59,6 @@ END_S: Final = 2.0
 Seconds at the end of a connection for its last words.
 """
 
-_RATE_HZ = 16_000
 _T = TypeVar("_T")
 
 
@@ -152,11 +152,8 @@ class Session:
     # What comes -------------------------------------------------------------------
 
     async def _next(self) -> Frame | None:
-        return await self._within(read_frame(self._reader))
-
-    async def _within(self, reading: Awaitable[Frame | None]) -> Frame | None:
         """
-        Returns what is read, if the client says it in time.
+        Returns the next event, if the client says it in time.
         """
         timeout_s = self._service.options.upload_timeout_s
         if self._recording is not None:
@@ -165,7 +162,7 @@ class Session:
             timeout_s = min(timeout_s, max(0.0, self._spoken_by_s - now_s))
         elif self._has_failed and not self._is_refused:
             timeout_s = AFTER_ERROR_S
-        return await _in_time(reading, timeout_s)
+        return await _in_time(read_frame(self._reader), timeout_s)
 
     async def _handle(self, frame: Frame) -> None:
         if frame.payload_bytes > self._service.options.max_upload_bytes:
@@ -252,7 +249,9 @@ class Session:
         if not self._is_refused:
             try:
                 await _in_time(self._add(frame, pieces), timeout_s)
-            except (ApiError, AudioTooLong) as error:
+            except (Left, ConnectionError):
+                raise
+            except Exception as error:
                 self._is_refused, failure = True, error
         # What is left of it, so that the next event is found.
         await self._pass_over(pieces)
@@ -301,7 +300,7 @@ class Session:
             terms = Terms(
                 left_s,
                 # Memory is reserved for this length, and no longer one.
-                workload=workload_of(options, None, round(audio_s * _RATE_HZ)),
+                workload=workload_of(options, None, round(audio_s * SAMPLES_PER_S)),
                 # A model that is downloaded first is checked before it is loaded.
                 check=partial(asked.check, offer.name) if known is None else None,
             )
