@@ -65,7 +65,9 @@ class Endpoint:
         self._drain_s = drain_s
         options = service.options
         # As for HTTP: those that wait and work, and those at work once more.
-        self.most = options.max_waiting + 2 * options.parallel * len(options.models)
+        self.most: int = options.max_waiting + 2 * options.parallel * len(
+            options.models
+        )
         self._sessions: dict[asyncio.Task[None], Session] = {}
         self._turned_away: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
