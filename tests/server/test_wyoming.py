@@ -8,7 +8,7 @@ import asyncio
 import errno
 import json
 import socket
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from real import clip, decode_audio, micro, micro_copy, model_of, reference
 from served import TINY, A, B, command, micros, offered, running
 
@@ -36,7 +38,13 @@ from wyoming.info import Describe, Info, SelectProgram
 from wyoming.ping import Ping, Pong
 
 from whispercache.server.wyoming import session as session_module
-from whispercache.server.wyoming.wire import DATA_BYTES, LINE_BYTES
+from whispercache.server.wyoming.wire import (
+    DATA_BYTES,
+    LINE_BYTES,
+    BrokenStream,
+    read_frame,
+    read_payload,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -567,6 +575,7 @@ BROKEN = {
     "text for data": b'{"type": "describe", "data": "so"}\n',
     "nested": b"[" * 60_000 + b"\n",
     "not UTF-8": b'{"type": "\xff"}\n',
+    "half a character": b'{"type": "ping", "data": {"text": "\\ud83d"}}\n',
     "a negative length": b'{"type": "describe", "data_length": -1}\n',
     "a length that is none": b'{"type": "describe", "payload_length": true}\n',
     "much data": f'{{"type": "describe", "data_length": {DATA_BYTES + 1}}}\n'.encode(),
@@ -574,6 +583,38 @@ BROKEN = {
     "a long line": b" " * (4 * LINE_BYTES),
     "data that is none": b'{"type": "describe", "data_length": 2}\n[]',
 }
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each),
+    max_leaves=5,
+)
+HEADS = st.dictionaries(
+    st.sampled_from(["type", "data", "data_length", "payload_length", "version"]),
+    VALUES | st.sampled_from(["ping", 0, 1, 7, -1]),
+)
+LINES = HEADS.map(lambda head: json.dumps(head).encode() + b"\n")
+
+
+@given(st.lists(LINES | st.binary(max_size=50), max_size=6))
+def test_whatever_is_sent_is_events_or_broken(pieces: list[bytes]) -> None:
+    """
+    Read to the end, or to what is none; never any other error.
+    """
+
+    async def read_all() -> None:
+        reader = asyncio.StreamReader(LINE_BYTES)
+        reader.feed_data(b"".join(pieces))
+        reader.feed_eof()
+        while (frame := await read_frame(reader)) is not None:
+            n_bytes = 0
+            async for piece in read_payload(reader, frame.payload_bytes):
+                n_bytes += len(piece)
+            assert n_bytes <= frame.payload_bytes
+
+    with suppress(BrokenStream):
+        asyncio.run(read_all())
 
 
 @pytest.mark.parametrize("sent", BROKEN.values(), ids=BROKEN)

@@ -66,8 +66,9 @@ class Service:
         try:
             from .wyoming.endpoint import Endpoint
         except ModuleNotFoundError as missing:
+            name = str(missing.name).partition(".")[0]
             raise WhisperCacheError(
-                f"{missing.name} is missing; pip install 'whispercache[wyoming]'"
+                f"{name} is missing; pip install 'whispercache[wyoming]'"
             ) from missing
         return Endpoint(self, address, self.options.drain_s)
 

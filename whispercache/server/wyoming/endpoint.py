@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from wyoming.error import Error
 from wyoming.event import async_write_event
 
+from whispercache.server.errors import ApiError, refused_for_now, shutting_down
+
 from .session import Session, hang_up
 from .wire import LINE_BYTES
 
@@ -107,8 +109,14 @@ class Endpoint:
         """
         Begins to talk with a client, unless there are too many.
         """
-        if len(self._sessions) >= self.most or self._closing is not None:
-            task = asyncio.ensure_future(_turn_away(writer, self.most))
+        refusal: ApiError | None = None
+        if self._closing is not None:
+            refusal = shutting_down()
+        elif len(self._sessions) >= self.most:
+            message = f"{self.most} clients are here already; try again later"
+            refusal = refused_for_now(429, message, "too_many_requests")
+        if refusal is not None:
+            task = asyncio.ensure_future(_turn_away(writer, refusal))
             self._turned_away.add(task)
             task.add_done_callback(self._turned_away.discard)
             return
@@ -144,8 +152,8 @@ class Endpoint:
             await asyncio.wait(left)
 
 
-async def _turn_away(writer: asyncio.StreamWriter, most: int) -> None:
-    error = Error(f"{most} clients are here already", "too_many_requests")
+async def _turn_away(writer: asyncio.StreamWriter, refusal: ApiError) -> None:
+    error = Error(str(refusal), refusal.detail.code)
     # Short enough for the socket to take it at once.
     with suppress(OSError):
         await async_write_event(error.event(), writer)

@@ -85,6 +85,9 @@ async def read_frame(reader: asyncio.StreamReader) -> Frame | None:
 def _object(text: bytes) -> dict[str, object]:
     try:
         found = json.loads(text)
+        # What is sent back must have bytes, and half of a surrogate pair has none.
+        if b"\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()
     # Of JSON that is nested too deeply, the second.
     except (ValueError, RecursionError):
         raise BrokenStream("this is no event: a line of JSON is expected") from None
