@@ -293,12 +293,14 @@ class Session:
         service.gate.check(offer.name)
         path, audio_s = await recording.samples(service.decoder)
         options = asked.options()
+        timeout_s = service.options.timeout_s
+        begin_by_s = asyncio.get_running_loop().time() + timeout_s
         async with AsyncExitStack() as stack:
-            left_s = await stack.enter_async_context(
-                service.gate.turn(offer.name, service.options.timeout_s, audio_s)
+            await stack.enter_async_context(
+                service.gate.turn(offer.name, timeout_s, audio_s)
             )
             terms = Terms(
-                left_s,
+                max(0.0, begin_by_s - asyncio.get_running_loop().time()),
                 # Memory is reserved for this length, and no longer one.
                 workload=workload_of(options, None, round(audio_s * SAMPLES_PER_S)),
                 # A model that is downloaded first is checked before it is loaded.
