@@ -396,7 +396,12 @@ def test_names_to_listen_for_reach_the_model() -> None:
     from whispercache.server.wyoming.asked import Asked
 
     data = {"transcript_terms": ["lamp"], "transcript_names": ["Grüner Salon", "Bad"]}
-    assert Asked.of(data).options()["hotwords"] == "Grüner Salon, Bad, lamp"
+    options = Asked.of(data).options(vad=True)
+    assert options["hotwords"] == "Grüner Salon, Bad, lamp"
+    many = [f"lamp {number}" for number in range(999)]
+    fitting = Asked.of({"transcript_names": many}).options(vad=True)["hotwords"]
+    assert 700 < len(fitting) <= 800
+    assert fitting.split(", ") == many[: fitting.count(",") + 1]
 
     async def ask(served: Served) -> str:
         async with served.client() as client:

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("whispercache")
 
-# A context is given back as it came; some clients' is a whole conversation's.
-_LONGEST_WORDS = 10_000
+# Bytes of hot words: mostly below the 223 tokens that count. Home Assistant has names
+# for all that there is in a house.
+_MOST_BYTES = 800
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Asked:
             raise nonsense("language", str(error)) from None
         # Names come first: what does not fit is left out at the end.
         words = [*_texts(data, "transcript_names"), *_texts(data, "transcript_terms")]
-        return cls(name or None, language, context, ", ".join(words)[:_LONGEST_WORDS])
+        return cls(name or None, language, context, _fitting(words))
 
     async def offer(self, service: Service) -> tuple[Offer, Knowledge | None]:
         """
@@ -101,16 +102,30 @@ class Asked:
         except ValueError as error:
             raise nonsense("language", str(error)) from None
 
-    def options(self) -> dict[str, Any]:
+    def options(self, *, vad: bool) -> dict[str, Any]:
         """
-        Returns the same as parameters of ``WhisperModel.transcribe``.
+        Returns the same as parameters of ``WhisperModel.transcribe``. *vad* leaves out
+        what is not speech: microphones hear silence and noise, too, of which Whisper
+        makes words.
         """
-        return {
-            "language": self.language,
-            "hotwords": self.words or None,
-            # Microphones hear silence and noise, too, of which Whisper makes words.
-            "vad_filter": True,
-        }
+        options: dict[str, Any] = {"language": self.language, "vad_filter": vad}
+        if self.words:
+            # With what was said before, they would take all of a window's tokens.
+            options |= {"hotwords": self.words, "condition_on_previous_text": False}
+        return options
+
+
+def _fitting(words: list[str]) -> str:
+    """
+    Returns as many of the first words as a window has room for.
+    """
+    text = ""
+    for word in words:
+        longer = f"{text}, {word}" if text else word
+        if len(longer.encode()) > _MOST_BYTES:
+            break
+        text = longer
+    return text
 
 
 def _texts(data: Mapping[str, object], name: str) -> list[str]:

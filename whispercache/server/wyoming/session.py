@@ -292,7 +292,7 @@ class Session:
         # A full queue is told before anything is decoded.
         service.gate.check(offer.name)
         path, audio_s = await recording.samples(service.decoder)
-        options = asked.options()
+        options = asked.options(vad=service.options.vad)
         timeout_s = service.options.timeout_s
         begin_by_s = asyncio.get_running_loop().time() + timeout_s
         async with AsyncExitStack() as stack:
