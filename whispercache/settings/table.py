@@ -198,7 +198,7 @@ _OF_SERVERS = (
         "allow_origin",
         kinds.TEXTS,
         [],
-        "other sites whose pages may use it: a URL, obsidian, electron, tauri",
+        "other sites: a URL, obsidian, electron, tauri",
         "URL",
     ),
 )
