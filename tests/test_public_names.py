@@ -22,7 +22,7 @@ PUBLIC = {
         EvictionTimeout Explanation FellBack Footprint Lease LeaseDeadlock
         LeaseTimeout Leases LoadFailed ModelCache ModelEvicted ModelGranted
         ModelInfo ModelKey ModelLoadFailed ModelLoaded ModelLoading
-        ModelStillReferenced ModelTooLarge NotDownloaded ReleaseUnconfirmed Stats
+        ModelStillReferenced ModelTooLarge NoRoom NotDownloaded ReleaseUnconfirmed Stats
         TooManyWaiters UnknownModel UnsupportedComputeType WaitingInfo
         WhisperCacheError Workload __version__ compare configure default_cache
         footprint get_model install installed read_audio uninstall use_huge_pages

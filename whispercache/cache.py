@@ -105,6 +105,9 @@ class ModelCache(CacheBase):
         coordinate: True to take turns to load with other processes of this user that
             have it set too, to respect each other's reservations, and to evict idle
             models when another process needs the memory.
+        coordinate_dir: The directory through which they do, as an absolute path, if it
+            is not to be the user's own: for containers, and for several users. One that
+            is given turns *coordinate* on.
         park: Keep a copy of the weights of each model that is evicted from a GPU in
             host memory, from which it is reloaded. The copy is made at the first
             eviction, and kept while the model is on the GPU again. True for as much as
@@ -142,6 +145,7 @@ class ModelCache(CacheBase):
         fallback: Sequence[str] = (),
         pressure: Pressure = "load",
         coordinate: bool = False,
+        coordinate_dir: str | os.PathLike[str] | None = None,
         park: bool | LimitValue = False,
         variants: bool | LimitValue = True,
         loader: Engine | None = None,
@@ -154,7 +158,7 @@ class ModelCache(CacheBase):
         from .core.resolver import Resolver
 
         self._watches: bool = parse_pressure(pressure)
-        self._coordinates = coordinate
+        self._coordinates = coordinate or coordinate_dir is not None
         probe, loader = _usual_parts(probe, loader, parse_variants(variants))
         core = Core(
             loader=loader,
@@ -169,7 +173,9 @@ class ModelCache(CacheBase):
             limit_of=limits_by_device(vram, ram),
             max_models=parse_count(max_models, "max_models"),
             park_limit=parse_park(park),
-            make_peers=partial(_peers, probe) if coordinate else NoPeers,
+            make_peers=(
+                partial(_peers, probe, coordinate_dir) if self._coordinates else NoPeers
+            ),
         )
         super().__init__(core, Resolver(core), Limits(vram, ram), as_ladder(fallback))
         self._tend()
@@ -586,13 +592,13 @@ class ModelCache(CacheBase):
             self.close()
 
 
-def _peers(probe: MemoryProbe) -> Peers:
+def _peers(probe: MemoryProbe, directory: str | os.PathLike[str] | None) -> Peers:
     """
     Makes what is known of the other processes that coordinate.
     """
     from .peers.pressure import LedgerPeers
 
-    return LedgerPeers(probe)
+    return LedgerPeers(probe, directory)
 
 
 def _usual_parts(

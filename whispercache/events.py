@@ -222,6 +222,26 @@ class DeviceLost(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class NoRoom(Event):
+    """
+    A request failed, or took its ``fallback``, since its model cannot have the memory
+    that it needs: other programs hold it, or a limit is too low. As soon as they let go
+    of it, the next request has it.
+
+    Attributes:
+        device: The device.
+        needed_bytes: Bytes that the request needed.
+        reachable_bytes: Bytes that it could have had, if all that is idle were evicted.
+        reason: The cause in one line.
+    """
+
+    device: str
+    needed_bytes: int
+    reachable_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class FellBack(Event):
     """
     A request got this model from its ``fallback`` ladder, and not the one it asked for.

@@ -92,6 +92,7 @@ class CacheOptions(TypedDict, total=False):
     fallback: Sequence[str]
     pressure: Pressure
     coordinate: bool
+    coordinate_dir: str | os.PathLike[str] | None
     park: bool | LimitValue
     variants: bool | LimitValue
     loader: Engine | None

@@ -30,8 +30,8 @@ from whispercache.peers.ledger import (
     Ledger,
     Owner,
     bytes_to_free,
-    default_directory,
 )
+from whispercache.peers.places import default_directory
 from whispercache.testing import FakeClock, wait_until
 
 if TYPE_CHECKING:
@@ -458,13 +458,13 @@ def test_threads_that_tell_first_at_once_share_the_account(
     """
     None writes beside the others, behind a lock of its own.
     """
-    together, really = threading.Barrier(4), module._own_identity
+    together, really = threading.Barrier(4), module._identity
 
-    def identify(number: int) -> Owner:
+    def identify(pid: int, number: int) -> Owner:
         together.wait(10)
-        return really(number)
+        return really(pid, number)
 
-    monkeypatch.setattr(module, "_own_identity", identify)
+    monkeypatch.setattr(module, "_identity", identify)
     locks: list[object] = []
     threads = [
         threading.Thread(target=lambda: locks.append(ledger._own().lock))

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.process
 
 BROUGHT = {
     "server": ("fastapi", "pebble", "python_multipart", "starlette", "uvicorn"),
+    "wyoming": ("wyoming",),
     "metrics": ("prometheus_client",),
     "compare": ("jinja2", "jiwer", "scipy", "whisper_normalizer"),
 }
@@ -93,6 +94,21 @@ if __name__ == "__main__":
 """
     done = alone("server", code, str(micro("micro a")))
     assert done.stdout == "m\nTrue\n", done.stderr
+
+
+def test_a_server_says_which_extra_a_protocol_needs() -> None:
+    """
+    Before it listens anywhere.
+    """
+    code = """
+from whispercache.cli.main import main
+if __name__ == "__main__":
+    sys.exit(main(["serve", "m=" + sys.argv[1], "--wyoming", "127.0.0.1:0"]))
+"""
+    done = alone("server", code, str(micro("micro a")))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "wyoming is missing; pip install 'whispercache[wyoming]'" in done.stderr
 
 
 def test_metrics_need_only_their_own_extra() -> None:

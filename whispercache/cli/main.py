@@ -46,6 +46,7 @@ commands:
   transcribe  transcribe files with one or more models
   serve       OpenAI's audio API over the models you name
   run         a program of others, with its models from a cache
+  reserve     a program of others, with room that is made and kept for it
   top         what a server is doing, live
   compare     how well, and how fast, models hear your audio
   models      what each known model takes, and where it fits now
@@ -228,7 +229,7 @@ def _add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=tuple(FORMATS), default="txt", help="see below")
     add("--output-dir", type=Path, metavar="DIR", help="write files there, not stdout")
     add_config(add)
-    add_settings(add, "vram", "ram", "variants")
+    add_settings(add, "vram", "ram", "variants", "on")
     add_huge_pages(parser, keep=True)
     parser.set_defaults(run=transcribe)
 
@@ -252,6 +253,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     from . import run
 
     run.add_options(parser)
+
+
+def _add_reserve(parser: argparse.ArgumentParser) -> None:
+    from . import reserve
+
+    reserve.add_options(parser)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -308,6 +315,7 @@ _COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "transcribe": _add_transcribe,
     "serve": _add_serve,
     "run": _add_run,
+    "reserve": _add_reserve,
     "top": _add_top,
     "compare": _add_compare,
     "models": _add_models,

@@ -10,14 +10,12 @@ children do.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from whispercache import startup
-from whispercache.console import error_line, explain
+from whispercache.console import explain
 from whispercache.settings.arguments import add_config, add_settings, settings_of
 from whispercache.settings.kinds import shown
 from whispercache.settings.table import (
@@ -29,9 +27,10 @@ from whispercache.settings.table import (
 )
 from whispercache.watch.log import TERMINAL
 
+from .programs import become, program_of
+
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping, Sequence
 
 _HELP = """\
 examples:
@@ -42,13 +41,6 @@ The program, and each Python that it starts, must be able to import whispercache
 reached by PYTHONPATH: a Python that ignores the environment (-I, -E) has plain models.
 Each process has a cache of its own; --coordinate has them take turns.
 """
-
-# Exit codes of shells and of env, for programs that do not start.
-_NOT_FOUND = 127
-_NOT_STARTED = 126
-# Signals that Python ignores, and whose being ignored a program would inherit.
-# Source: Python/pylifecycle.c, init_signals; subprocess's restore_signals.
-_IGNORED = ("SIGPIPE", "SIGXFSZ")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -91,32 +83,12 @@ def run(options: argparse.Namespace) -> int:
     """
     Becomes the program. Returns only if it does not start, or on Windows.
     """
-    command = list(options.command)
-    if command[:1] == ["--"]:
-        del command[0]
-    if not command:
-        raise ValueError("name the program to run; see 'whispercache run --help'")
+    command = program_of(options, "run")
     # Nonsense is told here, not by the program.
     settings_of(options)
     if options.is_module:
         command = [sys.executable, "-m", *command]
-    environment = {**os.environ, **_variables(options)}
-    try:
-        if os.name == "nt":
-            # There, a process that takes the place of another is a new one, for which
-            # nobody waits.
-            return subprocess.call(command, env=environment)  # noqa: S603
-        _become(command, environment)
-    except FileNotFoundError as error:
-        sys.stderr.write(f"{error_line(_named(error, command))}\n")
-        return _NOT_FOUND
-    except OSError as error:
-        sys.stderr.write(f"{error_line(_named(error, command))}\n")
-        return _NOT_STARTED
-
-
-def _named(error: OSError, command: Sequence[str]) -> OSError:
-    return type(error)(error.errno, error.strerror, command[0])
+    return become(command, {**os.environ, **_variables(options)})
 
 
 def _variables(options: argparse.Namespace) -> dict[str, str]:
@@ -151,13 +123,3 @@ def _place(top: str) -> str:
     # That it cannot be written is told now.
     path.open("a").close()
     return str(path)
-
-
-def _become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    for name in _IGNORED:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-    # What is still in Python's buffers would be lost.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execvpe(command[0], list(command), environment)  # noqa: S606

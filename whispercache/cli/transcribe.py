@@ -22,7 +22,7 @@ from whispercache.engine.naming import short_name
 from whispercache.errors import AudioError, WhisperCacheError
 from whispercache.events import ModelLoaded, ModelLoading
 from whispercache.keys import MODELS, is_directory
-from whispercache.settings.arguments import settings_of
+from whispercache.settings.arguments import hooks_of, settings_of
 from whispercache.settings.sources import cache_options
 from whispercache.settings.table import ONE_BY_ONE_KEYS
 from whispercache.transcripts import FORMATS, Cue, Transcript
@@ -79,7 +79,10 @@ class _Transcription:
         # Each once, in order.
         files = list(dict.fromkeys(options.files))
         held = settings_of(options)
-        with ModelCache(**cache_options(held, ONE_BY_ONE_KEYS)) as cache:
+        with (
+            ModelCache(**cache_options(held, ONE_BY_ONE_KEYS)) as cache,
+            hooks_of(held, cache),
+        ):
             # Before the first is loaded, all are known to exist and to fit.
             models = self._models(cache)
             if options.output_dir is not None:

@@ -22,7 +22,12 @@ from whispercache.console import (
     interruptible,
 )
 from whispercache.errors import WhisperCacheError
-from whispercache.settings.arguments import add_config, add_settings, settings_of
+from whispercache.settings.arguments import (
+    add_config,
+    add_settings,
+    hooks_of,
+    settings_of,
+)
 from whispercache.settings.sources import cache_options
 from whispercache.settings.table import ONE_BY_ONE_KEYS
 
@@ -78,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--language", metavar="CODE", help="de, german or de-AT (default: detected)")
     add("--beam-size", type=int, default=5, metavar="N", help="default: 5")
     add_config(add)
-    add_settings(add, "vram", "ram")
+    add_settings(add, "vram", "ram", "on")
     add_huge_pages(parser, keep=True)
     add("--again", action="store_true", help="forget what an earlier run has kept")
 
@@ -123,7 +128,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace, show: _Show) -> Comparison:
     held = settings_of(options)
-    with ModelCache(**cache_options(held, ONE_BY_ONE_KEYS)) as cache:
+    with (
+        ModelCache(**cache_options(held, ONE_BY_ONE_KEYS)) as cache,
+        hooks_of(held, cache),
+    ):
         return compare(
             options.audio,
             models=options.models,

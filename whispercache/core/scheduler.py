@@ -19,7 +19,7 @@ from whispercache.errors import (
     LeaseTimeout,
     TooManyWaiters,
 )
-from whispercache.events import EvictionCause
+from whispercache.events import EvictionCause, NoRoom
 from whispercache.lease import Lease
 from whispercache.planning import planner
 from whispercache.planning.planner import Outcome
@@ -361,9 +361,11 @@ class Scheduler:
             self.endings.serve(waiter.wanted[0].entry, waiter)
         # (2) It can never fit.
         elif decision.lacking is not None:
-            self.endings.fail(
-                waiter, too_large(self._state, str(waiter), *decision.lacking)
-            )
+            error = too_large(self._state, str(waiter), *decision.lacking)
+            numbers = (error.needed_bytes, error.capacity_bytes, error.reason)
+            key = waiter.wanted[0].entry.key
+            self._agenda.tell(NoRoom(key, error.device, *numbers))
+            self.endings.fail(waiter, error)
 
     def _start_loads(self, waiter: Waiter) -> None:
         reserved = demands.reservations(waiter.wanted)

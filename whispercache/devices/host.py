@@ -72,21 +72,22 @@ def host_room(root: Path = Path("/")) -> tuple[int, int, str]:
     return total_bytes, min(free_bytes, total_bytes), source
 
 
-def anonymous_bytes() -> int | None:
+def anonymous_bytes(pid: int | None = None) -> int | None:
     """
-    Returns the resident bytes of this process that no file backs; None if unknown.
+    Returns the resident bytes of a process, by default of this one, that no file backs;
+    None if unknown, or if it has ended.
 
     Model weights are among them. Pages of files, which the kernel can drop, are not.
     Only Linux tells the two apart; elsewhere this is the resident set.
     """
-    status = _text(Path("/proc/self/status"))
+    status = _text(Path(f"/proc/{'self' if pid is None else pid}/status"))
     match = re.search(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)
     if match:
         return int(match[1]) * 1024
     import psutil
 
     try:
-        return int(psutil.Process().memory_info().rss)
+        return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return None
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from .cuda import CudaError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from .cuda import Driver
 
 
@@ -73,6 +75,24 @@ def card_memory(card: Card) -> tuple[int, int] | None:
     except nvml.NVMLError:
         return None
     return int(memory.total), int(memory.free)
+
+
+def process_bytes(card: Card, pids: Collection[int]) -> int:
+    """
+    Returns the bytes of a card that some processes hold, their contexts included; as
+    far as NVML tells, which knows process ids of the host alone.
+    """
+    nvml = card.nvml
+    held: dict[int, int] = {}
+    for ask in (
+        nvml.nvmlDeviceGetComputeRunningProcesses,
+        nvml.nvmlDeviceGetGraphicsRunningProcesses,
+    ):
+        with contextlib.suppress(nvml.NVMLError):
+            for each in ask(card.handle):
+                # One that does both is in both lists, with the same bytes.
+                held[each.pid] = each.usedGpuMemory or 0
+    return sum(n_bytes for pid, n_bytes in held.items() if pid in pids)
 
 
 def driver_version() -> str | None:

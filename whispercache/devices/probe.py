@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from whispercache.errors import DeviceUnavailable
 
 from .cuda import CudaError, Driver, open_driver
-from .host import cpu_name, host_room
+from .host import anonymous_bytes, cpu_name, host_room
 from .memory import TOTAL_ONLY, MemoryReading
-from .nvml import Card, card_memory, find_card
+from .nvml import Card, card_memory, find_card, process_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 
 class SystemProbe:
@@ -73,6 +73,24 @@ class SystemProbe:
             driver, ordinal = _find(device)
             return driver.uuid(ordinal)
 
+    def process_bytes(self, device: str, pids: Collection[int]) -> int:
+        """
+        Returns the bytes of *device* that some processes hold, as far as that is known:
+        where a container has process ids of its own, nothing is known of GPUs.
+        """
+        if device == "cpu":
+            return sum(anonymous_bytes(pid) or 0 for pid in pids)
+        with _unavailable(device):
+            card = self._card(*_find(device))
+        return 0 if card is None else process_bytes(card, pids)
+
+    def _card(self, driver: Driver, ordinal: int) -> Card | None:
+        # Two threads may both look the card up, and find the same one.
+        card = self._cards.get(ordinal) or find_card(driver, ordinal)
+        if card is not None:
+            self._cards[ordinal] = card
+        return card
+
     def _read_cuda(self, driver: Driver, ordinal: int) -> MemoryReading:
         total_bytes = driver.total_bytes(ordinal)
         if driver.is_integrated(ordinal):
@@ -98,11 +116,9 @@ class SystemProbe:
     def _read_nvml(
         self, driver: Driver, ordinal: int, cuda_total_bytes: int
     ) -> MemoryReading | None:
-        # Two threads may both look the card up, and find the same one.
-        card = self._cards.get(ordinal) or find_card(driver, ordinal)
+        card = self._card(driver, ordinal)
         if card is None:
             return None
-        self._cards[ordinal] = card
         memory = card_memory(card)
         if memory is None:
             return None

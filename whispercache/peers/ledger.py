@@ -23,15 +23,15 @@ import logging
 import math
 import os
 import re
-import stat
 import sys
-import tempfile
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from .places import permissions, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +45,9 @@ HEARTBEAT_S: Final = 10.0
 # Source: a choice. Two heartbeats may be missed, and a process that has ended does not
 # block the others for longer.
 FRESH_S: Final = 30.0
+
+# Number of a process's reservation among its ledgers.
+RESERVATION: Final = 999_999_999
 
 _POLL_S = 0.02
 # Start times are exact on Linux; elsewhere a corrected clock may move them a little.
@@ -114,14 +117,18 @@ class Ledger:
     """
     One process's account of a device, and its view of the others'. Thread-safe.
 
-    All processes must belong to one user, and name the same directory and device. After
-    a fork the parent keeps its account, and the child's first `publish` opens another.
-    An account ends with `close`, with the ledger, or with the process.
+    All processes must name the same directory and device, and be let into it: whoever
+    can write there is trusted. After a fork the parent keeps its account, and the
+    child's first `publish` opens another. An account ends with `close`, with the
+    ledger, or with the process.
 
     Args:
-        directory: On this machine, not on a network's drive; made if missing.
+        directory: On this machine, not on a network's drive; made if missing. Whom its
+            permissions let in may use what is made in it.
         device_id: The same in all processes, however they count devices: a GPU's UUID,
             or ``"cpu"``.
+        pid: The process whose account it is, for which this one keeps it: a reservation
+            of room, which ends with that process.
         clock: Seconds, for the heartbeat.
     """
 
@@ -130,11 +137,13 @@ class Ledger:
         directory: str | os.PathLike[str],
         device_id: str,
         *,
+        pid: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = Path(directory) / _safe(device_id)
         self._clock = clock
-        self._number = next(_numbers)
+        self._pid = pid
+        self._number = next(_numbers) if pid is None else RESERVATION
         # By process, and set without a lock of ours: a fork may find any lock held.
         self._pages: dict[int, _Pages] = {}
 
@@ -177,12 +186,14 @@ class Ledger:
             OSError: The directory is there, but cannot be read.
         """
         own = self._own().owner
+        # What was reserved for a process is its to take.
+        reserved = replace(own, number=RESERVATION)
         accounts: list[Account] = []
         # A listing this short is one system call, during which no file can be renamed.
         # So a file that is being replaced is not missed.
         for path in self._files():
             owner = _owner(path)
-            if owner is None or owner == own:
+            if owner is None or owner in {own, reserved}:
                 continue
             if not _is_alive(owner, path, own.place):
                 _remove(path)
@@ -191,9 +202,10 @@ class Ledger:
         return tuple(sorted(accounts, key=lambda each: each.owner))
 
     @contextlib.contextmanager
-    def turn(self, timeout_s: float) -> Iterator[bool]:
+    def turn(self, timeout_s: float, name: str = "load") -> Iterator[bool]:
         """
-        Admits one process at a time to a block; yields False if the time ran out.
+        Admits one process at a time to a block of that *name*; yields False if the time
+        ran out.
 
         The kernel ends the turn of a process that dies, but not of one that is stuck.
         A caller that gets False must therefore go on without. Not reentrant.
@@ -211,7 +223,10 @@ class Ledger:
         self._make_directory()
         # Threads of one process exclude each other too: each has a lock of its own.
         lock = FileLock(
-            self._directory / "load.lock", timeout=timeout_s, thread_local=False
+            self._directory / f"{name}.lock",
+            timeout=timeout_s,
+            mode=self._mode(0o666),
+            thread_local=False,
         )
         pid = os.getpid()
         try:
@@ -232,6 +247,15 @@ class Ledger:
             elif has_turn:
                 lock.release()
 
+    def is_owner_alive(self) -> bool:
+        """
+        Returns True as long as the process lives whose account this is.
+        """
+        owner = self._own().owner
+        with contextlib.suppress(PermissionError):
+            return _started_s(owner.pid) == owner.started_s
+        return True
+
     def close(self) -> None:
         """
         Removes this process's account. A later `publish` opens one again.
@@ -240,15 +264,16 @@ class Ledger:
         if pages is not None:
             with pages.lock:
                 pages.last = None
-                _remove_own(self._directory, pages.owner)
+                _remove_own(self._directory, pages.owner, os.getpid())
 
     def _own(self) -> _Pages:
         pid = os.getpid()
         pages = self._pages.get(pid)
         if pages is None:
             # Of threads that come here at once, all get what the first one set.
-            pages = self._pages.setdefault(pid, _Pages(_own_identity(self._number)))
-            weakref.finalize(self, _remove_own, self._directory, pages.owner)
+            owner = _identity(self._pid or pid, self._number)
+            pages = self._pages.setdefault(pid, _Pages(owner))
+            weakref.finalize(self, _remove_own, self._directory, owner, pid)
         return pages
 
     def _files(self) -> list[Path]:
@@ -263,7 +288,10 @@ class Ledger:
         text = json.dumps({field: getattr(account, field) for field in _FIELDS})
         self._make_directory()
         try:
-            fresh.write_text(text, encoding="utf-8")
+            # In a directory of several users, only a file that was not there is ours.
+            with fresh.open("x", encoding="utf-8") as file:
+                file.write(text)
+            fresh.chmod(self._mode(0o644))
             fresh.replace(self._directory / f"{name}.json")
         except BaseException:
             fresh.unlink(missing_ok=True)
@@ -272,7 +300,15 @@ class Ledger:
     def _make_directory(self) -> None:
         # Each time, since the system may clear directories of a session or for
         # temporary files.
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._directory.mkdir(mode=0o700)
+        except FileExistsError:
+            return
+        share(self._directory)
+
+    def _mode(self, most: int) -> int:
+        return most & permissions(self._directory)
 
 
 class _Pages:
@@ -314,54 +350,6 @@ def bytes_to_free(own: Account, others: Sequence[Account], free_bytes: int) -> i
     return own.idle_bytes - idle_bytes[own.owner]
 
 
-def default_directory() -> Path:
-    """
-    Returns the directory through which one user's processes on this machine share.
-
-    It is private to the user: in ``$XDG_RUNTIME_DIR`` if that is set and the user's
-    own, else in the directory for temporary files. Processes with different
-    environments, such as a service and a shell, must be given the same directory.
-
-    Raises:
-        OSError: Neither can be used.
-    """
-    # Not what platformdirs takes without the variable: /run/user/<uid> exists only
-    # while the user is logged in, and a service's workers would not find each other.
-    session = os.environ.get("XDG_RUNTIME_DIR")
-    if session and Path(session).is_absolute():
-        try:
-            _check_own(Path(session))
-            return _private(Path(session) / "whispercache")
-        except OSError as error:
-            _log.debug("XDG_RUNTIME_DIR is not used: %s", error)
-    user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
-    return _private(Path(tempfile.gettempdir()) / f"whispercache{user}")
-
-
-def _private(path: Path) -> Path:
-    """
-    Returns *path*, made if missing, if no other user can read or write there.
-    """
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    status = _check_own(path)
-    if os.name == "posix" and status.st_mode & 0o077:
-        raise PermissionError(f"{path} is open to others; run: chmod 700 {path}")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path} cannot be written")
-    return path
-
-
-def _check_own(path: Path) -> os.stat_result:
-    # Without following a link, which in a public directory any user may have made.
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise NotADirectoryError(f"{path} is not a directory")
-    if hasattr(os, "getuid") and status.st_uid != os.getuid():
-        raise PermissionError(f"{path} belongs to another user")
-    return status
-
-
 def _safe(device_id: str) -> str:
     """
     Returns a file name for *device_id*, different for each.
@@ -372,11 +360,11 @@ def _safe(device_id: str) -> str:
     return f"_{name}-{hashlib.sha256(device_id.encode()).hexdigest()[:12]}"
 
 
-def _own_identity(number: int) -> Owner:
-    started_s = _started_s(os.getpid())
+def _identity(pid: int, number: int) -> Owner:
+    started_s = _started_s(pid)
     if started_s is None:
-        raise OSError("the system does not tell when this process started")
-    return Owner(os.getpid(), started_s, _place(os.getpid()), number)
+        raise OSError(f"the system does not tell when process {pid} started")
+    return Owner(pid, started_s, _place(os.getpid()), number)
 
 
 @functools.lru_cache(maxsize=1)
@@ -395,7 +383,8 @@ def _place(pid: int) -> str:
 
 def _is_alive(owner: Owner, path: Path, place: str) -> bool:
     if owner.place == place:
-        # A system may hide processes of the same user; then the file's age decides.
+        # A system may hide processes, of others or even one's own; then the file's age
+        # decides.
         with contextlib.suppress(PermissionError):
             started_s = _started_s(owner.pid)
             if started_s is None:
@@ -415,6 +404,9 @@ def _started_in_proc(pid: int) -> float | None:
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
+        # Another user's may be hidden (proc(5), hidepid). Signals tell of it.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
         return None
     # The second field is a name in brackets, which may contain spaces and brackets.
     fields = text.rpartition(b")")[2].split()
@@ -467,7 +459,7 @@ def _remove(path: Path) -> None:
         _log.debug("%s stays, though its process has ended: %s", path, error)
 
 
-def _remove_own(directory: Path, owner: Owner) -> None:
+def _remove_own(directory: Path, owner: Owner, pid: int) -> None:
     # A forked child inherits the finalizer, and must leave its parent's account alone.
-    if os.getpid() == owner.pid:
+    if os.getpid() == pid:
         _remove(directory / f"{owner.file_name}.json")

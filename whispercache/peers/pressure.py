@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from whispercache.errors import WhisperCacheError
 
-from .ledger import Ledger, bytes_to_free, default_directory
+from .ledger import Ledger, bytes_to_free
+from .places import default_directory, given_directory
 
 if TYPE_CHECKING:
     import os
@@ -48,7 +49,8 @@ NO_LEDGER = (OSError, WhisperCacheError)
 
 class LedgerPeers:
     """
-    The other caches of this machine and user that coordinate through `Ledger`.
+    The other processes of this machine that coordinate through one directory's ledgers,
+    by default those of this user.
 
     Where the ledger cannot be read or written, the cache logs that and goes on without.
     The methods are those of `core.gauges.Peers`.
@@ -58,7 +60,9 @@ class LedgerPeers:
         self, probe: MemoryProbe, directory: str | os.PathLike[str] | None = None
     ) -> None:
         self._probe = probe
-        self._directory = directory or default_directory()
+        self._directory = (
+            default_directory() if directory is None else given_directory(directory)
+        )
         self._ledgers: dict[str, Ledger] = {}
         self._told: set[str] = set()
 

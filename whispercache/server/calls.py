@@ -40,9 +40,19 @@ async def while_present(request: Request, work: Coroutine[None, None, T]) -> T:
     Returns the result of *work*, which is cancelled if the client hangs up, by a
     ClientDisconnect. The request's body must have been read.
     """
-    working = asyncio.ensure_future(work)
     # Nothing else reads from the client meanwhile: its body has been read.
-    leaving = asyncio.ensure_future(_left(request))
+    return await unless(_left(request), work)
+
+
+async def unless(
+    left: Coroutine[None, None, object], work: Coroutine[None, None, T]
+) -> T:
+    """
+    Returns the result of *work*, which is cancelled once *left* has ended, by a
+    ClientDisconnect.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(left)
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():

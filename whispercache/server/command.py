@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 from whispercache.cache import ModelCache
 from whispercache.console import add_huge_pages, explain
 from whispercache.errors import WhisperCacheError
-from whispercache.settings.arguments import add_config, add_settings, settings_of
+from whispercache.settings.arguments import (
+    add_config,
+    add_settings,
+    hooks_of,
+    settings_of,
+)
 from whispercache.settings.sources import cache_options, values_below
 from whispercache.settings.table import (
     KEYS_VARIABLE,
@@ -82,10 +87,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=SETTINGS["serve.models"].meaning,
     )
-    add_settings(add, *_keys_of("host port device preload pin default key_file"))
+    add_settings(
+        add, *_keys_of("host port wyoming device preload pin default key_file")
+    )
     add_config(add)
-    cache = "vram ram max_models keep_alive fallback pressure coordinate park variants"
-    add_settings(add, *cache.split())
+    cache = "vram ram max_models keep_alive fallback pressure coordinate coordinate_dir"
+    add_settings(add, *cache.split(), "park", "variants", "on")
     add_huge_pages(parser, keep=False)
     add_settings(add, *_keys_of("log_format"))
     bounds = (
@@ -137,7 +144,8 @@ def run(options: argparse.Namespace) -> int:
         _warn(setting["host"], setting["port"], served, tell)
         # uvicorn raises the signal again when it has finished; its work is done then.
         signal.signal(signal.SIGTERM, lambda *_: None)
-        server.run()
+        with hooks_of(held, cache, app.state.service.engine.name_of):
+            server.run()
         # The second one ends it at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0 if server.started else 1
@@ -173,7 +181,17 @@ def _served(setting: Mapping[str, Any]) -> ServerOptions:
         timeout_s=parse_duration(setting["timeout"]),
         max_waiting=setting["max_waiting"],
         parallel=setting["parallel"],
+        wyoming=_address(setting["wyoming"]),
+        drain_s=parse_duration(setting["drain"]),
     )
+
+
+def _address(text: str | None) -> tuple[str, int] | None:
+    if text is None:
+        return None
+    host, _, port = text.rpartition(":")
+    # IPv6
+    return host.strip("[]"), int(port)
 
 
 def _keys(files: Sequence[Path]) -> dict[str, str]:
@@ -225,6 +243,11 @@ def _warn(
     # IPv6
     place = f"[{host}]" if ":" in host else host
     tell(logging.INFO, f"{names} on http://{place}:{port}")
+    if served.wyoming is not None:
+        there, its_port = served.wyoming
+        tell(logging.INFO, f"Wyoming on tcp://{there}:{its_port}")
+        if served.keys:
+            tell(logging.WARNING, "Wyoming knows no keys")
     strangers = []
     if ANY_ORIGIN in served.origins:
         strangers.append("any page that a browser here shows")

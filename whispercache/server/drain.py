@@ -34,7 +34,12 @@ class Server(uvicorn.Server):
         """
         # First: those that wait would only begin work that is then waited for.
         self._service.gate.close()
+        draining = asyncio.ensure_future(self._service.drain())
         await super().shutdown(sockets)
+        # A second signal ends it at once.
+        if self.force_exit:
+            draining.cancel()
+        await asyncio.wait((draining,))
 
 
 class Unfinished:

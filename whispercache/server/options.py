@@ -58,6 +58,9 @@ class ServerOptions:
         parallel: Requests that work with one model at a time. A model computes one
             after the other; with two, the next one's features are ready in time.
         decoders: Processes that decode audio.
+        wyoming: Host and port at which it speaks Wyoming, too, which needs the extra
+            ``[wyoming]`` and asks for no key; None for HTTP alone.
+        drain_s: For answers of Wyoming that are under way at the end.
         offered: The same models as *models*, each with its name.
 
     Raises:
@@ -85,6 +88,8 @@ class ServerOptions:
     max_waiting: int = 64
     parallel: int = 2
     decoders: int = 2
+    wyoming: tuple[str, int] | None = None
+    drain_s: float = 30.0
     offered: tuple[ModelSpec, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +123,7 @@ class ServerOptions:
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0")
-        for name in ("timeout_s", "max_waiting"):
+        for name in ("timeout_s", "max_waiting", "drain_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more")
 

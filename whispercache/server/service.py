@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .offers import Offer, Offers
     from .options import ServerOptions
+    from .wyoming.endpoint import Endpoint
 
 _log = logging.getLogger("whispercache")
 
@@ -59,6 +60,19 @@ class Service:
         self._started: asyncio.Future[None] | None = None
         self._background: asyncio.Task[None] | None = None
 
+    def _new_endpoint(self) -> Endpoint | None:
+        address = self.options.wyoming
+        if address is None:
+            return None
+        try:
+            from .wyoming.endpoint import Endpoint
+        except ModuleNotFoundError as missing:
+            name = str(missing.name).partition(".")[0]
+            raise WhisperCacheError(
+                f"{name} is missing; pip install 'whispercache[wyoming]'"
+            ) from missing
+        return Endpoint(self, address, self.options.drain_s)
+
     def _new_registry(self) -> CollectorRegistry:
         # Of its own: two servers in one process would clash in the global one.
         registry = CollectorRegistry()
@@ -82,6 +96,8 @@ class Service:
             max_duration_s=options.max_duration_s,
             timeout_s=options.decode_timeout_s,
         )
+        # Where it speaks another protocol than HTTP.
+        self.endpoint: Endpoint | None = self._new_endpoint()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -93,6 +109,8 @@ class Service:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.engine.running())
             await stack.enter_async_context(self.decoder)
+            if self.endpoint is not None:
+                await stack.enter_async_context(self.endpoint)
             # In the background: requests are served meanwhile, and /readyz waits for
             # it.
             loads = asyncio.gather(*map(self._load_at_start, list(self.pending)))
@@ -105,6 +123,14 @@ class Service:
                 loads.cancel()
                 with suppress(asyncio.CancelledError):
                     await loads
+
+    async def drain(self) -> None:
+        """
+        Ends the conversations that are no requests of HTTP, with the answers that are
+        under way.
+        """
+        if self.endpoint is not None:
+            await self.endpoint.close()
 
     async def ensure_running(self) -> None:
         """

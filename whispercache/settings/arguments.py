@@ -5,14 +5,19 @@ Settings as options of a command.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, cast
 
 from .kinds import SWITCH, shown
 from .sources import settle
 from .table import SETTINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+
+    from whispercache.cache import ModelCache
+    from whispercache.keys import ModelKey
 
     from .sources import Held
 
@@ -53,13 +58,31 @@ def _add(add: Add, key: str) -> None:
         action = argparse.BooleanOptionalAction
         add(setting.option, dest=key, action=action, help=text)
         return
+    metavar = setting.metavar or setting.kind.metavar
     add(
         setting.option,
         dest=key,
-        metavar=setting.metavar or setting.kind.metavar,
+        metavar=metavar,
+        nargs=None if isinstance(metavar, str) else len(metavar),
         action="append" if setting.kind.is_list else "store",
         help=f"{text}; may be repeated" if setting.kind.is_list else text,
     )
+
+
+def hooks_of(
+    held: Mapping[str, Held],
+    cache: ModelCache,
+    name_of: Callable[[ModelKey], str] | None = None,
+) -> AbstractContextManager[object]:
+    """
+    Returns the hooks of a command on *cache*, for the ``with`` block of its work.
+    """
+    hooks = cast("list[str]", held["on"].value)
+    if not hooks:
+        return nullcontext()
+    from whispercache.watch.hooks import Hooks
+
+    return Hooks(hooks, cache.subscribe, name_of)
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Held]:

@@ -9,6 +9,7 @@ bool, None, or a list or mapping of them.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,13 +44,14 @@ class Kind:
     Attributes:
         read: Takes a value and its name in messages; returns what it means. Raises
             TypeError or ValueError for nonsense.
-        metavar: Its placeholder in help; empty for a switch.
+        metavar: Its placeholder in help, or one for each word of a value; empty for a
+            switch.
         is_list: True if it may be given several times.
         is_path: True if it names files.
     """
 
     read: Reader
-    metavar: str
+    metavar: str | tuple[str, ...]
     is_list: bool = False
     is_path: bool = False
 
@@ -176,6 +178,18 @@ def _port(value: object, name: str) -> int:
     return int(text)
 
 
+def _address_or_none(value: object, name: str) -> object:
+    if value is None or _is_none(value):
+        return None
+    text = str(value).strip()
+    host, colon, port = text.rpartition(":")
+    if not colon or not host.strip("[]"):
+        example = "HOST:PORT, such as 0.0.0.0:10300"
+        raise ValueError(f"{name} must be {example}, not {value!r}")
+    _port(port, name)
+    return text
+
+
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be text, not {value!r}")
@@ -184,6 +198,16 @@ def _text(value: object, name: str) -> str:
 
 def _text_or_none(value: object, name: str) -> str | None:
     return None if _is_none(value) else _text(value, name)
+
+
+def _directory_or_none(value: object, name: str) -> object:
+    if value is None or _is_none(value):
+        return None
+    # Everywhere the same, wherever a process was started.
+    path = Path(_text(os.fspath(cast("str", value)), name)).expanduser()
+    if not path.is_absolute():
+        raise ValueError(f"{name} must be an absolute path, not {value!r}")
+    return str(path)
 
 
 def _device(value: object, name: str) -> str:
@@ -214,6 +238,22 @@ def _files(value: object, name: str) -> list[str]:
     return [str(Path(each).expanduser()) for each in _texts(value, name)]
 
 
+def _hooks(value: object, name: str) -> list[str]:
+    if _is_none(value) or value == ["none"]:
+        return []
+    # Commas and semicolons are in many a command, the ends of lines in none.
+    given = value.splitlines() if isinstance(value, str) else value
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"{name} must be a list of texts, not {value!r}")
+    # An option has two words for each.
+    from whispercache.watch.hooks import parse_hook
+
+    texts = [each if isinstance(each, str) else " ".join(each) for each in given]
+    for text in texts:
+        parse_hook(text)
+    return texts
+
+
 def one_of(*words: str) -> Kind:
     """
     Returns the kind of a setting that is one of some words.
@@ -227,12 +267,15 @@ def one_of(*words: str) -> Kind:
     return Kind(read, "|".join(words))
 
 
+ADDRESS_OR_NONE = Kind(_address_or_none, "HOST:PORT")
 COUNT = Kind(_at_least(1), "N")
 COUNT_OR_NONE = Kind(_count_or_none, "N")
 COUNT_OR_ZERO = Kind(_at_least(0), "N")
 DEVICE = Kind(_device, "DEVICE")
+DIRECTORY_OR_NONE = Kind(_directory_or_none, "DIR")
 FILES = Kind(_files, "FILE", is_list=True, is_path=True)
 FALLBACK = Kind(_rungs, "RUNG", is_list=True)
+HOOKS = Kind(_hooks, ("EVENT", "COMMAND|URL"), is_list=True)
 KEEP_ALIVE = Kind(_keep_alive, "TIME")
 LIMIT = Kind(_limit, "LIMIT")
 LIMITS = Kind(_limits, "LIMIT")

@@ -119,6 +119,12 @@ _OF_CACHES = (
         meaning="take turns with this user's other processes",
     ),
     Setting(
+        "coordinate_dir",
+        kinds.DIRECTORY_OR_NONE,
+        None,
+        "directory for that; turns it on",
+    ),
+    Setting(
         "park",
         kinds.SWITCH_OR_LIMIT,
         default=False,
@@ -130,6 +136,10 @@ _OF_CACHES = (
         default=True,
         meaning="converted models on disk: on (16 GiB), 5GiB, off",
     ),
+)
+
+_OF_COMMANDS = (
+    Setting("on", kinds.HOOKS, [], "command to run, or URL to call, when that happens"),
 )
 
 _OF_SERVERS = (
@@ -186,6 +196,7 @@ _OF_SERVERS = (
         "lines on stderr: text, or json for programs",
     ),
     Setting("idle_timeout", kinds.TIME, "75s", "time that idle connections stay open"),
+    Setting("wyoming", kinds.ADDRESS_OR_NONE, None, "Home Assistant's protocol, there"),
     Setting(
         "allow_host", kinds.TEXTS, [], "names of this server: a name, docker", "NAME"
     ),
@@ -193,7 +204,7 @@ _OF_SERVERS = (
         "allow_origin",
         kinds.TEXTS,
         [],
-        "other sites whose pages may use it: a URL, obsidian, electron, tauri",
+        "other sites: a URL, obsidian, electron, tauri",
         "URL",
     ),
 )
@@ -202,6 +213,7 @@ SETTINGS: dict[str, Setting] = {
     setting.key: setting
     for setting in (
         *_OF_CACHES,
+        *_OF_COMMANDS,
         *(replace(each, key=f"{SERVE}.{each.key}") for each in _OF_SERVERS),
     )
 }
@@ -211,7 +223,10 @@ CACHE_KEYS = tuple(setting.key for setting in _OF_CACHES)
 The settings of the default cache.
 """
 
-ONE_BY_ONE_KEYS = ("vram", "ram", "max_models", "pressure", "coordinate", "variants")
+ONE_BY_ONE_KEYS = (
+    *("vram", "ram", "max_models", "pressure", "coordinate", "coordinate_dir"),
+    "variants",
+)
 """
 Those of a cache whose models take turns, each named and used once: no model of it is
 idle, nobody waits for another, and a fallback would not be what was asked for.

@@ -38,6 +38,7 @@ from whispercache.events import (
     ModelLoadFailed,
     ModelLoading,
     ModelStillReferenced,
+    NoRoom,
     ReleaseUnconfirmed,
     Stats,
     WaitingInfo,
@@ -312,6 +313,12 @@ def _warning(event: Event) -> str:
         return "left, but somebody still refers to it; it must not be used any more"
     if isinstance(event, DeviceLost):
         return f"is lost for this process: {event.reason}"
+    if isinstance(event, (FellBack, NoRoom)):
+        return _lack(event)
+    return type(event).__name__
+
+
+def _lack(event: FellBack | NoRoom) -> str:
     if isinstance(event, FellBack):
         return f"in place of {event.wanted}: {event.reason}"
-    return type(event).__name__
+    return f"has no room for {format_bytes(event.needed_bytes)}: {event.reason}"
