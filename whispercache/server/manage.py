@@ -15,6 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
+from whispercache.engine.calls.languages import LANGUAGES
 from whispercache.version import __version__
 
 from . import seen
@@ -98,6 +99,14 @@ async def show_model(service: Served, model: str) -> Model:
     # Raises the 404.
     service.offer(model)
     return Model(id=model)
+
+
+@router.get("/api/languages", responses=responses(401))
+async def list_languages() -> dict[str, str]:
+    """
+    Returns the languages that Whisper knows: their English names by code.
+    """
+    return dict(LANGUAGES)
 
 
 @router.get("/api/ps", responses=responses(401))

@@ -6,9 +6,10 @@ const KEY = "whispercache-key";
  * The server's own words for why it did not do something; or ours, if it did not answer.
  */
 export class ApiError extends Error {
-  constructor(message, status = 0) {
+  constructor(message, status = 0, param = null) {
     super(message);
     this.status = status;
+    this.param = param;
   }
 }
 
@@ -22,7 +23,8 @@ export const key = {
  * The answer to a request. Raises `ApiError`, or AbortError if it was cancelled.
  */
 export async function call(path, options = {}) {
-  const headers = key.get() ? { Authorization: `Bearer ${key.get()}` } : {};
+  const auth = key.get() ? { Authorization: `Bearer ${key.get()}` } : {};
+  const headers = { ...options.headers, ...auth };
   let response;
   try {
     response = await fetch(path, { ...options, headers, cache: "no-store" });
@@ -31,7 +33,7 @@ export async function call(path, options = {}) {
     const why = error.name === "TimeoutError" ? "takes too long to answer" : "does not answer";
     throw new ApiError(`The server ${why}.`);
   }
-  if (!response.ok) throw new ApiError(await reason(response), response.status);
+  if (!response.ok) throw await refusal(response);
   return response;
 }
 
@@ -39,22 +41,34 @@ export async function call(path, options = {}) {
  * The same as JSON. An answer that is none means that something else answers.
  */
 export async function callJson(path, options = {}) {
-  const response = await call(path, options);
+  return read(await call(path, options));
+}
+
+/**
+ * The JSON of an answer.
+ */
+export function read(response) {
+  return unbroken(response.json());
+}
+
+async function unbroken(reading) {
   try {
-    return await response.json();
+    return await reading;
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The answer broke off, or is not whispercache's.");
   }
 }
 
-async function reason(response) {
-  const plain = `The server answered ${response.status} ${response.statusText}`.trim();
+async function refusal(response) {
+  const { status, statusText } = response;
+  const plain = `The server answered ${status} ${statusText}`.trim();
   try {
     const { error } = await response.json();
-    return typeof error?.message === "string" && error.message ? error.message : plain;
+    const isOurs = typeof error?.message === "string" && error.message;
+    return new ApiError(isOurs ? error.message : plain, status, error?.param);
   } catch {
-    return plain; // a proxy's page, for example
+    return new ApiError(plain, status); // a proxy's page, for example
   }
 }
 
@@ -73,7 +87,7 @@ export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await unbroken(reader.read());
     if (done) return;
     const parts = (rest + value.replaceAll("\r", "")).split("\n\n");
     rest = parts.pop();

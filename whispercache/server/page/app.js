@@ -4,7 +4,9 @@ import { ApiError, callJson, key } from "./api.js";
 import { announce, clock, element, say, setAttribute } from "./dom.js";
 import { Live } from "./live.js";
 import { Offers } from "./models.js";
-import { Listen } from "./transcribe.js";
+import { Requests } from "./requests.js";
+import { Transcribe } from "./transcribe.js";
+import { Use } from "./use.js";
 
 const POLL_MS = 1000;
 const PATIENCE_MS = 5000;
@@ -18,7 +20,9 @@ class Page {
   constructor() {
     this.live = new Live();
     this.offers = new Offers(() => this.poll());
-    this.listen = new Listen();
+    this.requests = new Requests();
+    this.transcribe = new Transcribe(this.requests);
+    this.use = new Use();
     this.snapshot = null;
     this.received = 0; // when, on this machine's clock: the server's may differ
     this.offered = -Infinity;
@@ -52,6 +56,7 @@ class Page {
     try {
       const signal = AbortSignal.timeout(PATIENCE_MS);
       this.take(await callJson("api/ps", { signal }));
+      await this.requests.refresh({ signal });
       await this.refreshOffers();
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
@@ -80,12 +85,13 @@ class Page {
     this.received = performance.now();
     this.live.update(snapshot);
     this.offers.update(snapshot.models);
+    this.use.update(byId("model-a").value || "MODEL", snapshot.requires_key);
     this.warn(snapshot.events);
   }
 
   async refreshOffers() {
     if (performance.now() - this.offered < OFFERS_MS) return;
-    this.listen.offer(await this.offers.refresh());
+    this.transcribe.offer(await this.offers.refresh());
     this.offered = this.offers.ids.length ? performance.now() : -Infinity;
     this.offers.update(this.snapshot.models);
   }
@@ -117,6 +123,7 @@ class Page {
 
   askForKey(message) {
     const isAgain = !byId("key").hidden || key.get() !== "";
+    this.silent_since = null;
     byId("trouble-place").replaceChildren();
     say(byId("key-error"), isAgain && key.get() ? `That key does not fit: ${message}` : "");
     key.forget();
@@ -152,7 +159,7 @@ class Page {
    */
   tick() {
     if (document.hidden || !this.snapshot) return;
-    this.listen.tick();
+    this.transcribe.tick();
     if (this.silent_since !== null) {
       const silent_s = (performance.now() - this.silent_since) / 1000;
       say(byId("pulse-text"), `no answer ${clock(silent_s)}`);
@@ -161,6 +168,7 @@ class Page {
     const passed_s = (performance.now() - this.received) / 1000;
     this.live.tick(passed_s);
     this.offers.tick(passed_s);
+    this.requests.tick(passed_s);
   }
 }
 

@@ -99,13 +99,54 @@ export function clock(seconds) {
     : `${minutes}:${rest}`;
 }
 
-const hues = new Map();
-const HUES = 8;
+const HUES = 12;
 
 /**
- * The colour of a model: the same wherever it appears, for as long as the page is open.
+ * The colour of a model: its name's, on every page and for ever.
+ *
+ * This is FNV-1a, but for its first value: that one gives the usual sizes of Whisper a
+ * colour each.
  */
 export function hueOf(name) {
-  if (!hues.has(name)) hues.set(name, `hue-${hues.size % HUES}`);
-  return hues.get(name);
+  let hash = 112;
+  for (const byte of new TextEncoder().encode(name)) {
+    hash = Math.imul(hash ^ byte, 16_777_619);
+  }
+  return `hue-${(hash >>> 0) % HUES}`;
+}
+
+/**
+ * A button that copies what *text* returns. *what* is for those who hear the button's
+ * name without seeing what stands beside it.
+ */
+export function copyButton(text, what) {
+  const label = element("span", {}, "Copy");
+  const button = element("button", { type: "button" },
+    label, element("span", { className: "unseen" }, ` ${what}`));
+  let saying = 0;
+  button.addEventListener("click", async () => {
+    const isDone = await copy(text());
+    say(label, isDone ? "Copied" : "Not allowed");
+    announce(isDone ? `Copied ${what}.` : "The browser does not let the page copy.");
+    clearTimeout(saying);
+    saying = setTimeout(() => say(label, "Copy"), 2000);
+  });
+  return button;
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    // There is none for pages that come over a network in the clear. They have the old way.
+    const focused = document.activeElement;
+    const field = element("textarea", { className: "unseen", value: text });
+    document.body.append(field);
+    field.select();
+    const isDone = document.execCommand("copy");
+    field.remove();
+    focused.focus();
+    return isDone;
+  }
 }

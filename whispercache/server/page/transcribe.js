@@ -1,8 +1,10 @@
-// A recording, read by two models, side by side.
+// The part of the page that transcribes: a recording, a language, one model or two.
 
-import { ApiError, call, events } from "./api.js";
-import { announce, bytes, clock, element, hueOf, KeyedList, say, setAttribute } from "./dom.js";
+import { ApiError, callJson } from "./api.js";
+import { announce, bytes, clock, element, KeyedList, say, setAttribute } from "./dom.js";
 import { compare } from "./diff.js";
+import { Reading } from "./reading.js";
+import { Microphone, Player } from "./sound.js";
 
 const byId = (id) => document.getElementById(id);
 const NONE = "";
@@ -15,105 +17,37 @@ class Option {
   update() {}
 }
 
-/**
- * What one model made of the recording.
- */
-class Reading {
-  constructor(model) {
-    this.model = model;
-    this.text = "";
-    this.isDone = false;
-    this.meta = element("p", { className: "detail" }, "waits for its turn");
-    this.body = element("p", { className: "transcript", dir: "auto" });
-    this.error = element("p", { className: "error", role: "alert" });
-    const swatch = element("span", { className: `swatch ${hueOf(model)}` });
-    swatch.setAttribute("aria-hidden", "true");
-    this.root = element("article", { className: "reading" },
-      element("h3", {}, swatch, element("span", { className: "name" }, model)),
-      this.meta, this.body, this.error);
-  }
-
-  async read(file, signal) {
-    const body = new FormData();
-    body.append("file", file);
-    body.append("model", this.model);
-    body.append("stream", "true");
-    this.began = performance.now();
-    this.root.setAttribute("aria-busy", "true");
-    try {
-      await this.take(await call("v1/audio/transcriptions", { method: "POST", body, signal }));
-      say(this.meta, this.result());
-    } finally {
-      this.seconds = this.passed();
-      this.began = null;
-      this.root.removeAttribute("aria-busy");
-    }
-  }
-
-  async take(response) {
-    for await (const event of events(response)) {
-      if (event.error) throw new ApiError(event.error.message ?? "It failed in the middle.");
-      if (event.type === "transcript.text.delta") {
-        this.first_s ??= this.passed();
-        this.text += event.delta;
-        this.body.append(event.delta);
-      } else if (event.type === "transcript.text.done") {
-        this.text = event.text;
-        this.audio_s = event.duration;
-        say(this.body, event.text);
-        this.isDone = true;
-      }
-    }
-    if (!this.isDone) throw new ApiError("The answer broke off before its end.");
-  }
-
-  passed() {
-    return this.began === null ? this.seconds : (performance.now() - this.began) / 1000;
-  }
-
-  result() {
-    const taken_s = this.passed();
-    const parts = [`${taken_s.toFixed(1)} s`];
-    if (this.first_s !== undefined) parts.push(`first words after ${this.first_s.toFixed(1)} s`);
-    const speed = this.audio_s / taken_s;
-    if (this.audio_s) parts.push(`${speed.toFixed(speed < 10 ? 1 : 0)} × real time`);
-    return parts.join(" · ");
-  }
-
-  tick() {
-    if (this.began) say(this.meta, `listens ${clock(this.passed())}`);
-  }
-
-  fail(message) {
-    say(this.meta, this.seconds ? `ended after ${this.seconds.toFixed(1)} s` : "not begun");
-    say(this.error, message);
-  }
-
-  mark(runs, tag) {
-    this.body.replaceChildren(
-      ...runs.map(({ text, differs }) => (differs ? element(tag, {}, text) : text)));
-  }
+function optionsOf(field) {
+  return new KeyedList(field, ({ id }) => id, (each) => new Option(each));
 }
 
-/**
- * The part of the page that transcribes.
- */
-export class Listen {
-  constructor() {
+export class Transcribe {
+  constructor(requests) {
+    this.requests = requests;
     this.readings = [];
     this.stop = null;
-    this.dropped = null;
-    this.selects = ["model-a", "model-b"].map((id) => ({
-      field: byId(id),
-      options: new KeyedList(byId(id), ({ id: value }) => value, (each) => new Option(each)),
-    }));
-    byId("listen-form").addEventListener("submit", (event) => {
+    this.file = null;
+    this.isAsking = false;
+    this.player = new Player();
+    this.microphone = new Microphone((file) => {
+      say(byId("record"), "Record");
+      byId("record").removeAttribute("data-on");
+      this.choose(file);
+    });
+    this.fields = [byId("model-a"), byId("model-b")];
+    this.options = this.fields.map(optionsOf);
+    byId("transcribe-form").addEventListener("submit", (event) => {
       event.preventDefault();
       this.start();
     });
-    byId("listen-cancel").addEventListener("click", () => this.stop?.abort());
-    byId("audio").addEventListener("change", () => this.choose(null));
-    this.catchDrops(byId("listen"));
+    byId("cancel").addEventListener("click", () => this.stop?.abort());
+    byId("audio").addEventListener("change", () => {
+      if (byId("audio").files[0]) this.choose(byId("audio").files[0]);
+      // The same file may be chosen once more, when it has changed.
+      byId("audio").value = "";
+    });
+    byId("record").addEventListener("click", () => this.record());
+    this.catchDrops();
   }
 
   /**
@@ -121,97 +55,156 @@ export class Listen {
    */
   offer(ids) {
     const models = ids.map((id) => ({ id, label: id }));
-    const isNew = !this.selects[0].field.length;
-    this.selects[0].options.update(models);
-    this.selects[1].options.update([...models, { id: NONE, label: "none" }]);
-    if (isNew && ids.length) this.selects[1].field.value = ids[1] ?? NONE;
+    this.options[0].update(models);
+    const isNew = !this.fields[1].length;
+    this.options[1].update([{ id: NONE, label: "No, one will do" },
+      ...ids.map((id) => ({ id, label: `with ${id}` }))]);
+    if (isNew) this.fields[1].value = NONE;
+    if (byId("language").length === 1) this.offerLanguages();
+  }
+
+  async offerLanguages() {
+    let names;
+    try {
+      names = Object.entries(await callJson("api/languages"));
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      return; // it can be detected; the next round asks again
+    }
+    const all = names.map(([id, name]) => ({ id, label: name[0].toUpperCase() + name.slice(1) }))
+      .sort((a, b) => a.label.localeCompare(b.label, "en"));
+    // Those of the reader come first.
+    const own = new Set(navigator.languages.map((tag) => tag.split("-")[0].toLowerCase()));
+    const [near, far] = [all.filter(({ id }) => own.has(id)), all.filter(({ id }) => !own.has(id))];
+    byId("language").append(...[...near, ...far].map(
+      ({ id, label }) => element("option", { value: id }, label)));
   }
 
   tick() {
     for (const reading of this.readings) reading.tick();
+    if (this.microphone.isOn) {
+      say(byId("record"), `Stop, ${clock(this.microphone.passed_s)}`);
+    }
   }
 
-  catchDrops(zone) {
-    // A file that is dropped beside the zone must not replace the page.
-    for (const kind of ["dragover", "drop"]) {
-      window.addEventListener(kind, (event) => event.preventDefault());
-    }
-    zone.addEventListener("dragover", () => zone.toggleAttribute("data-over", true));
-    zone.addEventListener("dragleave", (event) => {
-      if (!zone.contains(event.relatedTarget)) zone.removeAttribute("data-over");
-    });
-    zone.addEventListener("drop", (event) => {
-      zone.removeAttribute("data-over");
+  catchDrops() {
+    let depth = 0;
+    const over = (n) => {
+      depth = n;
+      document.body.toggleAttribute("data-over", depth > 0);
+    };
+    const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
+    window.addEventListener("dragenter", (event) => carriesFiles(event) && over(depth + 1));
+    window.addEventListener("dragleave", (event) => carriesFiles(event) && over(depth - 1));
+    // What is dropped must not replace the page.
+    window.addEventListener("dragover", (event) => event.preventDefault());
+    window.addEventListener("drop", (event) => {
+      event.preventDefault();
+      over(0);
       const file = event.dataTransfer.files[0];
       if (file) this.choose(file);
-      else say(byId("listen-error"), "What was dropped is no file.");
+      else this.complain("What was dropped is no file.");
+      byId("transcribe").scrollIntoView({ block: "nearest" });
     });
   }
 
   choose(file) {
-    this.dropped = file;
-    if (file) byId("audio").value = "";
-    say(byId("listen-error"), "");
-    const chosen = this.file();
-    say(byId("listen-hint"), chosen
-      ? `Chosen: ${chosen.name}, ${bytes(chosen.size)}.` : "Drop a recording here, or choose one.");
+    this.file = file;
+    byId("source").toggleAttribute("data-chosen", true);
+    say(byId("chosen"), file.name);
+    say(byId("chosen-size"), bytes(file.size));
+    say(byId("transcribe-error"), "");
+    announce(`${file.name} is chosen.`);
   }
 
-  file() {
-    return this.dropped ?? byId("audio").files[0];
+  async record() {
+    if (this.microphone.isOn) {
+      this.microphone.stop();
+      return;
+    }
+    // The browser may ask its user first; a second press is none for a second recording.
+    if (this.isAsking) return;
+    this.isAsking = true;
+    say(byId("transcribe-error"), "");
+    try {
+      await this.microphone.start();
+      byId("record").toggleAttribute("data-on", true);
+      this.tick();
+    } catch (error) {
+      this.complain(error.message);
+    } finally {
+      this.isAsking = false;
+    }
+  }
+
+  complain(message) {
+    say(byId("transcribe-error"), message);
   }
 
   async start() {
     if (this.stop) return;
-    const file = this.file();
-    const models = this.selects.map(({ field }) => field.value).filter((id) => id !== NONE);
+    if (this.microphone.isOn) await this.microphone.stop();
+    const { file } = this;
+    const models = this.fields.map(({ value }) => value).filter((id) => id !== NONE);
     if (!file || !models.length) {
-      say(byId("listen-error"), file ? "Choose a model." : "Choose a recording first.");
+      this.complain(file ? "Choose a model." : "Choose a recording first.");
       byId(file ? "model-a" : "audio").focus();
       return;
     }
     this.stop = new AbortController();
-    this.show(models.map((model) => new Reading(model)));
-    // One after the other: at once, each would slow the other down.
-    for (const reading of this.readings) await this.readWith(reading, file);
-    this.stop = null;
-    this.enable();
+    this.show(file, models.map((model) => new Reading(model, this.player, this.requests)));
+    const language = byId("language").value;
+    try {
+      // One after the other: at once, each would slow the other down.
+      for (const reading of this.readings) await this.readWith(reading, file, language);
+    } finally {
+      this.stop = null;
+      this.enable();
+    }
     this.conclude();
   }
 
-  show(readings) {
+  show(file, readings) {
+    for (const reading of this.readings) reading.dispose();
     this.readings = readings;
-    say(byId("listen-error"), "");
+    say(byId("transcribe-error"), "");
+    say(byId("result-title"), file.name);
     byId("verdict").hidden = true;
-    byId("readings").hidden = false;
+    byId("result").hidden = false;
     byId("readings").replaceChildren(...readings.map((reading) => reading.root));
+    this.player.open(file, readings);
     this.enable();
   }
 
   enable() {
-    setAttribute(byId("listen-go"), "aria-disabled", String(this.stop !== null));
-    setAttribute(byId("listen-cancel"), "aria-disabled", String(this.stop === null));
+    setAttribute(byId("go"), "aria-disabled", String(this.stop !== null));
+    const cancel = byId("cancel");
+    if (this.stop === null && document.activeElement === cancel) byId("go").focus();
+    cancel.hidden = this.stop === null;
   }
 
-  async readWith(reading, file) {
+  async readWith(reading, file, language) {
     const { signal } = this.stop;
     if (signal.aborted) {
-      reading.fail("Cancelled.");
+      reading.cancel();
       return;
     }
     try {
-      await reading.read(file, signal);
-      announce(`${reading.model} is done after ${reading.seconds.toFixed(1)} seconds.`);
+      await reading.read(file, language, signal);
     } catch (error) {
-      if (error.name === "AbortError") reading.fail("Cancelled.");
-      else if (error instanceof ApiError) reading.fail(error.message);
-      else reading.fail("The answer broke off before its end.");
+      if (error instanceof ApiError) {
+        reading.fail(error.message);
+        return;
+      }
+      if (error.name !== "AbortError") throw error;
+      reading.cancel();
+      announce("Cancelled.");
     }
   }
 
   conclude() {
     const [first, second] = this.readings;
-    if (!first?.isDone || !second?.isDone) return;
+    if (!first.isDone || !second?.isDone) return;
     const found = compare(first.text, second.text);
     const verdict = byId("verdict");
     say(verdict, found ? inWords(found, first.model, second.model)
