@@ -379,7 +379,8 @@ class ModelSource:
         return replace(self, request=request, terms=replace(self.terms, ladder=()))
 
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
-        return self.cache.loader.decode_audio(audio)
+        # Each call does: without the property.
+        return self.cache._core.loader.decode_audio(audio)
 
     def signatures(self) -> Mapping[str, Signature]:
         return self.cache.loader.signatures()

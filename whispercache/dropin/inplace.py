@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from whispercache.engine import process
-from whispercache.engine.calls.prepare import prepared, prepared_detection
+from whispercache.engine.calls.prepare import prepared_detection
 from whispercache.engine.construct import altered, genuine
 from whispercache.engine.rebound import is_replacement, plain_of, replaces
 
-from .model import lease_pipelines, leased_of
+from .model import lease_pipelines, leased_of, transcribed
 from .whisper import LeasedWhisper
 
 if TYPE_CHECKING:
@@ -143,8 +143,8 @@ def _transcriber(plain: Callable[..., object]) -> Callable[..., object]:
         leased = leased_of(self)
         if leased is None:
             return plain(self, audio, *args, **options)
-        ready = prepared(leased.source, audio, args, options, None)
-        return leased.run(altered(types.MethodType(plain, self)), ready)
+        method = types.MethodType(plain, self)
+        return transcribed(leased, method, audio, args, options)
 
     return transcribe
 
