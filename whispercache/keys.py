@@ -213,7 +213,8 @@ def single_index(device_index: object) -> object:
 def canonical_device(device: str, device_index: object = None) -> str:
     """
     Returns ``"auto"``, ``"cpu"``, ``"cuda:N"``, or ``"cuda"`` for the best card. With a
-    *device_index*, ``"cuda"`` is that card.
+    *device_index*, ``"cuda"`` is that card, and ``"auto"`` is ``"auto:N"``: that card
+    or the CPU.
 
     Raises:
         TypeError: *device* is no text, or *device_index* not one number.
@@ -231,6 +232,8 @@ def canonical_device(device: str, device_index: object = None) -> str:
     match = _DEVICE.fullmatch(device)
     if not match or (device_index or 0) < 0:
         raise ValueError(f"{_DEVICES}, not {device!r}{_device_hint(device)}")
+    if match[1] == "auto" and device_index is not None:
+        return f"auto:{device_index}"
     if match[1]:
         return match[1]
     # The card is chosen later, when it is known where the model is.

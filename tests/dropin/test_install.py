@@ -455,6 +455,9 @@ def test_cuda_is_the_best_card_only_without_an_index(make_cache: MakeCache) -> N
     assert key(device="cuda", device_index=[0]) == "cuda:0"
     assert key(device="cuda:1", device_index=0) == "cuda:1"
     assert key(device="cpu", device_index=0) == "cpu"
+    assert key(device="auto") == "cuda:1"
+    assert key(device_index=0) == "cuda:0"
+    assert key(device="auto", device_index=[1]) == "cuda:1"
     with pytest.raises(DeviceUnavailable):
         key(device="cuda", device_index=5)
 
