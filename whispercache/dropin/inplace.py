@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from whispercache.engine import process
+from whispercache.engine.audio.samples import in_place_of
 from whispercache.engine.calls.prepare import prepared_detection
-from whispercache.engine.construct import altered, genuine
+from whispercache.engine.construct import altered, decoders, genuine
 from whispercache.engine.rebound import is_replacement, plain_of, replaces
 
 from .model import lease_pipelines, leased_of, transcribed
@@ -57,7 +58,8 @@ _offers: list[Offer] = []
 def change(offer: Offer, *, ctranslate2: bool) -> None:
     """
     Has the models that are made from now on leased as *offer* says; with *ctranslate2*
-    those of `ctranslate2.models.Whisper` by itself, too.
+    those of `ctranslate2.models.Whisper` by itself, too. A ``decode_audio`` that reads
+    no file is replaced by one that does.
     """
     # Both remember what was there first.
     kinds, whisper = genuine(), process.whisper()
@@ -65,6 +67,9 @@ def change(offer: Offer, *, ctranslate2: bool) -> None:
     _put(kinds.model, "transcribe", _transcriber)
     _put(kinds.model, "detect_language", _detector)
     lease_pipelines(kinds.pipeline)
+    if process.decoding_problem():
+        for module in decoders():
+            _put(module, "decode_audio", in_place_of)
     _offers[:] = [offer]
     models = process.ctranslate2().models
     if not ctranslate2:
@@ -84,16 +89,18 @@ def restore() -> None:
     _offers.clear()
     _give_back(genuine().model, "__init__")
     _give_back(process.ctranslate2().models, "Whisper")
+    for module in decoders():
+        _give_back(module, "decode_audio")
 
 
-def _put(kind: type, name: str, make: Callable[[Any], object]) -> None:
-    plain = getattr(kind, name)
+def _put(owner: object, name: str, make: Callable[[Any], object]) -> None:
+    plain = getattr(owner, name)
     # A mock of a test has its own idea, and is gone soon.
     if type(plain) is not types.FunctionType or _has_ours(plain):
         return
     made = make(plain)
     replaces(made, plain)
-    setattr(kind, name, made)
+    setattr(owner, name, made)
 
 
 def _has_ours(found: object) -> bool:

@@ -17,6 +17,7 @@ from whispercache.engine.calls.prepare import prepared, prepared_detection
 from whispercache.engine.calls.signatures import bound
 from whispercache.engine.construct import altered, genuine
 from whispercache.engine.rebound import is_replacement, replaces
+from whispercache.engine.views import is_view
 from whispercache.model import ATTRIBUTES, CachedModel, Handle
 
 from .whisper import LeasedWhisper
@@ -255,7 +256,8 @@ def class_over(base: type[WhisperModel]) -> type[CachedWhisperModel]:
 def lease_pipelines(kind: type[BatchedInferencePipeline]) -> None:
     """
     Has the batched pipeline hold one lease over a call, where its model is a cached
-    one. With other models it does what it did.
+    one, and hear as models of leases do, where it is one of those. With other models it
+    does what it did.
     """
     plain = kind.transcribe
     # A mock of a test has its own idea, and is gone soon.
@@ -264,9 +266,11 @@ def lease_pipelines(kind: type[BatchedInferencePipeline]) -> None:
 
     @functools.wraps(plain)
     def transcribe(self: Any, *args: Any, **options: Any) -> object:  # noqa: ANN401
-        leased = leased_of(getattr(self, "model", None))
+        model = getattr(self, "model", None)
+        leased = leased_of(model)
         if leased is None:
-            return plain(self, *args, **options)
+            method: Any = types.MethodType(plain, self)
+            return (altered(method) if is_view(model) else method)(*args, **options)
         signature = leased.source.signatures()["batched"]
         given = bound(signature, args, options)
         audio = cast("AudioInput", given.pop("audio"))

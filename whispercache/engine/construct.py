@@ -261,6 +261,16 @@ def initialize(
     rebound(init, **names)(whisper, files.directory, **options)
 
 
+def decoders() -> tuple[types.ModuleType, ...]:
+    """
+    Returns the modules that have faster-whisper's ``decode_audio``.
+    """
+    import faster_whisper
+    from faster_whisper import audio, transcribe
+
+    return audio, transcribe, faster_whisper
+
+
 @functools.cache
 def _swaps() -> Swaps:
     model, pipeline = genuine().model, genuine().pipeline
@@ -280,7 +290,7 @@ def _swaps() -> Swaps:
     consequence = "voice activity detection takes more memory"
     _check_lookups(methods, tuple(bounded), consequence)
     _check_lookups((vad.get_speech_timestamps,), ("get_vad_model",), consequence)
-    decode = audio.decode_audio
+    decode = plain_of(audio.decode_audio)
     # Pipelines are given samples.
     lookup = methods[:1], (decode.__name__,)
     _check_lookups(*lookup, "a leased model may read no files with PyAV 19")

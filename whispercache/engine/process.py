@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
 QUIET_LOOKS = 10
+# From this one on, PyAV refuses options that it does not have.
+_STRICT_PYAV = 19
 # Variable for the telemetry of onnxruntime, which finds speech for faster-whisper: from
 # 1.29 on its first import starts a thread for that, and writes an id and a database
 # into the user's cache directory, unless this is set before.
@@ -124,7 +126,13 @@ def decoding_problem() -> str:
     import wave
 
     ctranslate2()
+    import av
     import faster_whisper
+
+    # To try takes a garbage collection. Without PyAV the module may be an empty one.
+    number = str(getattr(av, "__version__", "0")).partition(".")[0]
+    if not number.isdecimal() or int(number) < _STRICT_PYAV:
+        return ""
 
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:

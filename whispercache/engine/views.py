@@ -136,6 +136,13 @@ def lends(
     return lend
 
 
+def is_view(whisper: object) -> bool:
+    """
+    Returns True for the model of a lease.
+    """
+    return isinstance(whisper, _Lending)
+
+
 def own_values(
     function: Callable[..., object],
     args: tuple[object, ...],

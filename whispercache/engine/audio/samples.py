@@ -4,10 +4,12 @@ The samples of whatever a caller gives as audio.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
+from whispercache.engine.rebound import rebound
 from whispercache.errors import AudioError
 
 if TYPE_CHECKING:
@@ -72,16 +74,41 @@ def _converted(array: NDArray[Any]) -> NDArray[np.float32]:
 
 def in_place_of(plain: Callable[..., object]) -> Callable[..., object]:
     """
-    Returns what models call for *plain*, which is faster-whisper's ``decode_audio``:
-    the same of `samples_of`, since faster-whisper 1.2.1 cannot open a file with PyAV
-    19. It still decodes to other rates, and to stereo.
+    Returns what is called for *plain*, which is faster-whisper's ``decode_audio``: the
+    same of `samples_of`, since faster-whisper 1.2.1 cannot open a file with PyAV 19. It
+    still decodes to other rates, and to stereo.
     """
 
+    @functools.wraps(plain)
     def decode_audio(
         input_file: AudioInput, sampling_rate: int = _RATE_HZ, **options: object
     ) -> object:
-        if sampling_rate != _RATE_HZ or options:
-            return plain(input_file, sampling_rate, **options)
-        return samples_of(input_file)
+        if sampling_rate == _RATE_HZ and not any(options.values()):
+            return samples_of(input_file)
+        return _tolerant(plain)(input_file, sampling_rate, **options)
 
     return decode_audio
+
+
+def _tolerant(plain: Callable[..., object]) -> Callable[..., object]:
+    # PyAV 19 has no such option, and behaves as if it were given.
+    from .decoder import OPENING
+
+    return plain if "metadata_errors" in OPENING else rebound(plain, av=_PyAV())
+
+
+class _PyAV:
+    """
+    PyAV, whose ``open`` passes over an option that it no longer has.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        import av
+
+        return getattr(av, name)
+
+    def open(self, *args: Any, metadata_errors: str = "", **options: Any) -> object:  # noqa: ANN401 - as there
+        import av
+
+        del metadata_errors
+        return av.open(*args, **options)
