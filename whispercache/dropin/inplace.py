@@ -67,7 +67,7 @@ def change(offer: Offer, *, ctranslate2: bool) -> None:
     _put(kinds.model, "transcribe", _transcriber)
     _put(kinds.model, "detect_language", _detector)
     lease_pipelines(kinds.pipeline)
-    if process.decoding_problem():
+    if process.is_pyav_strict() and process.decoding_problem():
         for module in decoders():
             _put(module, "decode_audio", in_place_of)
     _offers[:] = [offer]

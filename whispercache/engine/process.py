@@ -117,6 +117,18 @@ def versions() -> dict[str, str]:
     }
 
 
+def is_pyav_strict() -> bool:
+    """
+    Returns True if PyAV may refuse what faster-whisper asks of it; see the next one,
+    which tries, and takes a garbage collection for that.
+    """
+    import av
+
+    # Without PyAV the module may be an empty one.
+    number = str(getattr(av, "__version__", "0")).partition(".")[0]
+    return number.isdecimal() and int(number) >= _STRICT_PYAV
+
+
 def decoding_problem() -> str:
     """
     Returns why faster-whisper's own ``decode_audio`` reads no file; empty if it does.
@@ -126,13 +138,7 @@ def decoding_problem() -> str:
     import wave
 
     ctranslate2()
-    import av
     import faster_whisper
-
-    # To try takes a garbage collection. Without PyAV the module may be an empty one.
-    number = str(getattr(av, "__version__", "0")).partition(".")[0]
-    if not number.isdecimal() or int(number) < _STRICT_PYAV:
-        return ""
 
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:
