@@ -64,6 +64,12 @@ class TestConstructor:
             (("cuda", 1, "float32"), {}, "base/cuda:1/float32"),
             (("cuda", 1), {"compute_type": "float32"}, "base/cuda:1/float32"),
             (("cuda",), {"device_index": [1]}, "base/cuda:1/float16"),
+            (("cuda", np.int64(1)), {}, "base/cuda:1/float16"),
+            (
+                ("cuda",),
+                {"device_index": [np.int32(1)], "num_workers": np.int64(2)},
+                "base/cuda:1/float16?num_workers=2",
+            ),
             (("cpu", 0, "int8", 3), {}, "base/cpu/int8_float32?cpu_threads=3"),
             (
                 ("cpu", "int8"),
