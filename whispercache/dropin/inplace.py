@@ -21,12 +21,16 @@ from whispercache.engine.audio.samples import in_place_of
 from whispercache.engine.calls.prepare import prepared_detection
 from whispercache.engine.construct import altered, decoders, genuine
 from whispercache.engine.rebound import is_replacement, plain_of, replaces
+from whispercache.errors import WhisperCacheError
 
 from .model import lease_pipelines, leased_of, transcribed
+from .refusals import expected
 from .whisper import LeasedWhisper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from faster_whisper import WhisperModel
 
     from whispercache.base import ModelSource
     from whispercache.engine.api import AudioInput
@@ -127,21 +131,35 @@ def _constructor(plain: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(plain)
     def init(self: Any, *args: Any, **options: Any) -> None:  # noqa: ANN401
         offer = next(iter(_offers), None)
-        source = None
+        leased = None
         if offer is not None:
             given = signature.bind(self, *args, **options).arguments
             given.pop(next(iter(given)))
             more = given.pop("model_kwargs", {})
-            source = offer.source_of({**given, **more})
-        if offer is None or source is None:
+            try:
+                leased = _leased(self, offer, {**given, **more})
+            except WhisperCacheError as error:
+                raise expected(error) from error.__cause__
+        if offer is None or leased is None:
             plain(self, *args, **options)
-            return
-        leased = LeasedWhisper(source)
-        source.initialize(self, leased)
-        if offer.preload:
+        elif offer.preload:
             leased.load_model()
 
     return init
+
+
+def _leased(
+    whisper: WhisperModel, offer: Offer, given: Mapping[str, Any]
+) -> LeasedWhisper | None:
+    """
+    Makes *whisper* a leased model, if it is to be one.
+    """
+    source = offer.source_of(given)
+    if source is None:
+        return None
+    leased = LeasedWhisper(source)
+    source.initialize(whisper, leased)
+    return leased
 
 
 def _transcriber(plain: Callable[..., object]) -> Callable[..., object]:
@@ -205,7 +223,10 @@ class InPlaceWhisper(LeasedWhisper, metaclass=_Either):
         if offer is not None and not args:
             named = {_RAW_NAMES.get(name, name): options[name] for name in options}
             given = {"model_size_or_path": model_path, "device": device, **named}
-            source = offer.source_of(given)
+            try:
+                source = offer.source_of(given)
+            except WhisperCacheError as error:
+                raise expected(error) from error.__cause__
         if offer is None or source is None:
             # CTranslate2 refuses *args* itself.
             return process.whisper()(model_path, device, *args, **options)
