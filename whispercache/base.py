@@ -386,6 +386,11 @@ class ModelSource:
         return self.cache.loader.signatures()
 
     def knowledge(self) -> Knowledge | None:
+        # Each call asks, mostly for a model in memory.
+        entry = self.cache._core.requests.get(self.request)
+        loaded = None if entry is None else entry.loaded
+        if loaded is not None and loaded.knowledge is not None:
+            return loaded.knowledge
         return self.cache._resolver.knowledge(self.request, download=True)
 
     def files(self) -> ModelFiles:

@@ -128,8 +128,9 @@ class LeasedIterator(Iterator[T]):
         """
         Returns the next item. Noting who iterates is up to the caller.
         """
+        lease = self._lease
         # `_was_forked`, spelled out.
-        if self._items is not None and self._lease.is_released:
+        if self._items is not None and lease._serial not in lease._entry.leases:
             raise CacheForked
         try:
             with self._step:
@@ -150,7 +151,7 @@ class LeasedIterator(Iterator[T]):
                 raise RuntimeError(f"it ended early: {self._failure}")
             raise StopIteration
         try:
-            item = self._first() if self._again else next(self._items)
+            item = next(self._items) if self._again is None else self._first()
         except StopIteration:
             # The lease ends with the last item, not when the iterator is collected.
             self._finish()

@@ -118,13 +118,10 @@ class Resolver:
             UnknownModel, CorruptModel, LoadFailed: as `resolve` would.
         """
         entry = self.known(request)
-        if entry is not None:
+        if entry is not None and entry.is_present and entry.files is not None:
             # It may be unloaded meanwhile.
-            loaded = entry.loaded
-            if loaded is not None and loaded.knowledge is not None:
-                return loaded.knowledge
-            if entry.is_present and entry.files is not None:
-                return knowledge_of(entry.files)
+            known = None if (loaded := entry.loaded) is None else loaded.knowledge
+            return known or knowledge_of(entry.files)
         name, _, _, *pairs = request
         try:
             files = self._peek(canonical_model(name), dict(pairs), download=download)

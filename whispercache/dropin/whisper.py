@@ -141,7 +141,12 @@ class LeasedWhisper:
         Encodes features (batch, mels, frames).
         """
         # No cast() on the way of each call: it is a call, too.
-        encoded: StorageView = self._call("encode", (features, to_cpu), {})
+        encoded: StorageView
+        call = self.here.call
+        if call is not None:
+            encoded = _method(call.loaded, "encode")(features, to_cpu)
+        else:
+            encoded = self._call("encode", (features, to_cpu), {})
         return encoded
 
     def generate(
@@ -158,7 +163,12 @@ class LeasedWhisper:
         With *asynchronous* too it is done when this returns: nothing of the model may
         go on without a lease.
         """
-        found: Any = self._call("generate", (features, prompts), options)
+        found: Any
+        call = self.here.call
+        if call is not None:
+            found = _method(call.loaded, "generate")(features, prompts, **options)
+        else:
+            found = self._call("generate", (features, prompts), options)
         return [_Done(each) for each in found] if asynchronous else found
 
     def align(
@@ -276,7 +286,7 @@ class LeasedWhisper:
         The model that the next call is on, as far as that is known.
         """
         call = self.here.call
-        return (self._pinned or self.source).key if call is None else call.lease.key
+        return (self._pinned or self.source).key if call is None else call.loaded.key
 
     @property
     def is_multilingual(self) -> bool:
