@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
     from inspect import Signature
 
+    import numpy as np
     from faster_whisper import WhisperModel
+    from numpy.typing import NDArray
 
     from whispercache.devices.memory import MemoryProbe
     from whispercache.keys import ModelKey, OptionValue
 
+    from .api import AudioInput
     from .files import ModelFiles
     from .sizes.footprint import Footprint, Workload
     from .variants.store import Variants
@@ -375,8 +378,8 @@ class FasterWhisperLoader:
     ) -> None:
         construct.initialize(whisper, files, self._kept, lambda *_, **__: model)
 
-    # Not by a method: each call would pay for that.
-    decode_audio = staticmethod(samples_of)
+    def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
+        return samples_of(audio)
 
 
 def _check_unchanged(key: ModelKey, files: ModelFiles) -> None:
