@@ -71,6 +71,7 @@ others: others-pyav18 others-pyav19 others-fork
 
 others-pyav%: .venv/others/pyav%/ready
 	$(<D)/bin/pytest $(SHARED) tests/engine/test_audio.py tests/engine/test_views.py \
+	    tests/dropin/test_decoding.py \
 	    tests/server/test_decode.py
 
 others-fork: .venv/others/fork/ready

@@ -212,7 +212,8 @@ class TestDevices:
         ("device", "index", "expected"),
         [
             ("auto", None, "auto"),
-            ("auto", 0, "auto"),
+            ("auto", 0, "auto:0"),
+            ("auto", [1], "auto:1"),
             ("cpu", 0, "cpu"),
             ("cuda", None, "cuda"),
             ("cuda", 0, "cuda:0"),
@@ -225,10 +226,11 @@ class TestDevices:
         ],
     )
     def test_a_device_has_one_name(
-        self, device: str, index: int | None, expected: str
+        self, device: str, index: Any, expected: str
     ) -> None:
         """
-        "cuda" is the card of device_index; without one, whichever is best.
+        "cuda" is the card of device_index; without one, whichever is best. "auto" is
+        that card or the CPU.
         """
         assert canonical_device(device, index) == expected
 

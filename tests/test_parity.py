@@ -17,9 +17,15 @@ from faster_whisper import WhisperModel
 from real import clip, decode_audio, micro, model_of
 
 from whispercache import AudioError, ModelCache, footprint, read_audio
+from whispercache.devices import nvml
 from whispercache.devices.host import cpu_name
+from whispercache.devices.probe import SystemProbe
 from whispercache.engine.audio.samples import samples_of
-from whispercache.engine.sizes.learned import LearnedFootprints
+from whispercache.engine.files import ModelFiles
+from whispercache.engine.sizes.architecture import ARCHITECTURES
+from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD
+from whispercache.engine.sizes.learned import LearnedFootprints, Sizer
+from whispercache.keys import ModelKey
 from whispercache.options import AFTER_DEVICE
 
 if TYPE_CHECKING:
@@ -58,6 +64,12 @@ class TestConstructor:
             (("cuda", 1, "float32"), {}, "base/cuda:1/float32"),
             (("cuda", 1), {"compute_type": "float32"}, "base/cuda:1/float32"),
             (("cuda",), {"device_index": [1]}, "base/cuda:1/float16"),
+            (("cuda", np.int64(1)), {}, "base/cuda:1/float16"),
+            (
+                ("cuda",),
+                {"device_index": [np.int32(1)], "num_workers": np.int64(2)},
+                "base/cuda:1/float16?num_workers=2",
+            ),
             (("cpu", 0, "int8", 3), {}, "base/cpu/int8_float32?cpu_threads=3"),
             (
                 ("cpu", "int8"),
@@ -237,3 +249,32 @@ class TestFootprint:
             assert plan.needed_bytes == told.total_bytes
             with cache.lease(directory, "cpu", compute_type, cpu_threads=1):
                 pass
+
+    @pytest.mark.parametrize("name", ["Alpha", None])
+    def test_on_cards_of_one_kind_it_knows_what_a_cache_has_learned(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
+    ) -> None:
+        """
+        Of weights and of calls; where they have no common name, what is predicted.
+        """
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(nvml, "common_name", lambda: name)
+        predicted = footprint("small", "float16", "cuda")
+
+        class Probe(SystemProbe):
+            def device_name(self, device: str) -> str:
+                assert device == "cuda:1"
+                return "Alpha"
+
+        sizer = Sizer(Probe())
+        key = ModelKey("small", "cuda:1", "float16")
+        files = ModelFiles("", "float16", source=ARCHITECTURES["small"])
+        for _ in range(3):
+            sizer.remember(key, files, int(1.2 * predicted.weights_bytes))
+            sizer.remember_work("cuda:1", 10**6, int(1.3 * 10**6))
+        charged = sizer.footprint(key, files, DEFAULT_WORKLOAD)
+        assert charged.weights_bytes > predicted.weights_bytes
+        assert charged.workspace_bytes > predicted.workspace_bytes
+        for device in ("cuda", "cuda:1"):
+            told = footprint("small", "float16", device)
+            assert told == (charged if name else predicted)

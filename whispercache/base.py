@@ -379,12 +379,18 @@ class ModelSource:
         return replace(self, request=request, terms=replace(self.terms, ladder=()))
 
     def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
-        return self.cache.loader.decode_audio(audio)
+        # Each call does: without the property.
+        return self.cache._core.loader.decode_audio(audio)
 
     def signatures(self) -> Mapping[str, Signature]:
         return self.cache.loader.signatures()
 
     def knowledge(self) -> Knowledge | None:
+        # Each call asks, mostly for a model in memory.
+        entry = self.cache._core.requests.get(self.request)
+        loaded = None if entry is None else entry.loaded
+        if loaded is not None and loaded.knowledge is not None:
+            return loaded.knowledge
         return self.cache._resolver.knowledge(self.request, download=True)
 
     def files(self) -> ModelFiles:

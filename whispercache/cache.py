@@ -221,7 +221,8 @@ class ModelCache(CacheBase):
                 model hub, or a directory. A relative path is resolved now.
             device: ``"cpu"``; ``"cuda:N"``; ``"cuda"`` for the GPU where the model is
                 already, or else the one with most memory for it; ``"auto"`` for that,
-                or the CPU if no GPU can hold it. A ``device_index`` names the GPU, too.
+                or the CPU if no GPU can hold it. A ``device_index`` names the GPU, too:
+                with ``"auto"`` it is that one or the CPU.
             more: The compute type by position; or what WhisperModel takes there: the
                 index of the GPU, or a list of one, and then the compute type and so on.
             compute_type: As for WhisperModel; ``"default"``, ``"auto"`` and ``"int8"``

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .default import configure, default_cache
+from .devices.heap import use_huge_pages
 from .dropin.inplace import Offer, change, restore
 from .settings.table import RUN_TOP_VARIABLE, RUN_VARIABLE
 from .units import parse_duration
@@ -168,6 +169,8 @@ def start() -> None:
     """
     words = os.environ.get(RUN_VARIABLE, "").split(",")
     place = os.environ.get(RUN_TOP_VARIABLE)
+    if "huge_pages" in words:
+        use_huge_pages()
     log = None
     if place:
         from .watch.log import EventLog

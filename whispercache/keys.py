@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from numbers import Integral
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -206,14 +207,25 @@ def single_index(device_index: object) -> object:
     Returns the index in a list of one, as WhisperModel takes it, and all else as it is.
     """
     if isinstance(device_index, (list, tuple)) and len(device_index) == 1:
-        return device_index[0]
-    return device_index
+        device_index = device_index[0]
+    return _plain(device_index)
+
+
+def _plain(value: object) -> object:
+    """
+    Returns a whole number of NumPy's as Python's, as CTranslate2 takes both, and all
+    else as it is.
+    """
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
+    return value
 
 
 def canonical_device(device: str, device_index: object = None) -> str:
     """
     Returns ``"auto"``, ``"cpu"``, ``"cuda:N"``, or ``"cuda"`` for the best card. With a
-    *device_index*, ``"cuda"`` is that card.
+    *device_index*, ``"cuda"`` is that card, and ``"auto"`` is ``"auto:N"``: that card
+    or the CPU.
 
     Raises:
         TypeError: *device* is no text, or *device_index* not one number.
@@ -231,6 +243,8 @@ def canonical_device(device: str, device_index: object = None) -> str:
     match = _DEVICE.fullmatch(device)
     if not match or (device_index or 0) < 0:
         raise ValueError(f"{_DEVICES}, not {device!r}{_device_hint(device)}")
+    if match[1] == "auto" and device_index is not None:
+        return f"auto:{device_index}"
     if match[1]:
         return match[1]
     # The card is chosen later, when it is known where the model is.
@@ -288,7 +302,7 @@ def _checked(name: str, value: object) -> OptionValue:
 
     CTranslate2 itself would print its constructor's signature.
     """
-    default = _LOAD_DEFAULTS[name]
+    default, value = _LOAD_DEFAULTS[name], _plain(value)
     # Those without a default are the hub's, which are text.
     kind = str if default is None else type(default)
     is_kind = isinstance(value, kind) and isinstance(value, bool) is (kind is bool)

@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from .core.threads import current_owner
+from .core.threads import here
 from .engine.calls.prepare import (
     prepared,
     prepared_detection,
@@ -24,6 +24,7 @@ from .errors import CacheForked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeGuard
 
     from faster_whisper.transcribe import Segment, TranscriptionInfo
     from typing_extensions import Self
@@ -98,7 +99,10 @@ class LeasedIterator(Iterator[T]):
         return self._lease.key
 
     def __next__(self) -> T:
-        self.follow(current_owner())
+        # Mostly nobody else has gone on, and there is nothing to note.
+        owner = here.owner
+        if owner is not self._owner:
+            self.follow(owner)
         return self.step()
 
     def hand_over(self) -> None:
@@ -124,7 +128,9 @@ class LeasedIterator(Iterator[T]):
         """
         Returns the next item. Noting who iterates is up to the caller.
         """
-        if self._was_forked():
+        lease = self._lease
+        # `_was_forked`, spelled out.
+        if self._items is not None and lease._serial not in lease._entry.leases:
             raise CacheForked
         try:
             with self._step:
@@ -145,7 +151,7 @@ class LeasedIterator(Iterator[T]):
                 raise RuntimeError(f"it ended early: {self._failure}")
             raise StopIteration
         try:
-            item = self._first() if self._again else next(self._items)
+            item = next(self._items) if self._again is None else self._first()
         except StopIteration:
             # The lease ends with the last item, not when the iterator is collected.
             self._finish()
@@ -239,6 +245,14 @@ class LeasedIterator(Iterator[T]):
         )
 
 
+def is_lazy(result: object) -> TypeGuard[Iterator[object]]:
+    """
+    Returns True for an iterator.
+    """
+    # Mostly it is this, and to ask the abstract class takes a call.
+    return type(result) is types.GeneratorType or isinstance(result, Iterator)
+
+
 def call_leased(
     lease: Lease, call: Callable[..., object], *args: object, **options: object
 ) -> object:
@@ -266,10 +280,11 @@ def call_leased(
         first = result[0] if isinstance(result, tuple) else result
         return cast("Iterator[object]", first)
 
-    if isinstance(result, Iterator):
+    if isinstance(result, tuple):
+        if result and is_lazy(result[0]):
+            return (LeasedIterator(result[0], lease, again), *result[1:])
+    elif is_lazy(result):
         return LeasedIterator(result, lease, again)
-    if isinstance(result, tuple) and result and isinstance(result[0], Iterator):
-        return (LeasedIterator(result[0], lease, again), *result[1:])
     lease.release()
     return result
 

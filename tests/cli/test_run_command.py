@@ -16,6 +16,7 @@ import pytest
 from real import TEXT, child_environment, micro
 
 from whispercache.cli.main import main
+from whispercache.devices.heap import huge_pages_problem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -184,6 +185,24 @@ print(json.dumps([type(model).__name__, found, stats.loads, stats.leases]))
 """
     done = run("--ctranslate2", PYTHON, "-c", code, micro())
     assert answer(done) == ["InPlaceWhisper", 1, 1, 0]
+
+
+@PROCESS
+@pytest.mark.parametrize("options", [[], ["--no-huge-pages"]])
+def test_models_are_loaded_into_huge_pages(program: Path, options: list[str]) -> None:
+    """
+    As by the other commands, where there are some; in no program without models.
+    """
+    code = """
+import sys
+before = "whispercache.devices.heap" in sys.modules
+import json, faster_whisper
+from whispercache.devices import heap
+print(json.dumps([before, heap.is_shared()]))
+"""
+    expected = not options and not huge_pages_problem()
+    assert answer(run(*options, PYTHON, "-c", code)) == [False, expected]
+    assert answer(run(*options, PYTHON, program, micro())) == LEASED
 
 
 @PROCESS

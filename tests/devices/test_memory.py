@@ -82,6 +82,25 @@ class TestGpus:
             [8 * GIB, 7 * GIB, "nvml"],
         ]
 
+    def test_cards_of_one_kind_have_a_common_name_without_cuda(
+        self, gpus: FakeGpus
+    ) -> None:
+        """
+        Others have none, nor has a machine whose driver does not tell.
+        """
+        more = f"card {UUID_B} 00000000:02:00.0 {24 * GIB} {4 * GIB}"
+        for state, name in [
+            (CARD_A, "Alpha"),
+            (f"{CARD_A}\n{more} Alpha", "Alpha"),
+            (f"{CARD_A}\n{more} Beta", None),
+            ("", None),
+            (f"{CARD_A}\nfail nvmlDeviceGetName 3", None),
+            (f"{CARD_A}\nfail nvmlInitWithFlags 9", None),
+        ]:
+            gpus.set_state(state)
+            assert gpus.answer("answer = nvml.common_name()") == name
+        assert "cuInit" not in gpus.calls()
+
     def test_only_visible_cards_count(self, gpus: FakeGpus) -> None:
         """
         With the second card alone let through, that card is cuda:0.

@@ -5,10 +5,12 @@ before, and whatever is done to the class meanwhile.
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import json
 import logging
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -22,10 +24,13 @@ from faster_whisper import BatchedInferencePipeline, WhisperModel
 from real import FEATURES, SILENCE, TEXT, at_once, child, micro, micro_copy, text_of
 
 from whispercache import (
+    CorruptModel,
     DeviceUnavailable,
+    LoadFailed,
     ModelCache,
     ModelTooLarge,
     UnknownModel,
+    UnsupportedComputeType,
     install,
     installed,
     installing,
@@ -36,7 +41,7 @@ from whispercache.engine.rebound import plain_of
 from whispercache.installing import _Installation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import numpy as np
     from conftest import MakeCache
@@ -399,6 +404,71 @@ def test_preload_fails_in_the_constructor(cache: ModelCache) -> None:
             new(Path("nonsense"))
 
 
+def nowhere(path: Path) -> dict[str, Any]:
+    """
+    A model that is not on this disk, with no leave to download it.
+    """
+    return {"model": "tiny", "local_files_only": True, "download_root": str(path)}
+
+
+def truncated(path: Path) -> dict[str, Any]:
+    """
+    A model with half of its weights.
+    """
+    file = micro_copy(path / "half") / "model.bin"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return {"model": str(file.parent)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        (lambda _: {"model": "nonsense"}, UnknownModel),
+        (lambda path: {"model": str(path)}, UnknownModel),
+        (truncated, CorruptModel),
+        (nowhere, LoadFailed),
+        (lambda _: {"compute_type": "int7"}, UnsupportedComputeType),
+        (lambda _: {"device": "gpu"}, ValueError),
+        (lambda _: {"size": 1}, TypeError),
+    ],
+)
+def test_constructors_raise_what_programs_expect(
+    cache: ModelCache,
+    tmp_path: Path,
+    wrong: Callable[[Path], dict[str, Any]],
+    kind: type[Exception],
+) -> None:
+    """
+    They try the next model then, or a download; other processes get our own types.
+    """
+    given = {"model": str(micro()), "device": "cpu", **wrong(tmp_path)}
+    name = given.pop("model")
+    with pytest.raises(Exception, match=r".") as plain:
+        WhisperModel(name, **given)
+    with installed(cache), pytest.raises(plain.type) as caught:
+        WhisperModel(name, **given)
+    assert isinstance(caught.value, kind)
+    assert type(caught.value).__name__ == kind.__name__
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert type(again) is kind
+    assert str(again) == str(caught.value)
+    if isinstance(caught.value, OSError):
+        assert caught.value.errno == errno.ENOENT
+        assert caught.value.strerror == str(again)
+
+
+def test_the_plain_class_s_errors_are_ctranslate2_s(
+    cache: ModelCache, tmp_path: Path
+) -> None:
+    """
+    Which raises one type for all that is wrong with a directory.
+    """
+    with installed(cache, ctranslate2=True):
+        for directory in (tmp_path, Path(truncated(tmp_path)["model"])):
+            with pytest.raises(RuntimeError):
+                ctranslate2.models.Whisper(str(directory), "cpu")
+
+
 @pytest.mark.parametrize("how", ["device_index", "files"])
 def test_what_cannot_be_cached_is_plain_with_one_warning(
     cache: ModelCache, caplog: pytest.LogCaptureFixture, how: str
@@ -455,6 +525,9 @@ def test_cuda_is_the_best_card_only_without_an_index(make_cache: MakeCache) -> N
     assert key(device="cuda", device_index=[0]) == "cuda:0"
     assert key(device="cuda:1", device_index=0) == "cuda:1"
     assert key(device="cpu", device_index=0) == "cpu"
+    assert key(device="auto") == "cuda:1"
+    assert key(device_index=0) == "cuda:0"
+    assert key(device="auto", device_index=[1]) == "cuda:1"
     with pytest.raises(DeviceUnavailable):
         key(device="cuda", device_index=5)
 

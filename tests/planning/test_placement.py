@@ -212,6 +212,36 @@ def test_a_card_that_is_named_is_obeyed(make_cache: MakeCache, driver: Driver) -
     assert places(cache) == ["base@cuda:1", "tiny@cuda:0", "tiny@cuda:1"]
 
 
+def test_auto_with_an_index_is_that_card_or_the_cpu(
+    make_cache: MakeCache, driver: Driver
+) -> None:
+    """
+    Not another card, which may have more room or the model.
+    """
+    cache = make_cache()
+    driver.lease(cache, "base", "cuda:1").release()
+    for index in (0, [0]):
+        driver.lease(cache, "base", "auto", device_index=index).release()
+    assert places(cache) == ["base@cuda:0", "base@cuda:1"]
+    with pytest.raises(DeviceUnavailable):
+        driver.lease(cache, "base", "auto", device_index=5)
+
+
+def test_auto_with_an_index_and_no_room_there_is_the_cpu(
+    make_cache: MakeCache, driver: Driver
+) -> None:
+    """
+    Also where there is no card at all.
+    """
+    cache = make_cache(vram={"cuda:1": "100MiB"})
+    driver.lease(cache, "base", "auto", device_index=1).release()
+    assert places(cache) == ["base@cpu"]
+    machine = FakeMachine({"cpu": "8GiB"})
+    cache = make_cache(loader=FakeLoader(machine), probe=machine)
+    driver.lease(cache, "base", "auto", device_index=1).release()
+    assert places(cache) == ["base@cpu"]
+
+
 def test_a_lost_card_is_passed_over(
     make_cache: MakeCache,
     loader: FakeLoader,

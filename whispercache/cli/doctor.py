@@ -186,7 +186,7 @@ def _pyav() -> Finding:
         "PyAV",
         f"{number}: the cache reads files, but faster-whisper's own decode_audio() "
         f"fails ({problem})",
-        "pip install 'av<19', if your program calls that, or plain models",
+        "pip install 'av<19', or install() before your program calls that",
     )
 
 

@@ -23,6 +23,7 @@ from whispercache.settings.table import (
     CONFIG_VARIABLE,
     RUN_TOP_VARIABLE,
     RUN_VARIABLE,
+    RUN_WORDS,
     SETTINGS,
 )
 from whispercache.watch.log import TERMINAL
@@ -69,6 +70,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="load models where the program makes them, not at their first use",
     )
     add(
+        "--no-huge-pages",
+        dest="huge_pages",
+        action="store_false",
+        help="load models as the C library does by itself",
+    )
+    add(
         "--top",
         metavar="FILE",
         help=f"write loads, evictions and the peak there; {TERMINAL} is the terminal, "
@@ -102,7 +109,7 @@ def _variables(options: argparse.Namespace) -> dict[str, str]:
         # The program may go to another directory.
         found[CONFIG_VARIABLE] = str(Path(options.config).expanduser().absolute())
     words = ["faster_whisper"]
-    words += [name for name in ("ctranslate2", "preload") if given[name]]
+    words += [name for name in RUN_WORDS if given[name]]
     found[RUN_VARIABLE] = ",".join(words)
     if options.top is not None:
         found[RUN_TOP_VARIABLE] = _place(options.top)

@@ -118,6 +118,11 @@ class Hits:
     def _begin(self, entry: Entry, workload: Workload, owner: Owner) -> Lease | None:
         leases, state = entry.leases, self._state
         device, n_bytes = entry.device, entry.default_workspace_bytes
+        if workload is not DEFAULT_WORKLOAD:
+            known_bytes = entry.workspace_of(workload)
+            if known_bytes is None:
+                return None
+            n_bytes = known_bytes
         more_bytes = n_bytes if len(leases) < entry.num_workers else 0
         budget = device.budget
         charged_bytes = budget.charged_bytes + more_bytes
@@ -127,7 +132,6 @@ class Hits:
             or entry.drained_for is not None
             or device.lost_to is not None
             or state.closed is not None
-            or workload is not DEFAULT_WORKLOAD
             or charged_bytes + device.kept_bytes > budget.capacity_bytes
             or (leases and (entry.unusual or n_bytes != entry.usual_bytes))
             or ((line := state.queue).waiters and owner in line.owners)

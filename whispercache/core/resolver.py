@@ -180,7 +180,7 @@ class Resolver:
         files = self._peek(model, options, download=download)
         wish = _Wish(model, compute_type, kept, files)
         key = self._place(wish, wanted, beside)
-        is_placed = wanted in ("auto", "cuda")
+        is_placed = wanted == "cuda" or wanted.startswith("auto")
         target = Target(self._core.entry(key), options, files, is_placed)
         # A relative path means another model after os.chdir().
         if not is_directory(model) or os.path.isabs(name):
@@ -315,11 +315,19 @@ class Resolver:
     def _place(self, wish: _Wish, wanted: str, beside: Iterable[Target]) -> ModelKey:
         """
         Returns the key on the wanted device, or on the best one: ``"cuda"`` is any
-        card, ``"auto"`` a card that can hold the model, or else the CPU.
+        card, ``"auto"`` a card that can hold the model, or else the CPU, ``"auto:N"``
+        that card, or else the CPU.
         """
         devices = self._loader.devices()
+        cards = [device for device in devices if device != "cpu"]
+        kind, _, index = wanted.partition(":")
+        if kind == "auto" and index and cards:
+            named = f"cuda:{index}"
+            # Where there are others, one that is missing is a mistake.
+            wanted, cards = ("auto", [named]) if named in cards else (named, cards)
+        elif kind == "auto":
+            wanted = "auto"
         if wanted in ("auto", "cuda"):
-            cards = [device for device in devices if device != "cpu"]
             # The usual machine: there is nothing to choose.
             if cards == ["cuda:0"] and wanted == "cuda":
                 return self._on("cuda:0", wish)

@@ -108,6 +108,23 @@ def driver_version() -> str | None:
         return None
 
 
+def common_name() -> str | None:
+    """
+    Returns the name of the GPUs of this machine if all have the same; None if they do
+    not, or NVML cannot tell. CUDA, which counts them otherwise, is not started.
+    """
+    nvml = _nvml()
+    if not isinstance(nvml, ModuleType):
+        return None
+    try:
+        ordinals = range(nvml.nvmlDeviceGetCount())
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, ordinals)
+        names = {str(nvml.nvmlDeviceGetName(handle)) for handle in handles}
+    except nvml.NVMLError:
+        return None
+    return names.pop() if len(names) == 1 else None
+
+
 def nvml_problem() -> str | None:
     """
     Returns why NVML cannot be used here, in one line; None if it can.

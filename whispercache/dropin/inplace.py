@@ -17,15 +17,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from whispercache.engine import process
-from whispercache.engine.calls.prepare import prepared, prepared_detection
-from whispercache.engine.construct import altered, genuine
+from whispercache.engine.audio.samples import in_place_of
+from whispercache.engine.calls.prepare import prepared_detection
+from whispercache.engine.construct import altered, decoders, genuine
 from whispercache.engine.rebound import is_replacement, plain_of, replaces
+from whispercache.errors import WhisperCacheError
 
-from .model import lease_pipelines, leased_of
+from .model import lease_pipelines, leased_of, transcribed
+from .refusals import expected
 from .whisper import LeasedWhisper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from faster_whisper import WhisperModel
 
     from whispercache.base import ModelSource
     from whispercache.engine.api import AudioInput
@@ -57,7 +62,8 @@ _offers: list[Offer] = []
 def change(offer: Offer, *, ctranslate2: bool) -> None:
     """
     Has the models that are made from now on leased as *offer* says; with *ctranslate2*
-    those of `ctranslate2.models.Whisper` by itself, too.
+    those of `ctranslate2.models.Whisper` by itself, too. A ``decode_audio`` that reads
+    no file is replaced by one that does.
     """
     # Both remember what was there first.
     kinds, whisper = genuine(), process.whisper()
@@ -65,6 +71,9 @@ def change(offer: Offer, *, ctranslate2: bool) -> None:
     _put(kinds.model, "transcribe", _transcriber)
     _put(kinds.model, "detect_language", _detector)
     lease_pipelines(kinds.pipeline)
+    if process.is_pyav_strict() and process.decoding_problem():
+        for module in decoders():
+            _put(module, "decode_audio", in_place_of)
     _offers[:] = [offer]
     models = process.ctranslate2().models
     if not ctranslate2:
@@ -84,16 +93,18 @@ def restore() -> None:
     _offers.clear()
     _give_back(genuine().model, "__init__")
     _give_back(process.ctranslate2().models, "Whisper")
+    for module in decoders():
+        _give_back(module, "decode_audio")
 
 
-def _put(kind: type, name: str, make: Callable[[Any], object]) -> None:
-    plain = getattr(kind, name)
+def _put(owner: object, name: str, make: Callable[[Any], object]) -> None:
+    plain = getattr(owner, name)
     # A mock of a test has its own idea, and is gone soon.
     if type(plain) is not types.FunctionType or _has_ours(plain):
         return
     made = make(plain)
     replaces(made, plain)
-    setattr(kind, name, made)
+    setattr(owner, name, made)
 
 
 def _has_ours(found: object) -> bool:
@@ -120,21 +131,35 @@ def _constructor(plain: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(plain)
     def init(self: Any, *args: Any, **options: Any) -> None:  # noqa: ANN401
         offer = next(iter(_offers), None)
-        source = None
+        leased = None
         if offer is not None:
             given = signature.bind(self, *args, **options).arguments
             given.pop(next(iter(given)))
             more = given.pop("model_kwargs", {})
-            source = offer.source_of({**given, **more})
-        if offer is None or source is None:
+            try:
+                leased = _leased(self, offer, {**given, **more})
+            except WhisperCacheError as error:
+                raise expected(error) from error.__cause__
+        if offer is None or leased is None:
             plain(self, *args, **options)
-            return
-        leased = LeasedWhisper(source)
-        source.initialize(self, leased)
-        if offer.preload:
+        elif offer.preload:
             leased.load_model()
 
     return init
+
+
+def _leased(
+    whisper: WhisperModel, offer: Offer, given: Mapping[str, Any]
+) -> LeasedWhisper | None:
+    """
+    Makes *whisper* a leased model, if it is to be one.
+    """
+    source = offer.source_of(given)
+    if source is None:
+        return None
+    leased = LeasedWhisper(source)
+    source.initialize(whisper, leased)
+    return leased
 
 
 def _transcriber(plain: Callable[..., object]) -> Callable[..., object]:
@@ -143,8 +168,8 @@ def _transcriber(plain: Callable[..., object]) -> Callable[..., object]:
         leased = leased_of(self)
         if leased is None:
             return plain(self, audio, *args, **options)
-        ready = prepared(leased.source, audio, args, options, None)
-        return leased.run(altered(types.MethodType(plain, self)), ready)
+        method = types.MethodType(plain, self)
+        return transcribed(leased, method, audio, args, options)
 
     return transcribe
 
@@ -198,7 +223,10 @@ class InPlaceWhisper(LeasedWhisper, metaclass=_Either):
         if offer is not None and not args:
             named = {_RAW_NAMES.get(name, name): options[name] for name in options}
             given = {"model_size_or_path": model_path, "device": device, **named}
-            source = offer.source_of(given)
+            try:
+                source = offer.source_of(given)
+            except WhisperCacheError as error:
+                raise expected(error) from error.__cause__
         if offer is None or source is None:
             # CTranslate2 refuses *args* itself.
             return process.whisper()(model_path, device, *args, **options)

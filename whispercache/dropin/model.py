@@ -17,12 +17,13 @@ from whispercache.engine.calls.prepare import prepared, prepared_detection
 from whispercache.engine.calls.signatures import bound
 from whispercache.engine.construct import altered, genuine
 from whispercache.engine.rebound import is_replacement, replaces
+from whispercache.engine.views import is_view
 from whispercache.model import ATTRIBUTES, CachedModel, Handle
 
 from .whisper import LeasedWhisper
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from faster_whisper import BatchedInferencePipeline, WhisperModel
     from typing_extensions import Self
@@ -64,6 +65,7 @@ class CachedWhisperModel(CachedModel):
 
     # Calls ----------------------------------------------------------------------------
 
+    # Copied into each class, as the next one.
     def transcribe(  # noqa: D102 - that of faster-whisper's
         self,
         audio: AudioInput,
@@ -75,10 +77,9 @@ class CachedWhisperModel(CachedModel):
         leased = leased_of(self)
         if leased is None:
             return plain(audio, *args, **options)
-        ready = prepared(leased.source, audio, args, options, batch_size)
-        if batch_size is None:
-            return leased.run(altered(plain), ready)
-        return leased.run(altered(genuine().pipeline(self).transcribe), ready)
+        if batch_size is not None:
+            plain = genuine().pipeline(self).transcribe
+        return transcribed(leased, plain, audio, args, options, batch_size=batch_size)
 
     def detect_language(  # noqa: D102 - that of faster-whisper's
         self, audio: AudioInput | None = None, *args: object, **options: object
@@ -119,7 +120,11 @@ class CachedWhisperModel(CachedModel):
         call = self._leased.here.call
         if call is None:
             return self._made(_EXTRACTOR)
-        return call.own(vars(self).get(_EXTRACTOR))
+        own = self.__dict__.get(_EXTRACTOR)
+        # Looked up a dozen times in a transcription.
+        if call.extractor is None or call.made_of is not own:
+            call.take(own)
+        return call.extractor
 
     @feature_extractor.setter
     def feature_extractor(self, value: object) -> None:
@@ -192,6 +197,30 @@ def leased_of(whisper: object) -> LeasedWhisper | None:
     return None
 
 
+def transcribed(
+    leased: LeasedWhisper,
+    method: Callable[..., object],
+    audio: AudioInput,
+    args: tuple[object, ...],
+    options: Mapping[str, object],
+    *,
+    batch_size: int | None = None,
+) -> object:
+    """
+    Calls a *method*, ``transcribe`` of a model or of a batched pipeline, with one lease
+    over all that it calls. Its other parameters are those of `prepared`.
+    """
+    function = getattr(method, "__func__", None)
+    # A mock of a test, say.
+    if type(function) is not types.FunctionType:
+        function = None
+    ready = prepared(leased.source, audio, args, options, batch_size, function=function)
+    # Samples need no decoder, so only voice activity would find another function.
+    if function is None or batch_size is not None or ready.workload.vad:
+        method = altered(method)
+    return leased.run(method, ready)
+
+
 @functools.cache
 def class_over(base: type[WhisperModel]) -> type[CachedWhisperModel]:
     """
@@ -200,11 +229,17 @@ def class_over(base: type[WhisperModel]) -> type[CachedWhisperModel]:
     """
 
     def like(method: str) -> Callable[..., object]:
-        @functools.wraps(getattr(base, method))
-        def wrapper(self: object, *args: object, **options: object) -> object:
-            return getattr(CachedWhisperModel, method)(self, *args, **options)
-
-        return wrapper
+        # A copy, since to call the method costs each call more.
+        ours = getattr(CachedWhisperModel, method)
+        made = types.FunctionType(
+            ours.__code__,
+            ours.__globals__,
+            method,
+            ours.__defaults__,
+            ours.__closure__,
+        )
+        made.__kwdefaults__ = ours.__kwdefaults__
+        return functools.update_wrapper(made, getattr(base, method))
 
     def new(_kind: type, *args: object, **options: object) -> object:
         # A program that calls the class of a model means faster-whisper's.
@@ -221,7 +256,8 @@ def class_over(base: type[WhisperModel]) -> type[CachedWhisperModel]:
 def lease_pipelines(kind: type[BatchedInferencePipeline]) -> None:
     """
     Has the batched pipeline hold one lease over a call, where its model is a cached
-    one. With other models it does what it did.
+    one, and hear as models of leases do, where it is one of those. With other models it
+    does what it did.
     """
     plain = kind.transcribe
     # A mock of a test has its own idea, and is gone soon.
@@ -230,15 +266,17 @@ def lease_pipelines(kind: type[BatchedInferencePipeline]) -> None:
 
     @functools.wraps(plain)
     def transcribe(self: Any, *args: Any, **options: Any) -> object:  # noqa: ANN401
-        leased = leased_of(getattr(self, "model", None))
+        model = getattr(self, "model", None)
+        leased = leased_of(model)
         if leased is None:
-            return plain(self, *args, **options)
+            method: Any = types.MethodType(plain, self)
+            return (altered(method) if is_view(model) else method)(*args, **options)
         signature = leased.source.signatures()["batched"]
         given = bound(signature, args, options)
         audio = cast("AudioInput", given.pop("audio"))
         batch_size = cast("int", given.pop("batch_size", _BATCH_SIZE))
-        ready = prepared(leased.source, audio, (), given, batch_size)
-        return leased.run(altered(types.MethodType(plain, self)), ready)
+        method = types.MethodType(plain, self)
+        return transcribed(leased, method, audio, (), given, batch_size=batch_size)
 
     replaces(transcribe, plain)
     kind.transcribe = transcribe

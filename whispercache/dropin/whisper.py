@@ -12,15 +12,15 @@ import copy
 import functools
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from whispercache.devices import heap
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD, Workload
 from whispercache.engine.views import in_heap
-from whispercache.model import call_leased
+from whispercache.model import call_leased, is_lazy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
     from ctranslate2 import StorageView
     from ctranslate2.models import (
@@ -43,26 +43,26 @@ class Call:
     Attributes:
         lease: The lease.
         loaded: Its model. This object is gone before the lease ends.
+        extractor: The call's own feature extractor, once it was taken;
+        made_of: a copy of this one, or of the model's if None.
     """
 
-    __slots__ = ("_extractor", "_of", "lease", "loaded")
+    __slots__ = ("extractor", "lease", "loaded", "made_of")
 
     def __init__(self, lease: Lease) -> None:
         self.lease: Lease = lease
         self.loaded: LoadedModel = lease.loaded
-        self._extractor: object = None
-        self._of: object = None
+        self.extractor: object = None
+        self.made_of: object = None
 
-    def own(self, extractor: object) -> object:
+    def take(self, extractor: object) -> None:
         """
-        Returns the call's own copy of a feature extractor, if None of the model's:
-        faster-whisper keeps the ``chunk_length`` of a call in it.
+        Takes a copy of a feature extractor, of the model's if None: faster-whisper
+        keeps the ``chunk_length`` of a call in it.
         """
-        if self._extractor is None or self._of is not extractor:
-            theirs: Any = self.loaded.whisper
-            whole = theirs.feature_extractor if extractor is None else extractor
-            self._extractor, self._of = copy.copy(whole), extractor
-        return self._extractor
+        theirs: Any = self.loaded.whisper
+        whole = theirs.feature_extractor if extractor is None else extractor
+        self.extractor, self.made_of = copy.copy(whole), extractor
 
 
 class Here(threading.local):
@@ -121,10 +121,14 @@ class LeasedWhisper:
         options = ready.options
         if ready.batch_size is not None:
             options = {**options, "batch_size": ready.batch_size}
-        lease = self.lease(ready.workload)
-        call = in_heap(lease.key.device, function, keeps=ready.batch_size is None)
-        bound = _Bound(self.here, lease, call)
-        return call_leased(lease, bound, ready.samples, **options)
+        # `lease`, spelled out.
+        lease = self.source.lease(ready.workload)
+        self.served_by = lease.key
+        if heap.is_shared():
+            keeps = ready.batch_size is None
+            function = in_heap(lease.key.device, function, keeps=keeps)
+        bound = _Bound(self.here, lease, function, ready.samples, options)
+        return call_leased(lease, bound)
 
     # Calls ----------------------------------------------------------------------------
 
@@ -136,7 +140,14 @@ class LeasedWhisper:
         """
         Encodes features (batch, mels, frames).
         """
-        return cast("StorageView", self._call("encode", (features, to_cpu), {}))
+        # No cast() on the way of each call: it is a call, too.
+        encoded: StorageView
+        call = self.here.call
+        if call is not None:
+            encoded = _method(call.loaded, "encode")(features, to_cpu)
+        else:
+            encoded = self._call("encode", (features, to_cpu), {})
+        return encoded
 
     def generate(
         self,
@@ -152,7 +163,12 @@ class LeasedWhisper:
         With *asynchronous* too it is done when this returns: nothing of the model may
         go on without a lease.
         """
-        found: Any = self._call("generate", (features, prompts), options)
+        found: Any
+        call = self.here.call
+        if call is not None:
+            found = _method(call.loaded, "generate")(features, prompts, **options)
+        else:
+            found = self._call("generate", (features, prompts), options)
         return [_Done(each) for each in found] if asynchronous else found
 
     def align(
@@ -167,20 +183,20 @@ class LeasedWhisper:
         Aligns tokens with the audio.
         """
         args = (features, start_sequence, text_tokens, num_frames)
-        return cast("list[WhisperAlignmentResult]", self._call("align", args, options))
+        aligned: list[WhisperAlignmentResult] = self._call("align", args, options)
+        return aligned
 
     def detect_language(self, features: StorageView) -> list[list[tuple[str, float]]]:
         """
         Returns the probability of each language, for each of a batch.
         """
-        return cast(
-            "list[list[tuple[str, float]]]",
-            self._call("detect_language", (features,), {}),
-        )
+        found: list[list[tuple[str, float]]]
+        found = self._call("detect_language", (features,), {})
+        return found
 
     def _call(
         self, name: str, args: tuple[object, ...], options: Mapping[str, object]
-    ) -> object:
+    ) -> Any:  # noqa: ANN401 - of CTranslate2's types
         call = self.here.call
         if call is not None:
             return _method(call.loaded, name)(*args, **options)
@@ -270,7 +286,7 @@ class LeasedWhisper:
         The model that the next call is on, as far as that is known.
         """
         call = self.here.call
-        return (self._pinned or self.source).key if call is None else call.lease.key
+        return (self._pinned or self.source).key if call is None else call.loaded.key
 
     @property
     def is_multilingual(self) -> bool:
@@ -349,27 +365,37 @@ class LeasedWhisper:
 
 class _Bound:
     """
-    A function whose calls on a view go to a lease that is held, in the steps of its
-    lazy result too. Each step may be on another thread.
+    A call of a function whose own calls on a view go to a lease that is held, in the
+    steps of its lazy result too. Each step may be on another thread.
     """
 
+    __slots__ = ("_audio", "_function", "_here", "_lease", "_options")
+
     def __init__(
-        self, here: Here, lease: Lease, function: Callable[..., object]
+        self,
+        here: Here,
+        lease: Lease,
+        function: Callable[..., object],
+        audio: object,
+        options: Mapping[str, object],
     ) -> None:
         self._here = here
         self._lease = lease
         self._function = function
+        self._audio = audio
+        self._options = options
 
-    def __call__(self, *args: object, **options: object) -> object:
+    def __call__(self) -> object:
         call, here = Call(self._lease), self._here
         before, here.call = here.call, call
         try:
-            result = self._function(*args, **options)
+            result = self._function(self._audio, **self._options)
         finally:
             here.call = before
-        if isinstance(result, tuple) and result and isinstance(result[0], Iterator):
-            return (self._steps(call, result[0]), *result[1:])
-        if isinstance(result, Iterator):
+        if isinstance(result, tuple):
+            if result and is_lazy(result[0]):
+                return (self._steps(call, result[0]), *result[1:])
+        elif is_lazy(result):
             return self._steps(call, result)
         return result
 
@@ -453,10 +479,11 @@ def _method(loaded: LoadedModel, name: str) -> Callable[..., object]:
             process.
     """
     # No name for the model here: the frames of an error would refer to it.
-    refusals = cast("Any", loaded.whisper).refusals
-    if (error := refusals.get(name)) is not None:
+    held: Any = loaded
+    if (error := held.whisper.refusals.get(name)) is not None:
         raise error()
-    return cast("Callable[..., object]", getattr(loaded.whisper.model, name))
+    method: Callable[..., object] = getattr(held.whisper.model, name)
+    return method
 
 
 def _workload(

@@ -19,13 +19,13 @@ import types
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from whispercache.errors import LoadFailed
 
 from . import process
 from .api import LoadedModel
-from .audio.features import InBlocks
+from .audio.features import in_blocks
 from .audio.samples import in_place_of
 from .audio.speech import bounded_names
 from .calls.languages import check_knowledge, knowledge_of
@@ -244,7 +244,8 @@ def initialize(
             from_pretrained=lambda _repository: tokenizer,
         )
     )
-    extractor = partial(FeatureExtractor, feature_size=files.source.architecture.mels)
+    mels = files.source.architecture.mels
+    extractor = partial(cast("Any", in_blocks(FeatureExtractor)), feature_size=mels)
     models = types.SimpleNamespace(models=types.SimpleNamespace(Whisper=make))
     names = {
         "tokenizers": shared,
@@ -258,8 +259,16 @@ def initialize(
         "without need",
     )
     rebound(init, **names)(whisper, files.directory, **options)
-    # Set afterwards: the constructor makes the plain one.
-    whisper.feature_extractor = InBlocks(whisper.feature_extractor)
+
+
+def decoders() -> tuple[types.ModuleType, ...]:
+    """
+    Returns the modules that have faster-whisper's ``decode_audio``.
+    """
+    import faster_whisper
+    from faster_whisper import audio, transcribe
+
+    return audio, transcribe, faster_whisper
 
 
 @functools.cache
@@ -281,7 +290,7 @@ def _swaps() -> Swaps:
     consequence = "voice activity detection takes more memory"
     _check_lookups(methods, tuple(bounded), consequence)
     _check_lookups((vad.get_speech_timestamps,), ("get_vad_model",), consequence)
-    decode = audio.decode_audio
+    decode = plain_of(audio.decode_audio)
     # Pipelines are given samples.
     lookup = methods[:1], (decode.__name__,)
     _check_lookups(*lookup, "a leased model may read no files with PyAV 19")

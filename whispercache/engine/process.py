@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Looks at a model, 2 ms apart, that must find no batch before it counts as quiet.
 QUIET_LOOKS = 10
+# From this one on, PyAV refuses options that it does not have.
+_STRICT_PYAV = 19
 # Variable for the telemetry of onnxruntime, which finds speech for faster-whisper: from
 # 1.29 on its first import starts a thread for that, and writes an id and a database
 # into the user's cache directory, unless this is set before.
@@ -113,6 +115,18 @@ def versions() -> dict[str, str]:
         "faster-whisper": str(faster_whisper.__version__),
         "CTranslate2": str(module.__version__),
     }
+
+
+def is_pyav_strict() -> bool:
+    """
+    Returns True if PyAV may refuse what faster-whisper asks of it; see the next one,
+    which tries, and takes a garbage collection for that.
+    """
+    import av
+
+    # Without PyAV the module may be an empty one.
+    number = str(getattr(av, "__version__", "0")).partition(".")[0]
+    return number.isdecimal() and int(number) >= _STRICT_PYAV
 
 
 def decoding_problem() -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 from whispercache.devices import heap
 
 from .calls.parameters import checked
-from .calls.signatures import bound, signature_of
+from .calls.signatures import bound, default_lists, signature_of
 from .rebound import plain_of, swapped
 
 if TYPE_CHECKING:
@@ -136,6 +136,13 @@ def lends(
     return lend
 
 
+def is_view(whisper: object) -> bool:
+    """
+    Returns True for the model of a lease.
+    """
+    return isinstance(whisper, _Lending)
+
+
 def own_values(
     function: Callable[..., object],
     args: tuple[object, ...],
@@ -171,15 +178,7 @@ def own_lists(function: Callable[..., object]) -> dict[str, list[object]]:
     Returns copies of the lists among the defaults of *function*: each is one object for
     all calls, and callers get it in the info.
     """
-    return {name: list(default) for name, default in _default_lists(function)}
-
-
-@functools.cache
-def _default_lists(
-    function: Callable[..., object],
-) -> tuple[tuple[str, list[object]], ...]:
-    parameters = signature_of(function, follow_wrapped=False).parameters.values()
-    return tuple((p.name, p.default) for p in parameters if type(p.default) is list)
+    return {name: list(default) for name, default in default_lists(function)}
 
 
 def in_heap(

@@ -32,6 +32,8 @@ KEY_VARIABLE = "WHISPERCACHE_API_KEY"
 # Those by which `whispercache run` reaches the program that it runs.
 RUN_VARIABLE = "WHISPERCACHE_RUN"
 RUN_TOP_VARIABLE = "WHISPERCACHE_RUN_TOP"
+# Those that the first of them may have, besides the name of faster-whisper's module.
+RUN_WORDS = ("ctranslate2", "preload", "huge_pages")
 
 # Variables that are no settings of this table.
 OTHER_VARIABLES = {

@@ -67,6 +67,34 @@ int nvmlDeviceGetHandleByPciBusId_v2(const char *slot, void **handle)
     return NOT_FOUND;
 }
 
+int nvmlDeviceGetCount_v2(unsigned *count)
+{
+    LOOK;
+    *count = (unsigned)machine.card_count;
+    return OK;
+}
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle)
+{
+    LOOK;
+    if (index >= (unsigned)machine.card_count)
+        return INVALID;
+    *handle = &handles[index];
+    return OK;
+}
+
+int nvmlDeviceGetName(void *handle, char *name, unsigned length)
+{
+    LOOK;
+    long index = (char *)handle - handles;
+    if (index < 0 || index >= machine.card_count)
+        return INVALID;
+    if (length <= strlen(machine.cards[index].name))
+        return TOO_SMALL;
+    strcpy(name, machine.cards[index].name);
+    return OK;
+}
+
 int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory)
 {
     LOOK;

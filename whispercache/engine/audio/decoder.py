@@ -69,7 +69,7 @@ _COUNTED = frozenset({"flac", "mov"})
 _PYAV = int(av.__version__.partition(".")[0])
 # Options that let metadata be bytes that are no text; from PyAV 19 on they always may
 # be.
-_OPEN: dict[str, object] = {"metadata_errors": "ignore"} if _PYAV < 19 else {}  # noqa: PLR2004
+OPENING: dict[str, object] = {"metadata_errors": "ignore"} if _PYAV < 19 else {}  # noqa: PLR2004
 
 
 class NoAudio(Exception):
@@ -194,7 +194,7 @@ def open_audio(source: str | BinaryIO, **options: object) -> InputContainer:
     """
     Opens a container to read, by ``av.open`` with these *options*.
     """
-    container = av.open(source, mode="r", **_OPEN, **options)  # type: ignore[call-overload]
+    container = av.open(source, mode="r", **OPENING, **options)  # type: ignore[call-overload]
     return cast("InputContainer", container)
 
 

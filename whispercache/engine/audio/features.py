@@ -8,12 +8,16 @@ thirtieth of that, grows with it.
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Protocol
+import functools
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
+    from faster_whisper.feature_extractor import FeatureExtractor
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
 # Seconds of audio that are a block, and above which audio is taken in blocks.
 BLOCK_S = 30
@@ -31,8 +35,6 @@ class _Extractor(Protocol):
     n_fft: int
     hop_length: int
     sampling_rate: int
-    n_samples: int
-    nb_max_frames: int
     mel_filters: NDArray[np.float32]
 
     def stft(
@@ -46,39 +48,26 @@ class _Extractor(Protocol):
         return_complex: bool,
     ) -> NDArray[np.complexfloating]: ...
 
-    def __call__(
-        self,
-        waveform: NDArray[np.float32],
-        padding: int = ...,
-        chunk_length: int | None = ...,
-    ) -> NDArray[np.float32]: ...
-
 
 class InBlocks:
     """
-    A feature extractor that processes long audio in blocks, and else behaves as the one
-    of faster-whisper that it wraps.
+    A feature extractor that processes long audio in blocks, and else is the one of
+    faster-whisper: a base of classes over that.
 
     The length of a window is kept for the next call: views of a model have copies
     (``copy.copy``) with a length of their own.
     """
 
-    _extractor: _Extractor
+    def __copy__(self) -> Self:
+        # copy.copy() does the same in five calls, for each transcription.
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
-    def __init__(self, extractor: _Extractor) -> None:
-        object.__setattr__(self, "_extractor", extractor)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        setattr(self._extractor, name, value)
-
-    def __getattr__(self, name: str) -> object:
-        # copy.copy() looks up methods before the object has any attribute.
-        if name == "_extractor":
-            raise AttributeError(name)
-        return getattr(self._extractor, name)
-
-    def __copy__(self) -> InBlocks:
-        return InBlocks(copy.copy(self._extractor))
+    def __reduce_ex__(self, _protocol: object) -> tuple[object, ...]:
+        # Programs find faster-whisper's class under the name of this one.
+        order = type(self).__mro__
+        return _restored, (order[order.index(InBlocks) + 1],), vars(self)
 
     def __call__(
         self,
@@ -91,15 +80,32 @@ class InBlocks:
         *padding* samples of silence: float32 (mels, frames), 100 frames a second; that
         of faster-whisper, up to the rounding of float32. *chunk_length* is in seconds.
         """
-        extractor = self._extractor
+        extractor: Any = self
         # Short audio costs little, and is the common case.
         if len(waveform) <= LONG_S * extractor.sampling_rate:
-            return extractor(waveform, padding=padding, chunk_length=chunk_length)
+            plain: Callable[..., NDArray[np.float32]]
+            plain = super().__call__  # type: ignore[misc]
+            return plain(waveform, padding=padding, chunk_length=chunk_length)
         # As faster-whisper does it, for the next call.
         if chunk_length is not None:
             extractor.n_samples = chunk_length * extractor.sampling_rate
             extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
         return _log_mel(extractor, waveform, padding)
+
+
+@functools.cache
+def in_blocks(base: type[FeatureExtractor]) -> type[FeatureExtractor]:
+    """
+    Returns the class over faster-whisper's *base* that processes long audio in blocks.
+    """
+    names = ("__doc__", "__module__", "__qualname__")
+    attributes = {name: getattr(base, name) for name in names}
+    made = type(base.__name__, (InBlocks, base), attributes)
+    return cast("type[FeatureExtractor]", made)
+
+
+def _restored(base: Any) -> object:  # noqa: ANN401 - a class
+    return object.__new__(in_blocks(base))
 
 
 def _log_mel(

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from whispercache.engine.rebound import plain_of
 from whispercache.engine.sizes.footprint import (
     DEFAULT_WORKLOAD,
     Workload,
@@ -18,10 +19,10 @@ from whispercache.engine.sizes.footprint import (
 )
 
 from .parameters import check_batch_size, checked, filters_speech, temperatures_of
-from .signatures import bound
+from .signatures import bound, default_lists
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from inspect import Signature
 
     import numpy as np
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from .languages import Knowledge
 
 _RATE_HZ = 16_000
+
+# Of these types one value is as good as an equal one, and no call can change it.
+_PLAIN = frozenset((type(None), bool, int, float, str))
+# Sets of parameters whose check is kept. Most programs have a few.
+_MOST_KEPT = 64
 
 
 class Callee(Protocol):
@@ -84,7 +90,7 @@ def _known_workload(*parts: Any) -> Workload:  # noqa: ANN401 - those of a Workl
     return DEFAULT_WORKLOAD if workload == DEFAULT_WORKLOAD else workload
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepared:
     """
     A call that was checked, ready for a lease.
@@ -96,10 +102,45 @@ class Prepared:
         workload: Its work, for the reservation of memory.
     """
 
+    # Not frozen: to set a field of that takes a call each.
     samples: NDArray[np.float32] | None
     options: dict[str, object]
     batch_size: int | None
     workload: Workload
+
+
+class _Checked:
+    """
+    The parameters of a call that were checked, and serve for all that are equal.
+
+    Attributes:
+        values: The parameters by name.
+        lists: Those that are defaults and lists, of which each call gets its own.
+        asks: They may be more than a model knows.
+        known: The model's languages and tokens that they were last compared with.
+        workload: The work of a call on a minute of audio.
+    """
+
+    __slots__ = ("asks", "known", "lists", "values", "workload")
+
+    def __init__(
+        self,
+        values: dict[str, object],
+        batch_size: int | None,
+        function: Callable[..., object] | None,
+    ) -> None:
+        lists = () if function is None else default_lists(plain_of(function))
+        self.values: dict[str, object] = values
+        self.lists: list[tuple[str, list[object]]] = [
+            (name, default) for name, default in lists if name not in values
+        ]
+        self.asks: bool = _asks_knowledge(values)
+        self.known: Knowledge | None = None
+        self.workload: Workload = workload_of(values, batch_size)
+
+
+# By all that makes calls equal.
+_kept: dict[tuple[object, ...], _Checked] = {}
 
 
 def prepared(
@@ -108,9 +149,20 @@ def prepared(
     args: tuple[object, ...],
     options: Mapping[str, object],
     batch_size: int | None,
+    *,
+    function: Callable[..., object] | None = None,
 ) -> Prepared:
     """
     Returns a call of ``transcribe``, checked and with its audio decoded.
+
+    Args:
+        source: The model.
+        audio: What it is to hear.
+        args: Parameters by position, after the audio.
+        options: Parameters by name.
+        batch_size: Windows at once of the batched pipeline; None without that.
+        function: What will be called, of faster-whisper's class: equal parameters of it
+            are checked once, and lists among its defaults are given to it as copies.
 
     Blocks: for decoding; for a download, where only that tells whether the model knows
     the language.
@@ -122,19 +174,65 @@ def prepared(
     """
     if batch_size is not None:
         batch_size = check_batch_size(batch_size)
+    found = _checked(source, args, options, batch_size, function)
+    values = dict(found.values)
+    for name, default in found.lists:
+        values[name] = default[:]
+    if found.asks:
+        known = source.knowledge()
+        if known is not found.known:
+            from .languages import check_knowledge
+
+            check_knowledge(source, values, known)
+            found.known = known
+    _check_position(audio)
+    # Last, since it takes longest; and before the lease, so that it holds no model.
+    samples = source.decode_audio(audio)
+    workload, n_samples = found.workload, getattr(samples, "size", 0)
+    if n_samples > workload.audio_s * _RATE_HZ:
+        workload = workload_of(values, batch_size, n_samples)
+    return Prepared(samples, values, batch_size, workload)
+
+
+def _checked(
+    source: Callee,
+    args: tuple[object, ...],
+    options: Mapping[str, object],
+    batch_size: int | None,
+    function: Callable[..., object] | None,
+) -> _Checked:
+    given = tuple(options.values())
+    kinds = tuple(map(type, (*args, *given)))
+    if function is None or not _PLAIN.issuperset(kinds):
+        return _newly_checked(source, args, options, batch_size, function)
+    # With the types: 1, 1.0 and True are equal.
+    key = (function, batch_size, args, tuple(options), given, kinds)
+    found = _kept.get(key)
+    if found is None:
+        found = _newly_checked(source, args, options, batch_size, function)
+        # Of some, the check makes a list.
+        if _PLAIN.issuperset(map(type, found.values.values())):
+            if len(_kept) >= _MOST_KEPT:
+                _kept.clear()
+            _kept[key] = found
+    return found
+
+
+def _newly_checked(
+    source: Callee,
+    args: tuple[object, ...],
+    options: Mapping[str, object],
+    batch_size: int | None,
+    function: Callable[..., object] | None,
+) -> _Checked:
     method = "transcribe" if batch_size is None else "batched"
-    values = _values(source.signatures(), method, (audio, *args), options)
+    values = _values(source.signatures(), method, (None, *args), options)
     if "language" in values:
         # A call that names none need not wait for this import.
         from .languages import language_code
 
         values["language"] = language_code(cast("str | None", values["language"]))
-    check_knowledge(source, values)
-    _check_position(audio)
-    # Last, since it takes longest; and before the lease, so that it holds no model.
-    samples = source.decode_audio(audio)
-    workload = workload_of(values, batch_size, getattr(samples, "size", 0))
-    return Prepared(samples, values, batch_size, workload)
+    return _Checked(values, batch_size, function)
 
 
 def _values(
@@ -172,24 +270,19 @@ def _check_position(audio: AudioInput) -> None:
         raise at_end(audio)
 
 
-def check_knowledge(source: Callee, values: Mapping[str, object]) -> None:
+def _asks_knowledge(values: Mapping[str, object]) -> bool:
     """
-    Refuses a call that `languages.check_knowledge` does, without a look at the files,
-    which may have to be downloaded for it, where it asks for nothing special.
+    Returns True if a call may ask for more than a model knows, so that its files must
+    be looked at, and perhaps downloaded for that.
     """
-    wants_words = bool(values.get("word_timestamps"))
-    language = cast("str | None", values.get("language"))
-    names_tokens = any(
-        isinstance(values.get(name), list)
-        for name in ("initial_prompt", "suppress_tokens")
+    return (
+        values.get("language") is not None
+        or bool(values.get("word_timestamps"))
+        or any(
+            isinstance(values.get(name), list)
+            for name in ("initial_prompt", "suppress_tokens")
+        )
     )
-    if language is None and not names_tokens and not wants_words:
-        # No look at the files, which may have to be downloaded for it.
-        return
-    from . import languages
-
-    # Its text is made for an error alone.
-    languages.check_knowledge(source, values, source.knowledge())
 
 
 def prepared_detection(

@@ -79,3 +79,14 @@ def signature_of(
     if first.kind is first.VAR_POSITIONAL:
         return signature
     return signature.replace(parameters=others)
+
+
+@functools.cache
+def default_lists(
+    function: Callable[..., object],
+) -> tuple[tuple[str, list[object]], ...]:
+    """
+    Returns the lists among the defaults of a function of a class, by name.
+    """
+    parameters = signature_of(function, follow_wrapped=False).parameters.values()
+    return tuple((p.name, p.default) for p in parameters if type(p.default) is list)

@@ -15,6 +15,7 @@ from whispercache.engine.naming import canonical_model
 from whispercache.errors import UnknownModel
 from whispercache.keys import (
     TYPICAL_COMPUTE_TYPES,
+    ModelKey,
     canonical_device,
     compute_type_on,
     effective_compute_type,
@@ -163,8 +164,11 @@ def footprint(
     Returns the bytes that *model* takes on *device*. Nothing is loaded and nothing
     downloaded.
 
-    A cache reserves these. On the CPU they include what earlier loads on this machine
-    have measured; on a card, a cache's own do so, too.
+    A cache reserves these: they include what earlier loads on this machine have
+    measured. Only on a card they may be less than a cache reserves: where the GPUs of
+    this machine differ, or have slices (MIG), or NVML does not know them, what was
+    measured on which of them is known only once CUDA has started, which this does not
+    do. They then are what is predicted for any card.
 
     Args:
         model: A known size, its alias or repository, a directory, or a repository that
@@ -198,15 +202,17 @@ def footprint(
     wanted = compute_type_on(frozen_compute_type(compute_type), canonical)
     effective = effective_compute_type(wanted, saved, canonical, supported)
     predicted = estimate(source, effective, canonical, workload)
-    if canonical != "cpu":
-        return predicted
     # Imported late: who imports the package need not wait for them.
     from whispercache.devices.host import cpu_name
+    from whispercache.devices.nvml import common_name
 
     from .learned import LearnedFootprints, corrected
 
-    place = (model_name, effective, cpu_name())
-    return reserved(corrected(predicted, LearnedFootprints(), place), canonical)
+    name = cpu_name() if canonical == "cpu" else common_name()
+    if name is not None:
+        key = ModelKey(model_name, canonical, effective)
+        predicted = corrected(predicted, LearnedFootprints(), key, name)
+    return reserved(predicted, canonical)
 
 
 def reserved(predicted: Footprint, device: str) -> Footprint:

@@ -151,20 +151,30 @@ class LearnedFootprints:
 
 
 def corrected(
-    predicted: Footprint, learned: LearnedFootprints, place: tuple[str, str, str]
+    predicted: Footprint,
+    learned: LearnedFootprints,
+    key: ModelKey,
+    device_name: str,
 ) -> Footprint:
     """
-    Returns a prediction with what was learned of a model's weights: those of *place*, a
-    model, compute type and name of a device.
+    Returns a prediction for the model of *key*, with what was learned of its weights,
+    and of calls on a card, on devices of that name.
     """
+    place = (key.model, key.compute_type, device_name)
     weights_bytes = learned.correct(*place, predicted.weights_bytes)
     # Upwards only: a load into memory that an earlier one left looks too small.
     growth_bytes = max(0, weights_bytes - predicted.weights_bytes)
-    return replace(
+    found = replace(
         predicted,
         weights_bytes=predicted.weights_bytes + growth_bytes,
         loading_bytes=predicted.loading_bytes + growth_bytes,
     )
+    if key.device == "cpu":
+        return found
+    # Upwards only, too: few calls do all that was reserved for.
+    predicted_bytes = predicted.workspace_bytes
+    seen_bytes = learned.correct(_CALLS, "", device_name, predicted_bytes)
+    return replace(found, workspace_bytes=max(predicted_bytes, seen_bytes))
 
 
 @dataclass(slots=True)
@@ -182,15 +192,8 @@ class Sizer:
         # Only other loaders' files have no source.
         assert files.source is not None
         predicted = _estimate(files.source, key.compute_type, key.device, workload)
-        device_name = self._name_of(key.device)
-        place = (key.model, key.compute_type, device_name)
-        found = corrected(predicted, self.learned, place)
-        if key.device != "cpu":
-            # Upwards only, too: few calls do all that was reserved for.
-            predicted_bytes = predicted.workspace_bytes
-            seen_bytes = self.learned.correct(_CALLS, "", device_name, predicted_bytes)
-            found = replace(found, workspace_bytes=max(predicted_bytes, seen_bytes))
-        return reserved(found, key.device)
+        name = self._name_of(key.device)
+        return reserved(corrected(predicted, self.learned, key, name), key.device)
 
     def weights_bytes(self, key: ModelKey, files: ModelFiles) -> int:
         if files.source is None:
