@@ -83,12 +83,13 @@ others-fork: .venv/others/fork/ready
 coverage: .venv/test .venv/browser
 	$(PYTEST) --cov --cov-report=term --cov-fail-under=95
 
-bench: .venv/bench
+bench: .venv/bench .venv-apps/apps
 	$(RUN) benchmarks/cold.py
 	$(RUN) benchmarks/imports.py
 	$(RUN) benchmarks/hit_path.py
 	$(RUN) benchmarks/queueing.py
 	$(RUN) benchmarks/dropin.py
+	XDG_CACHE_HOME="$(CURDIR)/examples/.cache" .venv-apps/bin/python benchmarks/apps.py
 	$(RUN) benchmarks/switch.py
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/audio_memory.py 5 30
