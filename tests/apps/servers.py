@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 from faster_whisper.audio import decode_audio
 from hearing import PLACE, Hear, pcm, without_torch
+from wyoming_client import asked, described
 
 __all__ = [
     "faster_whisper_server",
@@ -44,7 +45,7 @@ def wyoming(path: str) -> Hear:
     from wyoming_faster_whisper import __main__ as server
 
     uri = asyncio.run(_run_wyoming(server, path))
-    return lambda clip, language: asyncio.run(_ask_wyoming(uri, clip, language))
+    return lambda clip, language: asyncio.run(asked(uri, pcm(clip), language))
 
 
 async def _run_wyoming(server: Any, path: str) -> str:
@@ -62,35 +63,9 @@ async def _run_wyoming(server: Any, path: str) -> str:
 
 
 async def _answers(uri: str) -> bool:
-    from wyoming.client import AsyncClient
-    from wyoming.info import Describe, Info
-
     with contextlib.suppress(ConnectionRefusedError):
-        async with AsyncClient.from_uri(uri) as client:
-            await client.write_event(Describe().event())
-            event = await client.read_event()
-            return event is not None and Info.is_type(event.type)
+        return await described(uri) is not None
     return False
-
-
-async def _ask_wyoming(uri: str, clip: str, language: str | None) -> str:
-    from wyoming.asr import Transcribe, Transcript
-    from wyoming.audio import AudioChunk, AudioStart, AudioStop
-    from wyoming.client import AsyncClient
-
-    sound: Any = {"rate": 16_000, "width": 2, "channels": 1}
-    audio = pcm(clip)
-    async with AsyncClient.from_uri(uri) as client:
-        await client.write_event(Transcribe(language=language).event())
-        await client.write_event(AudioStart(**sound).event())
-        for start in range(0, len(audio), 32_000):
-            part = audio[start : start + 32_000]
-            await client.write_event(AudioChunk(audio=part, **sound).event())
-        await client.write_event(AudioStop().event())
-        while event := await client.read_event():
-            if Transcript.is_type(event.type):
-                return str(Transcript.from_event(event).text)
-    raise ConnectionError("the server hung up")
 
 
 def whisper_live(path: str) -> Hear:
