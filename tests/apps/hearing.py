@@ -12,9 +12,6 @@ import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from faster_whisper.audio import decode_audio
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -22,7 +19,6 @@ __all__ = [
     "PLACE",
     "Hear",
     "Program",
-    "pcm",
     "without_pyannote",
     "without_torch",
     "without_torchaudio",
@@ -71,14 +67,6 @@ class Program:
         if self.needs_torch and not _HAS_TORCH:
             return f"{self.distribution} needs torch: see `make apps TORCH=1`"
         return None
-
-
-def pcm(clip: str) -> bytes:
-    """
-    Returns a clip as samples of 16 bits, 16,000 a second.
-    """
-    samples: Any = decode_audio(clip)
-    return bytes((samples * 32767).astype(np.int16).tobytes())
 
 
 def without_torch() -> None:

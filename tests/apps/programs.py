@@ -22,11 +22,11 @@ from hearing import (
     PLACE,
     Hear,
     Program,
-    pcm,
     without_pyannote,
     without_torch,
     without_torchaudio,
 )
+from real import pcm
 from servers import (
     faster_whisper_server,
     whisper_live,

@@ -20,7 +20,8 @@ from typing import Any
 from unittest.mock import patch
 
 from faster_whisper.audio import decode_audio
-from hearing import PLACE, Hear, pcm, without_torch
+from hearing import PLACE, Hear, without_torch
+from real import pcm
 from wyoming_client import asked, described
 
 __all__ = [

@@ -8,7 +8,6 @@ None of them is imported before it is needed: most people have none of them.
 from __future__ import annotations
 
 import asyncio
-import functools
 import importlib.metadata
 import json
 import os
@@ -19,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from unittest.mock import patch
 
-import numpy as np
-from real import clip, decode_audio
+from real import clip, pcm
 from wyoming_client import asked
 
 if TYPE_CHECKING:
@@ -82,12 +80,6 @@ class Way:
         return None
 
 
-@functools.cache
-def _pcm() -> bytes:
-    samples = decode_audio(clip(CLIP))
-    return bytes((samples * 32767).astype(np.int16).tobytes())
-
-
 # OpenAI, Python -----------------------------------------------------------------------
 
 
@@ -128,7 +120,7 @@ def openai_subtitles(server: Server) -> str:
 
 def openai_newer_model(server: Server) -> str:
     """
-    Has all that the model of its documentation's first example takes.
+    Asks for what the newer models take, whisper-1 not.
     """
     heard = _openai(
         server,
@@ -275,7 +267,7 @@ def _livekit(server: Server, **options: Any) -> Any:
 
     async def recognize() -> Any:
         stt = plugin.STT(base_url=server.api, api_key=_KEY, **options)
-        samples = _pcm()
+        samples = pcm(clip(CLIP))
         frame = rtc.AudioFrame(samples, 16_000, 1, len(samples) // 2)
         try:
             return (await stt.recognize(frame)).alternatives[0]
@@ -324,7 +316,7 @@ def pipecat(server: Server, **options: Any) -> str:
 
     async def speak() -> Any:
         service = OpenAISTTService(base_url=server.api, api_key=_KEY, **options)
-        sound = InputAudioRawFrame(audio=_pcm(), sample_rate=16_000, num_channels=1)
+        sound = InputAudioRawFrame(pcm(clip(CLIP)), 16_000, 1)
         said = [VADUserStartedSpeakingFrame(), sound, VADUserStoppedSpeakingFrame()]
         async with service._client:
             return await run_test(service, frames_to_send=said, start_timeout=30)
@@ -377,7 +369,7 @@ def speech_recognition(server: Server) -> str:
 
 
 def wyoming(server: Server) -> str:
-    return asyncio.run(asked(server.wyoming, _pcm(), "en"))
+    return asyncio.run(asked(server.wyoming, pcm(clip(CLIP)), "en"))
 
 
 WAYS = [
