@@ -47,13 +47,15 @@ def server(_installed: None) -> Iterator[Server]:
     A server of tiny.en, which is the default, and base, both in memory.
     """
     models = [f"{name}={packaged(name)}" for name in ("tiny.en", "base")]
-    preload = ["--preload", "tiny.en", "--preload", "base"]
-    options = [*preload, "--keep-alive=-1", "--device", "cpu"]
+    options = ["--keep-alive=-1", "--device", "cpu", "--no-variants"]
     wyoming = _wyoming_place()
     if wyoming:
         options += ["--wyoming", wyoming]
     with command(*models, *options) as (process, client):
         assert process.poll() is None, process.stderr.read()
+        # Not by --preload: who asks again and again until then fills its log, a pipe.
+        for name in ("tiny.en", "base"):
+            client.post(f"/api/models/{name}/load").raise_for_status()
         yield Server(str(client.base_url), f"tcp://{wyoming}" if wyoming else "")
 
 
