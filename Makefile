@@ -7,6 +7,7 @@
 # make bench     set up, then measure
 # make apps      set up .venv-apps, then try other people's programs on cached models;
 #                with TORCH=1 (5 GB) also those that need torch
+# make clients   set up .venv-clients, then try other people's clients on a server
 # make soak      set up, then try at random what may happen, for much longer
 # make gpu       set up, then test and measure on a card; writes benchmarks/results
 #
@@ -35,7 +36,7 @@ NEWER ?= $(shell for each in $(PYTHON) python3.14 python3.13 python3.12 \
 
 .SECONDARY: # what was set up for a pattern is kept
 .PHONY: demo test lint types layers unit quick docs others others-fork coverage bench \
-    apps soak gpu clean
+    apps clients soak gpu clean
 
 demo: .venv/demo
 	$(RUN) examples/multilingual.py
@@ -83,12 +84,13 @@ others-fork: .venv/others/fork/ready
 coverage: .venv/test .venv/browser
 	$(PYTEST) --cov --cov-report=term --cov-fail-under=95
 
-bench: .venv/bench
+bench: .venv/bench .venv-apps/apps
 	$(RUN) benchmarks/cold.py
 	$(RUN) benchmarks/imports.py
 	$(RUN) benchmarks/hit_path.py
 	$(RUN) benchmarks/queueing.py
 	$(RUN) benchmarks/dropin.py
+	XDG_CACHE_HOME="$(CURDIR)/examples/.cache" .venv-apps/bin/python benchmarks/apps.py
 	$(RUN) benchmarks/switch.py
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/audio_memory.py 5 30
@@ -99,6 +101,9 @@ bench: .venv/bench
 
 apps: .venv-apps/apps $(if $(TORCH),.venv-apps/torch)
 	.venv-apps/bin/pytest tests/apps --durations=10
+
+clients: .venv-clients/clients
+	.venv-clients/bin/pytest tests/clients --durations=10
 
 # Twelve times what an ordinary run tries, a hundred thousand steps of the state machine
 # among it: minutes, not for every run.
@@ -111,11 +116,12 @@ gpu: .venv/test .venv/cublas
 	$(BIN)/python benchmarks/gpu --write
 
 clean:
-	rm -rf .venv .venv-apps .coverage .coverage.* .hypothesis .import_linter_cache \
-	    .mypy_cache .pytest_cache .ruff_cache build dist examples/.cache
+	rm -rf .venv .venv-apps .venv-clients .coverage .coverage.* .hypothesis \
+	    .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist \
+	    examples/.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/pip .venv-apps/pip: %/pip:
+.venv/pip .venv-apps/pip .venv-clients/pip: %/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "whispercache needs Python 3.10 or later; try make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv --clear $*
@@ -166,10 +172,16 @@ clean:
 	@touch $@
 
 .venv-apps/apps: .venv-apps/pip pyproject.toml
-	.venv-apps/bin/pip install --quiet --editable '.[demo]' --group apps
-	.venv-apps/bin/pip install --quiet --no-deps --group apps-alone
+	.venv-apps/bin/$(INSTALL) --editable '.[demo]' --group apps
+	.venv-apps/bin/$(INSTALL) --no-deps --group apps-alone
+	@touch $@
+
+.venv-clients/clients: .venv-clients/pip pyproject.toml tests/clients/package.json
+	.venv-clients/bin/$(INSTALL) --editable '.[demo,server]' --group clients
+	cp tests/clients/package.json .venv-clients
+	.venv-clients/bin/npm install --prefix .venv-clients --no-package-lock --silent
 	@touch $@
 
 .venv-apps/torch: .venv-apps/apps
-	.venv-apps/bin/pip install --quiet --group apps-torch
+	.venv-apps/bin/$(INSTALL) --group apps-torch
 	@touch $@

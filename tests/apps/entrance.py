@@ -18,9 +18,10 @@ __all__ = ["through"]
 
 
 @contextmanager
-def through(cache: ModelCache) -> Iterator[None]:
+def through(cache: ModelCache, *, ctranslate2: bool = False) -> Iterator[None]:
     """
-    Has all that constructs a WhisperModel get one of *cache*.
+    Has all that constructs a WhisperModel get one of *cache*; with *ctranslate2* also
+    what constructs CTranslate2's Whisper itself.
     """
-    with installed(cache):
+    with installed(cache, ctranslate2=ctranslate2):
         yield

@@ -9,83 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
-import importlib.util
 import io
-import socket
 import sys
 import tempfile
-import threading
-import types
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 from faster_whisper import BatchedInferencePipeline
 from faster_whisper.audio import decode_audio
+from hearing import (
+    PLACE,
+    Hear,
+    Program,
+    without_pyannote,
+    without_torch,
+    without_torchaudio,
+)
+from real import pcm
+from servers import (
+    faster_whisper_server,
+    whisper_live,
+    whisper_live_batch,
+    whisper_live_socket,
+    wyoming,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["PROGRAMS", "Hear", "Program"]
-
-# A function of a clip's path and its language, if that is to be told.
-Hear: TypeAlias = "Callable[[str, str | None], str]"
-
-# Before anything stands for it.
-_HAS_TORCH = importlib.util.find_spec("torch") is not None
-_PLACE: Any = {"device": "cpu", "compute_type": "int8"}
-
-
-@dataclass(frozen=True)
-class Program:
-    """
-    A program, or one way to use it.
-
-    Attributes:
-        build: Makes what hears with the model of a directory.
-        distribution: What it is called in package indexes.
-        needs_torch: True if it computes with torch.
-        is_process: True if it has a process for itself: its command line, say.
-        is_real: True if it asks of a model what a micro model has not.
-    """
-
-    build: Callable[[str], Hear]
-    distribution: str
-    needs_torch: bool = False
-    is_process: bool = False
-    is_real: bool = False
-
-    @property
-    def missing(self) -> str | None:
-        """
-        What is not installed of it, in words.
-        """
-        try:
-            importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return f"{self.distribution} is not installed: see `make apps`"
-        if self.needs_torch and not _HAS_TORCH:
-            return f"{self.distribution} needs torch: see `make apps TORCH=1`"
-        return None
-
-
-def _pcm(clip: str) -> bytes:
-    samples: Any = decode_audio(clip)
-    return bytes((samples * 32767).astype(np.int16).tobytes())
-
-
-def _without_torch() -> None:
-    """
-    Stands for torch, of programs that only ask it for a card.
-    """
-    if not _HAS_TORCH:
-        torch = types.ModuleType("torch")
-        torch.cuda = types.SimpleNamespace(is_available=lambda: False)  # type: ignore[attr-defined]
-        torch.__spec__ = importlib.util.spec_from_loader("torch", None)
-        sys.modules["torch"] = torch
+__all__ = ["PROGRAMS"]
 
 
 # faster-whisper -----------------------------------------------------------------------
@@ -94,7 +44,7 @@ def _without_torch() -> None:
 def faster_whisper_words(path: str) -> Hear:
     import faster_whisper
 
-    model = faster_whisper.WhisperModel(path, **_PLACE)
+    model = faster_whisper.WhisperModel(path, **PLACE)
 
     def hear(clip: str, language: str | None) -> str:
         segments, _ = model.transcribe(
@@ -108,7 +58,7 @@ def faster_whisper_words(path: str) -> Hear:
 def faster_whisper_batched(path: str) -> Hear:
     import faster_whisper
 
-    model = faster_whisper.WhisperModel(path, **_PLACE)
+    model = faster_whisper.WhisperModel(path, **PLACE)
     pipeline = BatchedInferencePipeline(model=model)
 
     def hear(clip: str, language: str | None) -> str:
@@ -122,9 +72,10 @@ def faster_whisper_batched(path: str) -> Hear:
 
 
 def _stable(path: str) -> Any:
+    without_torchaudio()
     import stable_whisper
 
-    return stable_whisper.load_faster_whisper(path, **_PLACE)
+    return stable_whisper.load_faster_whisper(path, **PLACE)
 
 
 def stable_ts(path: str) -> Hear:
@@ -164,6 +115,8 @@ def stable_ts_aligned(path: str) -> Hear:
 
 
 def stable_ts_command(path: str) -> Hear:
+    without_torchaudio()
+
     def hear(clip: str, language: str | None) -> str:
         from stable_whisper.whisper_word_level import cli
 
@@ -178,14 +131,48 @@ def stable_ts_command(path: str) -> Hear:
     return hear
 
 
-# Servers ------------------------------------------------------------------------------
+# whisperX -----------------------------------------------------------------------------
+
+
+def whisperx(path: str) -> Hear:
+    """
+    Hears the halves of a clip as one batch. Its voice detectors are downloads; the one
+    that stands for them finds two halves, whatever it hears.
+    """
+    without_pyannote()
+    from whisperx import asr
+    from whisperx.diarize import Segment
+    from whisperx.vads import Vad
+
+    class Halves(Vad):  # type: ignore[misc] # it is Any
+        preprocess_audio = staticmethod(lambda audio: audio)
+
+        def __call__(self, audio: dict[str, Any], **_: object) -> list[Any]:
+            half_s = audio["waveform"].shape[-1] / audio["sample_rate"] / 2
+            return [Segment(n * half_s, (n + 1) * half_s, "SPEECH") for n in range(2)]
+
+    detector = Halves(vad_onset=0.5)
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with quiet:
+        model = asr.load_model(path, vad_model=detector, **PLACE)
+
+    def hear(clip: str, language: str | None) -> str:
+        options = {"language": language, "batch_size": 2, "chunk_size": 1}
+        result = model.transcribe(decode_audio(clip), **options)
+        assert len(result["segments"]) == 2
+        return str([result["language"], *(s["text"] for s in result["segments"])])
+
+    return hear
+
+
+# RealtimeSTT --------------------------------------------------------------------------
 
 
 def realtimestt(path: str, batch_size: int = 0) -> Hear:
     from RealtimeSTT import transcription_engines as engines
 
     config = engines.TranscriptionEngineConfig(
-        model=path, batch_size=batch_size, suppress_tokens=[-1], **_PLACE
+        model=path, batch_size=batch_size, suppress_tokens=[-1], **PLACE
     )
     engine = engines.create_transcription_engine("faster_whisper", config)
     return lambda clip, language: str(
@@ -195,148 +182,6 @@ def realtimestt(path: str, batch_size: int = 0) -> Hear:
 
 def realtimestt_batched(path: str) -> Hear:
     return realtimestt(path, 2)
-
-
-def wyoming(path: str) -> Hear:
-    """
-    Runs its server, and asks it over TCP as Home Assistant does.
-    """
-    from wyoming_faster_whisper import __main__ as server
-
-    uri = asyncio.run(_run_wyoming(server, path))
-    return lambda clip, language: asyncio.run(_ask_wyoming(uri, clip, language))
-
-
-async def _run_wyoming(server: Any, path: str) -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        uri = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    options = ["--model", path, "--uri", uri, "--data-dir", tempfile.gettempdir()]
-    words = ["wyoming", *options, "--compute-type", "int8", "--cpu-threads", "1"]
-    # It has no other end than that of the process.
-    thread = threading.Thread(target=lambda: asyncio.run(server.main()), daemon=True)
-    with patch.object(sys, "argv", words):
-        thread.start()
-        while not await _answers(uri):
-            assert thread.is_alive()
-            await asyncio.sleep(0.05)
-    return uri
-
-
-async def _answers(uri: str) -> bool:
-    from wyoming.client import AsyncClient
-    from wyoming.info import Describe, Info
-
-    with contextlib.suppress(ConnectionRefusedError):
-        async with AsyncClient.from_uri(uri) as client:
-            await client.write_event(Describe().event())
-            event = await client.read_event()
-            return event is not None and Info.is_type(event.type)
-    return False
-
-
-async def _ask_wyoming(uri: str, clip: str, language: str | None) -> str:
-    from wyoming.asr import Transcribe, Transcript
-    from wyoming.audio import AudioChunk, AudioStart, AudioStop
-    from wyoming.client import AsyncClient
-
-    sound: Any = {"rate": 16_000, "width": 2, "channels": 1}
-    audio = _pcm(clip)
-    async with AsyncClient.from_uri(uri) as client:
-        await client.write_event(Transcribe(language=language).event())
-        await client.write_event(AudioStart(**sound).event())
-        for start in range(0, len(audio), 32_000):
-            part = audio[start : start + 32_000]
-            await client.write_event(AudioChunk(audio=part, **sound).event())
-        await client.write_event(AudioStop().event())
-        while event := await client.read_event():
-            if Transcript.is_type(event.type):
-                return str(Transcript.from_event(event).text)
-    raise ConnectionError("the server hung up")
-
-
-def whisper_live(path: str) -> Hear:
-    """
-    Has the model that its REST interface hears with.
-    """
-    _without_torch()
-    from whisper_live.server import TranscriptionServer
-
-    server = TranscriptionServer()
-
-    def hear(clip: str, language: str | None) -> str:
-        model = server._get_rest_model(path)
-        segments, _ = model.transcribe(clip, language=language, vad_filter=False)
-        return " ".join(segment.text for segment in segments)
-
-    return hear
-
-
-def whisper_live_batch(path: str) -> Hear:
-    """
-    Hears with its worker, which encodes and generates for two requests at once.
-    """
-    _without_torch()
-    from whisper_live.batch_inference import BatchInferenceWorker, BatchRequest
-    from whisper_live.server import TranscriptionServer
-
-    model = TranscriptionServer()._get_rest_model(path)
-    worker = BatchInferenceWorker(model, max_batch_size=2)
-
-    def hear(clip: str, language: str | None) -> str:
-        requests = [
-            BatchRequest(
-                audio=decode_audio(clip),
-                language=language,
-                task="transcribe",
-                initial_prompt=None,
-                use_vad=False,
-                vad_parameters=None,
-                word_timestamps=False,
-                hotwords=None,
-                client_uid=str(number),
-            )
-            for number in range(2)
-        ]
-        worker._process_batch(requests)
-        for request in requests:
-            if request.error:
-                raise request.error
-        return str(["".join(s.text for s in each.result) for each in requests])
-
-    return hear
-
-
-def faster_whisper_server(path: str) -> Hear:
-    """
-    Asks its application, which has a file of models, for a transcription.
-    """
-    from fastapi.testclient import TestClient
-    from faster_whisper_server import api, models
-
-    config = types.SimpleNamespace(
-        name=path,
-        path=path,
-        batch_size=2,
-        model_options=_PLACE,
-        transcribe_options={},
-        translate_options={},
-    )
-    models._config_mode = True
-    # Those of a run before.
-    models._models.pop(path, None)
-    models._batched_pipelines.pop(path, None)
-    models._model_configs[path] = config
-    client = TestClient(api.app)
-
-    def hear(clip: str, language: str | None) -> str:
-        data = {"model_name": path, **({"language": language} if language else {})}
-        files = {"file": Path(clip).read_bytes()}
-        answer = client.post("/v1/audio/transcriptions", data=data, files=files)
-        assert answer.status_code == 200, answer.text
-        return str(answer.json()["text"])
-
-    return hear
 
 
 # Commands -----------------------------------------------------------------------------
@@ -370,7 +215,7 @@ def whisper_streaming(path: str) -> Hear:
     from whisper_streaming.backend import faster_whisper_backend as backend
 
     asr = backend.FasterWhisperASR(
-        backend.FasterWhisperModelConfig(path, **_PLACE),
+        backend.FasterWhisperModelConfig(path, **PLACE),
         backend.FasterWhisperTranscribeConfig(),
         backend.FasterWhisperFeatureExtractorConfig(),
         16_000,
@@ -402,7 +247,7 @@ def speech_recognition(path: str) -> Hear:
             audio = recognizer.record(source)
         return str(
             recognizer.recognize_faster_whisper(
-                audio, model=path, language=language, init_options=_PLACE
+                audio, model=path, language=language, init_options=PLACE
             )
         )
 
@@ -410,7 +255,7 @@ def speech_recognition(path: str) -> Hear:
 
 
 def langchain(path: str) -> Hear:
-    _without_torch()
+    without_torch()
     from langchain_community.document_loaders.blob_loaders import Blob
     from langchain_community.document_loaders.parsers.audio import FasterWhisperParser
 
@@ -428,7 +273,7 @@ def pipecat(path: str) -> Hear:
     settings = WhisperSTTService.Settings(
         model=path, language="en", no_speech_prob=0.99
     )
-    service = WhisperSTTService(settings=settings, **_PLACE)
+    service = WhisperSTTService(settings=settings, **PLACE)
 
     async def nothing(*_: object, **__: object) -> None:
         pass
@@ -437,7 +282,7 @@ def pipecat(path: str) -> Hear:
     service.start_processing_metrics = service.stop_processing_metrics = nothing
 
     async def frames(clip: str) -> str:
-        found = [frame async for frame in service.run_stt(_pcm(clip))]
+        found = [frame async for frame in service.run_stt(pcm(clip))]
         return "".join(frame.text for frame in found)
 
     return lambda clip, _: asyncio.run(frames(clip))
@@ -465,6 +310,7 @@ PROGRAMS = [
     Program(stable_ts_batched, "stable-ts", needs_torch=True),
     Program(stable_ts_aligned, "stable-ts", needs_torch=True, is_real=True),
     Program(stable_ts_command, "stable-ts", needs_torch=True, is_process=True),
+    Program(whisperx, "whisperx", needs_torch=True),
     Program(realtimestt, "RealtimeSTT"),
     Program(realtimestt_batched, "RealtimeSTT"),
     Program(wyoming, "wyoming-faster-whisper", is_process=True),
@@ -473,6 +319,7 @@ PROGRAMS = [
     Program(whisper_streaming, "whisper-streaming"),
     Program(whisper_live, "whisper-live"),
     Program(whisper_live_batch, "whisper-live"),
+    Program(whisper_live_socket, "whisper-live", is_raw=True, is_endless=True),
     Program(whisperlivekit, "whisperlivekit", needs_torch=True),
     Program(speech_recognition, "SpeechRecognition"),
     Program(langchain, "langchain-community"),

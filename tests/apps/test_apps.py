@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from entrance import through
-from programs import PROGRAMS, Program
+from programs import PROGRAMS
 from real import at_once, clip, micro, packaged
 
 from whispercache import ModelCache, footprint
@@ -21,6 +21,8 @@ from whispercache.testing import settle
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from hearing import Program
 
 pytestmark = [
     pytest.mark.apps,
@@ -54,10 +56,10 @@ def program(request: pytest.FixtureRequest) -> Program:
 
 
 @contextmanager
-def room_for_one(directories: list[Path]) -> Iterator[ModelCache]:
+def room_for_one(program: Program, directories: list[Path]) -> Iterator[ModelCache]:
     """
-    A cache with room for one model at a time. Afterwards, all leases are back, and
-    there never was more in memory.
+    A cache with room for one model at a time, for a program. Afterwards, all leases are
+    back, and there never was more in memory.
     """
     # With what a load may be reserved beyond its prediction.
     limit_bytes = max(
@@ -67,7 +69,7 @@ def room_for_one(directories: list[Path]) -> Iterator[ModelCache]:
     most: list[int] = []
     with ModelCache(ram=limit_bytes, max_models=1, variants=False) as cache:
         cache.subscribe(lambda _: most.append(len(cache.models())))
-        with through(cache):
+        with through(cache, ctranslate2=program.is_raw):
             yield cache
         gc.collect()
         settle(cache)
@@ -93,7 +95,7 @@ def test_it_hears_what_it_would_on_models_of_its_own(program: Program) -> None:
     directories = [packaged("tiny.en"), packaged("base")]
     expected = heard(program, directories)
     assert all(expected), expected
-    with room_for_one(directories) as cache:
+    with room_for_one(program, directories) as cache:
         assert heard(program, directories) == expected
         assert cache.stats().loads == 2
 
@@ -108,7 +110,7 @@ def test_two_of_it_take_turns(program: Program) -> None:
         directories = [packaged("tiny.en"), packaged("base")]
     expected = heard(program, directories)
     assert expected[0] != expected[1]
-    with room_for_one(directories) as cache:
+    with room_for_one(program, directories) as cache:
         for loads in (2, 4):
             assert heard(program, directories) == expected
             assert cache.stats().loads == loads
@@ -122,4 +124,6 @@ def test_two_of_it_take_turns(program: Program) -> None:
         if not program.is_process:
             calls = [lambda order=order: use(order) for order in (1, -1) * 2]
             assert at_once(calls) == [expected] * 4
-            assert 6 <= cache.stats().loads <= 12
+            # Whoever goes on hearing does so beside the others.
+            most = float("inf") if program.is_endless else 12
+            assert 6 <= cache.stats().loads <= most

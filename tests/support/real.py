@@ -52,6 +52,7 @@ __all__ = [
     "micro_copy",
     "model_of",
     "packaged",
+    "pcm",
     "plain_model",
     "reference",
     "text_of",
@@ -158,6 +159,13 @@ def decode_audio(source: str | BinaryIO) -> NDArray[np.float32]:
     if int(av.__version__.partition(".")[0]) >= 19:
         decode = rebound(decode, av=SimpleNamespace(**{**vars(av), "open": opened}))
     return decode(source)
+
+
+def pcm(source: str) -> bytes:
+    """
+    The samples of a file as bytes: 16,000 a second, of 16 bits, one channel.
+    """
+    return (decode_audio(source) * 32767).astype(np.int16).tobytes()
 
 
 def reference(name: str) -> str:
