@@ -7,13 +7,11 @@ from __future__ import annotations
 import asyncio
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from real import child_environment, clip, packaged, reference
+from real import clip, packaged, reference
 from served import command
 from ways import CLIP, WAYS, Server, Way, in_node, openai_of
 from wyoming_client import described
@@ -48,28 +46,15 @@ def server(_installed: None) -> Iterator[Server]:
     """
     models = [f"{name}={packaged(name)}" for name in ("tiny.en", "base")]
     options = ["--keep-alive=-1", "--device", "cpu", "--no-variants"]
-    wyoming = _wyoming_place()
-    if wyoming:
-        options += ["--wyoming", wyoming]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        wyoming = f"127.0.0.1:{free.getsockname()[1]}"
+    options += ["--wyoming", wyoming]
     with command(*models, *options) as (process, client):
         assert process.poll() is None, process.stderr.read()
         # Not by --preload: who asks again and again until then fills its log, a pipe.
         for name in ("tiny.en", "base"):
             client.post(f"/api/models/{name}/load").raise_for_status()
-        yield Server(str(client.base_url), f"tcp://{wyoming}" if wyoming else "")
-
-
-def _wyoming_place() -> str:
-    """
-    A free address for the Wyoming endpoint; empty where the command has none.
-    """
-    line = [sys.executable, "-m", "whispercache", "serve", "--help"]
-    environment = child_environment()
-    text = subprocess.run(line, env=environment, capture_output=True, check=True).stdout
-    if b"--wyoming" not in text:
-        return ""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
+        yield Server(str(client.base_url), f"tcp://{wyoming}")
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.hear.__name__)
@@ -81,8 +66,6 @@ def test_it_hears_what_was_said(way: Way, server: Server) -> None:
         pytest.skip(way.missing)
     if way.distribution == "langchain-community" and shutil.which("ffmpeg") is None:
         pytest.skip("langchain-community needs the command ffmpeg")
-    if way.distribution == "wyoming" and not server.wyoming:
-        pytest.skip("the server has no Wyoming endpoint")
     heard = way.hear(server)
     assert wrong(heard) <= _MOST_WRONG, heard
 
@@ -114,8 +97,6 @@ def test_the_wyoming_endpoint_tells_its_models(server: Server) -> None:
     """
     Home Assistant shows them before anybody speaks.
     """
-    if not server.wyoming:
-        pytest.skip("the server has no Wyoming endpoint")
     info = asyncio.run(described(server.wyoming))
     models = {model.name: model for program in info.asr for model in program.models}
     assert {"tiny.en", "base"} <= models.keys()

@@ -38,11 +38,11 @@ class Server:
 
     Attributes:
         url: Its address.
-        wyoming: That of its Wyoming endpoint, ``tcp://HOST:PORT``; empty without one.
+        wyoming: That of its Wyoming endpoint, ``tcp://HOST:PORT``.
     """
 
     url: str
-    wyoming: str = ""
+    wyoming: str
 
     @property
     def api(self) -> str:

@@ -4,6 +4,7 @@ Servers for tests: the real one, under the real uvicorn, on a free port of this 
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import subprocess
 import sys
@@ -199,6 +200,9 @@ def command(
         ) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
+        for pipe in filter(None, (process.stdout, process.stderr)):
+            # Nobody reads its log meanwhile, and a full pipe would stop the server.
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2**20)
         try:
             wait_until(lambda: process.poll() is not None or is_ready(client), "server")
             yield process, client
