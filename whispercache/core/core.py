@@ -34,6 +34,7 @@ from tracemalloc import is_tracing
 from typing import TYPE_CHECKING
 
 from whispercache.errors import CacheForked, format_bytes
+from whispercache.planning.priority import INTERACTIVE
 
 from . import effects, view
 from .agenda import Agenda
@@ -208,6 +209,10 @@ class Core:
         match effect:
             case effects.Settle():
                 effect.settle()
+            case effects.AskBack(serials):
+                # A step in flight sees it by itself.
+                for holder in filter(None, map(self._holders.get, serials)):
+                    holder.give_way()
             case effects.Gone(future):
                 with suppress(InvalidStateError):  # cancelled: its caller left
                     future.set_result(None)
@@ -333,6 +338,9 @@ class Core:
         keep_alive_s: float | None,
         timeout_s: float | None,
         owner: Owner,
+        *,
+        priority: float = INTERACTIVE,
+        resumes: bool = False,
     ) -> Waiter:
         """
         Queues a request for leases on all of *wanted*. Its future tells how it ends.
@@ -344,7 +352,14 @@ class Core:
             CacheClosed, DeviceUnavailable, LoadFailed, TooManyWaiters, LeaseTimeout:
                 see `Scheduler.enqueue`.
         """
-        waiter = Waiter(tuple(wanted), keep_alive_s, self.clock.now(), owner)
+        waiter = Waiter(
+            tuple(wanted),
+            keep_alive_s,
+            self.clock.now(),
+            owner,
+            priority=priority,
+            resumes=resumes,
+        )
         try:
             with self.changing():
                 self.scheduler.enqueue(waiter, timeout_s)
@@ -390,6 +405,23 @@ class Core:
         """
         self.lock.later(partial(self.scheduler.release, entry, serial, keep_alive_s))
         entry.device.thread.submit(self.lock.catch_up)
+
+    def offer(self, entry: Entry, serial: int, level: float) -> None:
+        """
+        Notes that a lease is given back early if a request above *level* asks.
+        """
+        with self.changing():
+            self.scheduler.offer(entry, serial, level)
+
+    def is_asked(self, entry: Entry, serial: int, level: float) -> bool:
+        """
+        Returns True if a lease is to be given back for a request above *level*.
+        """
+        # Each segment asks, so the lock is only taken where it matters.
+        if entry.asked_by <= level:
+            return False
+        with self.changing():
+            return self.scheduler.is_asked(entry, serial, level)
 
     def spare(self, entry: Entry, serial: int) -> Callable[[], None]:
         """

@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from whispercache.events import ModelGranted
+from whispercache.planning.priority import INTERACTIVE
 
 from .effects import Settle
 from .entries import State
@@ -59,6 +60,7 @@ class Endings:
         # What was held back for it is open again, for the next request in line.
         for entry in waiter.draining:
             entry.drained_for = None
+            entry.asked_by = -math.inf
             entry.device.outlook.forget()
         waiter.draining.clear()
         # It kept its models from expiring.
@@ -129,6 +131,10 @@ class Endings:
                 lease = self._grant(
                     entry, workspace_bytes, waiter.keep_alive_s, waiter.owner
                 )
+                # Its patience was tried for long enough.
+                is_late = self._now() >= waiter.turn[0]
+                if waiter.priority < INTERACTIVE and is_late:
+                    lease.is_firm = True
                 self._settle(waiter, (lease,))
 
     def hold(self, waiter: Waiter) -> None:

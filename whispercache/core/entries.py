@@ -72,6 +72,9 @@ class Entry:
         leases: The owner of each lease, by its serial number.
         usual_bytes: Bytes of workspace of each lease, but for the
         unusual: ones, by serial number.
+        yielding: The levels of the leases that their holders give back early if a
+            request above that asks, by serial number.
+        asked_by: The highest level of the requests that ask them to.
         pinned: It is not evicted when idle.
         rack: The idle models of its device among which it is, or would be.
         idle_bytes: What its eviction would free, were it idle: nothing if it is pinned
@@ -114,6 +117,8 @@ class Entry:
     leases: dict[int, Owner] = field(default_factory=dict)
     usual_bytes: int = 0
     unusual: dict[int, int] = field(default_factory=dict)
+    yielding: dict[int, float] = field(default_factory=dict)
+    asked_by: float = -math.inf
     pinned: bool = False
     rack: dict[Entry, None] = field(init=False)
     idle_bytes: int = 0
@@ -276,6 +281,16 @@ class Entry:
         extra_bytes = self.workspace_with(n_bytes) - self.workspace_bytes
         return extra_bytes <= 0 or extra_bytes <= self.device.budget.left_bytes
 
+    @property
+    def yields_to(self) -> float:
+        """
+        The level above which a request is given it soon: minus infinity if it is not
+        leased, infinity if there is a lease that cannot be given back.
+        """
+        if len(self.yielding) < len(self.leases):
+            return math.inf
+        return max(self.yielding.values(), default=-math.inf)
+
     def resident(self) -> Resident:
         """
         Returns a model in memory as a policy sees it.
@@ -287,6 +302,7 @@ class Entry:
             last_used_s=self.last_used_s or 0.0,
             gap_s=self.gap_s or 0.0,
             cost_s=self.load_s,
+            yields_to=self.yields_to,
         )
 
     # Transitions ----------------------------------------------------------------------
@@ -367,6 +383,7 @@ class Entry:
             return False
         del self.leases[serial]
         self.unusual.pop(serial, None)
+        self.yielding.pop(serial, None)
         # As much as the largest calls that may run at once.
         self._work(self._largest_bytes() * min(len(self.leases), self.num_workers))
         return True
