@@ -96,6 +96,8 @@ class Asked:
     keep_alive_s: float | None
     timeout_s: float | None
     owner: str
+    priority: float = 0.0
+    resumes: bool = False
 
 
 requests = st.builds(
@@ -107,6 +109,8 @@ requests = st.builds(
     keep_alive_s=st.sampled_from([None, None, 0.0, 1.0, 30.0, float("inf")]),
     timeout_s=st.sampled_from([None, None, None, 0.0, 3.0, 20.0]),
     owner=st.sampled_from(OWNERS),
+    priority=st.sampled_from([0.0, 0.0, -1.0, -1.0, -2.0, 1.0]),
+    resumes=st.sampled_from([False, False, True]),
 )
 
 
@@ -249,7 +253,12 @@ class CacheMachine(RuleBasedStateMachine):
         waiting = len(self.core.queue)
         try:
             waiter = self.core.request(
-                parts, asked.keep_alive_s, asked.timeout_s, asked.owner
+                parts,
+                asked.keep_alive_s,
+                asked.timeout_s,
+                asked.owner,
+                priority=asked.priority,
+                resumes=asked.resumes,
             )
         except LeaseTimeout:
             assert asked.timeout_s == 0
@@ -274,6 +283,29 @@ class CacheMachine(RuleBasedStateMachine):
         lease.release()
         lease.release()
         self.rest()
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), level=st.sampled_from([-1.0, -2.0]))
+    def offer(self, data: st.DataObject, level: float) -> None:
+        """
+        A lease is one that its holder gives back when it is asked to.
+        """
+        place = data.draw(st.integers(0, len(self.leases) - 1))
+        self.leases[place].offer(level)
+        self.rest()
+
+    @precondition(lambda self: any(lease.is_asked(-2.0) for lease in self.leases))
+    @rule()
+    def give_way(self) -> None:
+        """
+        Those who are asked give their leases back.
+        """
+        for lease in [each for each in self.leases if each.is_asked(-2.0)]:
+            # Others may ask no more once one has given way.
+            if lease.is_asked(-2.0):
+                self.leases.remove(lease)
+                lease.release()
+                self.rest()
 
     @precondition(lambda self: self.leases)
     @rule()
@@ -617,6 +649,21 @@ class CacheMachine(RuleBasedStateMachine):
         # Else the next event looks at all anew.
         if state.closed is None and is_known:
             assert not undone(state, self.core.rules, now_s)
+
+    @invariant()
+    def the_line_is_in_order(self) -> None:
+        """
+        By priority and arrival, in each of its parts.
+        """
+        queue = self.core.queue
+        turns = [waiter.turn for waiter in queue]
+        assert turns == sorted(turns)
+        assert len(turns) == len(queue)
+        for entry in self.core.entries.values():
+            turns = [waiter.turn for waiter in entry.waiting]
+            assert turns == sorted(turns)
+            assert set(entry.yielding) <= set(entry.leases)
+            assert entry.drained_for is not None or entry.asked_by == float("-inf")
 
     @invariant()
     def each_request_ends_once(self) -> None:

@@ -202,6 +202,9 @@ class Core:
                 entry.device.thread.submit(partial(self.copies.drop, entry))
             case effects.ShrinkKept(host, most_bytes):
                 host.thread.submit(partial(self.copies.shrink, host, most_bytes))
+            case effects.AskBack(serials):
+                for holder in filter(None, map(self._holders.get, serials)):
+                    holder.give_way()
             case _:
                 self._perform_at_once(effect)
 
@@ -209,10 +212,6 @@ class Core:
         match effect:
             case effects.Settle():
                 effect.settle()
-            case effects.AskBack(serials):
-                # A step in flight sees it by itself.
-                for holder in filter(None, map(self._holders.get, serials)):
-                    holder.give_way()
             case effects.Gone(future):
                 with suppress(InvalidStateError):  # cancelled: its caller left
                     future.set_result(None)

@@ -106,6 +106,12 @@ _OF_CACHES = (
         PATIENCE_S,
         "time for which hits may pass one that waits",
     ),
+    Setting(
+        "priority",
+        kinds.PRIORITY,
+        "interactive",
+        "turn of requests that name none: interactive, batch",
+    ),
     Setting("max_waiting", kinds.COUNT_OR_NONE, None, "most requests in the queue"),
     Setting("fallback", kinds.FALLBACK, [], "what to try instead: int8, cpu, cuda:1"),
     Setting(
