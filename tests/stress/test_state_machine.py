@@ -662,8 +662,6 @@ class CacheMachine(RuleBasedStateMachine):
         for entry in self.core.entries.values():
             turns = [waiter.turn for waiter in entry.waiting]
             assert turns == sorted(turns)
-            assert set(entry.yielding) <= set(entry.leases)
-            assert entry.drained_for is not None or entry.asked_by == float("-inf")
 
     @invariant()
     def each_request_ends_once(self) -> None:

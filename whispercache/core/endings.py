@@ -59,8 +59,7 @@ class Endings:
         state.queue.leave(waiter)
         # What was held back for it is open again, for the next request in line.
         for entry in waiter.draining:
-            entry.drained_for = None
-            entry.asked_by = -math.inf
+            entry.end_drain()
             entry.device.outlook.forget()
         waiter.draining.clear()
         # It kept its models from expiring.

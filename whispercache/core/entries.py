@@ -395,6 +395,13 @@ class Entry:
             self.workspace_bytes = all_bytes
             self.device.budget.work(more_bytes)
 
+    def end_drain(self) -> None:
+        """
+        Lets new leases be granted again that were held back, and asks for none.
+        """
+        self.drained_for = None
+        self.asked_by = -math.inf
+
     def note_use(self, now_s: float) -> None:
         """
         Notes that it is used after it was idle, for policies that ask how often.
@@ -552,7 +559,7 @@ class Entry:
             # Or an older request would load it, not get it, and see it evicted, for
             # ever.
             self.drained_for.draining.remove(self)
-            self.drained_for = None
+            self.end_drain()
         del self.device.entries[self.key]
         gone, self.gone = self.gone, []
         return gone
@@ -588,6 +595,9 @@ class Entry:
         work_bytes = max(works, default=0) * min(len(works), self.num_workers)
         assert self.workspace_bytes == work_bytes, f"{key}: {work_bytes} B of work"
         assert self.unusual.keys() <= self.leases.keys(), f"{key}: unusual"
+        assert self.yielding.keys() <= self.leases.keys(), f"{key}: yielding"
+        is_asked = self.asked_by > -math.inf
+        assert self.drained_for is not None or not is_asked, f"{key}: asked in vain"
         assert not self.copy_bytes or loaded or self.restores, f"{key}: a copy, {state}"
         is_there = state is State.RESIDENT
         assert not self.parked_bytes or not is_there, f"{key}: parked, and {state}"

@@ -403,6 +403,10 @@ class Scheduler:
         self._file_moved()
         state.chosen = last.chosen
         state.impatient_at_s = last.impatient_since_s + self._rules.patience_s
+        # Elsewhere only new requests matter to one that loses its patience, but here it
+        # would ask for leases.
+        if state.yielding and state.impatient_at_s < math.inf:
+            self._agenda.wake_by(state.impatient_at_s)
         state.rounds += 1
         for cohort, turn in last.stopped.items():
             cohort.stopped_in, cohort.stopped_at = state.rounds, turn

@@ -404,8 +404,12 @@ class Walk(Generic[Place]):
             and resident.key not in self._wanted
             and (pending.impatient or resident.yields_to < pending.asks_below)
         ]
-        found = choose_victims(leaving, *self._rooms[device].shortfall(demand))
+        n_bytes, models = self._rooms[device].shortfall(demand)
+        found = choose_victims(leaving, n_bytes, models)
         if found is None and not pending.impatient:
+            # As much more as it takes may come without the end of one of these.
+            leaving_bytes = sum(each.weights_bytes for each in leaving)
+            self._note_reach(demand, n_bytes - leaving_bytes)
             return None
         drain = [each.key for each in (leaving if found is None else found)]
         # With several workers, other leases on its own model use its memory up.
