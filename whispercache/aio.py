@@ -24,7 +24,7 @@ from .engine.calls.prepare import prepared, prepared_detection
 from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .lease import Lease, Leases
-from .model import Handle, LeasedIterator, call_in_parts, call_leased
+from .model import Handle, LeasedIterator, call_in_parts
 from .options import as_request, as_requests, by_position, parse_tier, parse_timeout
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .engine.sizes.footprint import Workload
     from .events import Explanation
     from .keys import ModelKey
+    from .model import Breaks
     from .options import (
         CacheOptions,
         ComputeType,
@@ -489,8 +490,9 @@ class AsyncCachedModel(Handle):
         lease = await self._held(ready.workload)
         breaks = self._source.breaks(lease, ready.workload)
         call = self._source.transcriber(lease, ready.batch_size)
-        bound = functools.partial(call_in_parts, breaks)
-        result = await _call(bound, lease, call, ready.samples, **ready.options)
+        result = await _call_in_parts(
+            breaks, lease, call, ready.samples, **ready.options
+        )
         segments, info = cast(
             "tuple[LeasedIterator[Segment], TranscriptionInfo]", result
         )
@@ -505,7 +507,7 @@ class AsyncCachedModel(Handle):
         ready = await _in_thread(prepared_detection, self._source, audio, args, options)
         lease = await self._held(ready.workload)
         call = lease.whisper.detect_language
-        result = await _call(call_leased, lease, call, ready.samples, **ready.options)
+        result = await _call(lease, call, ready.samples, **ready.options)
         return cast("tuple[str, float, list[tuple[str, float]]]", result)
 
 
@@ -596,19 +598,29 @@ def _next(items: LeasedIterator[T]) -> T | object:
 
 
 async def _call(
-    call_held: Callable[..., object],
+    lease: Lease, call: Callable[..., object], *args: object, **options: object
+) -> object:
+    """
+    Awaits `call_leased` on a thread; the model is held until that ends, cancelled or
+    not.
+    """
+    return await _call_in_parts(None, lease, call, *args, **options)
+
+
+async def _call_in_parts(
+    breaks: Breaks | None,
     lease: Lease,
     call: Callable[..., object],
+    /,
     *args: object,
     **options: object,
 ) -> object:
     """
-    Awaits *call_held*, which is `call_leased` or the like, on a thread; the model is
-    held until that ends, cancelled or not.
+    Awaits `call_in_parts` likewise.
     """
     # If the loop ends with this call in flight, its lease is no leak to be warned of.
     lease.owned = True
-    bound = functools.partial(call_held, lease, call, *args, **options)
+    bound = functools.partial(call_in_parts, breaks, lease, call, *args, **options)
     future = _pool().submit(bound)
     try:
         return await asyncio.wrap_future(future)

@@ -433,6 +433,13 @@ class Handle:
         """
         return self._served_by
 
+    def breaks(self, lease: Lease, workload: Workload | None = None) -> Breaks | None:
+        """
+        Returns how a call of this model with *lease* gives it back between two
+        segments, for those of a higher priority; None if this one has the usual one.
+        """
+        return self._source.breaks(lease, workload or DEFAULT_WORKLOAD)
+
     def __setattr__(self, name: str, value: object) -> None:
         # Set on the handle, an attribute would never reach the model that computes.
         if name not in ("_cache", "_served_by", "_source"):

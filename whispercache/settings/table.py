@@ -240,9 +240,12 @@ Those of a cache whose models take turns, each named and used once: no model of 
 idle, nobody waits for another, and a fallback would not be what was asked for.
 """
 
-SERVED_CACHE_KEYS = tuple(key for key in CACHE_KEYS if key != "max_waiting")
+SERVED_CACHE_KEYS = tuple(
+    key for key in CACHE_KEYS if key not in ("max_waiting", "priority")
+)
 """
-Those of a server's cache: its requests wait at the server's own gate.
+Those of a server's cache: its requests wait at the server's own gate, and name their
+priority.
 """
 
 
