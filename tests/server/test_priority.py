@@ -127,16 +127,16 @@ def test_waiting_requests_are_shown_with_their_priority(cache: ModelCache) -> No
     with (
         serving(cache, models=micros(), parallel=1) as client,
         cache.lease(micro("micro b"), "cpu"),
+        ThreadPoolExecutor(3) as pool,
     ):
-        with ThreadPoolExecutor(3) as pool:
-            asked = [pool.submit(transcribe, client, A, priority=-1)]
-            wait_until(lambda: waiting(client) == 1, "the batch in the cache")
-            asked += [pool.submit(transcribe, client, A, priority=-1)]
-            wait_until(lambda: waiting(client) == 2, "another one before it")
-            asked += [pool.submit(transcribe, client, A)]
-            wait_until(lambda: waiting(client) == 3, "a person before that")
-            snapshot = client.get("/api/ps").json()
-            levels = [each["priority"] for each in snapshot["waiting"]]
-            assert levels == [0.0, -1.0, -1.0]
-            cache.resize(max_models=2)
-            assert all(each.result().status_code == 200 for each in asked)
+        asked = [pool.submit(transcribe, client, A, priority=-1)]
+        wait_until(lambda: waiting(client) == 1, "the batch in the cache")
+        asked += [pool.submit(transcribe, client, A, priority=-1)]
+        wait_until(lambda: waiting(client) == 2, "another one before it")
+        asked += [pool.submit(transcribe, client, A)]
+        wait_until(lambda: waiting(client) == 3, "a person before that")
+        snapshot = client.get("/api/ps").json()
+        levels = [each["priority"] for each in snapshot["waiting"]]
+        assert levels == [0.0, -1.0, -1.0]
+        cache.resize(max_models=2)
+        assert all(each.result().status_code == 200 for each in asked)

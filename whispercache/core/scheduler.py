@@ -532,9 +532,12 @@ class Scheduler:
         Returns True if a request above *level* waits for the end of a lease, and its
         owner can wait for another one without holding any.
         """
-        owner = entry.leases.get(serial)
-        is_alone = owner is None or self._state.queue.held.get(owner, 0) <= 1
-        return serial in entry.leases and entry.asked_by > level and is_alone
+        if serial not in entry.leases or entry.asked_by <= level:
+            return False
+        owner = entry.leases[serial]
+        # The others of its owner on this model are asked as well.
+        own = sum(entry.leases[each] == owner for each in entry.yielding)
+        return owner is None or self._state.queue.held.get(owner, 0) <= own
 
     def spare(self, entry: Entry, serial: int) -> None:
         """
