@@ -211,12 +211,12 @@ def test_a_batch_at_work_is_asked_by_another_thread(
     next(segments)
     with pytest.raises(LeaseTimeout):
         at_once([lambda: other.transcribe(FILM, language="en")])
-    served: list[str] = []
-    asking = threading.Thread(target=lambda: served.append(str(urgent())))
+    asking = threading.Thread(target=urgent)
     asking.start()
     assert len(list(segments)) == 4
     asking.join(60)
-    assert served
+    assert not asking.is_alive()
+    assert cache.stats().timeouts == 1
 
 
 def test_who_holds_other_models_is_not_asked_within_a_step(cache: ModelCache) -> None:

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 
 def queue_of(
-    waiters: Sequence[Waiter], patient_since_s: float, least_level: float
+    waiters: Sequence[Waiter], now_s: float, patience_s: float, least_level: float
 ) -> list[Pending]:
     """
-    Returns *waiters* as a planner sees them, impatient if older than that time, and
-    asking for leases if above that level.
+    Returns *waiters* as a planner sees them, impatient if older than their patience,
+    and asking for leases if above that level.
     """
     first: dict[ModelKey, int] = {}
     found: list[Pending] = []
@@ -47,7 +47,7 @@ def queue_of(
         asks_below = level if level > least_level else -math.inf
         one = demands.pending(
             waiter,
-            impatient=waiter.since_s <= patient_since_s,
+            impatient=waiter.since_s + patience_s <= now_s,
             asks_below=asks_below,
         )
         if one.need is Need.LOAD and not waiter.is_group:
@@ -74,7 +74,8 @@ class PlainRound:
     ) -> None:
         self._state = state
         self._plan = plan
-        self._patient_since_s = now_s - rules.patience_s
+        self._now_s = now_s
+        self._patience_s = rules.patience_s
         self._look = view.Shelves(state, rules.policy, now_s)
         self.chosen: set[ModelKey] = set()
         self.stopped: dict[object, int] = {}
@@ -88,7 +89,7 @@ class PlainRound:
         devices = self._state.devices
         rooms = {name: view.room(self._state, each) for name, each in devices.items()}
         least_level = view.least_level(self._state)
-        pending = queue_of(waiters, self._patient_since_s, least_level)
+        pending = queue_of(waiters, self._now_s, self._patience_s, least_level)
         return self._plan(pending, rooms, self._look.idle, self._look.busy)
 
     def run(self) -> list[Found]:

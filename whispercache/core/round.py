@@ -68,7 +68,8 @@ class Round:
     ) -> None:
         self._state = state
         self._line = state.queue
-        self._impatient_since_s = now_s - rules.patience_s
+        self._now_s = now_s
+        self._patience_s = rules.patience_s
         look = view.Shelves(state, rules.policy, now_s)
         rooms = {name: view.room(state, each) for name, each in state.devices.items()}
         self._walk: Walk[Turn] = Walk(rooms, look.idle, look.busy)
@@ -238,7 +239,8 @@ class Round:
             self.impatient_since_s = min(self.impatient_since_s, waiter.since_s)
 
     def _is_impatient(self, waiter: Waiter) -> bool:
-        return waiter.since_s <= self._impatient_since_s
+        # Summed as the time is at which it is looked at again, to the last bit.
+        return waiter.since_s + self._patience_s <= self._now_s
 
     def _drains(self, waiter: Waiter, cohort: Cohort) -> bool:
         """
