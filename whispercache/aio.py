@@ -137,6 +137,7 @@ class AsyncModelCache(CacheBase):
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         priority: Priority | None = None,
+        parallel: int | None = None,
         fallback: Sequence[str] | None = None,
         **load_options: object,
     ) -> AsyncCachedModel:
@@ -147,7 +148,7 @@ class AsyncModelCache(CacheBase):
         model = await _in_thread(anchored, model_size_or_path)
         compute_type, load_options = by_position(more, compute_type, load_options)
         request = as_request(model, device, compute_type, load_options)
-        terms = self._terms(timeout_s, keep_alive, fallback, priority)
+        terms = self._terms(timeout_s, keep_alive, fallback, priority, parallel)
         source = await _in_thread(self._cache._source, request, terms)
         return AsyncCachedModel(self, source)
 
@@ -160,6 +161,7 @@ class AsyncModelCache(CacheBase):
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         priority: Priority | None = None,
+        parallel: int | None = None,
         fallback: Sequence[str] | None = None,
         workload: Workload | None = None,
         **load_options: object,
@@ -170,7 +172,7 @@ class AsyncModelCache(CacheBase):
         Its calls block: run them in a thread, or use `get_model`, which does.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        terms = self._terms(timeout_s, keep_alive, fallback, priority)
+        terms = self._terms(timeout_s, keep_alive, fallback, priority, parallel)
         return self._lease(request, workload or DEFAULT_WORKLOAD, terms)
 
     def lease_many(
@@ -182,6 +184,7 @@ class AsyncModelCache(CacheBase):
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         priority: Priority | None = None,
+        parallel: int | None = None,
         workload: Workload | None = None,
         **load_options: object,
     ) -> AsyncLeases:
@@ -189,7 +192,7 @@ class AsyncModelCache(CacheBase):
         Returns several models, held together for an ``async with`` block.
         """
         requests = as_requests(models, device, compute_type, load_options)
-        terms = self._terms(timeout_s, keep_alive, (), priority)
+        terms = self._terms(timeout_s, keep_alive, (), priority, parallel)
         return AsyncLeases(
             self._acquire_many(requests, workload or DEFAULT_WORKLOAD, terms)
         )
@@ -201,9 +204,10 @@ class AsyncModelCache(CacheBase):
         self, request: Request, workload: Workload, terms: Terms
     ) -> Lease:
         # Without a thread: a model in memory is had within microseconds.
-        task = _current_task()
-        hit = self._core.hit
-        lease = hit(request, workload, terms.keep_alive_s, task)
+        lease = None
+        if terms.parallel is None:
+            hit, task = self._core.hit, _current_task()
+            lease = hit(request, workload, terms.keep_alive_s, task)
         return await self._climb(request, workload, terms) if lease is None else lease
 
     async def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
@@ -231,6 +235,7 @@ class AsyncModelCache(CacheBase):
             terms.timeout_s,
             task,
             priority=terms.priority,
+            parallel=terms.parallel,
             resumes=terms.resumes,
         )
         try:

@@ -79,6 +79,7 @@ class CacheBase:
         keep_alive: DurationValue | None,
         fallback: Sequence[str] | None,
         priority: Priority | None = None,
+        parallel: int | None = None,
     ) -> Terms:
         usual = self._usual_terms
         # One object for the usual case, which every hit passes.
@@ -87,6 +88,7 @@ class CacheBase:
             and keep_alive is None
             and fallback is None
             and priority is None
+            and parallel is None
         ):
             return usual
         return Terms(
@@ -94,6 +96,7 @@ class CacheBase:
             None if keep_alive is None else parse_duration(keep_alive, "keep_alive"),
             usual.ladder if fallback is None else as_ladder(fallback),
             usual.priority if priority is None else parse_priority(priority),
+            parse_count(parallel, "parallel"),
         )
 
     def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Wanted]:

@@ -103,6 +103,9 @@ class ModelCache(CacheBase):
             are 0 and -1. For each level less, a request goes as if it had come a minute
             later. A transcription below 0 by a `CachedModel` gives its memory to those
             above it that wait, between two segments, and goes on afterwards.
+        parallel: Most leases on a model at a time, unless a request says otherwise:
+            further ones wait for their turn, people before batches. None for any
+            number, whose calls a model computes one after the other by itself.
         max_waiting: Most requests that wait; more are refused at once.
         fallback: Alternatives to try, one after the other, where a model cannot be had:
             compute types (``"int8_float16"``), devices (``"cuda:1"``, ``"cpu"``), or
@@ -149,6 +152,7 @@ class ModelCache(CacheBase):
         policy: PolicyName | Policy = "lru",
         patience_s: float = PATIENCE_S,
         priority: Priority = "interactive",
+        parallel: int | None = None,
         max_waiting: int | None = None,
         fallback: Sequence[str] = (),
         pressure: Pressure = "load",
@@ -177,6 +181,7 @@ class ModelCache(CacheBase):
                 keep_alive_s=parse_duration(keep_alive, "keep_alive"),
                 patience_s=parse_patience(patience_s),
                 max_waiting=parse_count(max_waiting, "max_waiting"),
+                parallel=parse_count(parallel, "parallel"),
             ),
             limit_of=limits_by_device(vram, ram),
             max_models=parse_count(max_models, "max_models"),
@@ -220,6 +225,7 @@ class ModelCache(CacheBase):
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         priority: Priority | None = None,
+        parallel: int | None = None,
         fallback: Sequence[str] | None = None,
         **load_options: object,
     ) -> CachedModel:
@@ -244,6 +250,7 @@ class ModelCache(CacheBase):
                 text such as ``"30s"``; None for as long as it takes.
             keep_alive: For this model, instead of the cache's.
             priority: Likewise, of each call on it.
+            parallel: Likewise.
             fallback: Instead of the cache's.
             load_options: The other parameters of WhisperModel: ``cpu_threads``,
                 ``num_workers``, ``download_root``, ``local_files_only``, ``revision``.
@@ -259,7 +266,7 @@ class ModelCache(CacheBase):
         model = anchored(model_size_or_path)
         compute_type, load_options = by_position(more, compute_type, load_options)
         request = as_request(model, device, compute_type, load_options)
-        terms = self._terms(timeout_s, keep_alive, fallback, priority)
+        terms = self._terms(timeout_s, keep_alive, fallback, priority, parallel)
         source = self._source(request, terms)
         base = self.loader.whisper_class()
         # Those of a loader of a user's own may be anything.
@@ -285,6 +292,7 @@ class ModelCache(CacheBase):
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         priority: Priority | None = None,
+        parallel: int | None = None,
         fallback: Sequence[str] | None = None,
         workload: Workload | None = None,
         **load_options: object,
@@ -294,9 +302,10 @@ class ModelCache(CacheBase):
 
         Takes what `get_model` does. *timeout_s* is for this lease: None waits for as
         long as it takes, 0 takes the model only if it can be had at once. *keep_alive*
-        is the time in memory after it, *priority* its turn. *workload* is the work that
-        will be done with the model, for the memory that it takes: faster-whisper's
-        defaults if None.
+        is the time in memory after it, *priority* its turn, and *parallel* the most
+        leases on the model with this one, or it waits. *workload* is the work that will
+        be done with the model, for the memory that it takes: faster-whisper's defaults
+        if None.
 
         Blocks: until the model is in memory, through a download if it takes one.
 
@@ -320,8 +329,10 @@ class ModelCache(CacheBase):
             or keep_alive is not None
             or fallback is not None
             or priority is not None
+            or parallel is not None
         ):
-            terms = self._terms(timeout_s, keep_alive, fallback, priority)
+            terms = self._terms(timeout_s, keep_alive, fallback, priority, parallel)
+            return self._lease(request, workload or DEFAULT_WORKLOAD, terms)
         workload = workload or DEFAULT_WORKLOAD
         hit = self._core.hit
         lease = hit(request, workload, terms.keep_alive_s, here.owner)
@@ -336,6 +347,7 @@ class ModelCache(CacheBase):
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
         priority: Priority | None = None,
+        parallel: int | None = None,
         workload: Workload | None = None,
         **load_options: object,
     ) -> Leases:
@@ -358,14 +370,16 @@ class ModelCache(CacheBase):
         """
         requests = as_requests(models, device, compute_type, load_options)
         # Without fallbacks: which of the models should give way would be a guess.
-        terms = self._terms(timeout_s, keep_alive, (), priority)
+        terms = self._terms(timeout_s, keep_alive, (), priority, parallel)
         parts = self._locate(requests, workload or DEFAULT_WORKLOAD)
         return Leases(self._wait(parts, terms))
 
     def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
+        lease = None
         # A model in memory costs one look-up and one critical section.
-        hit = self._core.hit
-        lease = hit(request, workload, terms.keep_alive_s, here.owner)
+        if terms.parallel is None:
+            hit = self._core.hit
+            lease = hit(request, workload, terms.keep_alive_s, here.owner)
         return self._climb(request, workload, terms) if lease is None else lease
 
     def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
@@ -389,6 +403,7 @@ class ModelCache(CacheBase):
             terms.timeout_s,
             owner,
             priority=terms.priority,
+            parallel=terms.parallel,
             resumes=terms.resumes,
         )
         try:

@@ -81,6 +81,7 @@ def get_model(
     timeout_s: DurationValue | None = None,
     keep_alive: DurationValue | None = None,
     priority: Priority | None = None,
+    parallel: int | None = None,
     fallback: Sequence[str] | None = None,
     **load_options: object,
 ) -> CachedModel:
@@ -98,6 +99,7 @@ def get_model(
         timeout_s=timeout_s,
         keep_alive=keep_alive,
         priority=priority,
+        parallel=parallel,
         fallback=fallback,
         **load_options,
     )

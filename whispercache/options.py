@@ -93,6 +93,7 @@ class CacheOptions(TypedDict, total=False):
     policy: PolicyName | Policy
     patience_s: float
     priority: Priority
+    parallel: int | None
     max_waiting: int | None
     fallback: Sequence[str]
     pressure: Pressure

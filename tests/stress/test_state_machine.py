@@ -98,6 +98,7 @@ class Asked:
     owner: str
     priority: float = 0.0
     resumes: bool = False
+    parallel: int | None = None
 
 
 requests = st.builds(
@@ -111,6 +112,7 @@ requests = st.builds(
     owner=st.sampled_from(OWNERS),
     priority=st.sampled_from([0.0, 0.0, -1.0, -1.0, -2.0, 1.0]),
     resumes=st.sampled_from([False, False, True]),
+    parallel=st.sampled_from([None, None, None, 1, 2]),
 )
 
 
@@ -212,10 +214,12 @@ class CacheMachine(RuleBasedStateMachine):
         part = self.part(asked)
         request = (str(part.entry.key),)
         self.core.requests[request] = part.entry  # as the resolver does
-        lease = self.core.hit(request, part.workload, asked.keep_alive_s, asked.owner)
-        if lease is not None:
-            self.leases.append(lease)
-            return
+        if asked.parallel is None:
+            hit = self.core.hit
+            lease = hit(request, part.workload, asked.keep_alive_s, asked.owner)
+            if lease is not None:
+                self.leases.append(lease)
+                return
         self.queue_up([part], asked)
 
     @precondition(lambda self: not self.core.is_closed)
@@ -259,6 +263,7 @@ class CacheMachine(RuleBasedStateMachine):
                 asked.owner,
                 priority=asked.priority,
                 resumes=asked.resumes,
+                parallel=asked.parallel,
             )
         except LeaseTimeout:
             assert asked.timeout_s == 0

@@ -145,7 +145,8 @@ class Core:
         hits = Hits(lock, agenda, self.scheduler, self, self.requests)
         # Each call in between would be felt.
         self.hit: Callable[[Request, Workload, float | None, Owner], Lease | None] = (
-            hits.hit
+            # Where leases are counted, the scheduler does it.
+            hits.hit if self.rules.parallel is None else _no_hit
         )
         self.release: Callable[[Entry, int, float | None], None] = hits.release
         reports = Reports(agenda, evictions, self.scheduler)
@@ -339,6 +340,7 @@ class Core:
         owner: Owner,
         *,
         priority: float = INTERACTIVE,
+        parallel: int | None = None,
         resumes: bool = False,
     ) -> Waiter:
         """
@@ -357,6 +359,7 @@ class Core:
             self.clock.now(),
             owner,
             priority=priority,
+            parallel=self.rules.parallel if parallel is None else parallel,
             resumes=resumes,
         )
         try:
@@ -643,6 +646,14 @@ class Core:
         """
         with self.changing():
             self.scheduler.check()
+
+
+def _no_hit(
+    _request: Request, _workload: Workload, _keep_alive_s: float | None, _owner: Owner
+) -> None:
+    """
+    Leaves every request to the scheduler.
+    """
 
 
 def _give_back(future: Future[tuple[Lease, ...]]) -> None:

@@ -62,8 +62,10 @@ class Endings:
             entry.end_drain()
             entry.device.outlook.forget()
         waiter.draining.clear()
-        # It kept its models from expiring.
+        # It kept its models from expiring, and may have asked for a turn with one.
         for entry in waiter.entries:
+            if entry.drained_for is None:
+                entry.asked_by = -math.inf
             if entry.is_idle:
                 self._evictions.remind_of(entry)
         if waiter.deadline_s < math.inf:

@@ -236,17 +236,25 @@ class Entry:
         """
         Returns True if a new lease may be granted to *waiter*; None is a hit.
 
-        It must be in memory, not be evicted, and not be held back for another request.
+        It must be in memory, not be evicted, not be held back for another request, and
+        not have as many leases as that request allows.
         Owners that hold it already are not made to wait for the end of their own lease.
         """
         if self.state is not State.RESIDENT:
             return False
-        if self.cause is None and self.drained_for in (None, waiter):
+        is_full = waiter is not None and self.is_full_for(waiter)
+        if self.cause is None and self.drained_for in (None, waiter) and not is_full:
             return True
         return waiter is not None and (
             waiter.passes
             or (waiter.owner is not None and waiter.owner in self.leases.values())
         )
+
+    def is_full_for(self, waiter: Waiter) -> bool:
+        """
+        Returns True if it has as many leases as a request allows besides its own.
+        """
+        return waiter.parallel is not None and len(self.leases) >= waiter.parallel
 
     def workspace_of(self, workload: Workload) -> int | None:
         """
@@ -596,8 +604,8 @@ class Entry:
         assert self.workspace_bytes == work_bytes, f"{key}: {work_bytes} B of work"
         assert self.unusual.keys() <= self.leases.keys(), f"{key}: unusual"
         assert self.yielding.keys() <= self.leases.keys(), f"{key}: yielding"
-        is_asked = self.asked_by > -math.inf
-        assert self.drained_for is not None or not is_asked, f"{key}: asked in vain"
+        is_wanted = self.drained_for is not None or bool(self.waiting)
+        assert is_wanted or self.asked_by == -math.inf, f"{key}: asked in vain"
         assert not self.copy_bytes or loaded or self.restores, f"{key}: a copy, {state}"
         is_there = state is State.RESIDENT
         assert not self.parked_bytes or not is_there, f"{key}: parked, and {state}"

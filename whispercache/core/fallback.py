@@ -80,6 +80,7 @@ class Terms:
         keep_alive_s: Seconds that it stays once the lease ends; None for the cache's.
         ladder: The fallbacks, best first.
         priority: The level of its turn.
+        parallel: Most leases on the model with it; None for any number.
         resumes: It goes on with a call that gave its lease back.
     """
 
@@ -87,6 +88,7 @@ class Terms:
     keep_alive_s: float | None = None
     ladder: tuple[Rung, ...] = ()
     priority: float = INTERACTIVE
+    parallel: int | None = None
     resumes: bool = False
 
 

@@ -171,6 +171,7 @@ class Scheduler:
         try:
             state.queue.join(waiter)
             if self._waits_in_vain(waiter):
+                self._ask_for_turns()
                 self._lookout.look_out(entry.device for entry in waiter.entries)
             else:
                 self.admit()
@@ -385,6 +386,16 @@ class Scheduler:
             if asked:
                 self._agenda.note(AskBack(asked))
 
+    def _ask_for_turns(self) -> None:
+        """
+        Has batches give a model back that has no more leases for a request above them.
+        """
+        for entry in self._state.yielding:
+            least = min(entry.yielding.values())
+            first = next((w for w in entry.waiting if w.priority > least), None)
+            if first is not None and entry.is_full_for(first):
+                self._ask(entry, first)
+
     def _start_loads(self, waiter: Waiter) -> None:
         reserved = demands.reservations(waiter.wanted)
         # Models that are there already are pinned first, or they could be evicted while
@@ -403,6 +414,7 @@ class Scheduler:
         self._file_moved()
         state.chosen = last.chosen
         state.impatient_at_s = last.impatient_since_s + self._rules.patience_s
+        self._ask_for_turns()
         # Elsewhere only new requests matter to one that loses its patience, but here it
         # would ask for leases.
         if state.yielding and state.impatient_at_s < math.inf:

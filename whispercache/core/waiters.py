@@ -48,6 +48,7 @@ class Waiter:
         turn: Its place in the line, by its priority and its arrival; the last number
             is negative before it queues.
         priority: Its level, the higher the sooner.
+        parallel: Most leases on each model with its own; None for any number.
         resumes: It goes on with a call that gave its lease back.
         wanted: The models that it wants, all or nothing.
         keep_alive_s: For each of them, once its lease ends.
@@ -70,6 +71,7 @@ class Waiter:
     owner: Owner
     future: Future[tuple[Lease, ...]] = field(default_factory=Future)
     priority: float = INTERACTIVE
+    parallel: int | None = None
     resumes: bool = False
     turn: Turn = (math.inf, -1)
     deadline_s: float = math.inf

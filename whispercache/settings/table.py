@@ -112,6 +112,7 @@ _OF_CACHES = (
         "interactive",
         "turn of requests that name none: interactive, batch",
     ),
+    Setting("parallel", kinds.COUNT_OR_NONE, None, "most leases on one model"),
     Setting("max_waiting", kinds.COUNT_OR_NONE, None, "most requests in the queue"),
     Setting("fallback", kinds.FALLBACK, [], "what to try instead: int8, cpu, cuda:1"),
     Setting(
@@ -241,7 +242,7 @@ idle, nobody waits for another, and a fallback would not be what was asked for.
 """
 
 SERVED_CACHE_KEYS = tuple(
-    key for key in CACHE_KEYS if key not in ("max_waiting", "priority")
+    key for key in CACHE_KEYS if key not in ("max_waiting", "parallel", "priority")
 )
 """
 Those of a server's cache: its requests wait at the server's own gate, and name their
