@@ -78,6 +78,7 @@ async def transcribe(
     audio: NDArray[np.float32],
     options: dict[str, object],
     batched: Pipeline,
+    *,
     breaks: Breaks | None = None,
 ) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
     """

@@ -179,7 +179,7 @@ class LocalEngine:
             held.pop_all()
         batched = self.cache.cache.loader.batched
         return await transcribe(
-            self._callers, lease, heard, dict(options), batched, breaks
+            self._callers, lease, heard, dict(options), batched, breaks=breaks
         )
 
     def _breaks(self, offer: Offer, terms: Terms, lease: Lease) -> Breaks | None:
