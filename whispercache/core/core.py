@@ -204,7 +204,9 @@ class Core:
             case effects.ShrinkKept(host, most_bytes):
                 host.thread.submit(partial(self.copies.shrink, host, most_bytes))
             case effects.AskBack(serials):
-                for holder in filter(None, map(self._holders.get, serials)):
+                # In one step: holders come and go without the lock.
+                refs = [r for r, s in list(self._holders.items()) if s in serials]
+                for holder in filter(None, (ref() for ref in refs)):
                     holder.give_way()
             case _:
                 self._perform_at_once(effect)
