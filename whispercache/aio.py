@@ -14,17 +14,17 @@ import os
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from .base import CacheBase, Departure, outranked_by
 from .cache import ModelCache
 from .core.fallback import Attempts
-from .core.threads import current_owner, token_of
+from .core.threads import current_owner, here, token_of
 from .engine.calls.prepare import prepared, prepared_detection
 from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .lease import Lease, Leases
-from .model import Handle, LeasedIterator, call_leased
+from .model import Handle, LeasedIterator, call_in_parts
 from .options import as_request, as_requests, by_position, parse_tier, parse_timeout
 
 if TYPE_CHECKING:
@@ -44,7 +44,15 @@ if TYPE_CHECKING:
     from .engine.sizes.footprint import Workload
     from .events import Explanation
     from .keys import ModelKey
-    from .options import CacheOptions, ComputeType, DeviceIndex, ModelRequest, Tier
+    from .model import Breaks
+    from .options import (
+        CacheOptions,
+        ComputeType,
+        DeviceIndex,
+        ModelRequest,
+        Priority,
+        Tier,
+    )
     from .units import DurationValue
     from .watch.live import Snapshot
 
@@ -75,8 +83,14 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="whispercache-call")
 
 
-if hasattr(os, "register_at_fork"):  # its threads are not in the child
+@functools.cache
+def _stopped() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="whispercache-stopped")
+
+
+if hasattr(os, "register_at_fork"):  # their threads are not in the child
     os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_stopped.cache_clear)
 
 
 async def _in_thread(call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
@@ -102,8 +116,8 @@ class AsyncModelCache(CacheBase):
         # Kept alive: without it, a fork would not reach what the two share.
         self._cache: ModelCache = cache or ModelCache(**options)
         shared = self._cache
-        ladder = shared._usual_terms.ladder
-        super().__init__(shared._core, shared._resolver, shared._limits, ladder)
+        terms = shared._usual_terms
+        super().__init__(shared._core, shared._resolver, shared._limits, terms)
 
     @property
     def cache(self) -> ModelCache:
@@ -122,6 +136,8 @@ class AsyncModelCache(CacheBase):
         compute_type: ComputeType = "default",
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
+        priority: Priority | None = None,
+        parallel: int | None = None,
         fallback: Sequence[str] | None = None,
         **load_options: object,
     ) -> AsyncCachedModel:
@@ -132,7 +148,7 @@ class AsyncModelCache(CacheBase):
         model = await _in_thread(anchored, model_size_or_path)
         compute_type, load_options = by_position(more, compute_type, load_options)
         request = as_request(model, device, compute_type, load_options)
-        terms = self._terms(timeout_s, keep_alive, fallback)
+        terms = self._terms(timeout_s, keep_alive, fallback, priority, parallel)
         source = await _in_thread(self._cache._source, request, terms)
         return AsyncCachedModel(self, source)
 
@@ -144,6 +160,8 @@ class AsyncModelCache(CacheBase):
         *,
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
+        priority: Priority | None = None,
+        parallel: int | None = None,
         fallback: Sequence[str] | None = None,
         workload: Workload | None = None,
         **load_options: object,
@@ -154,7 +172,7 @@ class AsyncModelCache(CacheBase):
         Its calls block: run them in a thread, or use `get_model`, which does.
         """
         request = as_request(model_size_or_path, device, compute_type, load_options)
-        terms = self._terms(timeout_s, keep_alive, fallback)
+        terms = self._terms(timeout_s, keep_alive, fallback, priority, parallel)
         return self._lease(request, workload or DEFAULT_WORKLOAD, terms)
 
     def lease_many(
@@ -165,6 +183,8 @@ class AsyncModelCache(CacheBase):
         *,
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
+        priority: Priority | None = None,
+        parallel: int | None = None,
         workload: Workload | None = None,
         **load_options: object,
     ) -> AsyncLeases:
@@ -172,7 +192,7 @@ class AsyncModelCache(CacheBase):
         Returns several models, held together for an ``async with`` block.
         """
         requests = as_requests(models, device, compute_type, load_options)
-        terms = self._terms(timeout_s, keep_alive, ())
+        terms = self._terms(timeout_s, keep_alive, (), priority, parallel)
         return AsyncLeases(
             self._acquire_many(requests, workload or DEFAULT_WORKLOAD, terms)
         )
@@ -184,9 +204,10 @@ class AsyncModelCache(CacheBase):
         self, request: Request, workload: Workload, terms: Terms
     ) -> Lease:
         # Without a thread: a model in memory is had within microseconds.
-        task = _current_task()
-        hit = self._core.hit
-        lease = hit(request, workload, terms.keep_alive_s, task)
+        lease = None
+        if terms.parallel is None:
+            hit, task = self._core.hit, _current_task()
+            lease = hit(request, workload, terms.keep_alive_s, task)
         return await self._climb(request, workload, terms) if lease is None else lease
 
     async def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
@@ -208,7 +229,15 @@ class AsyncModelCache(CacheBase):
         core = self._core
         parts = await _in_thread(self._locate, requests, workload)
         task = _current_task()
-        waiter = core.request(parts, terms.keep_alive_s, terms.timeout_s, task)
+        waiter = core.request(
+            parts,
+            terms.keep_alive_s,
+            terms.timeout_s,
+            task,
+            priority=terms.priority,
+            parallel=terms.parallel,
+            resumes=terms.resumes,
+        )
         try:
             leases = await asyncio.wrap_future(waiter.future)
         except BaseException:
@@ -464,8 +493,11 @@ class AsyncCachedModel(Handle):
             prepared, self._source, audio, args, options, batch_size
         )
         lease = await self._held(ready.workload)
+        breaks = self._source.breaks(lease, ready.workload)
         call = self._source.transcriber(lease, ready.batch_size)
-        result = await _call(lease, call, ready.samples, **ready.options)
+        result = await _call_in_parts(
+            breaks, lease, call, ready.samples, **ready.options
+        )
         segments, info = cast(
             "tuple[LeasedIterator[Segment], TranscriptionInfo]", result
         )
@@ -500,7 +532,7 @@ class AsyncSegments(AsyncIterator[T]):
         self._items.follow(_current_task())
         # The step of a task that was cancelled may be in flight: its item is the next.
         if self._step is None:
-            self._step = _pool().submit(_next, self._items)
+            self._step = _begin_step(self._items)
         try:
             item = await asyncio.shield(asyncio.wrap_future(self._step))
         except asyncio.CancelledError:
@@ -544,6 +576,25 @@ class AsyncSegments(AsyncIterator[T]):
         await self.aclose()
 
 
+def _begin_step(items: LeasedIterator[T]) -> Future[object]:
+    if items.claim():
+        return _pool().submit(_next, items)
+    # It gave its model back, and may wait for it: not on a thread that another one
+    # needs to get on, or all might wait for ever.
+    return _stopped().submit(_next_as, items, _current_task())
+
+
+def _next_as(items: LeasedIterator[T], owner: object) -> T | object:
+    """
+    Returns the next item, for whose model *owner* may have to wait.
+    """
+    before, here.owner = here.owner, cast("Any", owner)
+    try:
+        return _next(items)
+    finally:
+        here.owner = before
+
+
 def _next(items: LeasedIterator[T]) -> T | object:
     try:
         return items.step()
@@ -558,9 +609,23 @@ async def _call(
     Awaits `call_leased` on a thread; the model is held until that ends, cancelled or
     not.
     """
+    return await _call_in_parts(None, lease, call, *args, **options)
+
+
+async def _call_in_parts(
+    breaks: Breaks | None,
+    lease: Lease,
+    call: Callable[..., object],
+    /,
+    *args: object,
+    **options: object,
+) -> object:
+    """
+    Awaits `call_in_parts` likewise.
+    """
     # If the loop ends with this call in flight, its lease is no leak to be warned of.
     lease.owned = True
-    bound = functools.partial(call_leased, lease, call, *args, **options)
+    bound = functools.partial(call_in_parts, breaks, lease, call, *args, **options)
     future = _pool().submit(bound)
     try:
         return await asyncio.wrap_future(future)

@@ -24,6 +24,7 @@ from .options import (
     parse_count,
     parse_timeout,
 )
+from .planning.priority import INTERACTIVE, parse_priority
 from .units import parse_duration
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from .core.core import Core
     from .core.entries import Entry
     from .core.evictions import Leaving
-    from .core.fallback import Rung
     from .core.resolver import Request, Resolver, Target
     from .core.waiters import Wanted
     from .devices.memory import MemoryProbe
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
     from .keys import ModelKey
     from .lease import Lease
-    from .options import Limits
+    from .model import Breaks
+    from .options import Limits, Priority
     from .planning.deadlock import Owner
     from .units import DurationValue, LimitValue
 
@@ -63,12 +64,12 @@ class CacheBase:
     """
 
     def __init__(
-        self, core: Core, resolver: Resolver, limits: Limits, ladder: tuple[Rung, ...]
+        self, core: Core, resolver: Resolver, limits: Limits, usual_terms: Terms
     ) -> None:
         self._core = core
         self._resolver = resolver
         self._limits = limits
-        self._usual_terms = Terms(ladder=ladder)
+        self._usual_terms = usual_terms
 
     # Requests -------------------------------------------------------------------------
 
@@ -77,14 +78,25 @@ class CacheBase:
         timeout_s: DurationValue | None,
         keep_alive: DurationValue | None,
         fallback: Sequence[str] | None,
+        priority: Priority | None = None,
+        parallel: int | None = None,
     ) -> Terms:
+        usual = self._usual_terms
         # One object for the usual case, which every hit passes.
-        if timeout_s is None and keep_alive is None and fallback is None:
-            return self._usual_terms
+        if (
+            timeout_s is None
+            and keep_alive is None
+            and fallback is None
+            and priority is None
+            and parallel is None
+        ):
+            return usual
         return Terms(
             parse_timeout(timeout_s),
             None if keep_alive is None else parse_duration(keep_alive, "keep_alive"),
-            self._usual_terms.ladder if fallback is None else as_ladder(fallback),
+            usual.ladder if fallback is None else as_ladder(fallback),
+            usual.priority if priority is None else parse_priority(priority),
+            parse_count(parallel, "parallel"),
         )
 
     def _locate(self, requests: Sequence[Request], workload: Workload) -> list[Wanted]:
@@ -344,6 +356,32 @@ class ModelSource:
 
     def lease(self, workload: Workload) -> Lease:
         return self.cache._lease(self.request, workload, self.terms)
+
+    def resumed(self, key: ModelKey) -> ModelSource:
+        """
+        Returns the source for the second half of a call on *key*: the same model, for
+        which it waits as long as it takes.
+        """
+        source = self.pinned_to(key)
+        terms = replace(source.terms, timeout_s=None, resumes=True)
+        return replace(source, terms=terms)
+
+    def breaks(self, lease: Lease, workload: Workload) -> Breaks | None:
+        """
+        Returns how a call with *lease* gives it back between two segments; None where
+        it does not.
+        """
+        from .engine.views import seat_of
+        from .model import Breaks
+
+        if self.terms.priority >= INTERACTIVE:
+            return None
+        seat = seat_of(lease.whisper)
+        if seat is None:
+            return None
+        return Breaks(
+            self.terms.priority, seat, lambda key: self.resumed(key).lease(workload)
+        )
 
     def transcriber(
         self, lease: Lease, batch_size: int | None

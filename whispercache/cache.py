@@ -39,6 +39,7 @@ from .options import (
     parse_timeout,
     parse_variants,
 )
+from .planning.priority import parse_priority
 from .units import parse_duration
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
         ModelRequest,
         PolicyName,
         Pressure,
+        Priority,
         Tier,
     )
     from .planning.policies import Policy
@@ -96,6 +98,14 @@ class ModelCache(CacheBase):
             score; the lowest is evicted first.
         patience_s: Seconds for which requests for models in memory may pass one that
             waits for memory; after that no new leases are granted on what it needs.
+        priority: The turn of requests that name none: ``"interactive"``, or ``"batch"``
+            for work that nobody waits for; or a number, the higher the sooner: these
+            are 0 and -1. For each level less, a request goes as if it had come a minute
+            later. A transcription below 0 by a `CachedModel` gives its memory to those
+            above it that wait, between two segments, and goes on afterwards.
+        parallel: Most leases on a model at a time, unless a request says otherwise:
+            further ones wait for their turn, people before batches. None for any
+            number, whose calls a model computes one after the other by itself.
         max_waiting: Most requests that wait; more are refused at once.
         fallback: Alternatives to try, one after the other, where a model cannot be had:
             compute types (``"int8_float16"``), devices (``"cuda:1"``, ``"cpu"``), or
@@ -141,6 +151,8 @@ class ModelCache(CacheBase):
         keep_alive: DurationValue = "5m",
         policy: PolicyName | Policy = "lru",
         patience_s: float = PATIENCE_S,
+        priority: Priority = "interactive",
+        parallel: int | None = None,
         max_waiting: int | None = None,
         fallback: Sequence[str] = (),
         pressure: Pressure = "load",
@@ -169,6 +181,7 @@ class ModelCache(CacheBase):
                 keep_alive_s=parse_duration(keep_alive, "keep_alive"),
                 patience_s=parse_patience(patience_s),
                 max_waiting=parse_count(max_waiting, "max_waiting"),
+                parallel=parse_count(parallel, "parallel"),
             ),
             limit_of=limits_by_device(vram, ram),
             max_models=parse_count(max_models, "max_models"),
@@ -177,7 +190,10 @@ class ModelCache(CacheBase):
                 partial(_peers, probe, coordinate_dir) if self._coordinates else NoPeers
             ),
         )
-        super().__init__(core, Resolver(core), Limits(vram, ram), as_ladder(fallback))
+        usual_terms = Terms(
+            ladder=as_ladder(fallback), priority=parse_priority(priority)
+        )
+        super().__init__(core, Resolver(core), Limits(vram, ram), usual_terms)
         self._tend()
         register(self, core, type(self)._after_fork)
 
@@ -208,6 +224,8 @@ class ModelCache(CacheBase):
         compute_type: ComputeType = "default",
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
+        priority: Priority | None = None,
+        parallel: int | None = None,
         fallback: Sequence[str] | None = None,
         **load_options: object,
     ) -> CachedModel:
@@ -231,6 +249,8 @@ class ModelCache(CacheBase):
             timeout_s: Most time that each call on it waits for the model: seconds, or
                 text such as ``"30s"``; None for as long as it takes.
             keep_alive: For this model, instead of the cache's.
+            priority: Likewise, of each call on it.
+            parallel: Likewise.
             fallback: Instead of the cache's.
             load_options: The other parameters of WhisperModel: ``cpu_threads``,
                 ``num_workers``, ``download_root``, ``local_files_only``, ``revision``.
@@ -246,7 +266,7 @@ class ModelCache(CacheBase):
         model = anchored(model_size_or_path)
         compute_type, load_options = by_position(more, compute_type, load_options)
         request = as_request(model, device, compute_type, load_options)
-        terms = self._terms(timeout_s, keep_alive, fallback)
+        terms = self._terms(timeout_s, keep_alive, fallback, priority, parallel)
         source = self._source(request, terms)
         base = self.loader.whisper_class()
         # Those of a loader of a user's own may be anything.
@@ -271,6 +291,8 @@ class ModelCache(CacheBase):
         *,
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
+        priority: Priority | None = None,
+        parallel: int | None = None,
         fallback: Sequence[str] | None = None,
         workload: Workload | None = None,
         **load_options: object,
@@ -280,8 +302,10 @@ class ModelCache(CacheBase):
 
         Takes what `get_model` does. *timeout_s* is for this lease: None waits for as
         long as it takes, 0 takes the model only if it can be had at once. *keep_alive*
-        is the time in memory after it. *workload* is the work that will be done with
-        the model, for the memory that it takes: faster-whisper's defaults if None.
+        is the time in memory after it, *priority* its turn, and *parallel* the most
+        leases on the model with this one, or it waits. *workload* is the work that will
+        be done with the model, for the memory that it takes: faster-whisper's defaults
+        if None.
 
         Blocks: until the model is in memory, through a download if it takes one.
 
@@ -300,8 +324,15 @@ class ModelCache(CacheBase):
         else:
             request = (model_size_or_path, device, compute_type)
         terms = self._usual_terms
-        if timeout_s is not None or keep_alive is not None or fallback is not None:
-            terms = self._terms(timeout_s, keep_alive, fallback)
+        if (
+            timeout_s is not None
+            or keep_alive is not None
+            or fallback is not None
+            or priority is not None
+            or parallel is not None
+        ):
+            terms = self._terms(timeout_s, keep_alive, fallback, priority, parallel)
+            return self._lease(request, workload or DEFAULT_WORKLOAD, terms)
         workload = workload or DEFAULT_WORKLOAD
         hit = self._core.hit
         lease = hit(request, workload, terms.keep_alive_s, here.owner)
@@ -315,6 +346,8 @@ class ModelCache(CacheBase):
         *,
         timeout_s: DurationValue | None = None,
         keep_alive: DurationValue | None = None,
+        priority: Priority | None = None,
+        parallel: int | None = None,
         workload: Workload | None = None,
         **load_options: object,
     ) -> Leases:
@@ -337,14 +370,16 @@ class ModelCache(CacheBase):
         """
         requests = as_requests(models, device, compute_type, load_options)
         # Without fallbacks: which of the models should give way would be a guess.
-        terms = self._terms(timeout_s, keep_alive, ())
+        terms = self._terms(timeout_s, keep_alive, (), priority, parallel)
         parts = self._locate(requests, workload or DEFAULT_WORKLOAD)
         return Leases(self._wait(parts, terms))
 
     def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
+        lease = None
         # A model in memory costs one look-up and one critical section.
-        hit = self._core.hit
-        lease = hit(request, workload, terms.keep_alive_s, here.owner)
+        if terms.parallel is None:
+            hit = self._core.hit
+            lease = hit(request, workload, terms.keep_alive_s, here.owner)
         return self._climb(request, workload, terms) if lease is None else lease
 
     def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:
@@ -362,7 +397,15 @@ class ModelCache(CacheBase):
 
     def _wait(self, parts: Sequence[Wanted], terms: Terms) -> tuple[Lease, ...]:
         core, owner = self._core, current_owner()
-        waiter = core.request(parts, terms.keep_alive_s, terms.timeout_s, owner)
+        waiter = core.request(
+            parts,
+            terms.keep_alive_s,
+            terms.timeout_s,
+            owner,
+            priority=terms.priority,
+            parallel=terms.parallel,
+            resumes=terms.resumes,
+        )
         try:
             leases = waiter.future.result()
         except BaseException:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .cache import ModelCache
     from .model import CachedModel
-    from .options import CacheOptions, ComputeType, DeviceIndex
+    from .options import CacheOptions, ComputeType, DeviceIndex, Priority
     from .units import DurationValue
 
 _lock = threading.Lock()
@@ -80,6 +80,8 @@ def get_model(
     compute_type: ComputeType = "default",
     timeout_s: DurationValue | None = None,
     keep_alive: DurationValue | None = None,
+    priority: Priority | None = None,
+    parallel: int | None = None,
     fallback: Sequence[str] | None = None,
     **load_options: object,
 ) -> CachedModel:
@@ -96,6 +98,8 @@ def get_model(
         compute_type=compute_type,
         timeout_s=timeout_s,
         keep_alive=keep_alive,
+        priority=priority,
+        parallel=parallel,
         fallback=fallback,
         **load_options,
     )

@@ -359,10 +359,12 @@ class WaitingInfo:
     Attributes:
         keys: The models that it wants, all or nothing.
         waited_s: Seconds since it was made.
+        priority: Its level: the higher, the sooner is its turn; 0 is usual, -1 a batch.
     """
 
     keys: tuple[ModelKey, ...]
     waited_s: float
+    priority: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

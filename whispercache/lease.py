@@ -4,6 +4,7 @@ Lease: the holder's handle on a model in memory.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
@@ -42,6 +43,12 @@ class Holder(Protocol):
             False if the calling thread itself has yet to finish that step.
         """
 
+    def give_way(self) -> None:
+        """
+        Gives the lease back for a while if it is asked to, unless a step is in flight,
+        at whose end it does. Does not block for the step.
+        """
+
 
 class _Held(Protocol):
     """
@@ -75,6 +82,10 @@ class _Lessor(Protocol[_Entry_contra]):
         self, entry: _Entry_contra, serial: int, keep_alive_s: float | None
     ) -> None: ...
 
+    def offer(self, entry: _Entry_contra, serial: int, level: float) -> None: ...
+
+    def is_asked(self, entry: _Entry_contra, serial: int, level: float) -> bool: ...
+
     def spare(self, entry: _Entry_contra, serial: int) -> Callable[[], None]: ...
 
     def hand_over(self, entry: _Entry_contra, serial: int, owner: Owner) -> None: ...
@@ -103,15 +114,18 @@ class Lease:
 
     Attributes:
         owned: An iterator of ours holds it, which may just be dropped. Mostly unset, as
-            is the next one: each lease would pay for them.
+            are the next ones: each lease would pay for them.
+        is_firm: It was waited for so long that it is given back only for those who have
+            lost their patience.
         taken_at: File and line of the caller that took it, while tracemalloc traces.
     """
 
     __slots__ = (
         *("_entry", "_keep_alive_s", "_lessor", "_serial", "_view"),
-        *("owned", "taken_at"),
+        *("is_firm", "owned", "taken_at"),
     )
     owned: bool
+    is_firm: bool
     taken_at: str
 
     def __init__(
@@ -226,6 +240,22 @@ class Lease:
         """
         self.owned = True
         self._lessor.entrust(self._serial, holder)
+
+    def offer(self, level: float) -> None:
+        """
+        Notes that its holder gives it back early, if a request above *level* waits for
+        its memory: `is_asked` tells.
+        """
+        # Those who have lost their patience ask everybody.
+        asked_above = math.inf if getattr(self, "is_firm", False) else level
+        self._lessor.offer(self._entry, self._serial, asked_above)
+
+    def is_asked(self, level: float) -> bool:
+        """
+        Returns True if a request above *level* waits for its end. Costs nothing where
+        nobody waits.
+        """
+        return self._lessor.is_asked(self._entry, self._serial, level)
 
     def recover(self, error: BaseException) -> bool:
         """

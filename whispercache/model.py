@@ -12,7 +12,8 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 from .core.threads import here
 from .engine.calls.prepare import (
@@ -60,12 +61,47 @@ _METHODS = (
 )
 
 
+class Seat(Protocol):
+    """
+    The place where a lazy result finds its model. Between two items that may be taken
+    away, and is put back after it was loaded again.
+    """
+
+    def empty(self, refill: Callable[[], None]) -> None:
+        """
+        Takes the model away: nothing refers to it any more. Whoever needs it calls
+        *refill* first.
+        """
+
+    def put(self, lease: Lease) -> None:
+        """
+        Puts the model of another lease here, which is of the same kind.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Breaks:
+    """
+    How a lazy result gives its lease back between two items, for requests of a higher
+    priority, and goes on afterwards.
+
+    Attributes:
+        level: Its own priority.
+        seat: Where it finds its model.
+        renew: Waits for another lease on that model.
+    """
+
+    level: float
+    seat: Seat
+    renew: Callable[[ModelKey], Lease]
+
+
 class LeasedIterator(Iterator[T]):
     """
     A lazy result that holds its model until it is exhausted, closed or collected.
 
     If memory runs out before the first item, idle models are evicted and the call is
-    made again.
+    made again. With *breaks* it is a batch, which others may interrupt between items.
 
     Attributes:
         has_moved: True if others than the first owner have iterated, or were announced
@@ -77,6 +113,7 @@ class LeasedIterator(Iterator[T]):
         items: Iterator[T],
         lease: Lease,
         again: Callable[[], Iterator[T]] | None = None,
+        breaks: Breaks | None = None,
     ) -> None:
         self._items: Iterator[T] | None = items
         self._lease = lease
@@ -89,7 +126,12 @@ class LeasedIterator(Iterator[T]):
         # since the model must not be unloaded under it.
         self._step = threading.Lock()
         self._stepper: int | None = None  # the thread of that step
+        self._breaks = breaks
+        self._is_stopped = False  # the lease was given back for a while
+        self._is_claimed = False  # a step is about to begin, and needs it
         lease.entrust(self)
+        if breaks is not None:
+            lease.offer(breaks.level)
 
     @property
     def key(self) -> ModelKey:
@@ -130,7 +172,8 @@ class LeasedIterator(Iterator[T]):
         """
         lease = self._lease
         # `_was_forked`, spelled out.
-        if self._items is not None and lease._serial not in lease._entry.leases:
+        is_gone = lease._serial not in lease._entry.leases
+        if is_gone and self._items is not None and not self._is_stopped:
             raise CacheForked
         try:
             with self._step:
@@ -139,7 +182,11 @@ class LeasedIterator(Iterator[T]):
                     return self._next()
                 finally:
                     self._stepper = None
+                    self._is_claimed = False
         finally:
+            # One that was asked for it during the step has left that to it.
+            if self._breaks is not None:
+                self.give_way()
             # A close of the cache that came during the step left the end to it.
             if self._ending:
                 self._end_if_idle()
@@ -167,7 +214,9 @@ class LeasedIterator(Iterator[T]):
     def _was_forked(self) -> bool:
         # In a child the lock may be held by a thread that does not exist there. Items
         # are forgotten before the lease is ended; only a fork ends that alone.
-        return self._lease.is_released and self._items is not None
+        # A lease that was given back is none of these.
+        is_held = self._items is not None and not self._is_stopped
+        return self._lease.is_released and is_held
 
     def _first(self) -> T:
         assert self._items is not None
@@ -179,6 +228,51 @@ class LeasedIterator(Iterator[T]):
                 raise
         self._items = self._again()
         return next(self._items)
+
+    # Breaks ---------------------------------------------------------------------------
+
+    def give_way(self) -> None:
+        """
+        Gives the lease back for a while if a request of a higher priority asks for it,
+        unless a step is in flight, at whose end it does.
+        """
+        breaks = self._breaks
+        if breaks is None or self._is_stopped or not self._lease.is_asked(breaks.level):
+            return
+        # If it is taken, the thread with the step in flight calls this after the step.
+        if not self._step.acquire(blocking=False):
+            return
+        try:
+            is_over = self._items is None or self._is_stopped
+            if not is_over and not self._is_claimed:
+                # First: what is released looks as after a fork.
+                self._is_stopped = True
+                breaks.seat.empty(self._renew)
+                self._lease.release()
+        finally:
+            self._step.release()
+
+    def claim(self) -> bool:
+        """
+        Keeps the lease for the next step; False if that may have to wait for another.
+        """
+        with self._step:
+            self._is_claimed = not self._is_stopped
+            return self._is_claimed
+
+    def _renew(self) -> None:
+        """
+        Waits for another lease, in a step that needs the model.
+        """
+        breaks = self._breaks
+        assert breaks is not None
+        lease = self._lease = breaks.renew(self.key)
+        self._is_stopped = False
+        breaks.seat.put(lease)
+        lease.entrust(self)
+        lease.offer(breaks.level)
+
+    # The end --------------------------------------------------------------------------
 
     def close(self) -> None:
         """
@@ -224,7 +318,8 @@ class LeasedIterator(Iterator[T]):
     def _finish(self) -> None:
         # Forgotten before the lease ends: they refer to the model.
         items, self._items = self._items, None
-        self._again = None
+        self._again = self._breaks = None
+        self._is_stopped = False
         try:
             # Iterators of other loaders may have no close().
             if isinstance(items, types.GeneratorType):
@@ -262,6 +357,21 @@ def call_leased(
     An iterator in the result, alone or first in a tuple, takes the lease with it. If
     memory runs out, idle models are evicted and the call is made once more.
     """
+    return call_in_parts(None, lease, call, *args, **options)
+
+
+def call_in_parts(
+    breaks: Breaks | None,
+    lease: Lease,
+    call: Callable[..., object],
+    /,
+    *args: object,
+    **options: object,
+) -> object:
+    """
+    Does what `call_leased` does; with *breaks*, an iterator gives the lease back where
+    it is asked to, between two items.
+    """
     try:
         try:
             result = call(*args, **options)
@@ -282,9 +392,9 @@ def call_leased(
 
     if isinstance(result, tuple):
         if result and is_lazy(result[0]):
-            return (LeasedIterator(result[0], lease, again), *result[1:])
+            return (LeasedIterator(result[0], lease, again, breaks), *result[1:])
     elif is_lazy(result):
-        return LeasedIterator(result, lease, again)
+        return LeasedIterator(result, lease, again, breaks)
     lease.release()
     return result
 
@@ -322,6 +432,13 @@ class Handle:
         With several threads, ask the ``segments`` of a call for their ``key`` instead.
         """
         return self._served_by
+
+    def breaks(self, lease: Lease, workload: Workload | None = None) -> Breaks | None:
+        """
+        Returns how a call of this model with *lease* gives it back between two
+        segments, for those of a higher priority; None if this one has the usual one.
+        """
+        return self._source.breaks(lease, workload or DEFAULT_WORKLOAD)
 
     def __setattr__(self, name: str, value: object) -> None:
         # Set on the handle, an attribute would never reach the model that computes.
@@ -423,7 +540,13 @@ class CachedModel(Handle):
         call = self._source.transcriber(lease, ready.batch_size)
         return cast(
             "tuple[LeasedIterator[Segment], TranscriptionInfo]",
-            call_leased(lease, call, ready.samples, **ready.options),
+            call_in_parts(
+                self._source.breaks(lease, ready.workload),
+                lease,
+                call,
+                ready.samples,
+                **ready.options,
+            ),
         )
 
     def detect_language(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .devices.memory import MemoryProbe
     from .engine.api import Engine
     from .planning.policies import Policy
+    from .planning.priority import PriorityName
     from .units import DurationValue, LimitValue
 
 # Seconds for which hits may pass a request that waits for memory.
@@ -43,6 +44,9 @@ DEFAULT_VARIANTS_BYTES = 16 * 1024**3
 PolicyName: TypeAlias = Literal["lru", "gap"]
 Pressure: TypeAlias = Literal["load", "watch"]
 Tier: TypeAlias = Literal["device", "page"]
+
+# The higher the sooner; "interactive" is 0, "batch" is -1.
+Priority: TypeAlias = "PriorityName | float"
 
 # One for all devices, or one for each kind of device.
 ComputeType: TypeAlias = "str | Mapping[str, str]"
@@ -88,6 +92,8 @@ class CacheOptions(TypedDict, total=False):
     keep_alive: DurationValue
     policy: PolicyName | Policy
     patience_s: float
+    priority: Priority
+    parallel: int | None
     max_waiting: int | None
     fallback: Sequence[str]
     pressure: Pressure

@@ -119,6 +119,9 @@ class Report(NamedTuple):
         longest_s: By model, its longest wait.
         peak_bytes: The most that was charged.
         end_s: When the last lease ended.
+        waits_by_model: By model, how long each request had to wait at first.
+        ends_by_model: By model, when the last lease ended.
+        stops: How often a lease was given back for a while.
     """
 
     requests: int
@@ -131,6 +134,9 @@ class Report(NamedTuple):
     longest_s: list[float]
     peak_bytes: int
     end_s: float
+    waits_by_model: list[list[float]]
+    ends_by_model: list[float]
+    stops: int
 
     @property
     def hit_ratio(self) -> float:

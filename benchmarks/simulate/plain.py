@@ -33,14 +33,23 @@ if TYPE_CHECKING:
     from whispercache.planning.planner import Decision, Planner
 
 
-def queue_of(waiters: Sequence[Waiter], patient_since_s: float) -> list[Pending]:
+def queue_of(
+    waiters: Sequence[Waiter], now_s: float, patience_s: float, least_level: float
+) -> list[Pending]:
     """
-    Returns *waiters* as a planner sees them, impatient if older than that time.
+    Returns *waiters* as a planner sees them, impatient if older than their patience,
+    and asking for leases if above that level.
     """
     first: dict[ModelKey, int] = {}
     found: list[Pending] = []
     for place, waiter in enumerate(waiters):
-        one = demands.pending(waiter, impatient=waiter.since_s <= patient_since_s)
+        level = waiter.priority
+        asks_below = level if level > least_level else -math.inf
+        one = demands.pending(
+            waiter,
+            impatient=waiter.since_s + patience_s <= now_s,
+            asks_below=asks_below,
+        )
         if one.need is Need.LOAD and not waiter.is_group:
             # Only the first asks for its load; the others share it.
             asks = first.setdefault(one.keys[0], place)
@@ -48,6 +57,8 @@ def queue_of(waiters: Sequence[Waiter], patient_since_s: float) -> list[Pending]
                 # Or the load that it shares would wait where it must not.
                 if one.passes:
                     found[asks] = replace(found[asks], passes=True)
+                level = max(found[asks].asks_below, asks_below)
+                found[asks] = replace(found[asks], asks_below=level)
                 one = Pending(one.keys, Need.NOTHING)
         found.append(one)
     return found
@@ -63,7 +74,8 @@ class PlainRound:
     ) -> None:
         self._state = state
         self._plan = plan
-        self._patient_since_s = now_s - rules.patience_s
+        self._now_s = now_s
+        self._patience_s = rules.patience_s
         self._look = view.Shelves(state, rules.policy, now_s)
         self.chosen: set[ModelKey] = set()
         self.stopped: dict[object, int] = {}
@@ -76,7 +88,8 @@ class PlainRound:
         """
         devices = self._state.devices
         rooms = {name: view.room(self._state, each) for name, each in devices.items()}
-        pending = queue_of(waiters, self._patient_since_s)
+        least_level = view.least_level(self._state)
+        pending = queue_of(waiters, self._now_s, self._patience_s, least_level)
         return self._plan(pending, rooms, self._look.idle, self._look.busy)
 
     def run(self) -> list[Found]:
@@ -94,7 +107,9 @@ class PlainRound:
         """
         Returns the decision on a request that is not in the queue.
         """
-        return self.plan([*self._state.queue, waiter])[-1]
+        waiter.turn = self._state.queue.next_turn(waiter)
+        waiters = sorted([*self._state.queue, waiter], key=lambda each: each.turn)
+        return self.plan(waiters)[waiters.index(waiter)]
 
     def outlook(self, device: Device) -> Outlook:
         """
@@ -132,7 +147,12 @@ def undone(state: CacheState, rules: Rules, now_s: float) -> list[str]:
     plain = PlainRound(state, rules, now_s, planner.plan)
     found = []
     for waiter, decision in zip(waiters, plain.plan(waiters), strict=True):
-        drains = [k for k in decision.drain if state.entries[k].drained_for is None]
+        drains = [
+            key
+            for key in decision.drain
+            if (entry := state.entries[key]).drained_for is None
+            or entry.asked_by < waiter.priority
+        ]
         if not decision.waits or decision.victims or drains:
             found.append(f"{waiter}: {decision.outcome}, {decision.victims}, {drains}")
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import Counter, deque
 from dataclasses import replace
 from functools import partial
@@ -67,7 +68,7 @@ class Asked:
     What is known of a request besides its place in the queue.
     """
 
-    __slots__ = ("caller", "since_s", "spec")
+    __slots__ = ("caller", "left_s", "resumes", "since_s", "spec")
 
     def __init__(
         self, spec: Request, since_s: float, caller: Iterator[Request] | None
@@ -75,6 +76,9 @@ class Asked:
         self.spec = spec
         self.since_s = since_s
         self.caller = caller
+        # What is left to do once it has a lease, and if it had one before.
+        self.left_s = spec.service_s
+        self.resumes = False
 
 
 class Simulation:
@@ -139,6 +143,8 @@ class Simulation:
         self._load_s = 0.0
         self._waits_s: list[float] = []
         self._longest_s = [0.0] * len(models)
+        self._waits_by_model: list[list[float]] = [[] for _ in models]
+        self._ends_by_model = [0.0] * len(models)
 
     # Time -----------------------------------------------------------------------------
 
@@ -173,6 +179,9 @@ class Simulation:
             longest_s=self._longest_s,
             peak_bytes=self._device.budget.peak_bytes,
             end_s=self._now_s,
+            waits_by_model=self._waits_by_model,
+            ends_by_model=self._ends_by_model,
+            stops=self._counts["stops"],
         )
 
     def _at(self, when_s: float, call: Callable[[], None]) -> None:
@@ -228,32 +237,67 @@ class Simulation:
         entry = self._entries[request.model]
         self._counts["requests"] += 1
         self._counts["hits"] += entry.state is State.RESIDENT
-        asked = Asked(request, self._now_s, caller)
+        self._want(entry, Asked(request, self._now_s, caller))
+        self._perform()
+
+    def _want(self, entry: Entry, asked: Asked) -> None:
         lease = self._scheduler.hit(entry, DEFAULT_WORKLOAD, None, None)
         if lease is not None:
             self._grant(asked, lease)
         else:
             if self._reads_ahead and entry.state in {State.ABSENT, State.UNLOADING}:
                 self._disk.ask(self._model[entry], self._now_s)
-            waiter = Waiter(self._wanted[request.model], None, self._now_s, None)
+            waiter = Waiter(
+                self._wanted[asked.spec.model],
+                None,
+                self._now_s,
+                None,
+                priority=asked.spec.priority,
+                resumes=asked.resumes,
+            )
             self._asked[waiter.future] = asked
             self._scheduler.enqueue(waiter, None)
-        self._perform()
 
     def _grant(self, asked: Asked, lease: Lease) -> None:
         """
         Has a lease, and ends it when its work is done.
         """
         lease.owned = True  # no warning if a test ends before it does
-        self._counts["served"] += 1
-        end_s = self._now_s + asked.spec.service_s
-        self._at(end_s, partial(self._release, lease, asked.caller))
+        spec = asked.spec
+        if not asked.resumes:
+            self._counts["served"] += 1
+            wait_s = self._now_s - asked.since_s
+            self._waits_by_model[spec.model].append(wait_s)
+        if spec.segment_s < math.inf:
+            level = math.inf if getattr(lease, "is_firm", False) else spec.priority
+            self._scheduler.offer(lease._entry, lease._serial, level)
+        self._work_on(lease, asked)
 
-    def _release(self, lease: Lease, caller: Iterator[Request] | None) -> None:
-        self._scheduler.release(lease._entry, lease._serial, None)
+    def _work_on(self, lease: Lease, asked: Asked) -> None:
+        """
+        Works until the lease can be given back, or the work is done.
+        """
+        work_s = min(asked.left_s, asked.spec.segment_s)
+        asked.left_s -= work_s
+        self._at(self._now_s + work_s, partial(self._stop, lease, asked))
+
+    def _stop(self, lease: Lease, asked: Asked) -> None:
+        entry, serial = lease._entry, lease._serial
+        level, is_over = asked.spec.priority, asked.left_s <= 0
+        if not is_over and not self._scheduler.is_asked(entry, serial, level):
+            self._work_on(lease, asked)
+            return
+        self._scheduler.release(entry, serial, None)
         self._perform()
-        if caller is not None:
-            self._ask(caller)
+        if not is_over:
+            self._counts["stops"] += 1
+            asked.resumes = True
+            self._want(entry, asked)
+            self._perform()
+            return
+        self._ends_by_model[asked.spec.model] = self._now_s
+        if asked.caller is not None:
+            self._ask(asked.caller)
 
     # Effects --------------------------------------------------------------------------
 
@@ -261,9 +305,9 @@ class Simulation:
         """
         Does what the scheduler noted, as the core would.
         """
-        noted = self._noted[:]
-        self._noted.clear()
-        for effect in noted:
+        # To carry one out may be the reason for another one.
+        while self._noted:
+            effect = self._noted.pop(0)
             match effect:
                 case effects.Settle(future, (lease,), None):
                     self._settle(self._asked.pop(future), lease)
@@ -273,8 +317,8 @@ class Simulation:
                     self._unload(entry)
                 case effects.WakeAt(at_s):
                     self._at(at_s, partial(self._tick, at_s))
-                case effects.LookAgain():
-                    pass  # the gauge would tell nothing new
+                case effects.LookAgain() | effects.AskBack():
+                    pass  # the gauge would tell nothing new; holders look by themselves
                 case _:
                     raise AssertionError(effect)
 
@@ -284,6 +328,9 @@ class Simulation:
 
     def _settle(self, asked: Asked, lease: Lease) -> None:
         wait_s = self._now_s - asked.since_s
+        if asked.resumes:
+            self._grant(asked, lease)
+            return
         self._waits_s.append(wait_s)
         place = asked.spec.model
         self._longest_s[place] = max(self._longest_s[place], wait_s)

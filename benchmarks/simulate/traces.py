@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -41,11 +42,15 @@ class Request(NamedTuple):
         at_s: When, on the trace's clock.
         model: Which, by place.
         service_s: How long the lease is held.
+        priority: The level of its turn.
+        segment_s: After each such time the lease can be given back for a while.
     """
 
     at_s: float
     model: int
     service_s: float
+    priority: float = 0.0
+    segment_s: float = math.inf
 
 
 def _timed(dice: random.Random, models: Iterator[int]) -> Iterator[Request]:

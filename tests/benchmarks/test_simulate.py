@@ -32,8 +32,9 @@ from contenders import (
     without_keep,
 )
 from contention import LOAD_S, LONGEST_LEASE_S, alternate, starve
+from dictation import films_end_s, night, p95_s
 from optimum import MAX_MODELS, least_load_s
-from pieces import CARD, Disk, Host, Model, Report, Strategy
+from pieces import CARD, NOTHING, Disk, Host, Model, Report, Strategy
 from simulation import Simulation, StrictFifo
 from traces import WORKLOADS, Request, read_trace
 
@@ -751,10 +752,26 @@ def test_a_wait_is_that_of_a_share_of_all_requests() -> None:
     """
     Those who did not wait count too.
     """
-    report = Report(10, 7, 3, 0, 0, 6.0, [1.0, 2.0, 3.0], [3.0], 1, 9.0)
+    waits_s = [1.0, 2.0, 3.0]
+    report = Report(10, 7, 3, 0, 0, 6.0, waits_s, [3.0], 1, 9.0, [waits_s], [9.0], 0)
     assert [report.wait_s(share) for share in (0.5, 0.7, 0.8, 0.99)] == [0, 0, 1, 3]
     assert report.stall_s_per_1000 == 600.0
     assert report.hit_ratio == 0.7
+
+
+def test_people_wait_for_a_segment_of_a_batch_and_not_for_a_film() -> None:
+    """
+    And the films hardly take longer: both in each of three nights.
+    """
+    for seed in range(3):
+        before, after = (
+            night(seed, 180.0, workers=1, host=NOTHING, are_batches=each)
+            for each in (False, True)
+        )
+        assert len(before.waits_by_model[0]) == len(after.waits_by_model[0])
+        assert p95_s(after) <= 0.25 * p95_s(before)
+        assert films_end_s(before) >= 0.95 * films_end_s(after)
+        assert after.stops
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)

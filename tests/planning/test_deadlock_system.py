@@ -96,6 +96,7 @@ def any_worlds(draw: st.DrawFn) -> World:
             float(draw(st.sampled_from([0, since_s]))),
             tuple(part() for _ in range(draw(st.integers(1, 3)))),
             {each: draw(work) for each in devices if not draw(st.integers(0, 4))},
+            draw(st.sampled_from([None, None, 1, 2])),
         )
         for since_s in range(draw(st.integers(1, 9)))
     ]

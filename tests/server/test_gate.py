@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from whispercache import CacheClosed, LeaseTimeout, TooManyWaiters
+from whispercache.planning.priority import LEVEL_S
+from whispercache.server import gate as gate_module
 from whispercache.server.gate import Gate
 
 if TYPE_CHECKING:
@@ -29,16 +32,25 @@ class Visitors:
         self.gate = gate
         self.had_turns: list[str] = []
         self.go: dict[str, asyncio.Event] = {}
+        self.between: dict[str, asyncio.Event] = {}
 
-    def come(self, who: str, model: str, audio_s: float = 0.0) -> asyncio.Task[None]:
+    def come(
+        self, who: str, model: str, audio_s: float = 0.0, level: float = 0.0
+    ) -> asyncio.Task[None]:
         """
-        Returns a task that waits for a turn, and holds it until `go` is set.
+        Returns a task that waits for a turn, and holds it until `go` is set; between
+        two segments it is asked for it, if `between` is set.
         """
         self.go[who] = asyncio.Event()
+        self.between[who] = asyncio.Event()
 
         async def visit() -> None:
-            async with self.gate.turn(model, 30, audio_s):
+            async with self.gate.turn(model, 30, audio_s, level) as turn:
                 self.had_turns.append(who)
+                if level < 0:
+                    await self.between[who].wait()
+                    await turn.give_way()
+                    self.had_turns.append(f"{who} again")
                 await self.go[who].wait()
 
         return asyncio.create_task(visit())
@@ -158,5 +170,116 @@ def test_a_wait_has_an_end() -> None:
                 await waiting
             with pytest.raises(CacheClosed):
                 gate.check("b")
+
+    run(main())
+
+
+def test_the_urgent_pass_batches_and_are_given_the_turn_of_one_between_segments() -> (
+    None
+):
+    """
+    A batch that gives way goes on before those that have not begun, and its audio,
+    which is in memory, is counted once.
+    """
+
+    async def main() -> None:
+        all_ = Visitors(Gate(1, 9, 10))
+        tasks = [all_.come(who, "a", 8, -1.0) for who in ("film", "other film")]
+        await settle()
+        tasks.append(all_.come("sentence", "a", 1))
+        await settle()
+        assert all_.had_turns == ["film"]
+        assert [each.priority for each in all_.gate.waiting()] == [0.0, -1.0]
+        all_.between["film"].set()
+        await settle()
+        assert all_.had_turns == ["film", "sentence"]
+        assert [each.priority for each in all_.gate.waiting()] == [-1.0, -1.0]
+        all_.go["sentence"].set()
+        await settle()
+        assert all_.had_turns == ["film", "sentence", "film again"]
+        for who in ("other film", "film"):
+            all_.between[who].set()
+            all_.go[who].set()
+        await asyncio.gather(*tasks)
+        assert all_.had_turns[3:] == ["other film", "other film again"]
+        assert not all_.gate._audio_s
+
+    run(main())
+
+
+def test_a_batch_goes_before_the_urgent_once_it_has_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    And then it keeps its turn for a while.
+    """
+    now_s = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now_s[0])
+    monkeypatch.setattr(gate_module, "time", clock)
+
+    async def main() -> None:
+        all_ = Visitors(Gate(1, 9, 100))
+        tasks = [all_.come("first", "a"), all_.come("film", "a", level=-1.0)]
+        await settle()
+        now_s[0] += LEVEL_S + 1
+        tasks.append(all_.come("late", "a"))
+        await settle()
+        all_.go["first"].set()
+        all_.between["film"].set()
+        await settle()
+        assert all_.had_turns == ["first", "film", "film again"]
+        for go in all_.go.values():
+            go.set()
+        await asyncio.gather(*tasks)
+        assert all_.had_turns[-1] == "late"
+
+    run(main())
+
+
+def test_a_batch_that_gave_way_goes_on_when_the_server_shuts_down() -> None:
+    """
+    It has begun, as others that are at work; the urgent one that waits is refused.
+    """
+
+    async def main() -> None:
+        all_ = Visitors(Gate(1, 9, 100))
+        film = all_.come("film", "a", level=-1.0)
+        await settle()
+        first, second = all_.come("first", "a"), all_.come("second", "a")
+        await settle()
+        all_.between["film"].set()
+        await settle()
+        assert all_.had_turns == ["film", "first"]
+        all_.gate.close()
+        all_.go["film"].set()
+        await film
+        assert all_.had_turns == ["film", "first", "film again"]
+        with pytest.raises(CacheClosed):
+            await second
+        all_.go["first"].set()
+        await first
+
+    run(main())
+
+
+def test_a_batch_that_gave_way_can_be_cancelled() -> None:
+    """
+    Its audio is no longer counted, and its place is free.
+    """
+
+    async def main() -> None:
+        all_ = Visitors(Gate(1, 9, 10))
+        film = all_.come("film", "a", 9, -1.0)
+        await settle()
+        sentence = all_.come("sentence", "a", 1)
+        all_.between["film"].set()
+        await settle()
+        film.cancel()
+        await settle()
+        assert film.cancelled()
+        assert not all_.waiting()
+        all_.go["sentence"].set()
+        await sentence
+        assert not all_.gate._audio_s
 
     run(main())

@@ -96,6 +96,9 @@ class Asked:
     keep_alive_s: float | None
     timeout_s: float | None
     owner: str
+    priority: float = 0.0
+    resumes: bool = False
+    parallel: int | None = None
 
 
 requests = st.builds(
@@ -107,6 +110,9 @@ requests = st.builds(
     keep_alive_s=st.sampled_from([None, None, 0.0, 1.0, 30.0, float("inf")]),
     timeout_s=st.sampled_from([None, None, None, 0.0, 3.0, 20.0]),
     owner=st.sampled_from(OWNERS),
+    priority=st.sampled_from([0.0, 0.0, -1.0, -1.0, -2.0, 1.0]),
+    resumes=st.sampled_from([False, False, True]),
+    parallel=st.sampled_from([None, None, None, 1, 2]),
 )
 
 
@@ -208,10 +214,12 @@ class CacheMachine(RuleBasedStateMachine):
         part = self.part(asked)
         request = (str(part.entry.key),)
         self.core.requests[request] = part.entry  # as the resolver does
-        lease = self.core.hit(request, part.workload, asked.keep_alive_s, asked.owner)
-        if lease is not None:
-            self.leases.append(lease)
-            return
+        if asked.parallel is None:
+            hit = self.core.hit
+            lease = hit(request, part.workload, asked.keep_alive_s, asked.owner)
+            if lease is not None:
+                self.leases.append(lease)
+                return
         self.queue_up([part], asked)
 
     @precondition(lambda self: not self.core.is_closed)
@@ -249,7 +257,13 @@ class CacheMachine(RuleBasedStateMachine):
         waiting = len(self.core.queue)
         try:
             waiter = self.core.request(
-                parts, asked.keep_alive_s, asked.timeout_s, asked.owner
+                parts,
+                asked.keep_alive_s,
+                asked.timeout_s,
+                asked.owner,
+                priority=asked.priority,
+                resumes=asked.resumes,
+                parallel=asked.parallel,
             )
         except LeaseTimeout:
             assert asked.timeout_s == 0
@@ -274,6 +288,29 @@ class CacheMachine(RuleBasedStateMachine):
         lease.release()
         lease.release()
         self.rest()
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), level=st.sampled_from([-1.0, -2.0]))
+    def offer(self, data: st.DataObject, level: float) -> None:
+        """
+        A lease is one that its holder gives back when it is asked to.
+        """
+        place = data.draw(st.integers(0, len(self.leases) - 1))
+        self.leases[place].offer(level)
+        self.rest()
+
+    @precondition(lambda self: any(lease.is_asked(-2.0) for lease in self.leases))
+    @rule()
+    def give_way(self) -> None:
+        """
+        Those who are asked give their leases back.
+        """
+        for lease in [each for each in self.leases if each.is_asked(-2.0)]:
+            # Others may ask no more once one has given way.
+            if lease.is_asked(-2.0):
+                self.leases.remove(lease)
+                lease.release()
+                self.rest()
 
     @precondition(lambda self: self.leases)
     @rule()
@@ -617,6 +654,19 @@ class CacheMachine(RuleBasedStateMachine):
         # Else the next event looks at all anew.
         if state.closed is None and is_known:
             assert not undone(state, self.core.rules, now_s)
+
+    @invariant()
+    def the_line_is_in_order(self) -> None:
+        """
+        By priority and arrival, in each of its parts.
+        """
+        queue = self.core.queue
+        turns = [waiter.turn for waiter in queue]
+        assert turns == sorted(turns)
+        assert len(turns) == len(queue)
+        for entry in self.core.entries.values():
+            turns = [waiter.turn for waiter in entry.waiting]
+            assert turns == sorted(turns)
 
     @invariant()
     def each_request_ends_once(self) -> None:

@@ -5,6 +5,7 @@ request in each round. Slow, and short enough to be seen right.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -98,6 +99,12 @@ def fits(
     Returns True if *claim* can be met while the leases in *kept* last, once those in
     *ended* have ended.
     """
+    kept = list(kept)
+    leases = Counter((hold.model.key, hold.model.device) for hold in kept)
+    if claim.parallel is not None and any(
+        leases[model.key, model.device] >= claim.parallel for model, _ in claim.parts
+    ):
+        return False
     # By model and device: a leased model may have a copy on the host as well.
     models: dict[tuple[ModelKey, str], Model] = {}
     work: dict[tuple[ModelKey, str], list[int]] = {}

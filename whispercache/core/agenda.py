@@ -31,12 +31,14 @@ class Rules:
         keep_alive_s: How long a model stays idle, unless its lease says otherwise.
         patience_s: How long hits may pass a request that waits for memory.
         max_waiting: Most requests that wait; None for any number.
+        parallel: Most leases on a model, unless a request says otherwise.
     """
 
     policy: Policy
     keep_alive_s: float
     patience_s: float
     max_waiting: int | None = None
+    parallel: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

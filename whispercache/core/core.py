@@ -34,6 +34,7 @@ from tracemalloc import is_tracing
 from typing import TYPE_CHECKING
 
 from whispercache.errors import CacheForked, format_bytes
+from whispercache.planning.priority import INTERACTIVE
 
 from . import effects, view
 from .agenda import Agenda
@@ -144,7 +145,8 @@ class Core:
         hits = Hits(lock, agenda, self.scheduler, self, self.requests)
         # Each call in between would be felt.
         self.hit: Callable[[Request, Workload, float | None, Owner], Lease | None] = (
-            hits.hit
+            # Where leases are counted, the scheduler does it.
+            hits.hit if self.rules.parallel is None else _no_hit
         )
         self.release: Callable[[Entry, int, float | None], None] = hits.release
         reports = Reports(agenda, evictions, self.scheduler)
@@ -201,6 +203,11 @@ class Core:
                 entry.device.thread.submit(partial(self.copies.drop, entry))
             case effects.ShrinkKept(host, most_bytes):
                 host.thread.submit(partial(self.copies.shrink, host, most_bytes))
+            case effects.AskBack(serials):
+                # In one step: holders come and go without the lock.
+                refs = [r for r, s in list(self._holders.items()) if s in serials]
+                for holder in filter(None, (ref() for ref in refs)):
+                    holder.give_way()
             case _:
                 self._perform_at_once(effect)
 
@@ -333,6 +340,10 @@ class Core:
         keep_alive_s: float | None,
         timeout_s: float | None,
         owner: Owner,
+        *,
+        priority: float = INTERACTIVE,
+        parallel: int | None = None,
+        resumes: bool = False,
     ) -> Waiter:
         """
         Queues a request for leases on all of *wanted*. Its future tells how it ends.
@@ -344,7 +355,15 @@ class Core:
             CacheClosed, DeviceUnavailable, LoadFailed, TooManyWaiters, LeaseTimeout:
                 see `Scheduler.enqueue`.
         """
-        waiter = Waiter(tuple(wanted), keep_alive_s, self.clock.now(), owner)
+        waiter = Waiter(
+            tuple(wanted),
+            keep_alive_s,
+            self.clock.now(),
+            owner,
+            priority=priority,
+            parallel=self.rules.parallel if parallel is None else parallel,
+            resumes=resumes,
+        )
         try:
             with self.changing():
                 self.scheduler.enqueue(waiter, timeout_s)
@@ -390,6 +409,23 @@ class Core:
         """
         self.lock.later(partial(self.scheduler.release, entry, serial, keep_alive_s))
         entry.device.thread.submit(self.lock.catch_up)
+
+    def offer(self, entry: Entry, serial: int, level: float) -> None:
+        """
+        Notes that a lease is given back early if a request above *level* asks.
+        """
+        with self.changing():
+            self.scheduler.offer(entry, serial, level)
+
+    def is_asked(self, entry: Entry, serial: int, level: float) -> bool:
+        """
+        Returns True if a lease is to be given back for a request above *level*.
+        """
+        # Each segment asks, so the lock is only taken where it matters.
+        if entry.asked_by <= level:
+            return False
+        with self.changing():
+            return self.scheduler.is_asked(entry, serial, level)
 
     def spare(self, entry: Entry, serial: int) -> Callable[[], None]:
         """
@@ -612,6 +648,14 @@ class Core:
         """
         with self.changing():
             self.scheduler.check()
+
+
+def _no_hit(
+    _request: Request, _workload: Workload, _keep_alive_s: float | None, _owner: Owner
+) -> None:
+    """
+    Leaves every request to the scheduler.
+    """
 
 
 def _give_back(future: Future[tuple[Lease, ...]]) -> None:

@@ -92,7 +92,10 @@ def _claim(waiter: Waiter) -> Claim:
         ):
             if extra_bytes > 0:
                 loading[device] = loading.get(device, 0) + extra_bytes
-    return Claim(waiter.owner, waiter.since_s, parts, loading)
+    # Who holds one of them may have another lease on it.
+    is_among = any(waiter.owner in e.leases.values() for e in waiter.entries)
+    parallel = None if is_among else waiter.parallel
+    return Claim(waiter.owner, waiter.since_s, parts, loading, parallel)
 
 
 def _holds(state: CacheState) -> list[Hold]:

@@ -4,6 +4,7 @@ Demands: the memory that serving a request would take, as the planner sees it.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from whispercache.planning.planner import Need, Pending
@@ -98,7 +99,13 @@ def _add(found: dict[str, Demand], more: Demand) -> None:
     )
 
 
-def pending(waiter: Waiter, *, impatient: bool, passes: bool = False) -> Pending:
+def pending(
+    waiter: Waiter,
+    *,
+    impatient: bool,
+    passes: bool = False,
+    asks_below: float = -math.inf,
+) -> Pending:
     """
     Returns a request as the planner sees it; it *passes* older ones if it must, or if
     another one for its model does.
@@ -121,4 +128,5 @@ def pending(waiter: Waiter, *, impatient: bool, passes: bool = False) -> Pending
         impatient=impatient,
         passes=passes or waiter.passes,
         shares=any(entry.num_workers > 1 for entry in waiter.entries),
+        asks_below=asks_below,
     )

@@ -59,6 +59,18 @@ class Settle:
 
 
 @dataclass(frozen=True, slots=True)
+class AskBack:
+    """
+    Asks the holders of leases to give them back for a while, between two segments.
+
+    Attributes:
+        serials: The leases.
+    """
+
+    serials: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Gone:
     """
     Tells the caller of an eviction that the unload was confirmed.
@@ -140,6 +152,7 @@ Effect: TypeAlias = (
     StartLoad
     | StartUnload
     | Settle
+    | AskBack
     | Gone
     | LookAgain
     | DropCopy

@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from whispercache.events import ModelGranted
+from whispercache.planning.priority import INTERACTIVE
 
 from .effects import Settle
 from .entries import State
@@ -58,11 +59,13 @@ class Endings:
         state.queue.leave(waiter)
         # What was held back for it is open again, for the next request in line.
         for entry in waiter.draining:
-            entry.drained_for = None
+            entry.end_drain()
             entry.device.outlook.forget()
         waiter.draining.clear()
-        # It kept its models from expiring.
+        # It kept its models from expiring, and may have asked for a turn with one.
         for entry in waiter.entries:
+            if entry.drained_for is None:
+                entry.asked_by = -math.inf
             if entry.is_idle:
                 self._evictions.remind_of(entry)
         if waiter.deadline_s < math.inf:
@@ -129,6 +132,10 @@ class Endings:
                 lease = self._grant(
                     entry, workspace_bytes, waiter.keep_alive_s, waiter.owner
                 )
+                # Its patience was tried for long enough.
+                is_late = self._now() >= waiter.turn[0]
+                if waiter.priority < INTERACTIVE and is_late:
+                    lease.is_firm = True
                 self._settle(waiter, (lease,))
 
     def hold(self, waiter: Waiter) -> None:

@@ -72,6 +72,9 @@ class Entry:
         leases: The owner of each lease, by its serial number.
         usual_bytes: Bytes of workspace of each lease, but for the
         unusual: ones, by serial number.
+        yielding: The levels of the leases that their holders give back early if a
+            request above that asks, by serial number.
+        asked_by: The highest level of the requests that ask them to.
         pinned: It is not evicted when idle.
         rack: The idle models of its device among which it is, or would be.
         idle_bytes: What its eviction would free, were it idle: nothing if it is pinned
@@ -114,6 +117,8 @@ class Entry:
     leases: dict[int, Owner] = field(default_factory=dict)
     usual_bytes: int = 0
     unusual: dict[int, int] = field(default_factory=dict)
+    yielding: dict[int, float] = field(default_factory=dict)
+    asked_by: float = -math.inf
     pinned: bool = False
     rack: dict[Entry, None] = field(init=False)
     idle_bytes: int = 0
@@ -231,17 +236,25 @@ class Entry:
         """
         Returns True if a new lease may be granted to *waiter*; None is a hit.
 
-        It must be in memory, not be evicted, and not be held back for another request.
+        It must be in memory, not be evicted, not be held back for another request, and
+        not have as many leases as that request allows.
         Owners that hold it already are not made to wait for the end of their own lease.
         """
         if self.state is not State.RESIDENT:
             return False
-        if self.cause is None and self.drained_for in (None, waiter):
+        is_full = waiter is not None and self.is_full_for(waiter)
+        if self.cause is None and self.drained_for in (None, waiter) and not is_full:
             return True
         return waiter is not None and (
             waiter.passes
             or (waiter.owner is not None and waiter.owner in self.leases.values())
         )
+
+    def is_full_for(self, waiter: Waiter) -> bool:
+        """
+        Returns True if it has as many leases as a request allows besides its own.
+        """
+        return waiter.parallel is not None and len(self.leases) >= waiter.parallel
 
     def workspace_of(self, workload: Workload) -> int | None:
         """
@@ -276,6 +289,16 @@ class Entry:
         extra_bytes = self.workspace_with(n_bytes) - self.workspace_bytes
         return extra_bytes <= 0 or extra_bytes <= self.device.budget.left_bytes
 
+    @property
+    def yields_to(self) -> float:
+        """
+        The level above which a request is given it soon: minus infinity if it is not
+        leased, infinity if there is a lease that cannot be given back.
+        """
+        if len(self.yielding) < len(self.leases):
+            return math.inf
+        return max(self.yielding.values(), default=-math.inf)
+
     def resident(self) -> Resident:
         """
         Returns a model in memory as a policy sees it.
@@ -287,6 +310,7 @@ class Entry:
             last_used_s=self.last_used_s or 0.0,
             gap_s=self.gap_s or 0.0,
             cost_s=self.load_s,
+            yields_to=self.yields_to,
         )
 
     # Transitions ----------------------------------------------------------------------
@@ -367,6 +391,7 @@ class Entry:
             return False
         del self.leases[serial]
         self.unusual.pop(serial, None)
+        self.yielding.pop(serial, None)
         # As much as the largest calls that may run at once.
         self._work(self._largest_bytes() * min(len(self.leases), self.num_workers))
         return True
@@ -377,6 +402,13 @@ class Entry:
         if more_bytes:
             self.workspace_bytes = all_bytes
             self.device.budget.work(more_bytes)
+
+    def end_drain(self) -> None:
+        """
+        Lets new leases be granted again that were held back, and asks for none.
+        """
+        self.drained_for = None
+        self.asked_by = -math.inf
 
     def note_use(self, now_s: float) -> None:
         """
@@ -535,7 +567,7 @@ class Entry:
             # Or an older request would load it, not get it, and see it evicted, for
             # ever.
             self.drained_for.draining.remove(self)
-            self.drained_for = None
+            self.end_drain()
         del self.device.entries[self.key]
         gone, self.gone = self.gone, []
         return gone
@@ -571,6 +603,9 @@ class Entry:
         work_bytes = max(works, default=0) * min(len(works), self.num_workers)
         assert self.workspace_bytes == work_bytes, f"{key}: {work_bytes} B of work"
         assert self.unusual.keys() <= self.leases.keys(), f"{key}: unusual"
+        assert self.yielding.keys() <= self.leases.keys(), f"{key}: yielding"
+        is_wanted = self.drained_for is not None or bool(self.waiting)
+        assert is_wanted or self.asked_by == -math.inf, f"{key}: asked in vain"
         assert not self.copy_bytes or loaded or self.restores, f"{key}: a copy, {state}"
         is_there = state is State.RESIDENT
         assert not self.parked_bytes or not is_there, f"{key}: parked, and {state}"

@@ -19,6 +19,7 @@ from whispercache.errors import (
     WhisperCacheError,
 )
 from whispercache.keys import COMPUTE_TYPES, canonical_device
+from whispercache.planning.priority import INTERACTIVE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -78,11 +79,17 @@ class Terms:
         timeout_s: Most seconds to wait.
         keep_alive_s: Seconds that it stays once the lease ends; None for the cache's.
         ladder: The fallbacks, best first.
+        priority: The level of its turn.
+        parallel: Most leases on the model with it; None for any number.
+        resumes: It goes on with a call that gave its lease back.
     """
 
     timeout_s: float | None = None
     keep_alive_s: float | None = None
     ladder: tuple[Rung, ...] = ()
+    priority: float = INTERACTIVE
+    parallel: int | None = None
+    resumes: bool = False
 
 
 _TYPES = (*COMPUTE_TYPES, "int8")

@@ -193,6 +193,7 @@ class Hits:
             or entry.unusual
             or entry.cause is not None
             or entry.spares
+            or entry.yielding
             or state.unset_s
             # Its reminder is due, or comes too late.
             or entry.reminder_s <= now_s

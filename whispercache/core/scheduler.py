@@ -26,7 +26,7 @@ from whispercache.planning.planner import Outcome
 from whispercache.planning.policies import is_lru
 
 from . import demands, view
-from .effects import StartLoad
+from .effects import AskBack, StartLoad
 from .endings import Endings
 from .entries import Entry, State
 from .lookout import LOOK_EVERY_S, Lookout
@@ -160,8 +160,9 @@ class Scheduler:
         ends_now = (is_full or never_waits) and self._ends_now(waiter)
         if never_waits and not ends_now:
             state.counts["timeouts"] += 1
-            raise LeaseTimeout(str(waiter), 0.0, waiting + 1)
-        if is_full and not ends_now:
+            raise LeaseTimeout(str(waiter), 0.0, state.queue.place(waiter))
+        # A call that has begun is not refused its second half.
+        if is_full and not ends_now and not waiter.resumes:
             state.counts["refused"] += 1
             raise TooManyWaiters(str(waiter), waiting)
         # Even one that is served at once goes through the queue: there is one way in.
@@ -170,6 +171,7 @@ class Scheduler:
         try:
             state.queue.join(waiter)
             if self._waits_in_vain(waiter):
+                self._ask_for_turns()
                 self._lookout.look_out(entry.device for entry in waiter.entries)
             else:
                 self.admit()
@@ -226,10 +228,13 @@ class Scheduler:
         [entry] = waiter.entries
         if entry.state is State.RESIDENT:
             return not entry.is_open_to(waiter)
-        if entry.state is not State.ABSENT or line.first(entry) is not waiter:
+        if entry.state is not State.ABSENT:
             return True
         cohort = line.cohort_of(entry)
-        return cohort is not None and cohort.stopped_in == state.rounds
+        if cohort is None or line.first(entry) is not waiter:
+            # Unless it lends the load that it shares its own priority.
+            return cohort is not None and cohort.stopped_in == state.rounds
+        return cohort.stopped_in == state.rounds and cohort.stopped_at <= waiter.turn
 
     def _is_settled(self) -> bool:
         """
@@ -269,7 +274,7 @@ class Scheduler:
             len(entry.waiting) == 1
             and cohort is not None
             and cohort.stopped_in == self._state.rounds
-            and cohort.stopped_at <= waiter.serial
+            and cohort.stopped_at <= waiter.turn
         )
 
     # Admit ----------------------------------------------------------------------------
@@ -348,6 +353,7 @@ class Scheduler:
             if entry.drained_for is None:
                 entry.drained_for = waiter
                 waiter.draining.append(entry)
+            self._ask(entry, waiter)
         # (4) Those that it passes are passed 16 times at most (3).
         for other in passed:
             other.overtaken += 1
@@ -367,6 +373,29 @@ class Scheduler:
             self._agenda.tell(NoRoom(key, error.device, *numbers))
             self.endings.fail(waiter, error)
 
+    def _ask(self, entry: Entry, waiter: Waiter) -> None:
+        """
+        Has the leases on a model that is held back given back where they can be.
+        """
+        level = waiter.priority
+        if not waiter.is_group:
+            level = max(level, self._state.queue.priority(waiter.entries[0]))
+        if level > entry.asked_by:
+            entry.asked_by = level
+            asked = tuple(s for s, own in entry.yielding.items() if own < level)
+            if asked:
+                self._agenda.note(AskBack(asked))
+
+    def _ask_for_turns(self) -> None:
+        """
+        Has batches give a model back that has no more leases for a request above them.
+        """
+        for entry in self._state.yielding:
+            least = min(entry.yielding.values())
+            first = next((w for w in entry.waiting if w.priority > least), None)
+            if first is not None and entry.is_full_for(first):
+                self._ask(entry, first)
+
     def _start_loads(self, waiter: Waiter) -> None:
         reserved = demands.reservations(waiter.wanted)
         # Models that are there already are pinned first, or they could be evicted while
@@ -385,9 +414,14 @@ class Scheduler:
         self._file_moved()
         state.chosen = last.chosen
         state.impatient_at_s = last.impatient_since_s + self._rules.patience_s
+        self._ask_for_turns()
+        # Elsewhere only new requests matter to one that loses its patience, but here it
+        # would ask for leases.
+        if state.yielding and state.impatient_at_s < math.inf:
+            self._agenda.wake_by(state.impatient_at_s)
         state.rounds += 1
-        for cohort, serial in last.stopped.items():
-            cohort.stopped_in, cohort.stopped_at = state.rounds, serial
+        for cohort, turn in last.stopped.items():
+            cohort.stopped_in, cohort.stopped_at = state.rounds, turn
         for device in state.devices.values():
             device.outlook = last.outlook(device)
             # What younger ones were given since is missing to those that drain: they
@@ -456,6 +490,8 @@ class Scheduler:
         state, owner = self._state, entry.leases.get(serial)
         if not entry.give_back(serial):
             return
+        if not entry.yielding:
+            state.yielding.discard(entry)
         if not entry.leases:
             self._evictions.shelve(entry, keep_alive_s)
         # Without either there is nothing to decide, and a hit pays for nothing.
@@ -488,6 +524,32 @@ class Scheduler:
 
     def _frees_copy(self, entry: Entry) -> bool:
         return entry.copy_bytes > 0 and view.may_help(self._state, entry.host)
+
+    def offer(self, entry: Entry, serial: int, level: float) -> None:
+        """
+        Notes that a lease is given back early if a request above *level* asks.
+        """
+        state = self._state
+        if serial not in entry.leases:
+            return
+        entry.yielding[serial] = level
+        state.yielding.add(entry)
+        if state.queue:
+            # One that waits may ask for it, which no bound of memory tells.
+            entry.device.outlook.forget()
+            self.admit()
+
+    def is_asked(self, entry: Entry, serial: int, level: float) -> bool:
+        """
+        Returns True if a request above *level* waits for the end of a lease, and its
+        owner can wait for another one without holding any.
+        """
+        if serial not in entry.leases or entry.asked_by <= level:
+            return False
+        owner = entry.leases[serial]
+        # The others of its owner on this model are asked as well.
+        own = sum(entry.leases[each] == owner for each in entry.yielding)
+        return owner is None or self._state.queue.held.get(owner, 0) <= own
 
     def spare(self, entry: Entry, serial: int) -> None:
         """

@@ -97,13 +97,15 @@ def devices(core: Core) -> tuple[DeviceInfo, ...]:
 
 def waiting(core: Core) -> tuple[WaitingInfo, ...]:
     """
-    Returns the requests that wait, the oldest first.
+    Returns the requests that wait, in the order of their turns.
     """
     with core.changing():
         now_s = core.clock.now()
         return tuple(
             WaitingInfo(
-                tuple(entry.key for entry in waiter.entries), now_s - waiter.since_s
+                tuple(entry.key for entry in waiter.entries),
+                now_s - waiter.since_s,
+                waiter.priority,
             )
             for waiter in core.queue
         )

@@ -69,6 +69,7 @@ class CacheState:
         queue_grants: How many of them to requests that came through the queue.
         closed: Why new requests are refused; None while they are not.
         copied: The models that have a host copy while they are not in memory.
+        yielding: The models with leases that may be given back early.
         spared: The models with results in use, for which they are needed again.
         timers_s: When `Scheduler.tick` will be called, the next time last. An earlier
             time is added before the others, which stay: a clock forgets no call.
@@ -95,6 +96,7 @@ class CacheState:
     queue_grants: int = 0
     closed: CacheClosed | None = None
     copied: frozenset[Entry] = frozenset()
+    yielding: set[Entry] = field(default_factory=set)
     spared: set[Entry] = field(default_factory=set)
     timers_s: list[float] = field(default_factory=list)
     unset_s: set[float] = field(default_factory=set)
@@ -200,6 +202,8 @@ class CacheState:
             entry.waiting.clear()
             entry.leases.clear()
             entry.unusual.clear()
+            entry.yielding.clear()
+        self.yielding.clear()
 
     def check(self) -> None:
         """
@@ -210,6 +214,7 @@ class CacheState:
         assert self.wake_at_s == min(timers_s, default=math.inf), timers_s
         for entry in self.entries.values():
             entry.check()
+            assert bool(entry.yielding) == (entry in self.yielding), entry.key
         for device in self.devices.values():
             device.budget.check()
             self._check_sums(device)

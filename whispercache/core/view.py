@@ -6,6 +6,7 @@ Everything here needs the lock and changes nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,16 @@ def may_help(state: CacheState, device: Device) -> bool:
         or now.free_models >= outlook.free_models
         or now.reach_models >= outlook.reach_models
     )
+
+
+def least_level(state: CacheState) -> float:
+    """
+    Returns the lowest level of the leases that can be given back; infinity if there are
+    none.
+    """
+    # Mostly there are none, and each walk asks.
+    levels = (level for entry in state.yielding for level in entry.yielding.values())
+    return min(levels, default=math.inf)
 
 
 def ordered(entries: Iterable[Entry], policy: Policy, now_s: float) -> list[Resident]:

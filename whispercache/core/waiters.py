@@ -9,12 +9,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from whispercache.planning.priority import INTERACTIVE
+
 from .entries import State
 
 if TYPE_CHECKING:
     from whispercache.engine.sizes.footprint import Footprint, Workload
     from whispercache.lease import Lease
     from whispercache.planning.deadlock import Owner
+    from whispercache.planning.priority import Turn
 
     from .entries import Entry
 
@@ -42,7 +45,11 @@ class Waiter:
     A request in the queue. Its future is done once, with its leases or an error.
 
     Attributes:
-        serial: Its number in the order of arrival; negative before it queues.
+        turn: Its place in the line, by its priority and its arrival; the last number
+            is negative before it queues.
+        priority: Its level, the higher the sooner.
+        parallel: Most leases on each model with its own; None for any number.
+        resumes: It goes on with a call that gave its lease back.
         wanted: The models that it wants, all or nothing.
         keep_alive_s: For each of them, once its lease ends.
         since_s: When it was made.
@@ -63,7 +70,10 @@ class Waiter:
     since_s: float
     owner: Owner
     future: Future[tuple[Lease, ...]] = field(default_factory=Future)
-    serial: int = -1
+    priority: float = INTERACTIVE
+    parallel: int | None = None
+    resumes: bool = False
+    turn: Turn = (math.inf, -1)
     deadline_s: float = math.inf
     waits: bool = False
     overtaken: int = 0
@@ -74,6 +84,13 @@ class Waiter:
 
     def __post_init__(self) -> None:
         self.entries = tuple(dict.fromkeys(each.entry for each in self.wanted))
+
+    @property
+    def serial(self) -> int:
+        """
+        Its number in the order of arrival; negative before it queues.
+        """
+        return self.turn[1]
 
     @property
     def is_group(self) -> bool:

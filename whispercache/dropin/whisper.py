@@ -12,12 +12,14 @@ import copy
 import functools
 import threading
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from whispercache.devices import heap
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD, Workload
 from whispercache.engine.views import in_heap
-from whispercache.model import call_leased, is_lazy
+from whispercache.model import Breaks, call_in_parts, call_leased, is_lazy
+from whispercache.planning.priority import INTERACTIVE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -63,6 +65,35 @@ class Call:
         theirs: Any = self.loaded.whisper
         whole = theirs.feature_extractor if extractor is None else extractor
         self.extractor, self.made_of = copy.copy(whole), extractor
+
+
+class _BatchCall(Call):
+    """
+    A call whose model may be taken away between two segments, and waited for again.
+    """
+
+    __slots__ = ("_loaded", "_refill")
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """
+        Its model. Waits for it if it was given back for a while.
+        """
+        if self._loaded is None and self._refill is not None:
+            self._refill()
+        assert self._loaded is not None
+        return self._loaded
+
+    @loaded.setter
+    def loaded(self, loaded: LoadedModel) -> None:
+        self._loaded: LoadedModel | None = loaded
+        self._refill: Callable[[], None] | None = None
+
+    def empty(self, refill: Callable[[], None]) -> None:
+        """
+        Takes the model away; see `model.Seat`.
+        """
+        self._loaded, self._refill = None, refill
 
 
 class Here(threading.local):
@@ -128,7 +159,14 @@ class LeasedWhisper:
             keeps = ready.batch_size is None
             function = in_heap(lease.key.device, function, keeps=keeps)
         bound = _Bound(self.here, lease, function, ready.samples, options)
-        return call_leased(lease, bound)
+        if (level := self.source.terms.priority) >= INTERACTIVE:
+            return call_leased(lease, bound)
+        bound.kind = _BatchCall
+        renew = partial(self._renewed, workload=ready.workload)
+        return call_in_parts(Breaks(level, bound, renew), lease, bound)
+
+    def _renewed(self, key: ModelKey, *, workload: Workload) -> Lease:
+        return self.source.resumed(key).lease(workload)
 
     # Calls ----------------------------------------------------------------------------
 
@@ -369,7 +407,10 @@ class _Bound:
     steps of its lazy result too. Each step may be on another thread.
     """
 
-    __slots__ = ("_audio", "_function", "_here", "_lease", "_options")
+    __slots__ = (
+        *("_audio", "_call", "_function", "_here", "_lease", "_options"),
+        "kind",
+    )
 
     def __init__(
         self,
@@ -384,9 +425,27 @@ class _Bound:
         self._function = function
         self._audio = audio
         self._options = options
+        self.kind: type[Call] = Call
+        # That of a lazy result, once it has begun.
+        self._call: Call | None = None
+
+    def empty(self, refill: Callable[[], None]) -> None:
+        """
+        Takes the model away; see `model.Seat`.
+        """
+        if isinstance(self._call, _BatchCall):
+            self._call.empty(refill)
+
+    def put(self, lease: Lease) -> None:
+        """
+        Puts the model of another lease here.
+        """
+        self._lease = lease
+        if self._call is not None:
+            self._call.lease, self._call.loaded = lease, lease.loaded
 
     def __call__(self) -> object:
-        call, here = Call(self._lease), self._here
+        call, here = self.kind(self._lease), self._here
         before, here.call = here.call, call
         try:
             result = self._function(self._audio, **self._options)
@@ -394,8 +453,10 @@ class _Bound:
             here.call = before
         if isinstance(result, tuple):
             if result and is_lazy(result[0]):
+                self._call = call
                 return (self._steps(call, result[0]), *result[1:])
         elif is_lazy(result):
+            self._call = call
             return self._steps(call, result)
         return result
 

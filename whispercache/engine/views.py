@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from faster_whisper import WhisperModel
 
+    from whispercache.lease import Lease
+
     from .rebound import Swaps
 
     Check: TypeAlias = Callable[[Mapping[str, object]], None]
@@ -47,7 +49,7 @@ class _Lending:
     """
 
     refusals: Mapping[str, Callable[[], Exception]] = types.MappingProxyType({})
-    _lender: _Lending | Bridge | None = None
+    _lender: _Lending | Bridge | Seat | None = None
     _check: Check | None = None
 
     def _lend(self) -> _Lending:
@@ -101,6 +103,13 @@ class Bridge:
         """
         self._whisper = None
 
+    def kept(self) -> dict[str, object]:
+        """
+        Returns the attributes that the model set, but its weights.
+        """
+        whole = vars(self._whisper)
+        return {name: value for name, value in whole.items() if name != "model"}
+
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as of a WhisperModel
         if self._whisper is None:
             raise RuntimeError(
@@ -111,6 +120,55 @@ class Bridge:
 
     def __dir__(self) -> Iterable[str]:
         return () if self._whisper is None else dir(self._whisper)
+
+
+class Seat:
+    """
+    The place of a model behind a view: see `model.Seat`. In the view it stands for the
+    bridge to the model, and without one it still has all but its weights.
+    """
+
+    def __init__(self, view: _Lending, bridge: Bridge) -> None:
+        self._bridge: Bridge | None = bridge
+        self._kept: Mapping[str, object] = {}
+        self._refill: Callable[[], None] | None = None
+        view._lender = self
+
+    def empty(self, refill: Callable[[], None]) -> None:
+        """
+        Takes the model away until somebody needs it and calls *refill*.
+        """
+        assert self._bridge is not None
+        self._kept = self._bridge.kept()
+        self._refill, self._bridge = refill, None
+
+    def put(self, lease: Lease) -> None:
+        """
+        Puts the model of another lease here.
+        """
+        bridge = cast("_Lending", lease.whisper)._lender
+        assert isinstance(bridge, Bridge)
+        self._bridge, self._kept, self._refill = bridge, {}, None
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as of a WhisperModel
+        if name in self._kept:
+            return self._kept[name]
+        if self._refill is not None:
+            self._refill()
+        return getattr(self._bridge, name)
+
+    def __dir__(self) -> Iterable[str]:
+        return {*self._kept, *(() if self._bridge is None else dir(self._bridge))}
+
+
+def seat_of(view: object) -> Seat | None:
+    """
+    Returns the seat of a lease's *view*; None for models that cannot be lent.
+    """
+    bridge = view._lender if isinstance(view, _Lending) else None
+    if isinstance(view, _Lending) and isinstance(bridge, Bridge):
+        return Seat(view, bridge)
+    return None
 
 
 def lends(

@@ -8,9 +8,10 @@ owners hold. Rules of fairness do not count here, only bytes and numbers of mode
 
 Hundreds may wait, so each step looks only at what it can help. Requests for the same
 are judged as one wish. A wish that does not fit waits at one gate, the bytes or the
-models of one device, with what it takes there; the least first. When a lease ends, the
-first in line are looked at, and those that want the very model. Every step can be taken
-back, so that questions of the kind "what if this one kept its leases" share the rest.
+models of one device or the leases on one model, with what it takes there; the least
+first. When a lease ends, the first in line are looked at, and those that want the very
+model. Every step can be taken back, so that questions of the kind "what if this one
+kept its leases" share the rest.
 """
 
 from __future__ import annotations
@@ -88,12 +89,14 @@ class Claim:
         since_s: The time when it began to wait.
         parts: The models that it wants together, with the bytes of work on each.
         loading_bytes: Bytes that their loads take on top at the peak, by device.
+        parallel: Most leases on each of them, with its own; None for any number.
     """
 
     owner: Owner
     since_s: float
     parts: tuple[tuple[Model, int], ...]
     loading_bytes: Mapping[str, int] = field(default_factory=dict)
+    parallel: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,11 +343,14 @@ class System:
     def _group(self) -> None:
         places: dict[object, int] = {}
         for claim in self._claims:
-            same = claim.parts, frozenset(claim.loading_bytes.items())
+            loading = frozenset(claim.loading_bytes.items())
+            same = claim.parts, loading, claim.parallel
             place = places.setdefault(same, len(places))
             if place == len(self._wishes):
                 self._wishes.append(Wish(claim))
                 for model, _ in claim.parts:
-                    self._rooms[model.device].note(model, place)
+                    is_limited = claim.parallel is not None
+                    room = self._rooms[model.device]
+                    room.note(model, place, is_limited=is_limited)
             self._wishes[place].owners.append(claim.owner)
             self._places.append(place)

@@ -7,6 +7,7 @@ know more of a model adds a field to `Resident`, which `core.entries.Entry` fill
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -28,6 +29,8 @@ class Resident:
         last_used_s: When its last lease ended, on the cache's clock.
         gap_s: Smoothed seconds between its uses; see `next_gap_s`.
         cost_s: Seconds that loading it again takes.
+        yields_to: It becomes idle soon if a request above this level asks for that:
+            minus infinity if it is idle, infinity if its leases cannot be asked.
     """
 
     key: ModelKey
@@ -36,6 +39,7 @@ class Resident:
     last_used_s: float
     gap_s: float
     cost_s: float
+    yields_to: float = math.inf
 
     @property
     def is_copy(self) -> bool:

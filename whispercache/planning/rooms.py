@@ -27,7 +27,7 @@ The calls on a model, and the bytes of work of the largest.
 @dataclass(slots=True, eq=False)
 class Gate:
     """
-    The bytes of a device, or its number of models.
+    The bytes of a device, its number of models, or the leases on a model.
 
     Attributes:
         free: How much is not taken there.
@@ -57,12 +57,16 @@ class Held:
     Attributes:
         works_bytes: The work of each lease, the smallest first.
         wishes: The places of the wishes that want it.
+        is_limited: Some of them allow so many leases on it alone.
+        turns: Where these wait, for the end of any.
     """
 
     model: Model
     is_pinned: bool = False
     works_bytes: list[int] = field(default_factory=list)
     wishes: list[int] = field(default_factory=list)
+    is_limited: bool = False
+    turns: Gate = field(default_factory=Gate)
 
     @property
     def is_there(self) -> bool:
@@ -124,7 +128,8 @@ class Room:
         Ends a lease, and *returns* what its work took, or takes it as never begun.
 
         Returns:
-            The places of the wishes that take other bytes now than before.
+            The places of the wishes that take other bytes now than before, or may have
+            a turn.
         """
         held = self._held[hold.model.key]
         before = held.work
@@ -133,22 +138,27 @@ class Room:
         self._add(held, 1)
         self._returned_bytes += hold.workspace_bytes * hold.model.workers * returns
         self._count()
-        return () if held.work == before else held.wishes
+        is_same = held.work == before and not held.is_limited
+        return () if is_same else held.wishes
 
-    def note(self, model: Model, place: int) -> None:
+    def note(self, model: Model, place: int, *, is_limited: bool) -> None:
         """
-        Notes that a wish wants a model.
+        Notes that a wish wants a model; a limited one, if it has not too many leases.
         """
         if (held := self._held.get(model.key)) is not None:
             held.wishes.append(place)
+            held.is_limited |= is_limited
 
-    def find_lack(self, asks: Asks) -> Lack | None:
+    def find_lack(self, asks: Asks, parallel: int | None) -> Lack | None:
         """
         Returns what a wish lacks here beside all that is held; None if it fits.
         """
         n_bytes, n_models = asks.loading_bytes, 0
         for model, work in asks.parts.values():
             held = self._held.get(model.key)
+            leases = 0 if held is None else len(held.works_bytes)
+            if held is not None and parallel is not None and leases >= parallel:
+                return held.turns, parallel
             if held is None or not held.is_there:
                 n_models += 1
                 n_bytes += _bytes_with(model, work)
@@ -200,6 +210,7 @@ class Wish:
     def __init__(self, claim: Claim) -> None:
         self.owners: list[Owner] = []
         self.lack: Lack | None = UNKNOWN
+        self._parallel = claim.parallel
         self._asks: dict[str, Asks] = {
             device: Asks(n_bytes) for device, n_bytes in claim.loading_bytes.items()
         }
@@ -213,7 +224,7 @@ class Wish:
         Returns the first gate at which it does not fit beside all that is held.
         """
         for device, asks in self._asks.items():
-            if (lack := rooms[device].find_lack(asks)) is not None:
+            if (lack := rooms[device].find_lack(asks, self._parallel)) is not None:
                 return lack
         return None
 

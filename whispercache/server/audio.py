@@ -13,7 +13,7 @@ from .asked import Task
 from .calls import while_present
 from .errors import responses
 from .fields import Speech
-from .forms import SmallForm
+from .forms import SmallForm, level_of
 from .hearing import Answer, Hearing, Lifetime
 from .service import Served, Service
 from .transcripts import MEDIA_TYPES, Plain, Verbose
@@ -72,5 +72,6 @@ async def _answer(
     asked = fields.asked(task)
     offer = service.offer(fields.model)
     told(request).note(offer.name, fields.unknown(), strict=service.options.strict)
-    hearing = Hearing(service, lifetime, fields.file, offer, asked)
+    level = level_of(request, fields.priority)
+    hearing = Hearing(service, lifetime, fields.file, offer, asked, level=level)
     return await while_present(request, hearing.answer())

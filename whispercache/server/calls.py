@@ -14,7 +14,7 @@ import anyio
 from starlette.requests import ClientDisconnect
 
 from whispercache.aio import AsyncSegments
-from whispercache.model import call_leased
+from whispercache.model import call_in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from whispercache.lease import Lease
-    from whispercache.model import LeasedIterator
+    from whispercache.model import Breaks, LeasedIterator
 
     # Returns the ``transcribe`` of a new batched pipeline of a model.
     Pipeline: TypeAlias = Callable[[WhisperModel], Callable[..., object]]
@@ -78,10 +78,13 @@ async def transcribe(
     audio: NDArray[np.float32],
     options: dict[str, object],
     batched: Pipeline,
+    *,
+    breaks: Breaks | None = None,
 ) -> tuple[AsyncSegments[Segment], TranscriptionInfo]:
     """
     Begins to transcribe *audio*: float32 (samples,), mono, 16 kHz, with a leased model.
-    The segments take the lease with them. See `Engine.transcribe` for the options.
+    The segments take the lease with them, and give it back between two of them where
+    *breaks* say so. See `Engine.transcribe` for the options.
 
     A cancelled call goes on to its end, so that its request keeps its place at the
     `Gate` as long as the model is busy with it.
@@ -90,7 +93,7 @@ async def transcribe(
     lease.owned = True
     call = partial(_begin, lease.whisper, batched)
     # In this context: what the call logs is of this request.
-    started = partial(call_leased, lease, call, audio, **options)
+    started = partial(call_in_parts, breaks, lease, call, audio, **options)
     future = pool.submit(contextvars.copy_context().run, started)
     ended = asyncio.wrap_future(future)
     try:

@@ -54,12 +54,15 @@ class Terms:
         check: Called with what is known of the model once its files are there, and
             before it is loaded; what it raises ends the request. It may be pickled, and
             called where the files are.
+        priority: Its turn, as for `ModelCache.lease`. Below the usual one, segments
+            give their model's memory to others, and go on afterwards.
     """
 
     timeout_s: float | None = None
     keep_alive: str | None = None
     workload: Workload | None = None
     check: Callable[[Knowledge | None], None] | None = None
+    priority: float | None = None
 
 
 class Segments(Protocol):

@@ -140,6 +140,13 @@ class Speech(Upload):
         str | None,
         Field(description='How long the model stays when idle: seconds, "5m", 0, -1.'),
     ] = None
+    priority: Annotated[
+        str | None,
+        Field(
+            description='Its turn: "interactive", "batch", or a number below 0; also '
+            "by the header X-Priority."
+        ),
+    ] = None
     known_speaker_names: Annotated[
         list[str], Field(alias="known_speaker_names[]", description="Refused.")
     ] = []

@@ -17,6 +17,7 @@ from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from whispercache.planning.priority import INTERACTIVE, parse_priority
 from whispercache.units import parse_duration
 
 from .errors import ApiError, nonsense
@@ -192,3 +193,21 @@ def check_keep_alive(text: str) -> None:
         parse_duration(text, "keep_alive")
     except ValueError as error:
         raise nonsense("keep_alive", str(error)) from None
+
+
+def level_of(request: Request, field: str | None = None) -> float:
+    """
+    Returns the level of a request's priority, by its *field* or else by its header, the
+    usual one if there is neither. Refuses others by an `ApiError`, and those above it:
+    all clients would take them.
+    """
+    text = field or request.headers.get("x-priority")
+    if not text:
+        return INTERACTIVE
+    try:
+        level = parse_priority(text)
+    except ValueError as error:
+        raise nonsense("priority", str(error)) from None
+    if level > INTERACTIVE:
+        raise nonsense("priority", "a request may wait for others, not go before them")
+    return level

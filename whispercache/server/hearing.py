@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 
 from whispercache.engine.calls.prepare import workload_of
 from whispercache.errors import AudioError, LoadFailed
+from whispercache.planning.priority import INTERACTIVE
 
 from . import seen
 from .asked import NO_WORDS
@@ -26,6 +27,7 @@ from .decode import samples
 from .engine import Terms
 from .errors import ApiError, as_refusal, nonsense
 from .forms import FILE
+from .gate import Paced
 from .offers import ALIGNMENT_HEADS
 from .transcripts import (
     MEDIA_TYPES,
@@ -73,7 +75,8 @@ class Hearing:
     """
     One request at work; *lifetime* ends all that it holds.
 
-    *is_raw* says that the upload has samples alone: 16 bits, mono, 16 kHz.
+    *is_raw* says that the upload has samples alone: 16 bits, mono, 16 kHz; *level* is
+    the priority of the request.
     """
 
     service: Service
@@ -82,6 +85,7 @@ class Hearing:
     offer: Offer
     asked: Asked
     is_raw: bool = False
+    level: float = INTERACTIVE
 
     async def answer(self) -> Answer:
         """
@@ -133,22 +137,24 @@ class Hearing:
         seen.enter("decoding")
         audio_s = await self._decode(folder / "upload", folder / "samples")
         tell = seen.teller(audio_s)
-        left_s = await self.lifetime.enter_async_context(
-            self.service.gate.turn(offer.name, self.service.options.timeout_s, audio_s)
+        limit_s = self.service.options.timeout_s
+        turn = await self.lifetime.enter_async_context(
+            self.service.gate.turn(offer.name, limit_s, audio_s, self.level)
         )
         options = asked.options(vad=self.service.options.vad)
         terms = Terms(
-            left_s,
+            turn.left_s,
             asked.keep_alive,
             # Memory is reserved for this length, and no longer one.
             workload_of(options, asked.batch_size, round(audio_s * _RATE_HZ)),
             # A model that is downloaded first is checked between download and load.
             partial(asked.check_model, offer.name) if known is None else None,
+            self.level,
         )
         heard = partial(samples, folder / "samples")
         segments, info = await engine.transcribe(offer, heard, options, terms, tell)
         await self.lifetime.enter_async_context(segments)
-        return segments, info
+        return Paced(segments, turn), info
 
     async def _decode(self, upload: Path, decoded: Path) -> float:
         """

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from whispercache.events import Event
     from whispercache.keys import ModelKey
     from whispercache.lease import Lease
+    from whispercache.model import Breaks
 
     from .engine import Samples, Segments, Terms
     from .offers import Offer, Offers
@@ -173,10 +174,23 @@ class LocalEngine:
             held.callback(lease.release)
             tell("working")
             heard = await run_in_threadpool(samples)
+            breaks = await run_in_threadpool(self._breaks, offer, terms, lease)
             # From now on the call has it, whatever becomes of the request.
             held.pop_all()
         batched = self.cache.cache.loader.batched
-        return await transcribe(self._callers, lease, heard, dict(options), batched)
+        return await transcribe(
+            self._callers, lease, heard, dict(options), batched, breaks=breaks
+        )
+
+    def _breaks(self, offer: Offer, terms: Terms, lease: Lease) -> Breaks | None:
+        """
+        Returns how a call gives its lease back between two segments; None if it is no
+        batch.
+        """
+        model = self.cache.cache.get_model(
+            *offer.place, keep_alive=terms.keep_alive, priority=terms.priority
+        )
+        return model.breaks(lease, terms.workload)
 
     async def load(
         self, offer: Offer, terms: Terms, tell: Callable[[Phase], None] = nobody
@@ -217,6 +231,7 @@ class LocalEngine:
                     timeout_s=limit_s,
                     keep_alive=terms.keep_alive,
                     workload=terms.workload,
+                    priority=terms.priority,
                 )
         ended = LeaseTimeout if is_there else DownloadTimeout
         raise ended(offer.name, limit_s or 0.0)

@@ -20,7 +20,7 @@ from .audio import FORM, RESPONSES
 from .calls import while_present
 from .errors import responses
 from .fields import Asr, Inference
-from .forms import SmallForm
+from .forms import SmallForm, level_of
 from .hearing import Answer, Hearing, Lifetime
 from .service import Served, Service
 from .transcripts import Plain, Verbose
@@ -57,7 +57,13 @@ async def asr(
     """
     offer = _offer(request, service, query, query.model)
     hearing = Hearing(
-        service, lifetime, audio_file, offer, query.asked(), is_raw=not query.encode
+        service,
+        lifetime,
+        audio_file,
+        offer,
+        query.asked(),
+        is_raw=not query.encode,
+        level=level_of(request),
     )
     answer = await while_present(request, hearing.answer())
     assert isinstance(answer, Response)
@@ -81,7 +87,13 @@ async def detect_language(
     offer = _offer(request, service, query, query.model)
     asked = Asked(vad=query.vad_filter)
     hearing = Hearing(
-        service, lifetime, audio_file, offer, asked, is_raw=not query.encode
+        service,
+        lifetime,
+        audio_file,
+        offer,
+        asked,
+        is_raw=not query.encode,
+        level=level_of(request),
     )
     _, info = await while_present(request, hearing.begin())
     return Detected(
@@ -115,7 +127,8 @@ async def inference(
     Writes down speech, as whisper.cpp's server does.
     """
     offer = _offer(request, service, fields, fields.model)
-    hearing = Hearing(service, lifetime, fields.file, offer, fields.asked())
+    asked, level = fields.asked(), level_of(request)
+    hearing = Hearing(service, lifetime, fields.file, offer, asked, level=level)
     return await while_present(request, hearing.answer())
 
 

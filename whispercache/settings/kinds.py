@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from whispercache.core.fallback import as_ladder
 from whispercache.keys import canonical_device
 from whispercache.options import OFF
+from whispercache.planning.priority import parse_priority
 from whispercache.units import parse_duration, parse_limit
 
 if TYPE_CHECKING:
@@ -140,6 +141,15 @@ def _time(value: object, name: str) -> object:
 
 def _time_or_none(value: object, name: str) -> object:
     return None if _is_none(value) else _time(value, name)
+
+
+def _priority(value: object, name: str) -> object:
+    try:
+        parse_priority(value)
+    except (TypeError, ValueError) as error:
+        # A setting is called by its whole name.
+        raise type(error)(str(error).replace("priority", name, 1)) from None
+    return value
 
 
 def _seconds(value: object, name: str) -> float:
@@ -280,6 +290,7 @@ KEEP_ALIVE = Kind(_keep_alive, "TIME")
 LIMIT = Kind(_limit, "LIMIT")
 LIMITS = Kind(_limits, "LIMIT")
 PORT = Kind(_port, "PORT")
+PRIORITY = Kind(_priority, "interactive|batch|N")
 SECONDS = Kind(_seconds, "TIME")
 SIZE = Kind(_bytes, "SIZE")
 SWITCH = Kind(_switch, "")

@@ -106,6 +106,13 @@ _OF_CACHES = (
         PATIENCE_S,
         "time for which hits may pass one that waits",
     ),
+    Setting(
+        "priority",
+        kinds.PRIORITY,
+        "interactive",
+        "turn of requests that name none: interactive, batch",
+    ),
+    Setting("parallel", kinds.COUNT_OR_NONE, None, "most leases on one model"),
     Setting("max_waiting", kinds.COUNT_OR_NONE, None, "most requests in the queue"),
     Setting("fallback", kinds.FALLBACK, [], "what to try instead: int8, cpu, cuda:1"),
     Setting(
@@ -234,9 +241,12 @@ Those of a cache whose models take turns, each named and used once: no model of 
 idle, nobody waits for another, and a fallback would not be what was asked for.
 """
 
-SERVED_CACHE_KEYS = tuple(key for key in CACHE_KEYS if key != "max_waiting")
+SERVED_CACHE_KEYS = tuple(
+    key for key in CACHE_KEYS if key not in ("max_waiting", "parallel", "priority")
+)
 """
-Those of a server's cache: its requests wait at the server's own gate.
+Those of a server's cache: its requests wait at the server's own gate, and name their
+priority.
 """
 
 

@@ -112,7 +112,11 @@ class Snapshot:
             **asdict(self),
             "models": [_model_as_json(each) for each in self.models],
             "waiting": [
-                {"models": [key.model for key in each.keys], "waited_s": each.waited_s}
+                {
+                    "models": [key.model for key in each.keys],
+                    "waited_s": each.waited_s,
+                    "priority": each.priority,
+                }
                 for each in self.waiting
             ],
         }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from whispercache.console import clock
 from whispercache.errors import WhisperCacheError, format_bytes
+from whispercache.planning.priority import INTERACTIVE, LEVELS
 
 from .live import Snapshot
 
@@ -43,6 +44,7 @@ _NARROW = 72
 _LEAST_NAME = 8
 _FEW = 5
 _SOME = 10
+_PRIORITIES = {level: name for name, level in LEVELS.items()}
 
 
 def view(
@@ -280,7 +282,11 @@ class _View:
         yield marks.line(("Queue", "bold"), f"  {len(waiting)}")
         for place, request in enumerate(waiting[:_FEW], 1):
             models = " + ".join(key.model for key in request.keys)
-            yield marks.line(f"{place:3}  {_clock(request.waited_s):>7}  {models}")
+            shown = f"{place:3}  {_clock(request.waited_s):>7}  {models}"
+            if request.priority != INTERACTIVE:
+                name = _PRIORITIES.get(request.priority, f"{request.priority:g}")
+                shown += f"  {name}"
+            yield marks.line(shown)
         if len(waiting) > _FEW:
             yield marks.line((f"     and {len(waiting) - _FEW} more", "dim"))
 
