@@ -45,6 +45,7 @@ from whispercache import (
     ModelLoaded,
     ModelLoadFailed,
     ModelLoading,
+    NoRoom,
     ModelTooLarge,
     ReleaseUnconfirmed,
     TooManyWaiters,
@@ -183,7 +184,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.evictions: list[tuple[Entry, Future[None]]] = []
         self.life: defaultdict[ModelKey, list[Event]] = defaultdict(list)
         self.charged_bytes: Counter[str] = Counter()
-        self.cache.subscribe(lambda event: self.life[event.key].append(event))
+        self.cache.subscribe(self.note)
         self.cache.subscribe(fail_always)
 
     @initialize(parks=st.booleans())
@@ -634,6 +635,13 @@ class CacheMachine(RuleBasedStateMachine):
                     for lease in future.result()
                     if lease not in self.leases and not lease.is_released
                 )
+
+    def note(self, event: Event) -> None:
+        """
+        Keeps what happens to a model; a request for it that fails is not of its life.
+        """
+        if not isinstance(event, NoRoom):
+            self.life[event.key].append(event)
 
     @invariant()
     def the_books_agree(self) -> None:
