@@ -24,8 +24,8 @@ RELUCTANCE = 3.0
 How much a second of loading counts beside one of waiting: a load tends to bring others,
 of what left for it.
 
-Source: benchmarks/simulate, "A cluster": between 1 and 3 loads get fewer by far, above
-hardly.
+Source: benchmarks/simulate, "A cluster": from 1 to 3 loads get fewer by half, above
+hardly, and waits get longer.
 """
 
 # Waits that differ by less, in seconds, are alike: what is measured is rounded, too.
