@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 sys.path.append(str(Path(__file__).parents[1]))
 
 from cells import SHARES, Cell, cells
+from cluster_models import CARD_BYTES
 from contenders import (
     CONTENDERS,
     MODELS,
@@ -43,7 +44,7 @@ from contenders import (
     without_drain,
 )
 from contention import CALLERS, LOAD_S, LONGEST_LEASE_S, alternate, starve
-from fleet import CARD_BYTES, ROUTES, RULE, busy_trace, serve_all
+from fleet import ROUTES, RULE, busy_trace, serve_all
 from optimum import MAX_MODELS, least_load_s
 from pieces import NOTHING, Host, Strategy
 from report import Table, machine, write

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from cluster_models import CARD_BYTES, GIB, SIZES, load_s, requests_of
 from pieces import Model, Strategy
 from simulation import Simulation
 from traces import Request
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from whispercache.lease import Lease
 
 __all__ = [
-    "CARD_BYTES",
     "CLUSTER_MODELS",
     "ROUTES",
     "RULE",
@@ -44,28 +44,11 @@ __all__ = [
     "serve_all",
 ]
 
-GIB = 2**30
-CARD_BYTES = int(6.5 * GIB)
 # What is in memory is known this late.
 SEEN_EVERY_S = 0.25
 
-SIZES = {
-    "large-v3": (3.1, 0.9),
-    "large-v2": (3.1, 0.9),
-    "large-v3-turbo": (1.6, 0.4),
-    "medium": (1.5, 0.5),
-    "medium.en": (1.5, 0.5),
-    "distil-large-v3": (1.5, 0.35),
-    "small": (0.5, 0.25),
-    "small.en": (0.5, 0.25),
-}
-"""
-GiB of each model, and seconds of a call on it: together twice what a card holds.
-"""
-
 CLUSTER_MODELS = tuple(
-    # A load takes 0.3 s and half a second for each GiB.
-    Model(ModelKey(name, "cuda:0", "float16"), int(gib * GIB), GIB // 4, 0.3 + gib / 2)
+    Model(ModelKey(name, "cuda:0", "float16"), int(gib * GIB), GIB // 4, load_s(name))
     for name, (gib, _) in SIZES.items()
 )
 CALLS_S = [call_s for _, call_s in SIZES.values()]
@@ -251,22 +234,13 @@ ROUTES: Mapping[str, Callable[[], Route]] = {
 RULE = f"rule, a load counts {RELUCTANCE:g}"
 
 
-def busy_trace(
-    dice: random.Random, n: int, cards: int, share: float = 0.58
-) -> Iterator[Request]:
+def busy_trace(dice: random.Random, n: int, cards: int) -> Iterator[Request]:
     """
-    Requests at random times that keep *cards* busy for a *share* of it without loads;
-    popularity falls with the rank, by Zipf with 0.8, and ranks are drawn.
+    Yields the same requests as benchmarks/cluster.py plays.
     """
-    ranked = list(range(len(CLUSTER_MODELS)))
-    dice.shuffle(ranked)
-    weights = [(rank + 1) ** -0.8 for rank in range(len(ranked))]
-    usual_s = sum(w * CALLS_S[m] for w, m in zip(weights, ranked, strict=True))
-    rate = share * cards / (usual_s / sum(weights))
-    at_s = 0.0
-    for _ in range(n):
-        at_s += dice.expovariate(rate)
-        (model,) = dice.choices(ranked, weights)
+    names = list(SIZES)
+    for at_s, name in requests_of(dice, n, cards):
+        model = names.index(name)
         yield Request(at_s, model, CALLS_S[model])
 
 

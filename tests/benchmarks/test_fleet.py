@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "simulate"))
 
+from cluster_models import CARD_BYTES
 from fleet import (
-    CARD_BYTES,
     CLUSTER_MODELS,
     ROUTES,
     RULE,

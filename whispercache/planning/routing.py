@@ -77,7 +77,8 @@ class Replica:
             return queue_s
         displaced_s = min(
             (self._displaced_s(model, device) for device in self.capacity_bytes),
-            default=math.inf,
+            # One that has told nothing yet may have all the room.
+            default=0.0,
         )
         return queue_s + reluctance * (self._load_s(model) + displaced_s)
 
