@@ -19,6 +19,7 @@ import asyncio
 import math
 import os
 import random
+import secrets
 import statistics
 import sys
 import tempfile
@@ -271,8 +272,8 @@ def main() -> None:
     )
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
-        # Not in the user's home.
-        os.environ["RAY_AUTH_TOKEN_PATH"] = f"{folder}/token"
+        # Else Ray writes one into the user's home.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             address="local",
             num_cpus=32,

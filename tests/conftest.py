@@ -101,6 +101,7 @@ def nodes() -> Iterator[Nodes]:
     """
     A Ray cluster of two nodes.
     """
+    pytest.importorskip("ray.serve", reason="this needs the extra [ray]")
     with running_nodes() as nodes:
         yield nodes
 

@@ -192,6 +192,9 @@ class EngineReplica:
         self._keep_alive = config.get("keep_alive")
         await self._run()
         pinned = set(config.get("pin", ()))
+        unknown = sorted(name for name in pinned if self._offers.find(name) is None)
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} is not among the models served")
         for name in pinned - set(self._pins):
             self._pins[name] = asyncio.ensure_future(self._pin(name))
         for name in set(self._pins) - pinned:
