@@ -289,14 +289,14 @@ class EngineReplica:
         if self._engine.is_closed:
             raise RuntimeError("the cache is closed")
 
-    async def __del__(self) -> None:
+    def __del__(self) -> None:
         """
-        Unloads all, after the last call has ended. Ray awaits this.
+        Unloads all, after the last call has ended. Ray calls this, and then Python.
         """
-        for pin in self._pins.values():
-            pin.cancel()
-        await self._stack.aclose()
-        await self._engine.cache.close(_CLOSE_S)
+        # A constructor that failed has none.
+        cache = getattr(self, "_cache", None)
+        if cache is not None:
+            cache.close(_CLOSE_S)
 
 
 async def _over(call: asyncio.Future[tuple[Segments, TranscriptionInfo]]) -> None:
