@@ -272,6 +272,7 @@ def main() -> None:
     )
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Else Ray writes one into the user's home.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from real import clip
-from served import error_of
+from real import child_environment, clip, micro
+from served import error_of, transcribe
 
 from whispercache.testing import wait_until
 
@@ -243,6 +245,25 @@ def test_calls_end_before_their_replica_does(nodes: Nodes) -> None:
         assert (text, last["type"]) == (TEXT, "transcript.text.done")
         deleting.join(60)
         assert not deleting.is_alive()
+
+
+def test_the_command_deploys_to_a_cluster_and_returns(nodes: Nodes) -> None:
+    """
+    What it deployed goes on without it.
+    """
+    from ray import serve
+
+    model = f"m={micro('micro says hello')}"
+    place = ("--ray-address", nodes.ray_address, "--ingresses", "1", "--device", "cpu")
+    line = [sys.executable, "-m", "whispercache", "serve", model, "--ray", *place]
+    done = subprocess.run(
+        line, env=child_environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with httpx.Client(base_url=nodes.address, timeout=60) as http:
+        heard = transcribe(http, "m")
+        assert (heard.status_code, heard.json()["text"]) == (200, "micro says hello")
+    serve.delete("whispercache")
 
 
 def test_a_node_that_leaves_costs_its_clients_nothing(

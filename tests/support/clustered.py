@@ -28,11 +28,12 @@ _NODE = {"num_cpus": 5, "object_store_memory": 100 * 1024**2}
 
 class Nodes:
     """
-    The nodes of a cluster, and the address of its HTTP proxies.
+    The nodes of a cluster, its address, and that of its HTTP proxies.
     """
 
     def __init__(self, cluster: Any, address: str) -> None:
         self._cluster = cluster
+        self.ray_address: str = cluster.address
         self.address = address
         self._second = cluster.add_node(**_NODE)
 
@@ -68,6 +69,7 @@ def running_nodes() -> Iterator[Nodes]:
     with pytest.MonkeyPatch.context() as patch:
         path = os.pathsep.join([*_PLACES, os.environ.get("PYTHONPATH", "")])
         patch.setenv("PYTHONPATH", path)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # On a busy machine all of it takes long.
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         patch.setenv("RAY_raylet_start_wait_time_s", "120")

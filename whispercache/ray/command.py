@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -129,6 +130,9 @@ def _serve(options: argparse.Namespace, held: Mapping[str, Held]) -> int:
 
     host, port = held[f"{SERVE}.host"].value, held[f"{SERVE}.port"].value
     is_local = options.ray_address is None
+    if is_local:
+        # A cluster of one's own tells nobody what runs on it, unless you say so.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init("local" if is_local else options.ray_address)
     try:
         serve.start(

@@ -50,6 +50,9 @@ TRIES = 2
 # Seconds for questions that take none: longer, and a replica is as good as dead.
 _ANSWER_S = 30.0
 
+# Seconds for a look at all replicas: a page asks again in a second.
+_LOOK_S = 5.0
+
 # Seconds for which what a model's files tell holds.
 _KNOWN_S = 60.0
 
@@ -196,6 +199,8 @@ class RemoteEngine:
             )
         except DeploymentUnavailableError:  # none is there
             return []
+        except TimeoutError:
+            raise LeaseTimeout("one of the replicas", timeout_s or 0.0) from None
         there = []
         for answer in answers:
             if isinstance(answer, RayTaskError):
@@ -228,7 +233,7 @@ class RemoteEngine:
         )
 
     async def _look(self) -> dict[str, tuple[Snapshot, Sequence[Metric]]]:
-        answers = await self._ask_all("seen", _ANSWER_S)
+        answers = await self._ask_all("seen", _LOOK_S)
         return {name: (snapshot, metrics) for name, snapshot, metrics in answers}
 
 
