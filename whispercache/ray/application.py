@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from whispercache.planning.routing import RELUCTANCE
 from whispercache.server.command import server_options
 from whispercache.settings.sources import read
 from whispercache.settings.table import SERVE, SERVED_CACHE_KEYS, SETTINGS, unknown
 
+from .command import LIVE
 from .engine import EngineReplica
 from .ingress import Ingress
 from .router import STATS_S, ModelRouter
@@ -22,17 +24,9 @@ from .router import STATS_S, ModelRouter
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ray.serve import Application
+    from ray.serve import Application, Deployment
 
     from whispercache.options import CacheOptions
-
-NAME = "whispercache"
-
-LIVE = ("vram", "ram", "keep_alive", "pin")
-"""
-What may change while models are in memory: it goes into ``user_config``. All else makes
-new replicas, with nothing in memory.
-"""
 
 # Ray's default, 20 s, cuts off calls when a replica ends; one takes minutes.
 _DRAIN_S = 600.0
@@ -60,7 +54,7 @@ class Size:
     ingresses: int = 2
     gpus: float = 0.0
     cpus: float = 1.0
-    reluctance: float = 3.0
+    reluctance: float = RELUCTANCE
 
 
 def deployment(
@@ -166,11 +160,29 @@ def bound(
     if 0 < size.gpus < 1:
         # Others are on the same card; Ray limits nothing.
         cache["coordinate"] = True
-    live = {name: (served if name == "pin" else values)[name] for name in LIVE}
-    engines = serve.deployment(
+    engines = _engines(size, kind).options(
+        user_config={key.rpartition(".")[2]: values[key] for key in LIVE}
+    )
+    front = serve.deployment(
+        serve.ingress()(Ingress),
+        name="ingress",
+        num_replicas=size.ingresses,
+        max_ongoing_requests=_NO_BOUND,
+        ray_actor_options=_actor_options(0, 1),
+        graceful_shutdown_timeout_s=_DRAIN_S,
+        health_check_period_s=_HEALTH_S,
+    )
+    # As many at work on a model as all replicas may have together.
+    at_once = options.parallel * size.replicas[1]
+    return front.bind(
+        engines.bind(options, cast("CacheOptions", cache)), at_once, options
+    )
+
+
+def _engines(size: Size, kind: type[EngineReplica]) -> Deployment:
+    return serve.deployment(
         kind,
         name="engine",
-        user_config=live,
         max_ongoing_requests=_NO_BOUND,
         ray_actor_options=_actor_options(size.gpus, size.cpus),
         graceful_shutdown_timeout_s=_DRAIN_S,
@@ -184,19 +196,6 @@ def bound(
         ),
         **_scale(size),
     )
-    front = serve.deployment(
-        serve.ingress()(Ingress),
-        name="ingress",
-        num_replicas=size.ingresses,
-        max_ongoing_requests=_NO_BOUND,
-        ray_actor_options=_actor_options(0, 1),
-        graceful_shutdown_timeout_s=_DRAIN_S,
-        health_check_period_s=_HEALTH_S,
-    )
-    bound = engines.bind(options, cast("CacheOptions", cache))
-    # As many at work on a model as all replicas may have together.
-    at_once = options.parallel * size.replicas[1]
-    return front.bind(bound, at_once, options)
 
 
 def _scale(size: Size) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class ModelRouter(RequestRouter):
         capacity: dict[str, int] = fixed.get("capacity", {})
         for (replica_id, name), until_s in self._sent.items():
             if replica_id == replica.replica_id and until_s > now_s and capacity:
-                # Where there is the most room, as the cache would choose.
+                # On the largest; which one it was, the replica will say.
                 places.setdefault(name, max(capacity, key=capacity.__getitem__))
         rid = replica.replica_id
         # Ray's own count knows of others' requests, but is forgotten in a while.
