@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ray import serve
@@ -113,7 +115,8 @@ class EngineReplica:
             if phase == "working":
                 works.set_result(None)
 
-        audio_s, limit_s = len(samples) / _RATE_HZ, terms.timeout_s or 0.0
+        audio_s = len(samples) / _RATE_HZ
+        limit_s = math.inf if terms.timeout_s is None else terms.timeout_s
         async with self._gate.turn(offer.name, limit_s, audio_s) as left_s:
             call = asyncio.ensure_future(
                 engine.transcribe(
@@ -135,7 +138,11 @@ class EngineReplica:
 
     def _kept(self, terms: Terms, left_s: float | None) -> Terms:
         keep_alive = terms.keep_alive or self._keep_alive
-        return Terms(left_s, keep_alive, terms.workload, terms.check)
+        return replace(
+            terms,
+            timeout_s=None if terms.timeout_s is None else left_s,
+            keep_alive=keep_alive,
+        )
 
     async def knowledge(self, offer: Offer) -> Knowledge | None:
         """
