@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from clustered import WHOLE
 from real import child_environment, clip, micro
 from served import error_of, transcribe
 
@@ -115,7 +116,7 @@ def served(nodes: Nodes) -> Iterator[Served]:
     """
     An application for several tests, each of which leaves two replicas.
     """
-    with serving(nodes, "several", 2, cpus=3) as served:
+    with serving(nodes, "several", 2, cpus=WHOLE) as served:
         yield served
 
 

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.process, pytest.mark.cluster]
 @pytest.fixture(scope="module")
 def http(nodes: Nodes) -> Iterator[httpx.Client]:
     """
-    Two replicas of tiny.en and base, behind two servers.
+    A replica with tiny.en and base, behind a server.
     """
     from ray import serve
 
@@ -39,7 +39,7 @@ def http(nodes: Nodes) -> Iterator[httpx.Client]:
 
     tiny, base = offered(TINY, "base:int8")
     models = [f"{tiny.name}={tiny.model}", f"{base.name}={base.model}:int8"]
-    app = deployment(models, device="cpu", replicas=2, keep_alive=-1, variants=False)
+    app = deployment(models, device="cpu", ingresses=1, keep_alive=-1, variants=False)
     serve.run(app, name="routes", route_prefix="/")
     with httpx.Client(base_url=nodes.address, timeout=60) as http:
         yield http

@@ -22,8 +22,12 @@ _ROOT = Path(__file__).parents[2]
 # For the fakes, here and in the cluster's processes.
 _PLACES = [str(_ROOT), str(_ROOT / "tests" / "support"), str(_ROOT / "benchmarks")]
 
-# Of replicas that take three processors, one goes on each node.
-_NODE = {"num_cpus": 5, "object_store_memory": 100 * 1024**2}
+_STORE = {"object_store_memory": 100 * 1024**2}
+# Of two replicas that take a whole second node, one goes on each, and all servers are
+# on the first.
+WHOLE = 4
+_FIRST = {"num_cpus": WHOLE + 3, "include_dashboard": False, **_STORE}
+_SECOND = {"num_cpus": WHOLE, **_STORE}
 
 
 class Nodes:
@@ -35,7 +39,7 @@ class Nodes:
         self._cluster = cluster
         self.ray_address: str = cluster.address
         self.address = address
-        self._second = cluster.add_node(**_NODE)
+        self._second = cluster.add_node(**_SECOND)
 
     @property
     def second(self) -> str:
@@ -49,7 +53,7 @@ class Nodes:
         Takes the second node away, and adds another one.
         """
         self._cluster.remove_node(self._second)
-        self._second = self._cluster.add_node(**_NODE)
+        self._second = self._cluster.add_node(**_SECOND)
 
 
 @contextmanager
@@ -73,7 +77,7 @@ def running_nodes() -> Iterator[Nodes]:
         # On a busy machine all of it takes long.
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         patch.setenv("RAY_raylet_start_wait_time_s", "120")
-        head = {**_NODE, "temp_dir": folder, "include_dashboard": False}
+        head = {**_FIRST, "temp_dir": folder}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             nodes = Nodes(cluster, f"http://127.0.0.1:{port}")

@@ -124,7 +124,7 @@ class RemoteEngine:
         )
 
         def ask() -> DeploymentResponseGenerator[Any]:
-            # With the same limit again: half-heard, a request has waited long enough.
+            # A repetition may wait as long again: its client has part of the answer.
             return replica.remote(offer, heard, dict(options), terms)
 
         hearing = Hearing(offer, terms, ask, tell)
