@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from whispercache.watch.live import Snapshot
 
 # What a stream consists of, and what comes with it.
-Heard: TypeAlias = 'tuple[Literal["here", "working", "info", "segment"], object]'
+Heard: TypeAlias = 'tuple[Literal["here", "phase", "info", "segment"], object]'
 
 _log = logging.getLogger("whispercache")
 
@@ -102,33 +102,35 @@ class EngineReplica:
         terms: Terms,
     ) -> AsyncIterator[Heard]:
         """
-        Transcribes. Yields that the request is here, that its model works, the info,
+        Transcribes. Yields that the request is here, each phase as it begins, the info,
         then the segments.
         """
         yield "here", None
         engine = await self._run()
         loop = asyncio.get_running_loop()
         came_s = loop.time()
-        works: asyncio.Future[None] = loop.create_future()
+        # Phases as they begin; None when all have.
+        phases: asyncio.Queue[Phase | None] = asyncio.Queue()
 
-        def tell(phase: Phase) -> None:
-            if phase == "working":
-                works.set_result(None)
+        def tell(phase: Phase | None) -> None:
+            # From any thread.
+            loop.call_soon_threadsafe(phases.put_nowait, phase)
 
         audio_s = len(samples) / _RATE_HZ
         limit_s = math.inf if terms.timeout_s is None else terms.timeout_s
         async with self._gate.turn(offer.name, limit_s, audio_s) as left_s:
+            kept = self._kept(terms, left_s)
             call = asyncio.ensure_future(
-                engine.transcribe(
-                    offer, lambda: samples, options, self._kept(terms, left_s), tell
-                )
+                engine.transcribe(offer, lambda: samples, options, kept, tell)
             )
+            call.add_done_callback(lambda _: tell(None))
             try:
-                await asyncio.wait((call, works), return_when=asyncio.FIRST_COMPLETED)
-                self._meter.waited(loop.time() - came_s)
-                with self._meter.working():
-                    if works.done():
-                        yield "working", None
+                with ExitStack() as work:
+                    while (phase := await phases.get()) is not None:
+                        if phase == "working":
+                            self._meter.waited(loop.time() - came_s)
+                            work.enter_context(self._meter.working())
+                        yield "phase", phase
                     segments, info = await call
                     yield "info", info
                     async for segment in segments:

@@ -116,7 +116,6 @@ class RemoteEngine:
         """
         Begins to transcribe, where that will begin soonest. See `Engine.transcribe`.
         """
-        tell("loading")
         # Once, also if it is sent again.
         heard = await run_in_threadpool(lambda: ray.put(samples()))
         replica = self._replicas.options(
@@ -134,16 +133,22 @@ class RemoteEngine:
             await hearing.__aexit__(None, None, None)
             raise
 
-    async def load(self, offer: Offer, terms: Terms) -> None:
+    async def load(
+        self, offer: Offer, terms: Terms, tell: Callable[[Phase], None] = nobody
+    ) -> None:
         """
         Loads a model into the replica where a request for it would begin soonest.
         """
+        tell("loading")
         await self._ask(offer, "load", terms.timeout_s, offer, terms, model=offer.name)
 
-    async def pin(self, offer: Offer, terms: Terms) -> None:
+    async def pin(
+        self, offer: Offer, terms: Terms, tell: Callable[[Phase], None] = nobody
+    ) -> None:
         """
         Loads a model into each replica, and keeps it.
         """
+        tell("loading")
         if not await self._ask_all("pin", terms.timeout_s, offer, terms):
             raise no_replica()
 
@@ -278,8 +283,7 @@ class Hearing:
             kind, item = await self._next()
             if kind == "info":
                 return cast("TranscriptionInfo", item)
-            assert kind == "working", kind
-            self._tell(kind)
+            self._tell(cast("Phase", item))
 
     async def _next(self) -> Heard:
         assert self._stream is not None
