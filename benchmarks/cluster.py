@@ -1,7 +1,7 @@
 """
 Models on Ray Serve: our router beside Ray's own, over one trace in one run.
 
-    python benchmarks/cluster.py [--requests 240] [--traces 2] [--write]
+    python benchmarks/cluster.py [--requests 240] [--traces 2] [--single 60] [--write]
 
 Needs the extra [ray]. Real Ray, real routers and the real cache in each replica; the
 models only take time: three replicas, each with a card of 6.5 GiB that computes one
@@ -286,7 +286,8 @@ def main() -> None:
         serve.start(http_options={"host": "127.0.0.1", "port": 8123})
         parts: list[object] = [
             overhead_line(options.single, "http://127.0.0.1:8123"),
-            routers_table(options.requests, options.traces),
+            # With no traces, the first alone.
+            *([routers_table(options.requests, options.traces)] * bool(options.traces)),
         ]
         serve.shutdown()
         ray.shutdown()

@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from whispercache.engine.naming import canonical_model, parse_spec
 from whispercache.errors import WhisperCacheError
 from whispercache.server import command
 from whispercache.settings.arguments import settings_of
@@ -131,6 +132,10 @@ def _serve(options: argparse.Namespace, held: Mapping[str, Held]) -> int:
     host, port = held[f"{SERVE}.host"].value, held[f"{SERVE}.port"].value
     is_local = options.ray_address is None
     if is_local:
+        # Ray would try again and again, and keep the reason to its logs.
+        models = cast("list[str]", held[f"{SERVE}.models"].value)
+        for spec in map(parse_spec, models):
+            canonical_model(spec.model)
         # A cluster of one's own tells nobody what runs on it, unless you say so.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init("local" if is_local else options.ray_address)
