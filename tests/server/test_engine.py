@@ -15,7 +15,7 @@ from real import SILENCE, micro
 from whispercache import ModelCache
 from whispercache.engine.calls.languages import Knowledge
 from whispercache.engine.naming import ModelSpec
-from whispercache.server.audio import Asked
+from whispercache.server.asked import Asked
 from whispercache.server.engine import Terms
 from whispercache.server.errors import ApiError
 from whispercache.server.local import LocalEngine
@@ -99,7 +99,7 @@ def test_what_an_engine_elsewhere_refuses_is_told_the_same() -> None:
     """
     A check, and what it raises, may have come from another process.
     """
-    asked = Asked("transcribe", "json", None, 0.0, None, language="de")
+    asked = Asked(language="de")
     known = Knowledge(51864, is_multilingual=False, languages=("en",))
     check = pickle.loads(pickle.dumps(Terms(check=partial(asked.check_model, "m"))))
     assert check.check is not None

@@ -21,7 +21,7 @@ from whispercache.server.engine import Terms
 from whispercache.server.errors import RETRY_S
 from whispercache.server.gate import Gate
 from whispercache.server.local import LocalEngine
-from whispercache.server.offers import Offers
+from whispercache.server.offers import offers_of
 
 from .meter import Meter
 
@@ -65,7 +65,7 @@ class EngineReplica:
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._options = options
         self._cache = ModelCache(**cache)
-        self._offers = Offers(options.offered, options.device)
+        self._offers = offers_of(options)
         threads = options.parallel * len(self._offers)
         self._engine = LocalEngine(self._offers, self._cache, threads)
         # The server has bounded how many wait.

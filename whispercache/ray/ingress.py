@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from whispercache.server.app import application
-from whispercache.server.offers import Offers
+from whispercache.server.offers import offers_of
 from whispercache.server.service import Service
 
 from .remote import RemoteEngine
@@ -35,6 +35,6 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         options = self._options
-        offers = Offers(options.offered, options.device)
-        service = Service(options, offers, RemoteEngine(self._replicas))
+        engine = RemoteEngine(self._replicas)
+        service = Service(options, offers_of(options), engine)
         return application(service, nullcontext())
