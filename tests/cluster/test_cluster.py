@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from clustered import WHOLE
 from real import child_environment, clip, micro
 from served import error_of, transcribe
 
@@ -88,7 +87,7 @@ class Served:
 
 
 @contextmanager
-def serving(nodes: Nodes, name: str, replicas: int, cpus: float) -> Iterator[Served]:
+def serving(nodes: Nodes, name: str, replicas: int, gpus: float) -> Iterator[Served]:
     """
     Replicas of fakes, in an application of that name.
     """
@@ -100,7 +99,7 @@ def serving(nodes: Nodes, name: str, replicas: int, cpus: float) -> Iterator[Ser
 
     settings = {"models": list(SIZES), "device": "cuda", "keep_alive": -1}
     app = bound(
-        Size((replicas, replicas), ingresses=1, cpus=cpus),
+        Size((replicas, replicas), ingresses=1, gpus=gpus, cpus=0),
         values_of(settings),
         FakeReplica,
     )
@@ -116,7 +115,7 @@ def served(nodes: Nodes) -> Iterator[Served]:
     """
     An application for several tests, each of which leaves two replicas.
     """
-    with serving(nodes, "several", 2, cpus=WHOLE) as served:
+    with serving(nodes, "several", 2, gpus=1) as served:
         yield served
 
 
@@ -240,7 +239,7 @@ def test_calls_end_before_their_replica_does(nodes: Nodes) -> None:
     """
     from ray import serve
 
-    with serving(nodes, "leaving", 1, cpus=0.5) as leaving:
+    with serving(nodes, "leaving", 1, gpus=0) as leaving:
         deleting = threading.Thread(target=serve.delete, args=("leaving",))
         text, last = stream(leaving, deleting.start)
         assert (text, last["type"]) == (TEXT, "transcript.text.done")

@@ -23,11 +23,10 @@ _ROOT = Path(__file__).parents[2]
 _PLACES = [str(_ROOT), str(_ROOT / "tests" / "support"), str(_ROOT / "benchmarks")]
 
 _STORE = {"object_store_memory": 100 * 1024**2}
-# Of two replicas that take a whole second node, one goes on each, and all servers are
-# on the first.
-WHOLE = 4
-_FIRST = {"num_cpus": WHOLE + 3, "include_dashboard": False, **_STORE}
-_SECOND = {"num_cpus": WHOLE, **_STORE}
+# Ray takes our word for the cards: of two replicas that want one, each node has one.
+# All else is on the first.
+_FIRST = {"num_cpus": 8, "num_gpus": 1, "include_dashboard": False, **_STORE}
+_SECOND = {"num_cpus": 0, "num_gpus": 1, **_STORE}
 
 
 class Nodes:
@@ -82,7 +81,11 @@ def running_nodes() -> Iterator[Nodes]:
         try:
             nodes = Nodes(cluster, f"http://127.0.0.1:{port}")
             ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            # Clients' connections to another node's proxy would end with that node.
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": "127.0.0.1", "port": port},
+            )
             yield nodes
             serve.shutdown()
         finally:
