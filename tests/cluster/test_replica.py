@@ -113,7 +113,9 @@ def test_who_leaves_in_mid_stream_lets_the_model_go(
             heard.append(item if kind == "phase" else kind)
             if kind == "segment":
                 break
-        assert heard == ["here", "loading", "working", "info", "segment"]
+        # What it waits for in between is the engine's to tell.
+        assert (heard[0], heard[-3:]) == ("here", ["working", "info", "segment"])
+        assert "loading" in heard
         assert replica._cache.stats().leases == 1
         await stream.aclose()
         assert replica._cache.stats().leases == 0
