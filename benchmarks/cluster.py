@@ -284,11 +284,11 @@ def main() -> None:
             _temp_dir=folder,
         )
         serve.start(http_options={"host": "127.0.0.1", "port": 8123})
-        parts: list[object] = [
-            overhead_line(options.single, "http://127.0.0.1:8123"),
-            # With no traces, the first alone.
-            *([routers_table(options.requests, options.traces)] * bool(options.traces)),
-        ]
+        address = "http://127.0.0.1:8123"
+        parts: list[object] = [overhead_line(options.single, address)]
+        # With no traces, the first alone.
+        if options.traces:
+            parts.append(routers_table(options.requests, options.traces))
         serve.shutdown()
         ray.shutdown()
     write(
