@@ -1,6 +1,7 @@
 # make demo      set up, then transcribe the example clips with several models
 # make test      set up, then check style, types, layers and behaviour
 # make quick     set up, then run the tests that take a moment: nine in ten of them
+# make cluster   set up, then test on Ray, whose processes take a while to start
 # make others    set up others, then test with PyAV 18, with 19 and with faster-whisper2
 # make docs      set up, then build the documentation in build/docs
 # make coverage  set up, then run all tests and see which lines they reach
@@ -35,14 +36,14 @@ NEWER ?= $(shell for each in $(PYTHON) python3.14 python3.13 python3.12 \
     echo "$$each" && break; done)
 
 .SECONDARY: # what was set up for a pattern is kept
-.PHONY: demo test lint types layers unit quick docs others others-fork coverage bench \
-    apps clients soak gpu clean
+.PHONY: demo test lint types layers unit cluster quick docs others others-fork coverage \
+    bench apps clients soak gpu clean
 
 demo: .venv/demo
 	$(RUN) examples/multilingual.py
 	$(RUN) examples/ab_test.py
 
-test: lint types layers unit
+test: lint types layers unit cluster
 
 lint: .venv/test
 	$(BIN)/ruff check
@@ -59,7 +60,11 @@ layers: .venv/test
 	$(BIN)/lint-imports
 
 unit: .venv/test .venv/browser
-	$(PYTEST)
+	$(PYTEST) -m "not cluster"
+
+# One process: there is one cluster, and it has the machine to itself.
+cluster: .venv/test
+	$(BIN)/pytest -m cluster --durations=5
 
 quick: .venv/test
 	$(PYTEST) -m "not process and not browser and not stress and not slow"
@@ -82,7 +87,8 @@ others-fork: .venv/others/fork/ready
 
 # Apart from `make test`, since it takes half as long again.
 coverage: .venv/test .venv/browser
-	$(PYTEST) --cov --cov-report=term --cov-fail-under=95
+	$(PYTEST) -m "not cluster" --cov
+	$(BIN)/pytest -m cluster --cov --cov-append --cov-report=term --cov-fail-under=95
 
 bench: .venv/bench .venv-apps/apps
 	$(RUN) benchmarks/cold.py
@@ -133,7 +139,7 @@ clean:
 	@touch $@
 
 .venv/test: .venv/pip pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[demo,server,compare]' --group test
+	$(BIN)/pip install --quiet --editable '.[demo,ray,compare]' --group test
 	@touch $@
 
 .venv/others/%/python: | .venv/pip

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import processes
 import pytest
+from clustered import Nodes, running_nodes
 from driver import DRIVERS
 from fakes import FakeGpus, build_drivers
 from hypothesis import HealthCheck, settings
@@ -93,6 +94,16 @@ def gpus(drivers: Path, tmp_path: Path) -> FakeGpus:
     A machine whose GPUs the test describes, for child processes.
     """
     return FakeGpus(tmp_path, drivers)
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Nodes]:
+    """
+    A Ray cluster of two nodes.
+    """
+    pytest.importorskip("ray.serve", reason="this needs the extra [ray]")
+    with running_nodes() as nodes:
+        yield nodes
 
 
 @pytest.fixture(params=DRIVERS)

@@ -5,14 +5,19 @@ The engine of a server, as its routes use it.
 from __future__ import annotations
 
 import asyncio
+import pickle
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 from real import SILENCE, micro
 
 from whispercache import ModelCache
+from whispercache.engine.calls.languages import Knowledge
 from whispercache.engine.naming import ModelSpec
+from whispercache.server.asked import Asked
 from whispercache.server.engine import Terms
+from whispercache.server.errors import ApiError
 from whispercache.server.local import LocalEngine
 from whispercache.server.offers import Offers
 
@@ -88,6 +93,21 @@ def test_what_fails_before_the_call_holds_nothing(
 
     asyncio.run(main())
     assert (cache.stats().loads, cache.stats().leases) == (fault == "samples", 0)
+
+
+def test_what_an_engine_elsewhere_refuses_is_told_the_same() -> None:
+    """
+    A check, and what it raises, may have come from another process.
+    """
+    asked = Asked(language="de")
+    known = Knowledge(51864, is_multilingual=False, languages=("en",))
+    check = pickle.loads(pickle.dumps(Terms(check=partial(asked.check_model, "m"))))
+    assert check.check is not None
+    with pytest.raises(ApiError) as refused:
+        check.check(known)
+    again = pickle.loads(pickle.dumps(refused.value))
+    assert again.response().body == refused.value.response().body
+    assert again.status == 400
 
 
 def test_a_model_is_loaded_pinned_and_unloaded(cache: ModelCache) -> None:

@@ -244,9 +244,11 @@ def _language(text: str) -> str | None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
+    from whispercache.ray import command as cluster
     from whispercache.server import command
 
     command.add_options(parser)
+    cluster.add_options(parser)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

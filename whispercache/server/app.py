@@ -22,7 +22,7 @@ from .following import Following
 from .guard import Guard
 from .limits import UploadLimit
 from .local import LocalEngine
-from .offers import Offers
+from .offers import offers_of
 from .origins import ANY_ORIGIN, pattern_of
 from .seen import RequestsSeen
 from .service import Service
@@ -52,12 +52,7 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
     Raises:
         WhisperCacheError: a model on the list does not exist, or its device does not.
     """
-    offers = Offers(
-        options.offered,
-        options.device,
-        options.default,
-        strict=options.strict_names,
-    )
+    offers = offers_of(options)
     # Names and devices are checked here, so that a wrong option ends the command and
     # not the first request.
     engine = LocalEngine(

@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     # First: nonsense is told before FastAPI is imported.
     held = settings_of(options)
     setting = values_below(SERVE, held)
-    served = _served(setting)
+    served = server_options(setting)
     try:
         import uvicorn
 
@@ -151,7 +151,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def _served(setting: Mapping[str, Any]) -> ServerOptions:
+def server_options(setting: Mapping[str, Any]) -> ServerOptions:
     """
     Returns what `create_app` takes, from the server's settings by their names.
     """

@@ -96,6 +96,11 @@ class ApiError(Exception):
         )
         self.headers: dict[str, str] = dict(headers or {})
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default would pass the message alone, by position.
+        told = self.detail
+        return _again, (self.status, told.message, told.code, told.param, self.headers)
+
     def response(self) -> JSONResponse:
         """
         Returns the answer itself.
@@ -103,6 +108,16 @@ class ApiError(Exception):
         seen.failed(self.detail.code)
         body = ErrorBody(error=self.detail).model_dump()
         return JSONResponse(body, self.status, self.headers)
+
+
+def _again(
+    status: int,
+    message: str,
+    code: str,
+    param: str | None,
+    headers: Mapping[str, str],
+) -> ApiError:
+    return ApiError(status, message, code=code, param=param, headers=headers)
 
 
 def as_refusal(error: Exception) -> ApiError:

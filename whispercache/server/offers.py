@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from whispercache.engine.naming import ModelSpec
 
+    from .options import ServerOptions
+
 # The field of config.json that names the attention heads which follow the words.
 ALIGNMENT_HEADS = "alignment_heads"
 
@@ -83,6 +85,18 @@ class Offers:
         if size is not None:
             return self._sizes.get((size, kind))
         return self.default if is_openais(name) else None
+
+
+def offers_of(options: ServerOptions) -> Offers:
+    """
+    Returns the models on a server's list, by the names that its clients may use.
+    """
+    return Offers(
+        options.offered,
+        options.device,
+        options.default,
+        strict=options.strict_names,
+    )
 
 
 def _sizes_of(spec: ModelSpec) -> Iterator[str]:

@@ -1,0 +1,127 @@
+"""
+The router of requests to replicas, which Ray makes in each handle.
+
+Ray copies this module by value to wherever there is a handle: nothing is kept in its
+globals.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from ray.serve.request_router import RequestRouter
+
+from whispercache.planning.routing import (
+    CALL_S,
+    RELUCTANCE,
+    Replica,
+    order,
+)
+
+if TYPE_CHECKING:
+    from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
+
+# Seconds between two looks at what replicas have in memory. Ray's control loop, which
+# takes them, turns each 0.1 s.
+STATS_S = 0.2
+
+# For as long a model is taken to be where it was just sent: until the replica says so.
+_TRUST_S = 10 * STATS_S
+
+
+class ModelRouter(RequestRouter):
+    """
+    Sends a request where it will begin soonest, by `whispercache.planning.routing`.
+
+    Replicas tell their capacity and the bytes of all models once
+    (``record_replica_metadata``), and what is in memory each `STATS_S`
+    (``record_routing_stats``).
+    """
+
+    def initialize_state(self, *, reluctance: float = RELUCTANCE) -> None:
+        """
+        Begins with no memory of its own; *reluctance* is the rule's.
+        """
+        self._reluctance = reluctance
+        # Until when a model is taken to be on a replica, since it was sent there.
+        self._sent: dict[tuple[ReplicaID, str], float] = {}
+        # The requests of this router that a replica has.
+        self._ongoing: dict[ReplicaID, set[str]] = {}
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """
+        Returns the replicas for a request, the best first.
+        """
+        if pending_request is None:
+            return [candidate_replicas]
+        # Otherwise replicas that are all full would be asked again without a pause.
+        pending_request.routing_context.should_backoff = True
+        model = pending_request.metadata.multiplexed_model_id
+        if not model:  # a question that any can answer
+            return [candidate_replicas]
+        now_s = time.monotonic()
+        found = {each.replica_id.unique_id: each for each in candidate_replicas}
+        known = [self._known(each, now_s) for each in candidate_replicas]
+        ordered = order(model, known, self._reluctance)
+        # Ranks of one: within a rank, Ray takes the shortest queue.
+        return [[found[each.name]] for each in ordered]
+
+    def _known(self, replica: RunningReplica, now_s: float) -> Replica:
+        """
+        Returns what is known of a replica: what it told, and what was sent to it since.
+        """
+        told: dict[str, Any] = replica.routing_stats
+        fixed: dict[str, Any] = replica.replica_metadata
+        resident: dict[str, tuple[str, int]] = told.get("resident", {})
+        places = {name: device for name, (device, _) in resident.items()}
+        sizes = {name: n_bytes for name, (_, n_bytes) in resident.items()}
+        capacity: dict[str, int] = fixed.get("capacity", {})
+        for (replica_id, name), until_s in self._sent.items():
+            if replica_id == replica.replica_id and until_s > now_s and capacity:
+                # On the largest; which one it was, the replica will say.
+                places.setdefault(name, max(capacity, key=capacity.__getitem__))
+        rid = replica.replica_id
+        # Ray's own count knows of others' requests, but is forgotten in a while.
+        queue = self.replica_queue_len_cache.get(rid) or 0
+        return Replica(
+            rid.unique_id,
+            capacity,
+            resident=places,
+            pinned=frozenset(told.get("pinned", ())),
+            sizes={**fixed.get("sizes", {}), **sizes},
+            load_s=told.get("load_s", {}),
+            call_s=told.get("call_s", CALL_S),
+            parallel=fixed.get("parallel", 1),
+            queue=max(queue, len(self._ongoing.get(rid, ()))),
+        )
+
+    def on_request_routed(
+        self,
+        pending_request: PendingRequest,
+        replica_id: ReplicaID,
+        result: object,  # noqa: ARG002 - Ray's signature
+    ) -> None:
+        """
+        Notes that a replica has accepted a request.
+        """
+        metadata, now_s = pending_request.metadata, time.monotonic()
+        self._ongoing.setdefault(replica_id, set()).add(metadata.internal_request_id)
+        self._sent = {key: at_s for key, at_s in self._sent.items() if at_s > now_s}
+        if metadata.multiplexed_model_id:
+            self._sent[replica_id, metadata.multiplexed_model_id] = now_s + _TRUST_S
+
+    def on_request_completed(
+        self, replica_id: ReplicaID, internal_request_id: str
+    ) -> None:
+        """
+        Notes that a request is over, or was never accepted.
+        """
+        ongoing = self._ongoing.get(replica_id, set())
+        ongoing.discard(internal_request_id)
+        if not ongoing:
+            self._ongoing.pop(replica_id, None)
