@@ -134,7 +134,8 @@ class Card(Simulation):
     def _end_call(self, asked: Asked, lease: Lease) -> None:
         self.queues[self._senders.pop(asked.spec)] -= 1
         self.took_s.append(self._now_s - asked.spec.at_s)
-        self._release(lease, None)
+        self._scheduler.release(lease._entry, lease._serial, None)
+        self._perform()
 
 
 # Chooses a card for a model, as the router of that number.

@@ -73,6 +73,9 @@ def running_nodes() -> Iterator[Nodes]:
         path = os.pathsep.join([*_PLACES, os.environ.get("PYTHONPATH", "")])
         patch.setenv("PYTHONPATH", path)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray writes its address there, whatever folder a node is given, and makes none.
+        patch.setenv("RAY_TMPDIR", folder)
+        Path(folder, "ray").mkdir()
         # On a busy machine all of it takes long.
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         patch.setenv("RAY_raylet_start_wait_time_s", "120")
