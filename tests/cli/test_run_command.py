@@ -356,8 +356,11 @@ os.chdir("/")
 from whispercache.settings.sources import settle
 print(json.dumps(settle()["max_models"].value))
 """
-    variable = {"WHISPERCACHE_CONFIG": "mine.toml"}
-    done = run(PYTHON, "-c", code, environment=variable, cwd=tmp_path)
+    done = run(
+        *(PYTHON, "-c", code),
+        environment={"WHISPERCACHE_CONFIG": "mine.toml"},
+        cwd=tmp_path,
+    )
     assert answer(done) == 3
 
 

@@ -98,6 +98,31 @@ def is_leased(model: Any) -> bool:
     return isinstance(getattr(model, "model", model), LeasedWhisper)
 
 
+def test_a_model_that_is_made_anew_is_what_is_on_the_disk(
+    cache: ModelCache, tmp_path: Path
+) -> None:
+    """
+    As of a program that trains, converts and evaluates in turns. One that is in use
+    stays until it is idle.
+    """
+    mine = tmp_path / "mine"
+
+    def heard(model: Any) -> str:
+        return text_of(model.transcribe(SILENCE)[0])
+
+    with installed(cache):
+        assert heard(new(micro_copy(mine, "before"))) == " before"
+        micro_copy(mine, "after")
+        second = new(mine)
+        assert heard(second) == " after"
+        segments, _ = second.transcribe(SILENCE)
+        micro_copy(mine, "later")
+        new(mine)
+        assert text_of(segments) == " after"
+        assert heard(new(mine)) == " later"
+    assert cache.stats().loads == 3
+
+
 # The class ----------------------------------------------------------------------------
 
 
