@@ -223,6 +223,9 @@ class TestDevices:
             ("cuda:2", 0, "cuda:2"),
             ("cuda:2", 2, "cuda:2"),
             ("cuda:02", 0, "cuda:2"),
+            ("CPU", None, "cpu"),
+            ("CUDA", 1, "cuda:1"),
+            ("AUTO", None, "auto"),
         ],
     )
     def test_a_device_has_one_name(
@@ -230,15 +233,23 @@ class TestDevices:
     ) -> None:
         """
         "cuda" is the card of device_index; without one, whichever is best. "auto" is
-        that card or the CPU.
+        that card or the CPU. CTranslate2 takes capitals, too.
         """
         assert canonical_device(device, index) == expected
+
+    def test_an_index_below_0_is_named(self) -> None:
+        """
+        The device beside it is none of its faults.
+        """
+        with pytest.raises(ValueError, match="device_index must be 0 or more, not -1"):
+            canonical_device("cpu", -1)
 
     @pytest.mark.parametrize(
         ("device", "index"),
         [
             ("gpu", 0),
-            ("CPU", 0),
+            ("Cpu", 0),
+            ("CUDA:0", 0),
             ("cuda:", 0),
             ("cuda:x", 0),
             ("cuda:-1", 0),

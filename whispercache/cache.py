@@ -19,7 +19,7 @@ from .core.fallback import Attempts, Terms, as_ladder
 from .core.threads import MonotonicClock, current_owner, current_owners, here
 from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
-from .errors import NotDownloaded
+from .errors import EvictionTimeout, NotDownloaded
 from .lease import Leases
 from .lifetime import register
 from .model import CachedModel
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from .core.entries import Entry
     from .core.evictions import Leaving
     from .core.gauges import Peers
     from .core.resolver import Request
@@ -71,6 +72,9 @@ if TYPE_CHECKING:
     )
     from .planning.policies import Policy
     from .units import DurationValue, LimitValue
+
+# Most seconds to wait for the unload of a model whose files were replaced.
+_UNLOAD_S = 2.0
 
 
 class ModelCache(CacheBase):
@@ -233,6 +237,7 @@ class ModelCache(CacheBase):
         Returns a model to use like a WhisperModel, in memory whenever it is used.
 
         Returns at once: the model is loaded by the first call on it, or by `preload`.
+        An idle one whose files were replaced since it was loaded is unloaded first.
 
         Args:
             model_size_or_path: A size (``"large-v3"``), an alias, a repository of the
@@ -280,8 +285,21 @@ class ModelCache(CacheBase):
         # A repository of unknown size can only be resolved by a download, which is left
         # to its first use.
         with suppress(NotDownloaded):
-            self._resolver.resolve(request, download=False)
+            target = self._resolver.resolve(request, download=False)
+            if target.is_outdated:
+                self._unload_outdated(target.entry)
         return ModelSource(self, request, terms)
+
+    def _unload_outdated(self, entry: Entry) -> None:
+        """
+        Unloads a model whose files are others by now, unless it is in use: who names
+        it anew means those. Blocks until it is unloaded.
+        """
+        if entry.is_idle and not entry.pinned:
+            leaving = self._core.evict(lambda key: key == entry.key)
+            # Somebody may have leased it meanwhile, and goes on with it.
+            with suppress(EvictionTimeout):
+                self._await_gone(leaving, _UNLOAD_S)
 
     def lease(
         self,

@@ -124,7 +124,14 @@ def install(
             names = ", ".join(limits)
             raise TypeError(f"{names}: the cache that was given has limits of its own")
         configure(**limits)
+    from .cache import ModelCache
+
     used = default_cache() if cache is None else cache
+    if not isinstance(used, ModelCache):
+        raise TypeError(
+            f"install() takes a ModelCache, not {used!r}; that of an AsyncModelCache "
+            "is its attribute cache"
+        )
     if used.loader.whisper_class() is None:
         raise ValueError(
             "install() takes a cache that loads with faster-whisper, and this has a "

@@ -155,6 +155,8 @@ def is_directory(model: str) -> bool:
 
 _DEVICES = "device must be 'auto', 'cpu', 'cuda' or 'cuda:N'"
 _DEVICE = re.compile(r"(auto|cpu)|cuda(?::(\d+))?")
+# Other spellings that CTranslate2 takes. Source: src/devices.cc, str_to_device.
+_CAPITALS = {"AUTO": "auto", "CPU": "cpu", "CUDA": "cuda"}
 
 
 def _device_hint(device: object) -> str:
@@ -240,8 +242,10 @@ def canonical_device(device: str, device_index: object = None) -> str:
         )
     if not isinstance(device, str):
         raise TypeError(f"{_DEVICES}, not {device!r}{_device_hint(device)}")
-    match = _DEVICE.fullmatch(device)
-    if not match or (device_index or 0) < 0:
+    if (device_index or 0) < 0:
+        raise ValueError(f"device_index must be 0 or more, not {device_index}")
+    match = _DEVICE.fullmatch(_CAPITALS.get(device, device))
+    if not match:
         raise ValueError(f"{_DEVICES}, not {device!r}{_device_hint(device)}")
     if match[1] == "auto" and device_index is not None:
         return f"auto:{device_index}"

@@ -326,6 +326,45 @@ def test_it_becomes_the_program() -> None:
 
 
 @PROCESS
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("run --top - -- sh -c 'exit 7'", 7), ("run -- no-such", 127), ("config", 0)],
+)
+def test_a_command_starts_without_streams(words: str, code: int) -> None:
+    """
+    As supervisors start some; the program of `run` has none either.
+    """
+    command = ["sh", "-c", f'"$0" -m whispercache {words} <&- >&- 2>&-', PYTHON]
+    done = subprocess.run(
+        command,
+        env=child_environment(),
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code
+
+
+@PROCESS
+def test_a_relative_file_of_settings_is_that_of_the_start(tmp_path: Path) -> None:
+    """
+    That of the variable as well as that of the option.
+    """
+    (tmp_path / "mine.toml").write_text("max_models = 3")
+    code = """
+import json, os
+os.chdir("/")
+from whispercache.settings.sources import settle
+print(json.dumps(settle()["max_models"].value))
+"""
+    done = run(
+        *(PYTHON, "-c", code),
+        environment={"WHISPERCACHE_CONFIG": "mine.toml"},
+        cwd=tmp_path,
+    )
+    assert answer(done) == 3
+
+
+@PROCESS
 @pytest.mark.parametrize("name", ["SIGPIPE", "SIGINT", "SIGHUP"])
 def test_signals_do_what_they_did(name: str) -> None:
     """
@@ -393,6 +432,44 @@ def test_events_go_to_the_terminal_at_the_end(program: Path) -> None:
     assert re.fullmatch(
         r"calls: 1, loads: 1 in .* s, evictions: 0, peak on cpu .* MiB", sums
     )
+
+
+@PROCESS
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_events_of_children_are_told_at_their_end(program: Path, method: str) -> None:
+    """
+    A forked one ends without the interpreter's own end.
+    """
+    code = f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(program.parent)!r})
+import program
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context({method!r}).Process(target=program.told)
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
+"""
+    path = program.parent / "parent.py"
+    path.write_text(code)
+    done = run("--top", "-", PYTHON, path, micro())
+    assert done.returncode == 0, done.stderr
+    found = [LINE.fullmatch(line) for line in done.stderr.splitlines()]
+    loaded, sums = (each[2] for each in found if each)
+    assert " loaded in " in loaded
+    assert sums.startswith("calls: 1, loads: 1 in ")
+
+
+@PROCESS
+def test_a_file_of_events_that_cannot_be_written_is_told_once(program: Path) -> None:
+    """
+    And the program goes on.
+    """
+    done = run("--top", "/dev/full", PYTHON, program, micro())
+    assert answer(done) == LEASED
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("events are not written: [Errno 28]")
 
 
 @PROCESS

@@ -664,6 +664,8 @@ def test_ladders_are_parsed() -> None:
     for nonsense in ("tpu", "cpu/int7", "cuda:x", ""):
         with pytest.raises(ValueError, match="fallback"):
             as_ladder([nonsense])
+    with pytest.raises(TypeError, match="texts such as 'cpu', not None"):
+        as_ladder([None])  # type: ignore[list-item]
 
 
 def test_closing_ends_a_ladder(make_cache: MakeCache, driver: Driver) -> None:

@@ -128,6 +128,17 @@ def test_a_pipeline_refuses_nonsense_before_a_load(cache: ModelCache) -> None:
     assert cache.stats().requests == 0
 
 
+def test_a_call_without_audio_is_told_what_is_missing(cache: ModelCache) -> None:
+    """
+    By Python, as on a plain model; nothing is loaded.
+    """
+    model: Any = model_of(cache, micro())
+    for kind in (model, BatchedInferencePipeline(model)):
+        with pytest.raises(TypeError, match=r"missing 1 required .* 'audio'"):
+            kind.transcribe()
+    assert not cache.models()
+
+
 def test_one_lease_is_held_over_a_detection(cache: ModelCache) -> None:
     """
     Of several windows.

@@ -24,6 +24,7 @@ from faster_whisper import BatchedInferencePipeline, WhisperModel
 from real import FEATURES, SILENCE, TEXT, at_once, child, micro, micro_copy, text_of
 
 from whispercache import (
+    AsyncModelCache,
     CorruptModel,
     DeviceUnavailable,
     LoadFailed,
@@ -96,6 +97,31 @@ def is_leased(model: Any) -> bool:
     True if a model comes from a cache.
     """
     return isinstance(getattr(model, "model", model), LeasedWhisper)
+
+
+def test_a_model_that_is_made_anew_is_what_is_on_the_disk(
+    cache: ModelCache, tmp_path: Path
+) -> None:
+    """
+    As of a program that trains, converts and evaluates in turns. One that is in use
+    stays until it is idle.
+    """
+    mine = tmp_path / "mine"
+
+    def heard(model: Any) -> str:
+        return text_of(model.transcribe(SILENCE)[0])
+
+    with installed(cache):
+        assert heard(new(micro_copy(mine, "before"))) == " before"
+        micro_copy(mine, "after")
+        second = new(mine)
+        assert heard(second) == " after"
+        segments, _ = second.transcribe(SILENCE)
+        micro_copy(mine, "later")
+        new(mine)
+        assert text_of(segments) == " after"
+        assert heard(new(mine)) == " later"
+    assert cache.stats().loads == 3
 
 
 # The class ----------------------------------------------------------------------------
@@ -402,6 +428,60 @@ def test_preload_fails_in_the_constructor(cache: ModelCache) -> None:
     for preload in (True, False):
         with installed(cache, preload=preload), pytest.raises(UnknownModel):
             new(Path("nonsense"))
+
+
+@pytest.mark.parametrize("ctranslate2_too", [False, True])
+def test_what_preload_raises_is_caught_as_ctranslate2_s_own(
+    cache: ModelCache, *, ctranslate2_too: bool
+) -> None:
+    """
+    A program that takes a smaller model, or the CPU, after an error does so.
+    """
+
+    def made(**options: Any) -> Any:
+        if ctranslate2_too:
+            return ctranslate2.models.Whisper(str(micro()), **options)
+        return new(**options)
+
+    with ModelCache(ram="1MiB", variants=False) as small:
+        with (
+            installed(small, preload=True, ctranslate2=ctranslate2_too),
+            pytest.raises(RuntimeError) as caught,
+        ):
+            made()
+        assert isinstance(caught.value, ModelTooLarge)
+    with (
+        installed(cache, preload=True, ctranslate2=ctranslate2_too),
+        pytest.raises(ValueError, match="Ampere") as refused,
+    ):
+        made(flash_attention=True)
+    assert isinstance(refused.value, LoadFailed)
+
+
+@pytest.mark.parametrize("name", ["tiny", "/no/where"])
+def test_ctranslate2_s_class_takes_directories_alone(
+    cache: ModelCache, name: str
+) -> None:
+    """
+    As the plain one: no name of a model causes a download.
+    """
+    with (
+        installed(cache, ctranslate2=True),
+        pytest.raises(RuntimeError, match=f"Unable to open file 'model.bin' .*{name}"),
+    ):
+        ctranslate2.models.Whisper(name)
+    assert not cache.models()
+
+
+@pytest.mark.parametrize("given", ["4GiB", AsyncModelCache])
+def test_what_is_no_model_cache_is_refused(given: Any) -> None:
+    """
+    At once, not where the program makes its models.
+    """
+    cache = given if given == "4GiB" else given(variants=False)
+    with pytest.raises(TypeError, match="takes a ModelCache, not"):
+        install(cache)
+    assert WhisperModel.__init__ is GENUINE
 
 
 def nowhere(path: Path) -> dict[str, Any]:

@@ -658,7 +658,7 @@ def asdict_of(model: object) -> object:
 @pytest.mark.parametrize(
     ("device", "error", "said"),
     [
-        ("CUDA", ValueError, "did you mean 'cuda'"),
+        ("Cuda", ValueError, "did you mean 'cuda'"),
         ("Cuda:1", ValueError, "did you mean 'cuda:1'"),
         ("gpu", ValueError, "did you mean 'cuda'"),
         ("GPU:0", ValueError, "did you mean 'cuda:0'"),

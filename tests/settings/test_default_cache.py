@@ -4,7 +4,7 @@ The cache of the process, with limits from outside and from `configure`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -135,6 +135,10 @@ def test_what_is_configured_is_checked_at_once() -> None:
         configure(max_models="two")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="neither a compute type"):
         configure(fallback=["int9"])
+    for name in ("keep_alive", "patience_s", "pressure"):
+        nothing: Any = {name: None}
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+            configure(**nothing)
     assert "max_models" not in default._configured
 
 

@@ -122,8 +122,14 @@ def script() -> NoReturn:
 
 def _prepare() -> None:
     """
-    Prepares stdout for any text: UTF-8, or what a terminal can show.
+    Prepares stdout for any text: UTF-8, or what a terminal can show. A process that was
+    started without streams, as by some supervisors, writes to nowhere.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Not inherited by the program of `run`, which has none as before.
+            nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, nowhere)
     if isinstance(sys.stdout, io.TextIOWrapper):
         encoding = None if sys.stdout.isatty() else "utf-8"
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")

@@ -105,9 +105,10 @@ def _variables(options: argparse.Namespace) -> dict[str, str]:
         for key in CACHE_KEYS
         if given[key] not in (None, [])
     }
-    if options.config is not None:
+    config = options.config or os.environ.get(CONFIG_VARIABLE, "").strip()
+    if config:
         # The program may go to another directory.
-        found[CONFIG_VARIABLE] = str(Path(options.config).expanduser().absolute())
+        found[CONFIG_VARIABLE] = str(Path(config).expanduser().absolute())
     words = ["faster_whisper"]
     words += [name for name in RUN_WORDS if given[name]]
     found[RUN_VARIABLE] = ",".join(words)

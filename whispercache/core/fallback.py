@@ -104,6 +104,9 @@ def as_ladder(fallback: Sequence[str]) -> tuple[Rung, ...]:
     """
     if isinstance(fallback, str):
         raise TypeError(f"fallback must be a list, for example [{fallback!r}]")
+    for each in fallback:
+        if not isinstance(each, str):
+            raise TypeError(f"fallback must be texts such as 'cpu', not {each!r}")
     return tuple(map(_rung, fallback))
 
 

@@ -77,6 +77,17 @@ class Target:
     files: ModelFiles | None = None
     is_placed: bool = False
 
+    @property
+    def is_outdated(self) -> bool:
+        """
+        True if what is in memory is of files that others have replaced since.
+        """
+        loaded, found = self.entry.files, self.files
+        if loaded is None or found is None or not self.entry.is_present:
+            return False
+        loaded = loaded.original or loaded
+        return loaded.directory == found.directory and loaded.stamp != found.stamp
+
 
 class Resolver:
     """

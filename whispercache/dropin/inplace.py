@@ -14,6 +14,7 @@ import functools
 import inspect
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whispercache.engine import process
@@ -140,10 +141,8 @@ def _constructor(plain: Callable[..., None]) -> Callable[..., None]:
                 leased = _leased(self, offer, {**given, **more})
             except WhisperCacheError as error:
                 raise expected(error) from error.__cause__
-        if offer is None or leased is None:
+        if leased is None:
             plain(self, *args, **options)
-        elif offer.preload:
-            leased.load_model()
 
     return init
 
@@ -152,13 +151,15 @@ def _leased(
     whisper: WhisperModel, offer: Offer, given: Mapping[str, Any]
 ) -> LeasedWhisper | None:
     """
-    Makes *whisper* a leased model, if it is to be one.
+    Makes *whisper* a leased model, if it is to be one, and loads it if *offer* says so.
     """
     source = offer.source_of(given)
     if source is None:
         return None
     leased = LeasedWhisper(source)
     source.initialize(whisper, leased)
+    if offer.preload:
+        leased.load_model()
     return leased
 
 
@@ -219,17 +220,25 @@ class InPlaceWhisper(LeasedWhisper, metaclass=_Either):
         Returns a view of a cached model, or a plain one if it is not to be cached.
         """
         offer = next(iter(_offers), None)
-        source = None
-        if offer is not None and not args:
+        made = None
+        # Names mean nothing to CTranslate2, and must not cause a download.
+        if offer is not None and not args and Path(model_path).is_dir():
             named = {_RAW_NAMES.get(name, name): options[name] for name in options}
             given = {"model_size_or_path": model_path, "device": device, **named}
             try:
-                source = offer.source_of(given)
+                made = cls._leased(offer, given)
             except WhisperCacheError as error:
                 raise expected(error) from error.__cause__
-        if offer is None or source is None:
-            # CTranslate2 refuses *args* itself.
+        if made is None:
+            # CTranslate2 refuses the rest itself.
             return process.whisper()(model_path, device, *args, **options)
+        return made
+
+    @classmethod
+    def _leased(cls, offer: Offer, given: Mapping[str, Any]) -> InPlaceWhisper | None:
+        source = offer.source_of(given)
+        if source is None:
+            return None
         made = object.__new__(cls)
         LeasedWhisper.__init__(made, source)
         if offer.preload:

@@ -273,6 +273,8 @@ def lease_pipelines(kind: type[BatchedInferencePipeline]) -> None:
             return (altered(method) if is_view(model) else method)(*args, **options)
         signature = leased.source.signatures()["batched"]
         given = bound(signature, args, options)
+        if "audio" not in given:
+            return plain(self, *args, **options)  # says what is missing
         audio = cast("AudioInput", given.pop("audio"))
         batch_size = cast("int", given.pop("batch_size", _BATCH_SIZE))
         method = types.MethodType(plain, self)

@@ -11,7 +11,7 @@ import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whispercache.errors import CorruptModel, LoadFailed, UnknownModel
+from whispercache.errors import CorruptModel, LoadFailed, ModelTooLarge, UnknownModel
 
 if TYPE_CHECKING:
     from whispercache.errors import WhisperCacheError
@@ -22,7 +22,8 @@ def expected(error: WhisperCacheError) -> WhisperCacheError:
     Returns an *error* that is also caught as what the plain constructor raises.
 
     Source: faster_whisper/utils.py, 1.2.1, ``download_model``, for models that are not
-    here; CTranslate2 4.8.5, which raises RuntimeError for directories.
+    here; CTranslate2 4.8.5, which raises RuntimeError for directories, and where a card
+    has no room (src/cuda/utils.h).
     """
     kind = _kind_of(error)
     if kind is None or isinstance(error, kind):
@@ -49,9 +50,13 @@ def expected(error: WhisperCacheError) -> WhisperCacheError:
 def _kind_of(error: WhisperCacheError) -> type[Exception] | None:
     if isinstance(error, UnknownModel):
         return RuntimeError if Path(error.model).is_dir() else ValueError
-    if isinstance(error, CorruptModel):
+    if isinstance(error, (CorruptModel, ModelTooLarge)):
         return RuntimeError
     if isinstance(error, LoadFailed):
+        # What CTranslate2 itself said in a load.
+        cause = type(error.__cause__)
+        if cause in (RuntimeError, ValueError):
+            return cause
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         return LocalEntryNotFoundError

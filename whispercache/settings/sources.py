@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("whispercache")
 
+# Parameters of which None says nothing.
+_NEVER_NONE = ("keep_alive", "patience_s", "pressure")
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -104,7 +107,8 @@ def checked_options(options: CacheOptions) -> CacheOptions:
         if name not in CacheOptions.__annotations__:
             raise TypeError(str(unknown(name, CacheOptions.__annotations__)))
         # What Python alone has passes: None for no limit, functions, the parts.
-        is_plain = name in CACHE_KEYS and value is not None and not callable(value)
+        is_none = value is None and name not in _NEVER_NONE
+        is_plain = name in CACHE_KEYS and not is_none and not callable(value)
         found[name] = SETTINGS[name].kind.read(value, name) if is_plain else value
     return cast("CacheOptions", found)
 

@@ -5,6 +5,7 @@ The events of a cache in lines, for who looks at them when a program has ended.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import time
@@ -17,9 +18,13 @@ from whispercache.errors import format_bytes
 from .live import in_words
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from whispercache.events import Event
 
     from .live import Watchable
+
+_log = logging.getLogger("whispercache")
 
 # The place that means the terminal.
 TERMINAL = "-"
@@ -39,6 +44,7 @@ class EventLog:
     def __init__(self, place: str) -> None:
         self._place = place
         self._cache: Watchable | None = None
+        self._failed = False
         self._pid = os.getpid()
         self._lines: deque[str] = deque(maxlen=_MOST_LINES)
 
@@ -49,7 +55,7 @@ class EventLog:
         if self._cache is cache:
             return
         if self._cache is None:
-            atexit.register(self._end)
+            _at_end(self._end)
         else:
             # The one before was closed.
             self._write(*_sums(self._cache))
@@ -66,9 +72,7 @@ class EventLog:
         start = f"{time.strftime('%H:%M:%S')} whispercache[{os.getpid()}]"
         lines = [f"{start} {text}\n" for text in texts]
         if self._place != TERMINAL:
-            # One write to the end of the file: others' lines stay whole.
-            with Path(self._place).open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
+            self._append("".join(lines))
             return
         # A forked child does not repeat its parent's.
         if self._pid != os.getpid():
@@ -76,12 +80,39 @@ class EventLog:
             self._lines.clear()
         self._lines.extend(lines)
 
+    def _append(self, text: str) -> None:
+        try:
+            # One write to the end of the file: others' lines stay whole.
+            with Path(self._place).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            # It was there at the start; the program is to go on without it.
+            if not self._failed:
+                _log.warning("events are not written: %s", error)
+            self._failed = True
+
     def _end(self) -> None:
         assert self._cache is not None
         # That all models leave with the process is no news.
         self._unsubscribe()
         self._write(*_sums(self._cache))
-        sys.stderr.writelines(self._lines)
+        # None if the program was started without one.
+        if sys.stderr is not None:
+            sys.stderr.writelines(self._lines)
+
+
+def _at_end(function: Callable[[], None]) -> None:
+    """
+    Has *function* called when this process ends, unless a signal kills it.
+    """
+    started = sys.modules.get("multiprocessing.process")
+    if started is None or started.parent_process() is None:
+        atexit.register(function)
+        return
+    # A child that multiprocessing forked ends without the interpreter's own end.
+    from multiprocessing.util import Finalize
+
+    Finalize(None, function, exitpriority=-100)
 
 
 def _sums(cache: Watchable) -> list[str]:
