@@ -152,7 +152,7 @@ clean:
 	$(@D)/bin/$(INSTALL) --editable '.[server,compare]' 'av==$*.*' $(OTHERS)
 	@touch $@
 
-# As README says.
+# As docs/install.md says.
 .venv/others/fork/ready: .venv/others/fork/python pyproject.toml Makefile
 	$(@D)/bin/$(INSTALL) faster-whisper2
 	$(@D)/bin/$(INSTALL) --no-deps --editable .

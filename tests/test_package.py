@@ -59,7 +59,7 @@ def test_all_that_is_listed_is_there_and_all_that_is_there_is_listed() -> None:
 
 def test_a_fork_is_installed_with_all_that_the_package_needs() -> None:
     """
-    By name, in README and for the tests; of faster-whisper there is the fork's.
+    By name, in the documentation and for the tests; of faster-whisper the fork's.
     """
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
@@ -67,7 +67,7 @@ def test_a_fork_is_installed_with_all_that_the_package_needs() -> None:
     needed = re.findall(r'^ +"([a-z0-9-]+)', listed[1], re.MULTILINE)
     needed.remove("faster-whisper")
     named = f"install {' '.join(needed)}"
-    for name in ("README.md", "Makefile"):
+    for name in ("docs/install.md", "Makefile"):
         text = (ROOT / name).read_text(encoding="utf-8")
         text = text.replace("$(INSTALL)", "install")
         assert named in " ".join(text.replace("\\\n", " ").split())
@@ -150,14 +150,14 @@ def test_bytes_are_written_in_the_largest_unit(n_bytes: int, text: str) -> None:
     assert format_bytes(n_bytes) == text
 
 
-def test_the_readme_s_fakes_run_as_written() -> None:
+def test_the_page_s_fakes_run_as_written() -> None:
     """
     The example for users' own tests needs no model, so it is run here.
     """
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (example,) = [block for block in blocks if "FakeMachine(" in block]
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(example, "testing.md", "exec"), {})
 
 
 @pytest.mark.parametrize("module", ["whispercache", "whispercache.testing"])
