@@ -119,6 +119,26 @@ def test_each_field_reaches_the_call(
 
 
 @pytest.mark.parametrize(
+    ("fields", "audio_s", "size"),
+    [
+        ({"chunking_strategy": "auto"}, 3, 1),
+        ({"chunking_strategy": "auto"}, 30, 1),
+        ({"chunking_strategy": "auto"}, 31, 3),
+        ({"chunking_strategy": "auto"}, 3600, BATCH),
+        ({"batch_size": 2}, 3600, 2),
+        ({}, 3600, None),
+    ],
+)
+def test_a_batch_is_no_larger_than_the_audio(
+    fields: dict[str, Any], audio_s: float, size: int | None
+) -> None:
+    """
+    Memory is reserved for all of it, which there might not be.
+    """
+    assert asked(**fields).fitted(audio_s).batch_size == size
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"timestamp_granularities[]": ["word"]}, "timestamp_granularities"),

@@ -185,7 +185,8 @@ def test_a_chunking_strategy_is_pauses_and_batches(
     audio = Path(clip("en-harbour-long")).read_bytes()
     answer = heard(http, audio, **fields).json()
     ((size, parameters),) = asked
-    assert size == 8
+    # Of 36 s there are no more windows than these.
+    assert size == 3
     assert (parameters or {}).get("threshold") == (None if form == "auto" else 0.4)
     said = normalise(reference("en-harbour-long"), "en").split()
     found = normalise(answer["text"], "en").split()
