@@ -471,6 +471,22 @@ def test_whisper_asr_webservice(http: httpx.Client, output: str) -> None:
         assert text
 
 
+def test_what_whisper_asr_webservice_does_not_read_is_told(http: httpx.Client) -> None:
+    """
+    Its parameters are in the address; in the form they would mean nothing.
+    """
+    for path in ("/asr", "/detect-language"):
+        answer = http.post(
+            path,
+            params={"diarize": "true", "vad_filter": ""},
+            files={"audio_file": BREAD},
+            data={"task": "translate"},
+        )
+        assert answer.status_code == 200, answer.text
+        told = answer.headers["whispercache-warning"]
+        assert told == "unknown fields: 'diarize', 'task'"
+
+
 def test_whisper_asr_webservice_detects_and_translates(http: httpx.Client) -> None:
     """
     With a model that can, which the request may name; the lease is given back.

@@ -16,11 +16,12 @@ from whispercache.engine.calls.languages import language_code
 
 from .asked import BATCH, LOGPROBS, NO_SPEAKERS, AnyKind, Asked, Kind, Task
 from .errors import nonsense
+from .forms import CHUNKING
 
-# As JavaScript writes what is not there.
-_NOTHING = ("null", "undefined")
+# As forms and JavaScript write what is not there.
+_NOTHING = ("", "null", "undefined")
 # What people write themselves, where they may mean it.
-_TEXTS = ("prompt", "hotwords", "keywords[]", "model")
+_TEXTS = ("prompt", "initial_prompt", "hotwords", "keywords[]", "model")
 
 _Prompt = Annotated[
     str | None,
@@ -34,7 +35,31 @@ _Language = Annotated[
 _Temperature = Annotated[float, Field(ge=0, le=1)]
 
 
-class Chunking(BaseModel):
+class Form(BaseModel):
+    """
+    A form that notes the fields which it does not know, and leaves out JavaScript's
+    nothing.
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
+
+    def unknown(self) -> list[str]:
+        """
+        Returns the names of the fields that mean nothing here.
+        """
+        return list(self.model_extra or ())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in values.items()
+            if name in _TEXTS or not isinstance(value, str) or value not in _NOTHING
+        }
+
+
+class Chunking(Form):
     """
     OpenAI's parameters of voice activity detection.
     """
@@ -56,35 +81,12 @@ class Chunking(BaseModel):
         return {name: value for name, value in named.items() if value is not None}
 
 
-class Form(BaseModel):
-    """
-    A form that notes the fields which it does not know.
-    """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
-
-    def unknown(self) -> list[str]:
-        """
-        Returns the names of the fields that mean nothing here.
-        """
-        return list(self.model_extra or ())
-
-
 class Upload(Form):
     """
-    A form with a file in it, in which JavaScript's nothing is left out.
+    A form with a file in it.
     """
 
     file: Annotated[UploadFile, Field(description="Anything that FFmpeg reads.")]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in values.items()
-            if name in _TEXTS or not isinstance(value, str) or value not in _NOTHING
-        }
 
 
 class Speech(Upload):
@@ -181,6 +183,14 @@ class Speech(Upload):
         except ValueError as error:
             raise PydanticCustomError("json", "is no JSON") from error
 
+    def unknown(self) -> list[str]:
+        """
+        Returns the names of the fields that mean nothing here, those within a field
+        too.
+        """
+        within = self.chunking_strategy.unknown() if self.chunking_strategy else ()
+        return [*super().unknown(), *(f"{CHUNKING}.{name}" for name in within)]
+
     def asked(self, task: Task) -> Asked:
         """
         Returns the request that the form means. Raises an `ApiError` for a language
@@ -219,6 +229,14 @@ class Speech(Upload):
             logprobs=LOGPROBS in self.include,
             seed=self.seed,
         )
+
+
+class AsrUpload(Form):
+    """
+    The form of whisper-asr-webservice, whose parameters are in the address.
+    """
+
+    audio_file: Annotated[UploadFile, Field(description="Anything that FFmpeg reads.")]
 
 
 class Asr(Form):
