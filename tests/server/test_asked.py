@@ -123,18 +123,9 @@ def test_fields_within_a_field_are_unknown_too() -> None:
     By both names.
     """
     strategy = '{"type": "server_vad", "eagerness": "high"}'
-    form = Speech(file=FILE, model="m", chunking_strategy=strategy, beam="5")
+    fields = {"file": FILE, "model": "m", "chunking_strategy": strategy, "beam": "5"}
+    form = Speech.model_validate(fields)
     assert form.unknown() == ["beam", "chunking_strategy.eagerness"]
-
-
-def test_what_is_left_empty_is_not_asked_for() -> None:
-    """
-    In an address, too, as programs make it from settings that are not set.
-    """
-    names = ("task", "language", "initial_prompt", "vad_filter", "encode", "output")
-    empty = Asr.model_validate(dict.fromkeys(names, ""))
-    assert empty.asked() == Asr().asked()
-    assert empty.encode
 
 
 @pytest.mark.parametrize(

@@ -478,7 +478,7 @@ def test_what_whisper_asr_webservice_does_not_read_is_told(http: httpx.Client) -
     for path in ("/asr", "/detect-language"):
         answer = http.post(
             path,
-            params={"diarize": "true", "vad_filter": ""},
+            params={"diarize": "true"},
             files={"audio_file": BREAD},
             data={"task": "translate"},
         )

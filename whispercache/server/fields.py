@@ -18,10 +18,10 @@ from .asked import BATCH, LOGPROBS, NO_SPEAKERS, AnyKind, Asked, Kind, Task
 from .errors import nonsense
 from .forms import CHUNKING
 
-# As forms and JavaScript write what is not there.
-_NOTHING = ("", "null", "undefined")
+# As JavaScript writes what is not there.
+_NOTHING = ("null", "undefined")
 # What people write themselves, where they may mean it.
-_TEXTS = ("prompt", "initial_prompt", "hotwords", "keywords[]", "model")
+_TEXTS = ("prompt", "hotwords", "keywords[]", "model")
 
 _Prompt = Annotated[
     str | None,
@@ -37,8 +37,7 @@ _Temperature = Annotated[float, Field(ge=0, le=1)]
 
 class Form(BaseModel):
     """
-    A form that notes the fields which it does not know, and leaves out JavaScript's
-    nothing.
+    A form that notes the fields which it does not know.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
@@ -48,15 +47,6 @@ class Form(BaseModel):
         Returns the names of the fields that mean nothing here.
         """
         return list(self.model_extra or ())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in values.items()
-            if name in _TEXTS or not isinstance(value, str) or value not in _NOTHING
-        }
 
 
 class Chunking(Form):
@@ -83,10 +73,19 @@ class Chunking(Form):
 
 class Upload(Form):
     """
-    A form with a file in it.
+    A form with a file in it, in which JavaScript's nothing is left out.
     """
 
     file: Annotated[UploadFile, Field(description="Anything that FFmpeg reads.")]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in values.items()
+            if name in _TEXTS or not isinstance(value, str) or value not in _NOTHING
+        }
 
 
 class Speech(Upload):
