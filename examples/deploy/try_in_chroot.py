@@ -113,7 +113,8 @@ class Image:
         if instruction == "RUN":
             self.run(["sh", "-euc", rest], "root")
         elif instruction == "ENV":
-            self.env.update(pair.split("=", 1) for pair in shlex.split(rest))
+            for name, _, value in (each.partition("=") for each in shlex.split(rest)):
+                self.env[name] = value
         elif instruction == "COPY":
             *sources, target = rest.split()
             for source in sources:

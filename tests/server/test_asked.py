@@ -118,6 +118,36 @@ def test_each_field_reaches_the_call(
     assert {name: found.get(name) for name in options} == options
 
 
+def test_fields_within_a_field_are_unknown_too() -> None:
+    """
+    By both names.
+    """
+    strategy = '{"type": "server_vad", "eagerness": "high"}'
+    fields = {"file": FILE, "model": "m", "chunking_strategy": strategy, "beam": "5"}
+    form = Speech.model_validate(fields)
+    assert form.unknown() == ["beam", "chunking_strategy.eagerness"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "audio_s", "size"),
+    [
+        ({"chunking_strategy": "auto"}, 3, 1),
+        ({"chunking_strategy": "auto"}, 30, 1),
+        ({"chunking_strategy": "auto"}, 31, 3),
+        ({"chunking_strategy": "auto"}, 3600, BATCH),
+        ({"batch_size": 2}, 3600, 2),
+        ({}, 3600, None),
+    ],
+)
+def test_a_batch_is_no_larger_than_the_audio(
+    fields: dict[str, Any], audio_s: float, size: int | None
+) -> None:
+    """
+    Memory is reserved for all of it, which there might not be.
+    """
+    assert asked(**fields).fitted(audio_s).batch_size == size
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

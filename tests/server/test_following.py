@@ -307,6 +307,17 @@ def test_no_text_is_told_to_anybody(
         assert str(micro("micro a")) not in text
 
 
+def test_a_line_of_json_is_one_in_each_encoding() -> None:
+    """
+    Of stderr, and for readers that take other characters for ends of lines.
+    """
+    text = "Grüße\u2028\udcff"
+    record = logging.LogRecord("a", logging.INFO, "", 0, text, (), None)
+    line = logs.JsonLines().format(record)
+    assert line.isascii()
+    assert json.loads(line)["message"] == text
+
+
 def test_a_log_of_json_is_json_in_each_line(tmp_path: Path) -> None:
     """
     From the first line to the last, with the id of the request in all that belong to

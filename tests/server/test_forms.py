@@ -112,6 +112,24 @@ def test_a_list_has_many_spellings(
     assert found == [*others, *((f"{NAME}[]", value) for value in meant)]
 
 
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        (["0.4"], [("temperature", "0.4")]),
+        (["0,4"], [("temperature", "0,4")]),
+        (["0", "0.4"], [("temperature[]", "0"), ("temperature[]", "0.4")]),
+        (["[0, 0.4]"], [("temperature[]", "0"), ("temperature[]", "0.4")]),
+    ],
+)
+def test_several_temperatures_are_a_list(
+    sent: list[str], meant: list[tuple[str, str]]
+) -> None:
+    """
+    None is left out; one alone is a number.
+    """
+    assert list(_in_one_spelling(("temperature", each) for each in sent)) == meant
+
+
 @pytest.mark.parametrize("place", [2, 9, 13, 16])
 def test_words_come_however_they_are_asked_for(client: TestClient, place: int) -> None:
     """

@@ -131,6 +131,13 @@ def found(name: str, *specs: str, strict: bool = False, default: str = "") -> st
     return offer.name if offer else ""
 
 
+def test_a_type_is_one_in_any_case() -> None:
+    """
+    As the size before it.
+    """
+    assert found("Base:INT8", "base", "base:int8") == "base:int8"
+
+
 def test_an_exact_offer_comes_first() -> None:
     """
     Also where it has the name of something else.

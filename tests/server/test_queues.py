@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -65,6 +66,38 @@ def test_who_waits_too_long_for_a_model_is_told_when_to_try_again(
         for action in ("load", "pin"):
             assert client.post(f"/api/models/{B}/{action}").status_code == 503
         assert transcribe(client, A).json()["text"] == "micro a"
+
+
+def test_a_wait_that_was_in_vain_is_told_in_whole(cache: ModelCache) -> None:
+    """
+    At the gate and in the cache, where little of the time may have been left.
+    """
+    with (
+        serving(cache, models=micros(), timeout_s=1, parallel=1) as client,
+        cache.lease(micro("micro a"), "cpu"),
+        asking(client, B),
+    ):
+        wait_until(lambda: len(cache.waiting()) == 1, "the first in the cache")
+        # Its turn comes as the first one's time is up.
+        told = error_of(transcribe(client, B))["message"]
+    match = re.search(r"within (\d+\.\d) s", told)
+    assert match, told
+    assert float(match[1]) >= 1, told
+
+
+def test_what_never_fits_is_refused_with_the_numbers() -> None:
+    """
+    Whoever reads it sees by how much.
+    """
+    with ModelCache(ram="1MiB") as small, serving(small, models=micros()) as client:
+        answer = transcribe(client, A)
+    assert answer.status_code == 503
+    assert error_of(answer)["code"] == "no_room"
+    assert re.match(
+        r"the model needs [\d.]+ MiB for this on cpu, of which at most 1\.0 MiB can be "
+        "had: that is the limit; raise it",
+        error_of(answer)["message"],
+    )
 
 
 def test_more_than_max_waiting_are_refused_at_the_door(cache: ModelCache) -> None:

@@ -84,7 +84,8 @@ def running(app: FastAPI) -> Iterator[str]:
     """
     The address of *app*, while it runs on a thread of its own.
     """
-    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="on")
+    # As the command has it, whatever else is installed.
+    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="on", http="h11")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="uvicorn")
     thread.start()

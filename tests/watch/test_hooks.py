@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import socket
 import sys
 import threading
 from contextlib import contextmanager
@@ -89,6 +90,25 @@ def listening(
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def saying(words: bytes) -> Iterator[str]:
+    """
+    An address at which *words* are said to whoever calls, whatever they want.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def say() -> None:
+            caller, _ = server.accept()
+            with caller:
+                caller.recv(65_536)
+                caller.sendall(words)
+
+        thread = threading.Thread(target=say)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+        thread.join(30)
 
 
 def keeping(file: Path) -> str:
@@ -245,18 +265,24 @@ def test_what_fails_is_logged_and_the_next_one_runs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """
-    A command that fails, one that is missing, and an address that answers no.
+    A command that fails, one that is missing, and addresses that answer no, that are
+    nobody's, that are none, and that do not speak HTTP.
     """
     cache = Told()
     file = tmp_path / "kept"
-    with listening(500) as (url, _), caplog.at_level(logging.WARNING, "whispercache"):
+    with (
+        listening(500) as (url, _),
+        saying(b"SSH-2.0-OpenSSH_9.6\r\n") as stranger,
+        caplog.at_level(logging.WARNING, "whispercache"),
+    ):
         told = ["false", str(tmp_path / "missing"), url, "http://127.0.0.1:9/"]
+        told += [stranger, "http://127.0.0.1/a b"]
         texts = [f"ModelEvicted {each}" for each in told]
         with Hooks([*texts, f"ModelEvicted {keeping(file)}"], cache.subscribe):
             cache.say(EVICTED)
     assert len(kept(file)) == 1
-    assert len([line for line in caplog.messages if " failed: " in line]) == 4
-    for text in ("exit status 1", "No such file", "500", "refused"):
+    assert len([line for line in caplog.messages if " failed: " in line]) == 6
+    for text in ("exit status 1", "No such file", "500", "refused", "SSH-2.0", "a b"):
         assert text in caplog.text
 
 

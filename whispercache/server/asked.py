@@ -5,7 +5,8 @@ of the call that does what was asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from whispercache.engine.calls.languages import check_language
@@ -32,6 +33,7 @@ NO_SPEAKERS = "speakers are not told apart here; leave it out, or use another se
 # Windows at once, where a request asks for batches and not for their size. Source:
 # faster-whisper's own default.
 BATCH = 8
+_WINDOW_S = 30
 # Bytes of a prompt and hot words together: mostly below the 223 tokens that count.
 _MOST_HINTS = 800
 LOGPROBS = "logprobs"
@@ -152,6 +154,17 @@ class Asked:
             raise nonsense("languages" if self.languages else "language", message)
         if self.task == "translate":
             raise nonsense("model", message)
+
+    def fitted(self, audio_s: float) -> Asked:
+        """
+        Returns the request for audio of that length: with no more windows at once than
+        it can have, as memory is reserved for all of them.
+        """
+        if self.batch_size is None:
+            return self
+        # Two neighbours have more than a window of speech, or they would be one.
+        most = 1 if audio_s <= _WINDOW_S else math.ceil(2 * audio_s / _WINDOW_S)
+        return replace(self, batch_size=min(self.batch_size, most))
 
     def options(self, *, vad: bool = False) -> dict[str, Any]:
         """

@@ -132,6 +132,9 @@ def run(options: argparse.Namespace) -> int:
             app,
             host=setting["host"],
             port=setting["port"],
+            # Always there; another one, which uvicorn[standard] brings, answers for
+            # itself what it does not know.
+            http="h11",
             # uvicorn takes whole seconds.
             timeout_graceful_shutdown=math.ceil(parse_duration(setting["drain"])),
             timeout_keep_alive=math.ceil(parse_duration(setting["idle_timeout"])),

@@ -29,6 +29,7 @@ from whispercache.errors import (
     ModelTooLarge,
     TooManyWaiters,
     WhisperCacheError,
+    format_bytes,
 )
 
 from . import seen
@@ -166,7 +167,11 @@ def _unavailable(error: WhisperCacheError) -> ApiError:
     if isinstance(error, (CacheClosed, DecoderClosed)):
         return shutting_down()
     if isinstance(error, ModelTooLarge):
-        message = f"there is no room for the model: {error.reason}"
+        message = (
+            f"the model needs {format_bytes(error.needed_bytes)} for this on "
+            f"{error.device}, of which at most {format_bytes(error.capacity_bytes)} "
+            f"can be had: {error.reason}"
+        )
         return refused_for_now(503, message, "no_room")
     # Its message may name files of this machine: that is for the log.
     _log.error("%s", error)

@@ -16,6 +16,7 @@ from whispercache.engine.calls.languages import language_code
 
 from .asked import BATCH, LOGPROBS, NO_SPEAKERS, AnyKind, Asked, Kind, Task
 from .errors import nonsense
+from .forms import CHUNKING
 
 # As JavaScript writes what is not there.
 _NOTHING = ("null", "undefined")
@@ -34,7 +35,21 @@ _Language = Annotated[
 _Temperature = Annotated[float, Field(ge=0, le=1)]
 
 
-class Chunking(BaseModel):
+class Form(BaseModel):
+    """
+    A form that notes the fields which it does not know.
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
+
+    def unknown(self) -> list[str]:
+        """
+        Returns the names of the fields that mean nothing here.
+        """
+        return list(self.model_extra or ())
+
+
+class Chunking(Form):
     """
     OpenAI's parameters of voice activity detection.
     """
@@ -54,20 +69,6 @@ class Chunking(BaseModel):
             "min_silence_duration_ms": self.silence_duration_ms,
         }
         return {name: value for name, value in named.items() if value is not None}
-
-
-class Form(BaseModel):
-    """
-    A form that notes the fields which it does not know.
-    """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
-
-    def unknown(self) -> list[str]:
-        """
-        Returns the names of the fields that mean nothing here.
-        """
-        return list(self.model_extra or ())
 
 
 class Upload(Form):
@@ -181,6 +182,14 @@ class Speech(Upload):
         except ValueError as error:
             raise PydanticCustomError("json", "is no JSON") from error
 
+    def unknown(self) -> list[str]:
+        """
+        Returns the names of the fields that mean nothing here, those within a field
+        too.
+        """
+        within = self.chunking_strategy.unknown() if self.chunking_strategy else ()
+        return [*super().unknown(), *(f"{CHUNKING}.{name}" for name in within)]
+
     def asked(self, task: Task) -> Asked:
         """
         Returns the request that the form means. Raises an `ApiError` for a language
@@ -219,6 +228,14 @@ class Speech(Upload):
             logprobs=LOGPROBS in self.include,
             seed=self.seed,
         )
+
+
+class AsrUpload(Form):
+    """
+    The form of whisper-asr-webservice, whose parameters are in the address.
+    """
+
+    audio_file: Annotated[UploadFile, Field(description="Anything that FFmpeg reads.")]
 
 
 class Asr(Form):

@@ -150,13 +150,15 @@ def _in_one_spelling(
     # As keys, so that each value is there once and in order.
     lists: dict[str, dict[str, None]] = {}
     parts: dict[str, str] = {}
+    items = list(items)
+    n_temperatures = [name for name, _ in items].count(TEMPERATURE)
     for name, value in items:
         match = _SPELLED.fullmatch(unquote(name)) if isinstance(value, str) else None
         if match is None or not isinstance(value, str):
             yield name, value
         elif match["part"]:
             parts[match["part"]] = value
-        elif match["several"] == TEMPERATURE and not match["place"]:
+        elif name == TEMPERATURE and n_temperatures == 1 and "[" not in value:
             # Alone it is a number.
             yield name, value
         else:

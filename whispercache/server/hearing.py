@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import wave
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from whispercache.engine.calls.prepare import workload_of
-from whispercache.errors import AudioError, LoadFailed
+from whispercache.errors import AudioError, LeaseTimeout, LoadFailed
 from whispercache.planning.priority import INTERACTIVE
 
 from . import seen
@@ -45,7 +45,7 @@ from .transcripts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from fastapi import UploadFile
     from faster_whisper.transcribe import Segment, TranscriptionInfo
@@ -141,6 +141,7 @@ class Hearing:
         turn = await self.lifetime.enter_async_context(
             self.service.gate.turn(offer.name, limit_s, audio_s, self.level)
         )
+        asked = asked.fitted(audio_s)
         options = asked.options(vad=self.service.options.vad)
         terms = Terms(
             turn.left_s,
@@ -152,7 +153,8 @@ class Hearing:
             self.level,
         )
         heard = partial(samples, folder / "samples")
-        segments, info = await engine.transcribe(offer, heard, options, terms, tell)
+        with _waited(limit_s - turn.left_s):
+            segments, info = await engine.transcribe(offer, heard, options, terms, tell)
         await self.lifetime.enter_async_context(segments)
         return Paced(segments, turn), info
 
@@ -178,6 +180,18 @@ class Hearing:
 
 
 _PLAIN = MEDIA_TYPES["text"]
+
+
+@contextmanager
+def _waited(waited_s: float) -> Iterator[None]:
+    """
+    Has a time-out within the ``with`` block tell the seconds before it, too.
+    """
+    try:
+        yield
+    except LeaseTimeout as error:
+        error.waited_s += waited_s
+        raise
 
 
 def _save(file: UploadFile, target: Path, *, is_raw: bool) -> None:

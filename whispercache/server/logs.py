@@ -78,7 +78,9 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        # In ASCII: another letter that stderr's encoding lacks would be written in
+        # Python's escapes, which JSON does not have.
+        return json.dumps(line, default=str)
 
 
 def _access(record: logging.LogRecord) -> Mapping[str, object]:

@@ -83,7 +83,7 @@ class Offers:
         bare, _, kind = name.partition(":")
         size = size_of(bare)
         if size is not None:
-            return self._sizes.get((size, kind))
+            return self._sizes.get((size, kind.strip().lower()))
         return self.default if is_openais(name) else None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
+from fastapi import APIRouter, Form, Query, Request, Response
 from pydantic import BaseModel
 
 from whispercache.engine.calls.languages import LANGUAGES
@@ -19,7 +19,7 @@ from .asked import Asked
 from .audio import FORM, RESPONSES
 from .calls import while_present
 from .errors import responses
-from .fields import Asr, Inference
+from .fields import Asr, AsrUpload, Inference
 from .forms import SmallForm, level_of
 from .hearing import Answer, Hearing, Lifetime
 from .service import Served, Service
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 router: APIRouter = APIRouter(tags=["other servers' APIs"], route_class=SmallForm)
 
-AudioFile = Annotated[UploadFile, File(description="Anything that FFmpeg reads.")]
+AudioFile = Annotated[AsrUpload, Form(media_type=FORM)]
 
 
 class Detected(BaseModel):
@@ -49,17 +49,17 @@ async def asr(
     request: Request,
     service: Served,
     lifetime: Lifetime,
-    audio_file: AudioFile,
+    form: AudioFile,
     query: Annotated[Asr, Query()],
 ) -> Answer:
     """
     Writes down speech, as whisper-asr-webservice does.
     """
-    offer = _offer(request, service, query, query.model)
+    offer = _offer(request, service, query.model, query, form)
     hearing = Hearing(
         service,
         lifetime,
-        audio_file,
+        form.audio_file,
         offer,
         query.asked(),
         is_raw=not query.encode,
@@ -78,18 +78,18 @@ async def detect_language(
     request: Request,
     service: Served,
     lifetime: Lifetime,
-    audio_file: AudioFile,
+    form: AudioFile,
     query: Annotated[Asr, Query()],
 ) -> Detected:
     """
     Detects the language that is spoken, as whisper-asr-webservice does.
     """
-    offer = _offer(request, service, query, query.model)
+    offer = _offer(request, service, query.model, query, form)
     asked = Asked(vad=query.vad_filter)
     hearing = Hearing(
         service,
         lifetime,
-        audio_file,
+        form.audio_file,
         offer,
         asked,
         is_raw=not query.encode,
@@ -126,19 +126,20 @@ async def inference(
     """
     Writes down speech, as whisper.cpp's server does.
     """
-    offer = _offer(request, service, fields, fields.model)
+    offer = _offer(request, service, fields.model, fields)
     asked, level = fields.asked(), level_of(request)
     hearing = Hearing(service, lifetime, fields.file, offer, asked, level=level)
     return await while_present(request, hearing.answer())
 
 
 def _offer(
-    request: Request, service: Service, form: AnyForm, name: str | None
+    request: Request, service: Service, name: str | None, *forms: AnyForm
 ) -> Offer:
     """
     Returns the model that is meant: the default one for those who cannot name it.
     """
     offer = service.offer(name) if name else service.offers.default
     seen.wants(offer.name)
-    told(request).note(offer.name, form.unknown(), strict=service.options.strict)
+    unknown = [each for form in forms for each in form.unknown()]
+    told(request).note(offer.name, unknown, strict=service.options.strict)
     return offer

@@ -18,6 +18,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from enum import Enum
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Final
 from urllib.request import Request, urlopen
 
@@ -233,7 +234,13 @@ class Hooks:
                 _call(hook.target, body, timeout_s)
             else:
                 _execute(hook.target, body, timeout_s)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
+        except (
+            # Of an address that does not speak HTTP, which is no OSError.
+            HTTPException,
+            OSError,
+            ValueError,
+            subprocess.SubprocessError,
+        ) as error:
             _log.warning("hook %s failed: %s", hook.target, error)
 
 
