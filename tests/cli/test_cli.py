@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import faster_whisper
 import pytest
 from fakes import MIB, FakeGpus, build_drivers
+from faster_whisper import WhisperModel
 from hypothesis import given
 from hypothesis import strategies as st
 from micro import build_micro
@@ -34,7 +35,7 @@ from whispercache.cli.main import main
 from whispercache.cli.models import survey
 from whispercache.cli.progress import remaining_s
 from whispercache.devices.probe import SystemProbe
-from whispercache.dropin.model import CachedWhisperModel
+from whispercache.dropin.model import class_over
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.errors import DeviceUnavailable
 from whispercache.keys import MODELS
@@ -307,13 +308,14 @@ class TestTranscribe:
         All that were given, and none of which faster-whisper has a default of its own.
         """
         given: list[dict[str, object]] = []
-        transcribe = CachedWhisperModel.transcribe
+        kind = class_over(WhisperModel)
+        transcribe = kind.transcribe
 
         def noting(model: Any, audio: str, **options: Any) -> object:
             given.append(options)
             return transcribe(model, audio, **options)
 
-        monkeypatch.setattr(CachedWhisperModel, "transcribe", noting)
+        monkeypatch.setattr(kind, "transcribe", noting)
         options = ("--language", "de", "--task", "translate", "--beam-size", "2")
         run("transcribe", BREAD, "--model", models.alpha, *options, "--vad")
         run("transcribe", BREAD, "--model", models.alpha, "--batch-size", "3")

@@ -644,7 +644,7 @@ class TestProcess:
         assert found is not None
         assert abs(found - rss) < 64 * MIB
 
-        def refuse() -> object:
+        def refuse(_: object = None) -> object:
             raise psutil.AccessDenied
 
         monkeypatch.setattr(psutil, "Process", refuse)
