@@ -102,6 +102,7 @@ bench: .venv/bench .venv-apps/apps
 	$(RUN) benchmarks/audio_memory.py 5 30
 	$(RUN) benchmarks/calls.py
 	$(RUN) benchmarks/overlap.py
+	$(RUN) benchmarks/over_time.py
 	$(RUN) benchmarks/simulate
 	$(RUN) benchmarks/serve.py
 
