@@ -251,6 +251,20 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
     assert time.monotonic() - started_s < 30
 
 
+def test_a_port_for_wyoming_that_is_taken_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """
+    Before anything starts: uvicorn would tell it in forty.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["serve", f"m={micro()}", "--wyoming", place]) == WRONG_USE
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"Wyoming cannot be spoken on {place}" in said
+
+
 def test_top_shows_a_server(cache: ModelCache, tmp_path: Path) -> None:
     """
     With the key from a file or from the environment; what is wrong is one line.

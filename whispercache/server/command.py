@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,8 @@ def run(options: argparse.Namespace) -> int:
         raise WhisperCacheError(
             f"{missing.name} is missing; pip install 'whispercache[server]'"
         ) from missing
+    if served.wyoming is not None:
+        _check_free(*served.wyoming)
     with ModelCache(**cache_options(held, SERVED_CACHE_KEYS)) as cache:
         app = create_app(served, cache)
         config = uvicorn.Config(
@@ -187,6 +190,19 @@ def server_options(setting: Mapping[str, Any]) -> ServerOptions:
         wyoming=_address(setting["wyoming"]),
         drain_s=parse_duration(setting["drain"]),
     )
+
+
+def _check_free(host: str, port: int) -> None:
+    # In one line, as for HTTP: what fails within uvicorn's start is told in forty.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise WhisperCacheError(
+            f"Wyoming cannot be spoken on {host}:{port}: {reason}; "
+            "give --wyoming another address"
+        ) from None
 
 
 def _address(text: str | None) -> tuple[str, int] | None:
