@@ -90,13 +90,12 @@ coverage: .venv/test .venv/browser
 	$(PYTEST) -m "not cluster" --cov
 	$(BIN)/pytest -m cluster --cov --cov-append --cov-report=term --cov-fail-under=95
 
-bench: .venv/bench .venv-apps/apps
+bench: .venv/bench
 	$(RUN) benchmarks/cold.py
 	$(RUN) benchmarks/imports.py
 	$(RUN) benchmarks/hit_path.py
 	$(RUN) benchmarks/queueing.py
 	$(RUN) benchmarks/dropin.py
-	XDG_CACHE_HOME="$(CURDIR)/examples/.cache" .venv-apps/bin/python benchmarks/apps.py
 	$(RUN) benchmarks/switch.py
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/audio_memory.py 5 30
@@ -105,6 +104,10 @@ bench: .venv/bench .venv-apps/apps
 	$(RUN) benchmarks/over_time.py
 	$(RUN) benchmarks/simulate
 	$(RUN) benchmarks/serve.py
+
+# Apart from `make bench`, since it needs the programs.
+bench-apps: .venv-apps/apps
+	XDG_CACHE_HOME="$(CURDIR)/examples/.cache" .venv-apps/bin/python benchmarks/apps.py
 
 apps: .venv-apps/apps $(if $(TORCH),.venv-apps/torch)
 	.venv-apps/bin/pytest tests/apps --durations=10
