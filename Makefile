@@ -37,7 +37,7 @@ NEWER ?= $(shell for each in $(PYTHON) python3.14 python3.13 python3.12 \
 
 .SECONDARY: # what was set up for a pattern is kept
 .PHONY: demo test lint types layers unit cluster quick docs others others-fork coverage \
-    bench apps clients soak gpu clean
+    bench bench-apps apps clients soak gpu clean
 
 demo: .venv/demo
 	$(RUN) examples/multilingual.py
