@@ -38,6 +38,8 @@ _log = logging.getLogger("whispercache")
 # an upload that crashes FFmpeg once would do so again.
 _ATTEMPTS = 4
 _START_TIMEOUT_S = 60.0
+# Whoever has a permit has a process: longer than this only a broken pool lets him wait.
+_BEGIN_TIMEOUT_S = 30.0
 _LOOK_EVERY_S = 0.5
 
 
@@ -257,17 +259,21 @@ class Decoder:
         task that is handed over at that moment is in no list of the pool any more, and
         a process may end between receiving a task and saying so.
         """
-        must_start_by = asyncio.get_running_loop().time() + _START_TIMEOUT_S
+        must_begin_by = asyncio.get_running_loop().time() + _BEGIN_TIMEOUT_S
         while not outcome.done():
             # Read before the wait: a result that arrives during it counts.
             is_active = pool.active
             await asyncio.wait((outcome,), timeout=_LOOK_EVERY_S)
             has_begun = future.running() or future.done()
-            is_late = asyncio.get_running_loop().time() > must_start_by
+            is_late = asyncio.get_running_loop().time() > must_begin_by
             if not outcome.done() and (not is_active or (is_late and not has_begun)):
                 # close() settles what it finds.
                 if self._is_closed:
                     raise DecoderClosed
+                if is_active:
+                    # A process that is killed in the midst of a message keeps the lock
+                    # of those that come after it: the next try needs another pool.
+                    await asyncio.to_thread(pool.stop)
                 raise _Lost
 
     async def _sound_pool(self) -> ProcessPool:
