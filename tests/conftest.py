@@ -25,6 +25,7 @@ from surroundings import move_to
 from tenants import Tenants
 
 from whispercache import ModelCache
+from whispercache.devices.host import user_cache
 from whispercache.testing import FakeClock, FakeLoader, FakeMachine, check, settle
 
 if TYPE_CHECKING:
@@ -78,6 +79,14 @@ def _heeds_ctrl_c() -> None:
     A shell's background jobs ignore Ctrl-C, and so would the programs under test.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _has_learned_nothing() -> None:
+    """
+    What loads of earlier tests measured would correct the predictions of this one.
+    """
+    (user_cache() / "footprints.json").unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
