@@ -5,6 +5,7 @@ The documentation: it builds, its links lead somewhere, and its tables are compu
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import subprocess
@@ -101,6 +102,38 @@ def test_each_error_has_a_section(name: str) -> None:
     """
     text = (DOCS / "errors.md").read_text(encoding="utf-8")
     assert name == "WhisperCacheError" or re.search(rf"^## {name}$", text, re.MULTILINE)
+
+
+def warnings_of(path: Path) -> Iterator[str]:
+    """
+    Yields the lines that a module may log as warnings, with dots for what varies.
+    """
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(attr="warning" | "log"),
+                args=[ast.Constant(value=str(text)), *_]
+                | [ast.Name("level"), ast.Constant(value=str(text)), *_],
+            ):
+                yield re.sub(r"%(\.\d)?[a-z]", "…", text)
+
+
+def test_each_warning_has_a_line() -> None:
+    """
+    By the texts in the code; those that pass on another error's have no words.
+    """
+    text = (DOCS / "errors.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("| the line |")
+    cells = re.findall(r"^\| (`[^|]*`) \|", table, re.MULTILINE)
+    shown = [each for cell in cells for each in re.findall(r"`([^`]+)`", cell)]
+    known = re.compile("|".join(re.escape(each).replace("…", ".+") for each in shown))
+    modules = (ROOT / "whispercache").rglob("*.py")
+    logged = {line for path in modules for line in warnings_of(path)}
+
+    assert len(logged) > 30
+    assert not [
+        line for line in logged if re.search(r"\w", line) and not known.fullmatch(line)
+    ]
 
 
 def test_each_finding_is_listed() -> None:
