@@ -4,9 +4,7 @@ The documentation: it builds, its links lead somewhere, and its tables are compu
 
 from __future__ import annotations
 
-import argparse
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -14,22 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import yaml
-from prometheus_client import CollectorRegistry
 
-from whispercache import ModelCache, errors, footprint
+from whispercache import errors, footprint
 from whispercache.errors import WhisperCacheError
 from whispercache.keys import MODELS
-from whispercache.metrics import CacheCollector
-from whispercache.server.command import add_options
-from whispercache.testing import FakeLoader, FakeMachine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-DEPLOY = ROOT / "examples" / "deploy"
 
 # Device and compute type of each pair of columns.
 COLUMNS = (
@@ -143,55 +135,3 @@ def test_each_finding_is_listed() -> None:
     text = (DOCS / "findings.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE)
     assert listed == sorted(path.stem for path in (ROOT / "findings").glob("*.sh"))
-
-
-def test_the_dashboard_asks_for_metrics_that_are_given() -> None:
-    """
-    By the names and labels that a collector really has, with one of each event.
-    """
-    registry = CollectorRegistry()
-    machine = FakeMachine({"cpu": "8GiB", "cuda:0": "4GiB"})
-    loader = FakeLoader(machine, sizes={"small": "1GiB"})
-    with ModelCache(loader=loader, probe=machine, vram="2GiB") as cache:
-        registry.register(CacheCollector(cache))
-        cache.preload("small", "cuda")
-        cache.evict("small")
-        given = {
-            sample.name: set(sample.labels)
-            for family in registry.collect()
-            for sample in family.samples
-        }
-    dashboard = json.loads((DEPLOY / "grafana.json").read_text(encoding="utf-8"))
-    asked = [
-        target["expr"] for panel in dashboard["panels"] for target in panel["targets"]
-    ]
-
-    names = {name for text in asked for name in re.findall(r"whispercache_\w+", text)}
-    assert len(names) > 10
-    assert names <= given.keys()
-    for text in asked:
-        [name, *_] = re.findall(r"whispercache_\w+", text)
-        by = re.search(r"by \((\w+)\)", text)
-        assert by is None or by[1] in given[name]
-
-
-def test_the_files_for_deployment_parse_and_agree() -> None:
-    """
-    With the Dockerfile's port, user and volume.
-    """
-    docker = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
-    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
-    text = (DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")
-    deployment, _, service = yaml.safe_load_all(text)
-    [container] = deployment["spec"]["template"]["spec"]["containers"]
-    user = deployment["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
-
-    assert f"--uid {user} whispercache" in docker
-    assert service["metadata"]["name"] != "whispercache"
-    parser = argparse.ArgumentParser()
-    add_options(parser)
-    for args in (container["args"], compose["services"]["whispercache"]["command"]):
-        given = vars(parser.parse_args(args[1:]))
-        assert given["serve.models"]
-    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert container[probe]["httpGet"]["path"] in {"/healthz", "/readyz"}
