@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from whispercache import errors, footprint
+from whispercache.cli.main import main
 from whispercache.errors import WhisperCacheError
-from whispercache.keys import MODELS
+from whispercache.keys import MODELS, TYPICAL_COMPUTE_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,13 +24,22 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
-# Device and compute type of each pair of columns.
-COLUMNS = (
-    ("cuda", "float16"),
-    ("cuda", "int8_float16"),
-    ("cpu", "float32"),
-    ("cpu", "int8"),
-)
+# Device and compute type of each pair of columns, table by table.
+COLUMNS = {
+    "sizes": (
+        ("cuda", "float16"),
+        ("cuda", "int8_float16"),
+        ("cpu", "float32"),
+        ("cpu", "int8"),
+    ),
+    "more-sizes": (("cuda", "float32"), ("cuda", "int8_float32")),
+}
+# Types whose bytes are those of another one.
+SAME = {
+    ("cuda", "bfloat16"): "float16",
+    ("cuda", "int8_bfloat16"): "int8_float16",
+    ("cpu", "int8_float32"): "int8",
+}
 
 
 @pytest.mark.process
@@ -51,15 +61,15 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert (tmp_path / "index.html").exists()
 
 
-def lines_of_sizes() -> Iterator[str]:
+def lines_of_sizes(columns: tuple[tuple[str, str], ...]) -> Iterator[str]:
     """
-    Yields the table of all sizes, as Markdown.
+    Yields a table of all sizes, as Markdown.
     """
-    heads = (f"{kind} on {device}" for device, kind in COLUMNS)
+    heads = (f"{kind} on {device}" for device, kind in columns)
     yield "| model | " + " | ".join(f"{head} | call" for head in heads) + " |"
-    yield "| --- |" + " --: | --: |" * len(COLUMNS)
+    yield "| --- |" + " --: | --: |" * len(columns)
     for model in MODELS:
-        found = (footprint(model, kind, device) for device, kind in COLUMNS)
+        found = (footprint(model, kind, device) for device, kind in columns)
         cells = (
             f"{size.weights_bytes / 2**20:,.0f} | {size.workspace_bytes / 2**20:,.0f}"
             for size in found
@@ -67,17 +77,51 @@ def lines_of_sizes() -> Iterator[str]:
         yield f"| {model} | {' | '.join(cells)} |"
 
 
-def test_the_table_of_sizes_is_what_is_computed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("table", COLUMNS)
+def test_the_tables_of_sizes_are_what_is_computed(
+    table: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """
     On a machine that has learned nothing yet.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     text = (DOCS / "memory.md").read_text(encoding="utf-8")
-    shown = text.partition("<!-- sizes -->")[2].partition("<!-- /sizes -->")[0]
+    shown = text.partition(f"<!-- {table} -->")[2].partition(f"<!-- /{table} -->")[0]
 
-    assert shown.split("\n")[1:-1] == list(lines_of_sizes())
+    assert shown.split("\n")[1:-1] == list(lines_of_sizes(COLUMNS[table]))
+
+
+def test_each_type_is_in_a_table_or_as_large_as_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """
+    int16 apart, which few CPUs have.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shown = {column for columns in COLUMNS.values() for column in columns}
+
+    kinds = TYPICAL_COMPUTE_TYPES.items()
+    assert {(device, kind) for device, some in kinds for kind in some} <= shown | {
+        *SAME
+    }
+    for (device, kind), other in SAME.items():
+        same, known = (footprint("base", each, device) for each in (kind, other))
+        assert same.weights_bytes == known.weights_bytes
+        assert same.workspace_bytes == known.workspace_bytes
+
+
+def test_each_command_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """
+    As the program lists them.
+    """
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^  (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+
+    text = (DOCS / "commands.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^    whispercache (\w+)", text, re.MULTILINE)
+    assert len(commands) > 8
+    assert sorted(shown) == sorted(commands)
 
 
 @pytest.mark.parametrize(
