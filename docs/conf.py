@@ -32,6 +32,8 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = "whispercache"
+# Furo's own underlines names of modules, as if they were links.
+pygments_dark_style = "github-dark"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 
