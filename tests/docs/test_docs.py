@@ -61,6 +61,16 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert (tmp_path / "index.html").exists()
 
 
+def test_the_readme_leads_to_each_page() -> None:
+    """
+    But to those that are of use in the built documentation alone.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = {path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md")}
+    linked = set(re.findall(r"\]\((docs/[^)#]+)", text))
+    assert linked == pages - {"docs/index.md", "docs/reference.md"}
+
+
 def lines_of_sizes(columns: tuple[tuple[str, str], ...]) -> Iterator[str]:
     """
     Yields a table of all sizes, as Markdown.
