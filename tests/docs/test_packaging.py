@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +48,11 @@ def test_what_is_built_is_whole_and_well_described(tmp_path: Path) -> None:
     built = sorted(tmp_path.iterdir())
     run("twine", "check", "--strict", *map(str, built))
 
+    with tarfile.open(built[1]) as source:
+        there = {Path(name).parts[1] for name in source.getnames()}
+    # All that the tests read, so that whoever packages it can run them.
+    wanted = {"tests", "docs", "findings", ".github", "CITATION.cff", "setup.cfg"}
+    assert wanted <= there
     with zipfile.ZipFile(built[0]) as wheel:
         names = set(wheel.namelist())
     for name in ("py.typed", "server/page/index.html", "startup/sitecustomize.py"):
