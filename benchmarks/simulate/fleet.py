@@ -18,7 +18,15 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from cluster_models import CARD_BYTES, GIB, SIZES, load_s, requests_of
+from cluster_models import (
+    CALLS_S,
+    CARD_BYTES,
+    GIB,
+    SIZES,
+    WORKSPACE_BYTES,
+    load_s,
+    requests_of,
+)
 from pieces import Model, Strategy
 from simulation import Simulation
 from traces import Request
@@ -62,10 +70,14 @@ SEGMENTS = 5
 CAPACITY_BYTES = CARD_BYTES - GIB // 2
 
 CLUSTER_MODELS = tuple(
-    Model(ModelKey(name, "cuda:0", "float16"), int(gib * GIB), GIB // 4, load_s(name))
+    Model(
+        ModelKey(name, "cuda:0", "float16"),
+        int(gib * GIB),
+        WORKSPACE_BYTES,
+        load_s(name),
+    )
     for name, (gib, _) in SIZES.items()
 )
-CALLS_S = [call_s for _, call_s in SIZES.values()]
 
 
 class FleetReport(NamedTuple):
@@ -220,7 +232,8 @@ def by_rule(models: Sequence[Model], reluctance: float) -> Callable[[], Route]:
                 if (sender, place) == (router, card.name)
                 and card._now_s < at_s + 4 * SEEN_EVERY_S
             }
-            return mine | card.resident()
+            waited = {name for name, n in card.queues[router].items() if n}
+            return mine | waited | card.resident()
 
         def queued(router: int, card: Card) -> Counter[str]:
             n, at_s = others.get((router, card.name), (0, 0.0))
@@ -302,14 +315,15 @@ ROUTES: Mapping[str, Callable[[], Route]] = {
 RULE = f"rule, a load counts up to {RELUCTANCE:g}"
 
 
-def busy_trace(dice: random.Random, n: int, cards: int) -> Iterator[Request]:
+def busy_trace(
+    dice: random.Random, n: int, cards: int, calls_s: Mapping[str, float] = CALLS_S
+) -> Iterator[Request]:
     """
     Yields the same requests as benchmarks/cluster.py plays.
     """
     names = list(SIZES)
-    for at_s, name in requests_of(dice, n, cards):
-        model = names.index(name)
-        yield Request(at_s, model, CALLS_S[model])
+    for at_s, name in requests_of(dice, n, cards, calls_s):
+        yield Request(at_s, names.index(name), calls_s[name])
 
 
 def serve_all(
