@@ -1,9 +1,9 @@
 """
 A cluster in virtual time, by how requests are routed.
 
-    python benchmarks/simulate/routed.py
+    python benchmarks/simulate/routed.py [--write]
 
-Part of what `python benchmarks/simulate` tells, which takes longer.
+Half a minute; `python benchmarks/simulate`, of which it is a part, takes longer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from cluster_models import CALLS_S, CARD_BYTES, UNLIKE_CALLS_S
 from fleet import ROUTES, RULE, FleetReport, busy_trace, serve_all
-from report import Table, machine
+from report import Table, machine, parsed, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,4 +76,5 @@ def _median_and_most(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n\n".join(map(str, [machine(), *cluster_tables()])))
+    options = parsed(__doc__)
+    write("routed", [machine(), *cluster_tables()], to_file=options.write)
