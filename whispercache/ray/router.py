@@ -8,6 +8,7 @@ globals.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ray.serve.request_router import RequestRouter
@@ -17,6 +18,7 @@ from whispercache.planning.routing import (
     RELUCTANCE,
     Replica,
     order,
+    pooled,
 )
 
 if TYPE_CHECKING:
@@ -46,8 +48,8 @@ class ModelRouter(RequestRouter):
         self._reluctance = reluctance
         # Until when a model is taken to be on a replica, since it was sent there.
         self._sent: dict[tuple[ReplicaID, str], float] = {}
-        # The requests of this router that a replica has.
-        self._ongoing: dict[ReplicaID, set[str]] = {}
+        # The requests of this router that a replica has, with their models.
+        self._ongoing: dict[ReplicaID, dict[str, str]] = {}
 
     async def choose_replicas(
         self,
@@ -65,13 +67,21 @@ class ModelRouter(RequestRouter):
         if not model:  # a question that any can answer
             return [candidate_replicas]
         now_s = time.monotonic()
+        self._sent = {key: at_s for key, at_s in self._sent.items() if at_s > now_s}
         found = {each.replica_id.unique_id: each for each in candidate_replicas}
-        known = [self._known(each, now_s) for each in candidate_replicas]
-        ordered = order(model, known, self._reluctance)
+        known = [self._known(each) for each in candidate_replicas]
+        ordered = order(model, pooled(known), self._reluctance)
         # Ranks of one: within a rank, Ray takes the shortest queue.
-        return [[found[each.name]] for each in ordered]
+        ranks = [[found[each.name]] for each in ordered]
+        if ranks:
+            # Before the replica says so, which may take it a while: for the next one.
+            self._expect(ranks[0][0].replica_id, model)
+        return ranks
 
-    def _known(self, replica: RunningReplica, now_s: float) -> Replica:
+    def _expect(self, replica_id: ReplicaID, model: str) -> None:
+        self._sent[replica_id, model] = time.monotonic() + _TRUST_S
+
+    def _known(self, replica: RunningReplica) -> Replica:
         """
         Returns what is known of a replica: what it told, and what was sent to it since.
         """
@@ -81,13 +91,18 @@ class ModelRouter(RequestRouter):
         places = {name: device for name, (device, _) in resident.items()}
         sizes = {name: n_bytes for name, (_, n_bytes) in resident.items()}
         capacity: dict[str, int] = fixed.get("capacity", {})
-        for (replica_id, name), until_s in self._sent.items():
-            if replica_id == replica.replica_id and until_s > now_s and capacity:
-                # On the largest; which one it was, the replica will say.
-                places.setdefault(name, max(capacity, key=capacity.__getitem__))
         rid = replica.replica_id
+        queued = Counter(self._ongoing.get(rid, {}).values())
+        coming = {name for to, name in self._sent if to == rid}
+        if capacity:
+            # On the largest; which one it was, the replica will say.
+            device = max(capacity, key=capacity.__getitem__)
+            # One with requests is there or comes, however long ago they were sent.
+            for name in (coming | set(queued)) - {""}:
+                places.setdefault(name, device)
         # Ray's own count knows of others' requests, but is forgotten in a while.
-        queue = self.replica_queue_len_cache.get(rid) or 0
+        all_queued = self.replica_queue_len_cache.get(rid) or 0
+        queued[""] += max(0, all_queued - queued.total())
         return Replica(
             rid.unique_id,
             capacity,
@@ -95,9 +110,10 @@ class ModelRouter(RequestRouter):
             pinned=frozenset(told.get("pinned", ())),
             sizes={**fixed.get("sizes", {}), **sizes},
             load_s=told.get("load_s", {}),
+            calls_s=told.get("calls_s", {}),
             call_s=told.get("call_s", CALL_S),
             parallel=fixed.get("parallel", 1),
-            queue=max(queue, len(self._ongoing.get(rid, ()))),
+            queued=queued,
         )
 
     def on_request_routed(
@@ -109,11 +125,12 @@ class ModelRouter(RequestRouter):
         """
         Notes that a replica has accepted a request.
         """
-        metadata, now_s = pending_request.metadata, time.monotonic()
-        self._ongoing.setdefault(replica_id, set()).add(metadata.internal_request_id)
-        self._sent = {key: at_s for key, at_s in self._sent.items() if at_s > now_s}
-        if metadata.multiplexed_model_id:
-            self._sent[replica_id, metadata.multiplexed_model_id] = now_s + _TRUST_S
+        metadata = pending_request.metadata
+        model = metadata.multiplexed_model_id
+        ongoing = self._ongoing.setdefault(replica_id, {})
+        ongoing[metadata.internal_request_id] = model
+        if model:
+            self._expect(replica_id, model)
 
     def on_request_completed(
         self, replica_id: ReplicaID, internal_request_id: str
@@ -121,7 +138,7 @@ class ModelRouter(RequestRouter):
         """
         Notes that a request is over, or was never accepted.
         """
-        ongoing = self._ongoing.get(replica_id, set())
-        ongoing.discard(internal_request_id)
+        ongoing = self._ongoing.get(replica_id, {})
+        ongoing.pop(internal_request_id, None)
         if not ongoing:
             self._ongoing.pop(replica_id, None)
