@@ -24,8 +24,9 @@ from .engine.calls.prepare import prepared, prepared_detection
 from .engine.naming import anchored
 from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .lease import Lease, Leases
-from .model import Handle, LeasedIterator, call_in_parts
+from .model import Handle
 from .options import as_request, as_requests, by_position, parse_tier, parse_timeout
+from .results import LeasedIterator, call_in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from .engine.sizes.footprint import Workload
     from .events import Explanation
     from .keys import ModelKey
-    from .model import Breaks
     from .options import (
         CacheOptions,
         ComputeType,
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         Priority,
         Tier,
     )
+    from .results import Breaks
     from .units import DurationValue
     from .watch.live import Snapshot
 

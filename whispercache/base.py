@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
     from .keys import ModelKey
     from .lease import Lease
-    from .model import Breaks
     from .options import Limits, Priority
     from .planning.deadlock import Owner
+    from .results import Breaks
     from .units import DurationValue, LimitValue
 
 _log = logging.getLogger("whispercache")
@@ -372,7 +372,7 @@ class ModelSource:
         it does not.
         """
         from .engine.views import seat_of
-        from .model import Breaks
+        from .results import Breaks
 
         if self.terms.priority >= INTERACTIVE:
             return None

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from whispercache.devices import heap
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD, Workload
 from whispercache.engine.views import in_heap
-from whispercache.model import Breaks, call_in_parts, call_leased, is_lazy
 from whispercache.planning.priority import INTERACTIVE
+from whispercache.results import Breaks, call_in_parts, call_leased, is_lazy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -91,7 +91,7 @@ class _BatchCall(Call):
 
     def empty(self, refill: Callable[[], None]) -> None:
         """
-        Takes the model away; see `model.Seat`.
+        Takes the model away; see `results.Seat`.
         """
         self._loaded, self._refill = None, refill
 
@@ -431,7 +431,7 @@ class _Bound:
 
     def empty(self, refill: Callable[[], None]) -> None:
         """
-        Takes the model away; see `model.Seat`.
+        Takes the model away; see `results.Seat`.
         """
         if isinstance(self._call, _BatchCall):
             self._call.empty(refill)

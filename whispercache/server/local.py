@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from whispercache.events import Event
     from whispercache.keys import ModelKey
     from whispercache.lease import Lease
-    from whispercache.model import Breaks
+    from whispercache.results import Breaks
 
     from .engine import Samples, Segments, Terms
     from .offers import Offer, Offers
