@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from faster_whisper.transcribe import Segment, TranscriptionInfo
     from typing_extensions import ParamSpec, Self, Unpack
 
-    from .base import ModelSource
     from .core.evictions import Leaving
     from .core.fallback import Terms
     from .core.resolver import Request
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
         Tier,
     )
     from .results import Breaks
+    from .source import ModelSource
     from .units import DurationValue
     from .watch.live import Snapshot
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .base import CacheBase, Departure, ModelSource, outranked_by
+from .base import CacheBase, Departure, outranked_by
 from .core.fallback import Attempts, Terms, as_ladder
 from .core.threads import MonotonicClock, current_owner, current_owners, here
 from .engine.naming import anchored
@@ -40,6 +40,7 @@ from .options import (
     parse_variants,
 )
 from .planning.priority import parse_priority
+from .source import ModelSource
 from .units import parse_duration
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from faster_whisper.transcribe import Segment, TranscriptionInfo
     from typing_extensions import Self
 
-    from .base import ModelSource
     from .engine.api import AudioInput
     from .keys import ModelKey
     from .lease import Lease
     from .results import Breaks, LeasedIterator
+    from .source import ModelSource
 
 # The other attributes and methods of a WhisperModel; a test compares with the real one.
 ATTRIBUTES = (

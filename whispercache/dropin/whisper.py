@@ -30,12 +30,12 @@ if TYPE_CHECKING:
         WhisperGenerationResult,
     )
 
-    from whispercache.base import ModelSource
     from whispercache.engine.api import LoadedModel
     from whispercache.engine.calls.prepare import Prepared
     from whispercache.engine.facts import Facts
     from whispercache.keys import ModelKey
     from whispercache.lease import Lease
+    from whispercache.source import ModelSource
 
 
 class Call:
