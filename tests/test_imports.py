@@ -22,6 +22,7 @@ LATER = {
     "tempfile",
     "tracemalloc",
     "whispercache.aio",
+    "whispercache.async_cache",
     "whispercache.core.core",
     "whispercache.events",
     "whispercache.engine.loader",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import anyio
 from starlette.concurrency import run_in_threadpool
 
-from whispercache.aio import AsyncModelCache
+from whispercache.async_cache import AsyncModelCache
 from whispercache.engine.files import claims_of
 from whispercache.engine.naming import short_name
 from whispercache.errors import DownloadTimeout, LeaseTimeout, WhisperCacheError
