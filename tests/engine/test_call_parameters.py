@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from caches import cache_of
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from faster_whisper.vad import VadOptions
 from real import SILENCE, at_once, clip, micro, model_of, plain_model
@@ -28,8 +29,6 @@ from whispercache.engine.calls.signatures import bound, signature_of
 from whispercache.engine.views import own_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from conftest import MakeCache
     from driver import Driver
 
@@ -40,14 +39,7 @@ SEEKS = {None: [0, 3000], 10: [0, 1000, 2000, 3000, 4000], 20: [0, 2000, 4000]}
 Where the windows of *LONG* begin, by ``chunk_length``.
 """
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models.
-    """
-    with ModelCache(variants=False) as made:
-        yield made
+cache = cache_of(variants=False)
 
 
 def seeks(segments: Any) -> list[int]:
