@@ -121,7 +121,7 @@ class Shelves:
         """
         device = self._state.devices[name]
         # The shelf is in that order already, and mostly few have to go.
-        if is_lru(self._policy) and not device.copies_bytes:
+        if is_lru(self._policy) and not device.budget.copies_bytes:
             return (entry.resident() for entry in device.shelf if not entry.stays)
         return self._look(device, idle=True)
 
@@ -197,7 +197,7 @@ def is_used(state: CacheState, device: Device) -> bool:
     """
     Returns True if anything is on *device*, or waited for.
     """
-    held = device.entries or device.kept_bytes or device.copies_bytes
+    held = device.entries or device.kept_bytes or device.budget.copies_bytes
     return bool(held) or any(
         device in (waited_for, state.devices.get("cpu"))
         for waited_for in state.queue.devices
