@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from .base import ModelSource
     from .cache import ModelCache
     from .options import CacheOptions
+    from .source import ModelSource
     from .units import DurationValue
     from .watch.log import EventLog
 

@@ -19,6 +19,7 @@ from .units import Limit, parse_duration, parse_limit
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from .core.agenda import Rules
     from .core.resolver import Request
     from .core.threads import Clock
     from .devices.memory import MemoryProbe
@@ -166,14 +167,29 @@ def parse_policy(policy: PolicyName | Policy) -> Policy:
     return POLICIES[policy]
 
 
-def parse_patience(patience_s: float) -> float:
+def parse_rules(
+    policy: PolicyName | Policy,
+    keep_alive: DurationValue,
+    patience_s: float,
+    max_waiting: int | None,
+    parallel: int | None,
+) -> Rules:
     """
-    Returns seconds, 0 or more.
+    Returns the parameters of the decisions.
     """
+    # Once there is a cache; see `parse_policy`.
+    from .core.agenda import Rules
+
     # NaN fails this comparison, too.
     if not patience_s >= 0:
         raise ValueError(f"patience_s must be 0 or more seconds, not {patience_s!r}")
-    return patience_s
+    return Rules(
+        parse_policy(policy),
+        parse_duration(keep_alive, "keep_alive"),
+        patience_s,
+        parse_count(max_waiting, "max_waiting"),
+        parse_count(parallel, "parallel"),
+    )
 
 
 def parse_pressure(pressure: Pressure) -> bool:

@@ -20,6 +20,7 @@ from unittest import mock
 import ctranslate2
 import faster_whisper
 import pytest
+from caches import installed_cache
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from real import FEATURES, SILENCE, TEXT, at_once, child, micro, micro_copy, text_of
 
@@ -38,11 +39,10 @@ from whispercache import (
     uninstall,
 )
 from whispercache.dropin.whisper import LeasedWhisper
-from whispercache.engine.rebound import plain_of
 from whispercache.installing import _Installation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import numpy as np
     from conftest import MakeCache
@@ -68,21 +68,7 @@ class Mine(WhisperModel):  # type: ignore[misc]
         return super().encode(features)
 
 
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models, of which one is in memory at a time. In the end no lease
-    is left, and nothing is installed.
-    """
-    with ModelCache(variants=False, max_models=1) as made:
-        yield made
-        uninstall()
-        # These stay, for the models that were leased; other tests begin without.
-        for name in ("transcribe", "detect_language"):
-            setattr(WhisperModel, name, plain_of(getattr(WhisperModel, name)))
-        assert made.stats().leases == 0
-    assert WhisperModel.__init__ is GENUINE
-    assert ctranslate2.models.Whisper is PLAIN_WHISPER
+cache = installed_cache()
 
 
 def new(directory: Path | None = None, kind: Any = WhisperModel, **options: Any) -> Any:

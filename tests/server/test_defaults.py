@@ -14,52 +14,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import openai
 import pytest
+from caches import cache_of
 from real import clip, reference
-from served import TINY, error_of, micros, multipart, options_of, serving
+from served import (
+    CLIP,
+    TINY,
+    URL,
+    client_of_micro,
+    client_of_real,
+    error_of,
+    micros,
+    multipart,
+    options_of,
+    serving,
+)
 from starlette.testclient import TestClient
 
-from whispercache import ModelCache
 from whispercache.comparison.score import normalise
 from whispercache.server import answers, create_app
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import httpx
+
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
-URL = "/v1/audio/transcriptions"
-BREAD = Path(clip("en-bread")).read_bytes()
+BREAD = CLIP.read_bytes()
 BASE = "base:int8"
 
-
-@pytest.fixture(scope="module")
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache for all servers of this file.
-    """
-    with ModelCache(keep_alive=-1, variants=False) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def http(cache: ModelCache) -> Iterator[httpx.Client]:
-    """
-    A server of tiny.en and base.
-    """
-    with serving(cache, TINY, BASE) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(cache: ModelCache) -> Iterator[TestClient]:
-    """
-    A client of a micro model, without a socket between.
-    """
-    with TestClient(create_app(options_of(), cache)) as made:
-        yield made
+cache = cache_of("module", keep_alive=-1, variants=False)
+http = client_of_real()
+client = client_of_micro()
 
 
 def heard(http: httpx.Client, audio: bytes = BREAD, **fields: Any) -> httpx.Response:

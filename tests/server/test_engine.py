@@ -10,9 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
+from caches import cache_of
 from real import SILENCE, micro
 
-from whispercache import ModelCache
 from whispercache.engine.calls.languages import Knowledge
 from whispercache.engine.naming import ModelSpec
 from whispercache.server.asked import Asked
@@ -22,18 +22,10 @@ from whispercache.server.local import LocalEngine
 from whispercache.server.offers import Offers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from whispercache import ModelCache
     from whispercache.server.offers import Offer
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache, which is left as the engine left it.
-    """
-    with ModelCache() as cache:
-        yield cache
+cache = cache_of()
 
 
 def engine_of(cache: ModelCache) -> tuple[LocalEngine, Offer]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import psutil
 import pytest
+from caches import cache_of
 from real import micro, micro_copy
 from served import (
     A,
@@ -22,26 +23,19 @@ from served import (
     transcribe,
 )
 
-from whispercache import ModelCache
 from whispercache.engine.naming import ModelSpec, parse_spec
 from whispercache.server import ServerOptions, create_app, service
 from whispercache.server.offers import Offers
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with room for one model.
-    """
-    with ModelCache(max_models=1) as cache:
-        yield cache
+cache = cache_of(max_models=1)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from caches import cache_of
 from real import child_environment, clip, micro, packaged
 from served import (
     TINY,
+    URL,
     A,
     asking,
     command,
@@ -30,29 +32,16 @@ from served import (
     waiting,
 )
 
-from whispercache import ModelCache
+from whispercache.cli.main import main
+from whispercache.console import WRONG_USE
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-from whispercache.cli.main import main
-from whispercache.console import WRONG_USE
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with room for one model.
-    """
-    with ModelCache(max_models=1) as cache:
-        yield cache
+cache = cache_of(max_models=1)
 
 
 def test_sigterm_lets_what_has_begun_be_finished() -> None:
@@ -67,7 +56,7 @@ def test_sigterm_lets_what_has_begun_be_finished() -> None:
     ):
         with client.stream(
             "POST",
-            "/v1/audio/transcriptions",
+            URL,
             data={"model": TINY, "stream": "true"},
             files={"file": ("a.flac", file)},
         ) as answer:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from faster_whisper import WhisperModel
 
-    from whispercache.base import ModelSource
     from whispercache.engine.api import AudioInput
+    from whispercache.source import ModelSource
 
 # Parameters of CTranslate2's constructor, as WhisperModel calls them.
 # Source: faster_whisper/transcribe.py, 1.2.1, WhisperModel.__init__.

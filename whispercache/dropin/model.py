@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from faster_whisper import BatchedInferencePipeline, WhisperModel
     from typing_extensions import Self
 
-    from whispercache.base import ModelSource
     from whispercache.engine.api import AudioInput
     from whispercache.engine.calls.languages import Knowledge
     from whispercache.keys import ModelKey
+    from whispercache.source import ModelSource
 
 _EXTRACTOR = "feature_extractor"
 # What the constructor sets that is large, or a call's own.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import anyio
 from starlette.concurrency import run_in_threadpool
 
-from whispercache.aio import AsyncModelCache
+from whispercache.async_cache import AsyncModelCache
 from whispercache.engine.files import claims_of
 from whispercache.engine.naming import short_name
 from whispercache.errors import DownloadTimeout, LeaseTimeout, WhisperCacheError
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from whispercache.events import Event
     from whispercache.keys import ModelKey
     from whispercache.lease import Lease
-    from whispercache.model import Breaks
+    from whispercache.results import Breaks
 
     from .engine import Samples, Segments, Terms
     from .offers import Offer, Offers
