@@ -12,10 +12,12 @@ import logging
 import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import Enum
 from http.client import HTTPException
@@ -153,8 +155,9 @@ class Hooks:
     The hooks of a command, for as long as its ``with`` block lasts.
 
     A command gets the event as JSON on its standard input, and whatever it says goes to
-    stderr; an address gets the same by POST. Each has `TIMEOUT_S`. At the end, hooks of
-    what has happened have `END_S` more.
+    stderr; an address gets the same by POST. Each has `TIMEOUT_S`; then a command is
+    killed, with all that it has started. At the end, hooks of what has happened, and
+    the one at work, have `END_S` more.
 
     Args:
         hooks: As `parse_hook` reads them.
@@ -173,6 +176,8 @@ class Hooks:
         self._queue: queue.Queue[tuple[Event, float] | None] = queue.Queue(MOST_WAITING)
         self._is_full = False
         self._ends_at_s: float | None = None
+        # The command that runs.
+        self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(
             target=self._run, name="whispercache-hooks", daemon=True
         )
@@ -193,10 +198,14 @@ class Hooks:
         self._ends_at_s = time.monotonic() + END_S
         try:
             self._queue.put(None, timeout=END_S)
+            self._thread.join(max(0.0, self._ends_at_s - time.monotonic()))
         except queue.Full:
             _log.warning("hooks: %d events were not told", self._queue.qsize())
-            return
-        self._thread.join(END_S)
+        finally:
+            # One that has begun before would have more time, but nobody to end it.
+            if (process := self._process) is not None:
+                _end(process)
+                self._thread.join(1.0)
 
     def _note(self, event: Event) -> None:
         """
@@ -233,7 +242,7 @@ class Hooks:
             if hook.is_url:
                 _call(hook.target, body, timeout_s)
             else:
-                _execute(hook.target, body, timeout_s)
+                self._execute(hook.target, body, timeout_s)
         except (
             # Of an address that does not speak HTTP, which is no OSError.
             HTTPException,
@@ -242,6 +251,19 @@ class Hooks:
             subprocess.SubprocessError,
         ) as error:
             _log.warning("hook %s failed: %s", hook.target, error)
+
+    def _execute(self, target: str, body: bytes, timeout_s: float) -> None:
+        with _start(target) as process:
+            self._process = process
+            try:
+                process.communicate(body, timeout_s)
+            except subprocess.TimeoutExpired:
+                _end(process)
+                raise TimeoutError(f"it was killed after {timeout_s:.3g} s") from None
+            finally:
+                self._process = None
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, target)
 
 
 def _call(url: str, body: bytes, timeout_s: float) -> None:
@@ -252,14 +274,33 @@ def _call(url: str, body: bytes, timeout_s: float) -> None:
         pass
 
 
-def _execute(target: str, body: bytes, timeout_s: float) -> None:
-    done = subprocess.run(  # noqa: S603 - whoever starts the command says what it runs
+def _start(target: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - whoever starts the command says what it runs
         _command(target),
-        input=body,
+        stdin=subprocess.PIPE,
         # The command's own stdout carries results.
         stdout=sys.__stderr__,
-        timeout=timeout_s,
-        check=False,
+        # What it starts belongs to its group, and ends with it.
+        start_new_session=True,
     )
-    if done.returncode:
-        raise subprocess.CalledProcessError(done.returncode, target)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """
+    Kills a process that has not ended yet, and those that it has started.
+    """
+    # The number of one that has ended may be another's.
+    if process.poll() is not None:
+        return
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return
+    # Windows has no such groups.
+    import psutil
+
+    with suppress(psutil.Error):
+        family = psutil.Process(process.pid).children(recursive=True)
+        for each in (psutil.Process(process.pid), *family):
+            with suppress(psutil.Error):
+                each.kill()
