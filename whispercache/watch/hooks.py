@@ -28,12 +28,16 @@ from whispercache import events
 from whispercache.engine.naming import short_name
 from whispercache.events import Event
 
+from .log import at_end
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from typing_extensions import Self
 
     from whispercache.keys import ModelKey
+
+    from .live import Watchable
 
 _log = logging.getLogger("whispercache")
 
@@ -173,16 +177,20 @@ class Hooks:
     ) -> None:
         self._hooks = [parse_hook(each) for each in hooks]
         self._name_of = name_of
-        self._queue: queue.Queue[tuple[Event, float] | None] = queue.Queue(MOST_WAITING)
         self._is_full = False
         self._ends_at_s: float | None = None
+        self._begin()
+        self._unsubscribe = subscribe(self._note)
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._queue: queue.Queue[tuple[Event, float] | None] = queue.Queue(MOST_WAITING)
         # The command that runs.
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(
             target=self._run, name="whispercache-hooks", daemon=True
         )
         self._thread.start()
-        self._unsubscribe = subscribe(self._note)
 
     def __enter__(self) -> Self:
         return self
@@ -213,6 +221,9 @@ class Hooks:
         """
         if not any(isinstance(event, hook.kind) for hook in self._hooks):
             return
+        # A forked child has neither its parent's thread nor what that has still to do.
+        if self._pid != os.getpid():
+            self._begin()
         try:
             self._queue.put_nowait((event, time.time()))
         except queue.Full:
@@ -264,6 +275,35 @@ class Hooks:
                 self._process = None
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, target)
+
+
+class HooksOfProcess:
+    """
+    The hooks of a program that `whispercache run` runs: on the cache that its models
+    come from, until the process ends.
+
+    Args:
+        hooks: Returns them, as `parse_hook` reads them; called with the first cache.
+    """
+
+    def __init__(self, hooks: Callable[[], Sequence[str]]) -> None:
+        self._hooks = hooks
+        self._cache: Watchable | None = None
+        self._running: Hooks | None = None
+
+    def follow(self, cache: Watchable) -> None:
+        """
+        Has hooks run for what happens in *cache* from now on.
+        """
+        if self._cache is cache:
+            return
+        if self._running is not None:
+            # The one before was closed.
+            self._running.close()
+        self._cache = cache
+        if hooks := self._hooks():
+            self._running = Hooks(hooks, cache.subscribe)
+            at_end(self._running.close)
 
 
 def _call(url: str, body: bytes, timeout_s: float) -> None:
