@@ -106,11 +106,12 @@ def application(
     app.include_router(manage.health)
     manage.add_page(app)
     add_docs(app)
-    _add_middleware(app, options)
+    _add_middleware(app, service)
     return app
 
 
-def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    options = service.options
     # The last one added sees a request first.
     app.add_middleware(
         UploadLimit,
@@ -118,6 +119,7 @@ def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
         timeout_s=options.upload_timeout_s,
         # As many as wait and work, and those at work once more for their successors.
         max_at_once=options.max_waiting + 2 * options.parallel * len(options.models),
+        arrivals=service.arrivals,
     )
     app.add_middleware(
         Guard,
