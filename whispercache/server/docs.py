@@ -4,6 +4,8 @@ The page of the API, made from its schema: it needs no script and no network.
 
 from __future__ import annotations
 
+import shlex
+import string
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
-_HEAD = """\
+    from .service import Service
+
+_HEAD = string.Template("""\
 <!doctype html>
 <html lang="en">
 <head>
@@ -28,30 +32,44 @@ _HEAD = """\
 <h1>The API of this server</h1>
 <p>The same in JSON, for programs: <a href="openapi.json">openapi.json</a>. The base URL
 of OpenAI's clients is this server's address with <code>/v1</code>.</p>
-<pre>curl -F file=@talk.wav -F model=whisper-1 \\
+<pre>curl $key-F file=@talk.wav -F $model \\
     <var>address</var>/v1/audio/transcriptions</pre>
-"""
+""")
 
 
-def add_docs(app: FastAPI) -> None:
+def add_docs(app: FastAPI, service: Service) -> None:
     """
     Serves the page at ``/docs``.
     """
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(page_of(app.openapi()))
+        return HTMLResponse(page_of(app.openapi(), service))
 
 
-def page_of(schema: Mapping[str, Any]) -> str:
+def page_of(schema: Mapping[str, Any], service: Service) -> str:
     """
-    Returns the page for an OpenAPI schema.
+    Returns the page for an OpenAPI schema, with an example that *service* answers.
     """
-    parts = [_HEAD]
+    keys = service.options.keys
+    key = '-H "Authorization: Bearer $KEY" ' if keys else ""
+    parts = [_HEAD.substitute(key=escape(key), model=_example(service))]
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
             parts += _section(f"{method.upper()} {path}", operation, schema)
     return "\n".join([*parts, "</body>", "</html>", ""])
+
+
+def _example(service: Service) -> str:
+    """
+    Returns the field that names a model, as a shell reads it.
+    """
+    if not service.options.strict_names:
+        return "model=whisper-1"
+    # The page needs no key, but what is served is for those who have one.
+    if service.options.keys:
+        return "model=<var>one of /v1/models</var>"
+    return escape(shlex.quote(f"model={service.offers.default.name}"))
 
 
 def _section(
