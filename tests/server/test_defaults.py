@@ -493,6 +493,39 @@ def test_the_page_of_the_api_has_an_example_that_works(
         assert answer.headers["whispercache-model"] == name
 
 
+PYTHONS = re.compile(r"\b(None|True|False|boolean|dict\w*|instance|\w+Error)\b|<class")
+
+
+def test_refusals_are_in_the_words_of_http(client: TestClient) -> None:
+    """
+    Of nonsense in every field of every form, and of a form without its file; so is the
+    page of the API.
+    """
+    schema = client.get("/openapi.json").json()
+    told = [client.get("/docs").text]
+    for path, operation in schema["paths"].items():
+        if "multipart/form-data" not in str(operation.get("post")):
+            continue
+        (body,) = operation["post"]["requestBody"]["content"].values()
+        form = schema["components"]["schemas"][body["schema"]["$ref"].split("/")[-1]]
+        query = [each["name"] for each in operation["post"].get("parameters", ())]
+        (part,) = (name for name in form["properties"] if name.endswith("file"))
+        told.append(client.post(path, data={"model": "m"}).json()["error"]["message"])
+        for name in {*query, *form["properties"]} - {part}:
+            for value in ("nonsense", "{}", '{"type": []}', "x" * 11_000):
+                answer = client.post(
+                    path,
+                    params={name: value} if name in query else {},
+                    data={"model": "m", name: value},
+                    files={part: ("a", BREAD)},
+                )
+                if answer.is_error:
+                    told.append(answer.json()["error"]["message"])
+    assert len(told) > 100
+    assert [each for each in told if PYTHONS.search(each)] == []
+    assert f"{part}: send the audio as a file of a multipart form" in told
+
+
 # Other servers' forms -----------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ The page of the API, made from its schema: it needs no script and no network.
 
 from __future__ import annotations
 
+import json
 import shlex
 import string
 from html import escape
@@ -97,7 +98,7 @@ def _row(name: str, place: str, field: Mapping[str, Any], meaning: str | None) -
     default = field.get("default")
     value = _value(field)
     if default not in (None, []):
-        value += f"; {default!r} if left out"
+        value += f"; {json.dumps(default)} if left out"
     cells = (name, place, value, meaning or field.get("description", ""))
     return "<tr>" + "".join(f"<td>{escape(cell)}" for cell in cells) + "</tr>"
 
@@ -117,7 +118,8 @@ def _value(field: Mapping[str, Any]) -> str:
         return f"list of {_value(field['items'])}"
     if field.get("format") == "binary" or "contentMediaType" in field:
         return "file"
-    return str(field.get("type", "object"))
+    kind = str(field.get("type", "object"))
+    return "true or false" if kind == "boolean" else kind
 
 
 def _resolved(part: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:

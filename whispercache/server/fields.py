@@ -46,7 +46,7 @@ class Form(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nothing(cls, values: Any) -> Any:
+    def _without_nothing(cls, values: object) -> object:
         # What is no form at all is refused as such.
         if not isinstance(values, Mapping):
             return values
@@ -277,7 +277,7 @@ class Asr(Form):
     language: _Language = None
     initial_prompt: _Prompt = None
     encode: Annotated[
-        bool, Field(description="False for raw samples: 16 bits, mono, 16 kHz.")
+        bool, Field(description="false for raw samples: 16 bits, mono, 16 kHz.")
     ] = True
     vad_filter: bool | None = None
     word_timestamps: bool = False
