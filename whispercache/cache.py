@@ -32,7 +32,6 @@ from .options import (
     limits_by_device,
     parse_count,
     parse_park,
-    parse_patience,
     parse_policy,
     parse_pressure,
     parse_tier,
@@ -40,7 +39,7 @@ from .options import (
     parse_variants,
 )
 from .planning.priority import parse_priority
-from .units import parse_duration
+from .units import parse_duration, parse_seconds
 
 if TYPE_CHECKING:
     import os
@@ -154,7 +153,7 @@ class ModelCache(CacheBase):
         max_models: int | None = None,
         keep_alive: DurationValue = "5m",
         policy: PolicyName | Policy = "lru",
-        patience_s: float = PATIENCE_S,
+        patience_s: DurationValue = PATIENCE_S,
         priority: Priority = "interactive",
         parallel: int | None = None,
         max_waiting: int | None = None,
@@ -183,7 +182,7 @@ class ModelCache(CacheBase):
             rules=Rules(
                 policy=parse_policy(policy),
                 keep_alive_s=parse_duration(keep_alive, "keep_alive"),
-                patience_s=parse_patience(patience_s),
+                patience_s=parse_seconds(patience_s, "patience_s"),
                 max_waiting=parse_count(max_waiting, "max_waiting"),
                 parallel=parse_count(parallel, "parallel"),
             ),
@@ -591,9 +590,10 @@ class ModelCache(CacheBase):
         request = as_request(model_size_or_path, device, compute_type, load_options)
         return self._explain(request, workload or DEFAULT_WORKLOAD)
 
-    def top(self, interval_s: float = 1.0) -> None:
+    def top(self, interval_s: DurationValue = 1.0) -> None:
         """
         Shows the cache live in the terminal, until Ctrl-C. Without a terminal, once.
+        Raises TypeError or ValueError if *interval_s* is no time above 0.
 
         Blocks: call it on a thread of its own where the program does the work. Only a
         program's main thread sees Ctrl-C.

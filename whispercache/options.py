@@ -91,7 +91,7 @@ class CacheOptions(TypedDict, total=False):
     max_models: int | None
     keep_alive: DurationValue
     policy: PolicyName | Policy
-    patience_s: float
+    patience_s: DurationValue
     priority: Priority
     parallel: int | None
     max_waiting: int | None
@@ -164,16 +164,6 @@ def parse_policy(policy: PolicyName | Policy) -> Policy:
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, or a function")
     return POLICIES[policy]
-
-
-def parse_patience(patience_s: float) -> float:
-    """
-    Returns seconds, 0 or more.
-    """
-    # NaN fails this comparison, too.
-    if not patience_s >= 0:
-        raise ValueError(f"patience_s must be 0 or more seconds, not {patience_s!r}")
-    return patience_s
 
 
 def parse_pressure(pressure: Pressure) -> bool:

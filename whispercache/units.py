@@ -118,6 +118,21 @@ def parse_duration(value: DurationValue, name: str = "duration") -> float:
     return math.inf if seconds < 0 else abs(seconds)
 
 
+def parse_seconds(value: DurationValue, name: str = "time") -> float:
+    """
+    Returns the seconds in *value*, as `parse_duration` reads it, but for what is
+    negative: that is no time, and not for ever. ``math.inf`` is.
+
+    Raises:
+        TypeError, ValueError: As for `parse_duration`, or it is negative.
+    """
+    seconds = parse_duration(value, name)
+    is_text = isinstance(value, str)
+    if value.strip().startswith("-") if is_text else value < 0:
+        raise ValueError(f"{name} must be 0 or more seconds, not {_shown(value)}")
+    return seconds
+
+
 def _limit_from_text(text: str, name: str) -> Limit:
     if text.strip().lower() == "auto":
         return Limit()

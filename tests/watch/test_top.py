@@ -227,6 +227,15 @@ def test_without_a_terminal_it_is_printed_once() -> None:
     assert "\x1b" not in file.getvalue()
 
 
+@pytest.mark.parametrize("interval_s", [None, 0, -1, "soon", float("inf"), True])
+def test_an_interval_that_is_none_is_told_before_a_look(interval_s: Any) -> None:
+    """
+    And by its name.
+    """
+    with pytest.raises((TypeError, ValueError), match="^interval_s must be "):
+        watch(pytest.fail, interval_s=interval_s)
+
+
 def test_without_a_terminal_errors_are_raised() -> None:
     """
     A script sees that there was nothing to print.

@@ -4,6 +4,7 @@ The live view in a terminal, of a cache in this process or of a server.
 
 from __future__ import annotations
 
+import math
 import time
 import unicodedata
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from whispercache.console import clock
 from whispercache.errors import WhisperCacheError, format_bytes
 from whispercache.planning.priority import INTERACTIVE, LEVELS
+from whispercache.units import parse_seconds
 
 from .live import Snapshot
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from whispercache.events import DeviceInfo, ModelInfo
+    from whispercache.units import DurationValue
 
 # Most seconds for a server to answer.
 TIMEOUT_S = 5.0
@@ -60,7 +63,7 @@ def view(
 def watch(
     source: Callable[[], Snapshot],
     *,
-    interval_s: float = 1.0,
+    interval_s: DurationValue = 1.0,
     console: Console | None = None,
 ) -> None:
     """
@@ -69,8 +72,15 @@ def watch(
 
     *source* is `Watch.snapshot`, or what `remote` returns. Between two snapshots are
     *interval_s* seconds.
+
+    Raises:
+        TypeError, ValueError: *interval_s* is no time above 0.
     """
     from rich.console import Console
+
+    between_s = parse_seconds(interval_s, "interval_s")
+    if not 0 < between_s < math.inf:
+        raise ValueError(f"interval_s must be a time above 0, not {interval_s!r}")
 
     console = console or Console()
     # For scripts and files.
@@ -78,7 +88,7 @@ def watch(
         console.print(view(source()))
         return
     try:
-        _follow(source, interval_s, console)
+        _follow(source, between_s, console)
     except KeyboardInterrupt:
         return
 
