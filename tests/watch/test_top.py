@@ -232,7 +232,7 @@ def test_an_interval_that_is_none_is_told_before_a_look(interval_s: Any) -> None
     """
     And by its name.
     """
-    with pytest.raises((TypeError, ValueError), match="^interval_s must be "):
+    with pytest.raises((TypeError, ValueError), match=r"^interval_s must be "):
         watch(pytest.fail, interval_s=interval_s)
 
 
