@@ -6,8 +6,7 @@ each means.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -22,7 +21,7 @@ from .forms import CHUNKING, TEMPERATURE
 # As JavaScript writes what is not there.
 _NOTHING = ("null", "undefined")
 # What people write themselves, where they may mean it.
-_TEXTS = ("prompt", "initial_prompt", "hotwords", "keywords[]", "model")
+_TEXTS = ("prompt", "hotwords", "keywords[]", "model")
 
 _Prompt = Annotated[
     str | None,
@@ -38,23 +37,10 @@ _Temperature = Annotated[float, Field(ge=0, le=1)]
 
 class Form(BaseModel):
     """
-    A form that notes the fields which it does not know, and in which JavaScript's
-    nothing is left out.
+    A form that notes the fields which it does not know.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, values: object) -> object:
-        # What is no form at all is refused as such.
-        if not isinstance(values, Mapping):
-            return values
-        return {
-            name: value
-            for name, value in values.items()
-            if name in _TEXTS or not isinstance(value, str) or value not in _NOTHING
-        }
 
     def unknown(self) -> list[str]:
         """
@@ -87,10 +73,19 @@ class Chunking(Form):
 
 class Upload(Form):
     """
-    A form with a file in it.
+    A form with a file in it, in which JavaScript's nothing is left out.
     """
 
     file: Annotated[UploadFile, Field(description="Anything that FFmpeg reads.")]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in values.items()
+            if name in _TEXTS or not isinstance(value, str) or value not in _NOTHING
+        }
 
 
 class Speech(Upload):
