@@ -21,6 +21,7 @@ from whispercache import (
     AsyncModelCache,
     CacheClosed,
     LeaseTimeout,
+    LoadFailed,
     ModelCache,
     UnknownModel,
 )
@@ -108,6 +109,23 @@ def test_a_batch_that_is_stopped_after_each_segment_says_the_same(
         found.append(asdict(segment))
         urgent()
     assert found == said
+
+
+def test_a_batch_whose_files_are_replaced_ends(
+    cache: ModelCache, urgent: Callable[[], None], tmp_path: Path
+) -> None:
+    """
+    Its tokenizer would turn the tokens of other weights into wrong words.
+    """
+    directory = micro_copy(tmp_path / "mine", "first")
+    batch = model_of(cache, directory, priority="batch")
+    segments, _ = batch.transcribe(FILM)
+    assert next(segments).text == " first"
+    micro_copy(directory, "second")
+    urgent()
+    with pytest.raises(LoadFailed, match="replaced in the middle of a batch"):
+        list(segments)
+    assert next(batch.transcribe(FILM)[0]).text == " second"
 
 
 @pytest.mark.parametrize("batch_size", [None, 1])

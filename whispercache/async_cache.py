@@ -355,9 +355,10 @@ class AsyncModelCache(CacheBase):
         request = as_request(model_size_or_path, device, compute_type, load_options)
         return await in_thread(self._explain, request, workload or DEFAULT_WORKLOAD)
 
-    async def top(self, interval_s: float = 1.0) -> None:
+    async def top(self, interval_s: DurationValue = 1.0) -> None:
         """
-        Shows the cache live in the terminal, until it is cancelled.
+        Shows the cache live in the terminal, until it is cancelled. Raises TypeError or
+        ValueError if *interval_s* is no time above 0.
         """
         from .watch.live import Watch
         from .watch.top import watch

@@ -153,7 +153,7 @@ class ModelCache(CacheBase):
         max_models: int | None = None,
         keep_alive: DurationValue = "5m",
         policy: PolicyName | Policy = "lru",
-        patience_s: float = PATIENCE_S,
+        patience_s: DurationValue = PATIENCE_S,
         priority: Priority = "interactive",
         parallel: int | None = None,
         max_waiting: int | None = None,
@@ -579,9 +579,10 @@ class ModelCache(CacheBase):
         request = as_request(model_size_or_path, device, compute_type, load_options)
         return self._explain(request, workload or DEFAULT_WORKLOAD)
 
-    def top(self, interval_s: float = 1.0) -> None:
+    def top(self, interval_s: DurationValue = 1.0) -> None:
         """
         Shows the cache live in the terminal, until Ctrl-C. Without a terminal, once.
+        Raises TypeError or ValueError if *interval_s* is no time above 0.
 
         Blocks: call it on a thread of its own where the program does the work. Only a
         program's main thread sees Ctrl-C.

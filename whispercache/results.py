@@ -12,10 +12,11 @@ import traceback
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, cast
 
 from .core.threads import here
-from .errors import CacheForked
+from .errors import CacheForked, LoadFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -216,7 +217,8 @@ class LeasedIterator(Iterator[T]):
             if not is_over and not self._is_claimed:
                 # First: what is released looks as after a fork.
                 self._is_stopped = True
-                breaks.seat.empty(self._renew)
+                renew = partial(self._renew, self._lease.loaded.stamp)
+                breaks.seat.empty(renew)
                 self._lease.release()
         finally:
             self._step.release()
@@ -229,13 +231,23 @@ class LeasedIterator(Iterator[T]):
             self._is_claimed = not self._is_stopped
             return self._is_claimed
 
-    def _renew(self) -> None:
+    def _renew(self, stamp: tuple[int, ...]) -> None:
         """
-        Waits for another lease, in a step that needs the model.
+        Waits for another lease, in a step that needs the model of the files with this
+        *stamp*.
+
+        Raises:
+            LoadFailed: they were replaced meanwhile: the call holds the tokenizer and
+                the features of those.
         """
         breaks = self._breaks
         assert breaks is not None
-        lease = self._lease = breaks.renew(self.key)
+        lease = breaks.renew(self.key)
+        if lease.loaded.stamp != stamp:
+            lease.release()
+            reason = "its files were replaced in the middle of a batch; begin it anew"
+            raise LoadFailed(str(self.key), reason)
+        self._lease = lease
         self._is_stopped = False
         breaks.seat.put(lease)
         lease.entrust(self)

@@ -131,17 +131,23 @@ class ModelSource:
     def files(self) -> ModelFiles:
         return self.cache._resolver.files(self.request)
 
-    def initialize(self, whisper: WhisperModel, model: object) -> None:
+    def initialize(self, whisper: WhisperModel, model: object) -> tuple[int, ...]:
         """
         Sets the attributes of a WhisperModel, without loading it; see `Loader`. May
-        download.
+        download. Returns the stamp of the files that they are of.
         """
+        from .engine.files import stamp_of
+
         resolver = self.cache._resolver
         target = resolver.resolve(self.request)
         resolver.locate(target, DEFAULT_WORKLOAD)
         files = target.entry.files
         assert files is not None
+        original = files.original or files
+        # As they are now: those of what is in memory may be others.
+        stamp = original.stamp and stamp_of(original.directory)
         self.cache.loader.initialize(whisper, files, model)
+        return stamp
 
     def resident(self) -> LoadedModel | None:
         """

@@ -5,6 +5,7 @@ before, and whatever is done to the class meanwhile.
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import inspect
@@ -108,6 +109,43 @@ def test_a_model_that_is_made_anew_is_what_is_on_the_disk(
         assert text_of(segments) == " after"
         assert heard(new(mine)) == " later"
     assert cache.stats().loads == 3
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_the_words_are_those_of_the_weights(
+    cache: ModelCache, tmp_path: Path, *, is_installed: bool
+) -> None:
+    """
+    Of a model that was made before or after its files were replaced, while those from
+    before are in use and afterwards: the tokenizer is that of what is in memory.
+    """
+    mine = tmp_path / "mine"
+
+    def heard(model: Any) -> str:
+        return text_of(model.transcribe(SILENCE)[0])
+
+    def made() -> Any:
+        model = new(mine) if is_installed else cache.get_model(str(mine), "cpu")
+        assert model.hf_tokenizer is not None
+        return model
+
+    with installed(cache):
+        micro_copy(mine, "it was so before")
+        first = made()
+        segments, _ = first.transcribe(SILENCE)
+        micro_copy(mine, "now all is other")
+        second = made()
+        assert heard(second) == heard(copy.copy(second)) == " it was so before"
+        assert text_of(segments) == " it was so before"
+        assert heard(made()) == " now all is other"
+        assert heard(first) == heard(second) == " now all is other"
+        # What a program has set is its own.
+        first.hf_tokenizer = own = object()
+        micro_copy(mine, "and other again")
+        assert heard(made()) == " and other again"
+        with pytest.raises(AttributeError):
+            first.transcribe(SILENCE)
+        assert first.hf_tokenizer is own
 
 
 # The class ----------------------------------------------------------------------------

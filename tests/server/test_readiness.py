@@ -63,6 +63,29 @@ def test_options_that_make_no_sense_are_refused(
         ServerOptions(**{"models": (parse_spec("base"),), **options})
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("max_duration_s", "max_audio_s", "upload_timeout_s", "decode_timeout_s"),
+        *("timeout_s", "drain_s", "max_waiting", "parallel", "decoders"),
+    ],
+)
+def test_every_time_and_count_is_looked_at(name: str) -> None:
+    """
+    Text is a time as elsewhere; what is none is refused by name.
+    """
+    refused: list[object] = ["soon", True, [], -1, "-1", float("nan")]
+    # Of the longest audio of all at once it says that there is no other limit.
+    refused += [None] * (name != "max_audio_s")
+    for value in refused:
+        given: dict[str, Any] = {name: value}
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must be "):
+            ServerOptions(models=("base",), **given)
+    if name.endswith("_s"):
+        timed: dict[str, Any] = {name: "1m"}
+        assert getattr(ServerOptions(models=("base",), **timed), name) == 60
+
+
 def test_models_are_named_as_on_the_command_line() -> None:
     """
     Texts will do; a single text would be a list of letters.

@@ -96,6 +96,30 @@ def test_what_is_not_finished_in_time_is_told_so() -> None:
     assert "Traceback" not in log
 
 
+def test_an_upload_that_stalls_does_not_hold_up_the_end() -> None:
+    """
+    It is told so, long before the time for what has begun is over; one at work is
+    finished.
+    """
+    (spec,) = offered(TINY)
+    place = (f"{TINY}={spec.model}", "--device", "cpu", "--preload", TINY)
+    with (
+        command(*place, "--drain", "120") as (process, client),
+        asking(client, TINY, clip_name="en-harbour-long") as at_work,
+        asking(client, TINY, length=10**6) as stalled,
+    ):
+        wait_until(lambda: client.get("/api/ps").json()["models"][0]["leases"], "work")
+        process.send_signal(signal.SIGTERM)
+        for asked, told in ((stalled, "503"), (at_work, "200")):
+            asked.settimeout(60)
+            answer = b"".join(iter(lambda: asked.recv(9999), b""))  # noqa: B023
+            assert answer.startswith(f"HTTP/1.1 {told}".encode()), answer
+            assert (b"shutting_down" in answer) is (told == "503")
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in log
+
+
 def test_ctrl_c_ends_it_as_usual() -> None:
     """
     With the shell's exit code, and no traceback.

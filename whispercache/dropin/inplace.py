@@ -24,6 +24,7 @@ from whispercache.engine.construct import altered, decoders, genuine
 from whispercache.engine.rebound import is_replacement, plain_of, replaces
 from whispercache.errors import WhisperCacheError
 
+from .made import Made
 from .model import lease_pipelines, leased_of, transcribed
 from .refusals import expected
 from .whisper import LeasedWhisper
@@ -157,7 +158,7 @@ def _leased(
     if source is None:
         return None
     leased = LeasedWhisper(source)
-    source.initialize(whisper, leased)
+    leased.made = Made(whisper, source.initialize(whisper, leased))
     if offer.preload:
         leased.load_model()
     return leased

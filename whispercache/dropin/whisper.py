@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from whispercache.lease import Lease
     from whispercache.source import ModelSource
 
+    from .made import Made
+
 
 class LeasedWhisper:
     """
@@ -54,6 +56,7 @@ class LeasedWhisper:
         source: Where leases come from.
         served_by: The model that the last call got; None before the first.
         here: The call that a thread is in, whose lease its calls on this use.
+        made: The parts that its object has of the files, once they were made.
     """
 
     # Of calls by themselves, once there was one.
@@ -63,6 +66,7 @@ class LeasedWhisper:
         self.source: ModelSource = source
         self.served_by: ModelKey | None = None
         self.here: Here = Here()
+        self.made: Made | None = None
 
     # Leases ---------------------------------------------------------------------------
 
@@ -70,9 +74,13 @@ class LeasedWhisper:
         """
         Returns a lease on the model. Blocks until it is granted.
         """
-        lease = self.source.lease(workload)
+        return self._fitting(self.source.lease(workload))
+
+    def _fitting(self, lease: Lease) -> Lease:
         # Not under a lock: with several threads it is any of their last ones.
         self.served_by = lease.key
+        if self.made is not None and self.made.fit(lease.loaded):
+            vars(self).pop("_facts", None)
         return lease
 
     def run(self, function: Callable[..., object], ready: Prepared) -> object:
@@ -83,9 +91,7 @@ class LeasedWhisper:
         options = ready.options
         if ready.batch_size is not None:
             options = {**options, "batch_size": ready.batch_size}
-        # `lease`, spelled out.
-        lease = self.source.lease(ready.workload)
-        self.served_by = lease.key
+        lease = self._fitting(self.source.lease(ready.workload))
         if heap.is_shared():
             keeps = ready.batch_size is None
             function = in_heap(lease.key.device, function, keeps=keeps)
@@ -180,8 +186,7 @@ class LeasedWhisper:
         while True:
             before = self._pinned
             source = before or self.source.lasting()
-            lease = source.lease(workload)
-            self.served_by = lease.key
+            lease = self._fitting(source.lease(workload))
             if before is not None:
                 return lease
             own = source.pinned_to(lease.key)

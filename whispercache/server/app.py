@@ -12,7 +12,6 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from whispercache.cache import ModelCache
-from whispercache.version import __version__
 
 from . import audio, errors, manage, others, requests
 from .answers import MODEL, REQUEST_ID, WARNING, Answers
@@ -83,7 +82,8 @@ def application(
     app = FastAPI(
         title="whispercache",
         summary="faster-whisper models, in the memory there is.",
-        version=__version__,
+        # Of the API: strangers may read this, and need not know what answers them.
+        version="1",
         lifespan=lifespan,
         # These pages load their scripts from another site; ours does not.
         docs_url=None,
@@ -105,12 +105,13 @@ def application(
     # Probes have no key.
     app.include_router(manage.health)
     manage.add_page(app)
-    add_docs(app)
-    _add_middleware(app, options)
+    add_docs(app, service)
+    _add_middleware(app, service)
     return app
 
 
-def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    options = service.options
     # The last one added sees a request first.
     app.add_middleware(
         UploadLimit,
@@ -118,6 +119,7 @@ def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
         timeout_s=options.upload_timeout_s,
         # As many as wait and work, and those at work once more for their successors.
         max_at_once=options.max_waiting + 2 * options.parallel * len(options.models),
+        arrivals=service.arrivals,
     )
     app.add_middleware(
         Guard,

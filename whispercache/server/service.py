@@ -25,6 +25,7 @@ from .decode import Decoder
 from .engine import Terms
 from .errors import RETRY_S, ApiError
 from .gate import Gate
+from .limits import Arrivals
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -48,6 +49,7 @@ class Service:
         self.options = options
         self.offers = offers
         self.engine = engine
+        self.arrivals: Arrivals = Arrivals()
         # Made anew at each start; these are for applications that ask before.
         self._renew()
         self.registry: CollectorRegistry = self._new_registry()
