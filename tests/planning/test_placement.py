@@ -642,7 +642,7 @@ def test_a_server_calls_a_model_the_same_on_any_card(
     """
     cache = make_cache()
     offers = Offers([ModelSpec("mine", "base")], "cuda")
-    engine = LocalEngine(offers, cache, threads=1)
+    engine = LocalEngine(offers, cache)
     cache.lease("base", "cuda", keep_alive=0).release()
     settle(cache)
     before = cache._resolver.entry(("base", "cuda", "default")).key

@@ -9,19 +9,20 @@ import json
 import time
 import wave
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from real import micro
-from served import A, B, error_of, micros, serving, transcribe, waiting
+from served import A, B, error_of, micros, running, serving, transcribe, waiting
 
 from whispercache import ModelCache, aio
+from whispercache.server import ServerOptions, create_app
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import httpx
+    from collections.abc import Iterator, Mapping
 
 pytestmark = pytest.mark.process
 
@@ -63,47 +64,171 @@ def deltas(answer: httpx.Response) -> Iterator[str]:
                 yield event["delta"]
 
 
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Segments that take a moment, or a batch might be over before a person comes.
+    """
+    step = aio._next
+
+    def next_of(items: Any) -> object:
+        time.sleep(0.1)
+        return step(items)
+
+    monkeypatch.setattr(aio, "_next", next_of)
+
+
+@contextmanager
+def hearing(
+    client: httpx.Client,
+    n_windows: int,
+    fields: Mapping[str, str],
+    headers: Mapping[str, str] | None = None,
+) -> Iterator[Iterator[str]]:
+    """
+    The texts of a film for model A, as they come.
+    """
+    with client.stream(
+        "POST",
+        "/v1/audio/transcriptions",
+        data={"model": A, "stream": "true", "vad_filter": "false", **fields},
+        headers=headers,
+        files={"file": ("film.wav", film(30 * n_windows))},
+        timeout=120,
+    ) as answer:
+        yield deltas(answer)
+
+
+@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize(
     ("urgent", "fields", "headers"),
-    [(A, {}, {"X-Priority": "-1"}), (B, {"priority": "batch"}, {})],
+    [(A, {}, {"X-Priority": "batch"}), (B, {"priority": "batch"}, {})],
     ids=["its turn, by a header", "its memory, by a field"],
 )
 def test_a_batch_makes_way_for_a_person(
-    cache: ModelCache,
-    monkeypatch: pytest.MonkeyPatch,
-    urgent: str,
-    fields: dict[str, str],
-    headers: dict[str, str],
+    cache: ModelCache, urgent: str, fields: dict[str, str], headers: dict[str, str]
 ) -> None:
     """
     Be it for its model's turn or for its memory; and says the same as without.
     """
-    n_windows, step = 20, aio._next
-
-    def slow(items: Any) -> object:
-        time.sleep(0.1)  # or the batch might be over before the person comes
-        return step(items)
-
-    monkeypatch.setattr(aio, "_next", slow)
+    n_windows = 20
     with (
         serving(cache, models=micros(), parallel=1) as client,
-        client.stream(
-            "POST",
-            "/v1/audio/transcriptions",
-            data={"model": A, "stream": "true", "vad_filter": "false", **fields},
-            headers=headers,
-            files={"file": ("film.wav", film(30 * n_windows))},
-            timeout=120,
-        ) as answer,
+        hearing(client, n_windows, fields, headers) as texts,
     ):
-        texts = deltas(answer)
         first = next(texts)
         assert transcribe(client, urgent).status_code == 200
+        assert under_way(client) == ["batch"]
         rest = list(texts)
         assert {text.strip() for text in (first, *rest)} == {"micro a"}
         assert len(rest) == n_windows - 1
     # Its model had to go, and came back.
     assert cache.stats().loads == (3 if urgent == B else 1)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("urgent", [A, B])
+def test_a_person_does_not_wait_for_the_audio_of_a_batch(
+    cache: ModelCache, urgent: str
+) -> None:
+    """
+    That is in memory as long as the batch lasts, which has stopped for the person.
+    """
+    with (
+        serving(
+            cache, models=micros(), parallel=1, max_audio_s=1, timeout_s=20
+        ) as client,
+        hearing(client, 20, {"priority": "batch"}) as texts,
+    ):
+        next(texts)
+        assert transcribe(client, urgent).status_code == 200
+        assert under_way(client) == ["batch"]
+        assert len(list(texts)) == 19
+
+
+@pytest.mark.usefixtures("slow")
+def test_batches_that_wait_for_audio_do_not_keep_its_holder_from_its_model(
+    cache: ModelCache,
+) -> None:
+    """
+    The one that came first has stopped for the other, and has the room; it goes on.
+    """
+    with (
+        serving(
+            cache, models=micros(), parallel=1, max_audio_s=1, timeout_s=20
+        ) as client,
+        hearing(client, 10, {"priority": "-2"}) as texts,
+    ):
+        next(texts)
+        assert transcribe(client, A, priority="-1").status_code == 200
+        assert len(list(texts)) == 9
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_batch_that_gave_way_goes_on_when_the_server_shuts_down(
+    cache: ModelCache,
+) -> None:
+    """
+    It has begun, as the person for whom it stopped; others that wait are refused.
+    """
+    options = ServerOptions(models=micros(), device="cpu", parallel=1)
+    app = create_app(options, cache)
+    with (
+        running(app) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+        ThreadPoolExecutor(2) as pool,
+        hearing(client, 10, {"priority": "batch"}) as texts,
+    ):
+        next(texts)
+        asked = [pool.submit(list, _person(client))]
+        wait_until(lambda: levels(client) == [-1.0], "the batch to stop")
+        asked.append(pool.submit(transcribe, client, A))  # type: ignore[arg-type]
+        wait_until(lambda: levels(client) == [0.0, -1.0], "another person")
+        service: Any = app.state.service
+        service._loop.call_soon_threadsafe(service.gate.close)
+        refused: Any = asked[1].result()
+        assert refused.status_code == 503
+        assert error_of(refused)["code"] == "shutting_down"
+        assert len(asked[0].result()) == 10
+        assert len(list(texts)) == 9
+
+
+def _person(client: httpx.Client) -> Iterator[str]:
+    with hearing(client, 10, {}) as texts:
+        yield from texts
+
+
+def under_way(client: httpx.Client) -> list[str]:
+    """
+    The priorities of the requests under way, as they were asked for.
+    """
+    found: list[dict[str, Any]] = client.get("/api/requests").json()["under_way"]
+    return [each["priority"] for each in found]
+
+
+def levels(client: httpx.Client) -> list[float]:
+    """
+    The priorities of what waits.
+    """
+    waiting: list[dict[str, Any]] = client.get("/api/ps").json()["waiting"]
+    return [each["priority"] for each in waiting]
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_model_that_is_at_work_is_loaded_and_pinned_without_a_turn(
+    cache: ModelCache,
+) -> None:
+    """
+    It is there already, whoever waits for a turn with it.
+    """
+    with (
+        serving(cache, models=micros(), parallel=1, timeout_s=1) as client,
+        hearing(client, 40, {}) as texts,
+    ):
+        next(texts)
+        for action in ("load", "pin"):
+            assert client.post(f"/api/models/{A}/{action}").status_code == 200
+        assert transcribe(client, A).status_code == 503
 
 
 @pytest.mark.parametrize("value", ["urgent", "nan", "1", "interactive, batch"])
@@ -123,7 +248,6 @@ def test_waiting_requests_are_shown_with_their_priority(cache: ModelCache) -> No
     """
     In the order in which they are served.
     """
-    snapshot: dict[str, Any]
     with (
         serving(cache, models=micros(), parallel=1) as client,
         cache.lease(micro("micro b"), "cpu"),
@@ -135,8 +259,6 @@ def test_waiting_requests_are_shown_with_their_priority(cache: ModelCache) -> No
         wait_until(lambda: waiting(client) == 2, "another one before it")
         asked += [pool.submit(transcribe, client, A)]
         wait_until(lambda: waiting(client) == 3, "a person before that")
-        snapshot = client.get("/api/ps").json()
-        levels = [each["priority"] for each in snapshot["waiting"]]
-        assert levels == [0.0, -1.0, -1.0]
+        assert levels(client) == [0.0, -1.0, -1.0]
         cache.resize(max_models=2)
         assert all(each.result().status_code == 200 for each in asked)

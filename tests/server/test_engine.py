@@ -33,7 +33,7 @@ def engine_of(cache: ModelCache) -> tuple[LocalEngine, Offer]:
     An engine, and what it offers.
     """
     offers = Offers([ModelSpec("m", str(micro("micro says hello")))], "cpu")
-    return LocalEngine(offers, cache, threads=1), next(iter(offers))
+    return LocalEngine(offers, cache), next(iter(offers))
 
 
 def test_a_model_is_held_as_long_as_its_segments_are(cache: ModelCache) -> None:

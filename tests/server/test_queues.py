@@ -70,7 +70,7 @@ def test_who_waits_too_long_for_a_model_is_told_when_to_try_again(
 
 def test_a_wait_that_was_in_vain_is_told_in_whole(cache: ModelCache) -> None:
     """
-    At the gate and in the cache, where little of the time may have been left.
+    However many turns others have had meanwhile.
     """
     with (
         serving(cache, models=micros(), timeout_s=1, parallel=1) as client,
@@ -78,7 +78,6 @@ def test_a_wait_that_was_in_vain_is_told_in_whole(cache: ModelCache) -> None:
         asking(client, B),
     ):
         wait_until(lambda: len(cache.waiting()) == 1, "the first in the cache")
-        # Its turn comes as the first one's time is up.
         told = error_of(transcribe(client, B))["message"]
     match = re.search(r"within (\d+\.\d) s", told)
     assert match, told
@@ -112,7 +111,7 @@ def test_more_than_max_waiting_are_refused_at_the_door(cache: ModelCache) -> Non
             first = asked.enter_context(asking(client, B))
             wait_until(lambda: len(cache.waiting()) == 1, "the first in the cache")
             second = asked.enter_context(asking(client, B))
-            wait_until(lambda: waiting(client) == 2, "the second at the gate")
+            wait_until(lambda: waiting(client) == 2, "the second, too")
             answer = transcribe(client, B)
             assert answer.status_code == 429
             assert int(answer.headers["retry-after"]) > 0
@@ -126,7 +125,7 @@ def test_a_client_that_leaves_while_it_waits_is_forgotten(
     cache: ModelCache, caplog: pytest.LogCaptureFixture
 ) -> None:
     """
-    In the cache and at the gate; its place goes to the next, and it is no error.
+    Be it the first or not; its place goes to the next, and it is no error.
     """
     with (
         serving(cache, models=micros(), parallel=1) as client,
@@ -135,7 +134,7 @@ def test_a_client_that_leaves_while_it_waits_is_forgotten(
         with asking(client, B):
             wait_until(lambda: len(cache.waiting()) == 1, "the first in the cache")
             with asking(client, B):
-                wait_until(lambda: waiting(client) == 2, "the second at the gate")
+                wait_until(lambda: waiting(client) == 2, "the second, too")
             wait_until(lambda: waiting(client) == 1, "the second gone")
             assert len(cache.waiting()) == 1
         wait_until(lambda: not cache.waiting(), "the first gone")
@@ -294,7 +293,7 @@ def test_a_call_that_nobody_waits_for_keeps_its_turn_until_it_ends(
             wait_until(lambda: running == 1, "the call")
         for _ in range(3):
             with asking(client, A):
-                wait_until(lambda: waiting(client) == 1, "the next at the gate")
+                wait_until(lambda: waiting(client) == 1, "the next in the cache")
             wait_until(lambda: waiting(client) == 0, "it to be forgotten")
         assert cache.stats().leases == most == 1
         go.set()
@@ -359,6 +358,8 @@ def test_only_so_much_audio_is_in_memory(
     ):
         asked = [pool.submit(transcribe, client, A) for _ in range(4)]  # 2.9 s each
         wait_until(lambda: (running, waiting(client)) == (2, 2), "two at work")
+        # The others hold no model meanwhile.
+        wait_until(lambda: cache.stats().leases == 2, "two leases")
         go.set()
         assert [each.result().status_code for each in asked] == [500] * 4
         assert running == 4

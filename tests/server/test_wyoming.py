@@ -81,7 +81,7 @@ class Served:
         Nothing is leased, at work or waited for, and nobody is being talked to.
         """
         wait_until(lambda: self.cache.stats().leases == 0, "no lease is left")
-        wait_until(lambda: not self.service.gate._working.total(), "no turn is left")
+        wait_until(lambda: not self.service.gate._visits, "no visit is left")
         wait_until(lambda: not self.service.endpoint._sessions, "nobody is there")
 
 
@@ -723,10 +723,11 @@ def test_a_full_queue_is_told() -> None:
             await say(client, HELLO_AUDIO)
             return await refused(client)
 
-    with speaking(max_waiting=0, parallel=1) as served:
-        served.service.gate._working["m"] += 1
+    with (
+        speaking(max_waiting=0, parallel=1) as served,
+        served.service.gate.visit("m"),
+    ):
         assert asyncio.run(ask(served)).code == "too_many_requests"
-        served.service.gate._working["m"] -= 1
 
 
 def test_who_says_nothing_is_hung_up_on() -> None:

@@ -129,7 +129,7 @@ def values_of(given: Mapping[str, object]) -> dict[str, Any]:
     """
     values = {key: setting.default for key, setting in SETTINGS.items()}
     keys = {key.rpartition(".")[2]: key for key in SERVED_CACHE_KEYS}
-    # A server's own win: requests wait at its gate, and not in its caches.
+    # A server's own win: its limits are of requests, and those of caches of leases.
     keys |= {
         key.removeprefix(f"{SERVE}."): key
         for key in SETTINGS

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import sys
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -17,10 +15,8 @@ from ray import serve
 from whispercache.cache import ModelCache
 from whispercache.errors import LoadFailed, WhisperCacheError
 from whispercache.events import DeviceLost
-from whispercache.planning.priority import INTERACTIVE
 from whispercache.server.engine import Terms
 from whispercache.server.errors import RETRY_S
-from whispercache.server.gate import Gate, Paced
 from whispercache.server.local import LocalEngine
 from whispercache.server.offers import offers_of
 
@@ -47,8 +43,6 @@ Heard: TypeAlias = 'tuple[Literal["here", "phase", "info", "segment"], object]'
 
 _log = logging.getLogger("whispercache")
 
-_RATE_HZ = 16_000
-
 # A replica has this long to unload its models when it ends.
 _CLOSE_S = 10.0
 
@@ -67,11 +61,10 @@ class EngineReplica:
         self._options = options
         self._cache = ModelCache(**cache)
         self._offers = offers_of(options)
-        threads = options.parallel * len(self._offers)
-        self._engine = LocalEngine(self._offers, self._cache, threads)
-        # The server has bounded how many wait.
-        max_audio_s = options.max_audio_s or options.max_duration_s
-        self._gate = Gate(options.parallel, sys.maxsize, max_audio_s)
+        # The servers have bounded how many wait.
+        self._engine = LocalEngine(
+            self._offers, self._cache, options.parallel, options.audio_in_memory_s
+        )
         self._meter = Meter()
         self._keep_alive: str | None = None
         self._pins: dict[str, asyncio.Task[None]] = {}
@@ -117,37 +110,27 @@ class EngineReplica:
             # From any thread.
             loop.call_soon_threadsafe(phases.put_nowait, phase)
 
-        audio_s = len(samples) / _RATE_HZ
-        limit_s = math.inf if terms.timeout_s is None else terms.timeout_s
-        level = INTERACTIVE if terms.priority is None else terms.priority
-        async with self._gate.turn(offer.name, limit_s, audio_s, level) as turn:
-            kept = self._kept(terms, turn.left_s)
-            call = asyncio.ensure_future(
-                engine.transcribe(offer, lambda: samples, options, kept, tell)
-            )
-            call.add_done_callback(lambda _: tell(None))
-            try:
-                with ExitStack() as work:
-                    while (phase := await phases.get()) is not None:
-                        if phase == "working":
-                            self._meter.waited(loop.time() - came_s)
-                            work.enter_context(self._meter.working(offer.name))
-                        yield "phase", phase
-                    segments, info = await call
-                    yield "info", info
-                    # Here, since Ray's streams run ahead of who reads them.
-                    async for segment in Paced(segments, turn):
-                        yield "segment", segment
-            finally:
-                await _over(call)
-
-    def _kept(self, terms: Terms, left_s: float | None) -> Terms:
-        keep_alive = terms.keep_alive or self._keep_alive
-        return replace(
-            terms,
-            timeout_s=None if terms.timeout_s is None else left_s,
-            keep_alive=keep_alive,
+        call = asyncio.ensure_future(
+            engine.transcribe(offer, lambda: samples, options, self._kept(terms), tell)
         )
+        call.add_done_callback(lambda _: tell(None))
+        try:
+            with ExitStack() as work:
+                while (phase := await phases.get()) is not None:
+                    if phase == "working":
+                        self._meter.waited(loop.time() - came_s)
+                        work.enter_context(self._meter.working(offer.name))
+                    yield "phase", phase
+                segments, info = await call
+                yield "info", info
+                # Here, since Ray's streams run ahead of who reads them.
+                async for segment in segments:
+                    yield "segment", segment
+        finally:
+            await _over(call)
+
+    def _kept(self, terms: Terms) -> Terms:
+        return replace(terms, keep_alive=terms.keep_alive or self._keep_alive)
 
     async def knowledge(self, offer: Offer) -> Knowledge | None:
         """
@@ -166,7 +149,7 @@ class EngineReplica:
         Loads a model.
         """
         engine = await self._run()
-        await engine.load(offer, self._kept(terms, terms.timeout_s))
+        await engine.load(offer, self._kept(terms))
 
     async def pin(self, offer: Offer, terms: Terms) -> None:
         """

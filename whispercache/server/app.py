@@ -46,7 +46,8 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
     Args:
         options: The models that it offers, and their terms.
         cache: The cache of the models; it stays open. If None, a cache with default
-            limits, which is closed when the server ends.
+            limits, which is closed when the server ends. A ``parallel`` of its own is
+            for others: the server's requests have that of *options*.
 
     Raises:
         WhisperCacheError: a model on the list does not exist, or its device does not.
@@ -57,8 +58,8 @@ def create_app(options: ServerOptions, cache: ModelCache | None = None) -> FastA
     engine = LocalEngine(
         offers,
         cache or ModelCache(),
-        # One for each turn at the gate.
-        threads=options.parallel * len(offers),
+        options.parallel,
+        options.audio_in_memory_s,
     )
     # A cache of the caller's own stays open; others may use it.
     closing = engine.cache if cache is None else nullcontext()

@@ -86,8 +86,8 @@ async def transcribe(
     The segments take the lease with them, and give it back between two of them where
     *breaks* say so. See `Engine.transcribe` for the options.
 
-    A cancelled call goes on to its end, so that its request keeps its place at the
-    `Gate` as long as the model is busy with it.
+    A cancelled call goes on to its end, so that its request is under way as long as the
+    model is busy with it.
     """
     # From here on the call releases the lease, and not the caller.
     lease.owned = True

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from whispercache.planning.priority import INTERACTIVE
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
@@ -55,7 +57,8 @@ class Terms:
             before it is loaded; what it raises ends the request. It may be pickled, and
             called where the files are.
         priority: Its turn, as for `ModelCache.lease`. Below the usual one, segments
-            give their model's memory to others, and go on afterwards.
+            give their model and its memory to others, and go on afterwards.
+        audio_s: Seconds of audio, for which there must be room in memory.
     """
 
     timeout_s: float | None = None
@@ -63,6 +66,14 @@ class Terms:
     workload: Workload | None = None
     check: Callable[[Knowledge | None], None] | None = None
     priority: float | None = None
+    audio_s: float = 0.0
+
+    @property
+    def is_batch(self) -> bool:
+        """
+        True if it waits for others.
+        """
+        return self.priority is not None and self.priority < INTERACTIVE
 
 
 class Segments(Protocol):

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from whispercache.planning.priority import INTERACTIVE, parse_priority
 from whispercache.units import parse_duration
 
+from . import seen
 from .errors import ApiError, nonsense
 
 if TYPE_CHECKING:
@@ -212,4 +213,5 @@ def level_of(request: Request, field: str | None = None) -> float:
         raise nonsense("priority", str(error)) from None
     if level > INTERACTIVE:
         raise nonsense("priority", "a request may wait for others, not go before them")
+    seen.asks_for(text)
     return level

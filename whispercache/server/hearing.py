@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import wave
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from whispercache.engine.calls.prepare import workload_of
-from whispercache.errors import AudioError, LeaseTimeout, LoadFailed
+from whispercache.errors import AudioError, LoadFailed
 from whispercache.planning.priority import INTERACTIVE
 
 from . import seen
@@ -27,7 +27,6 @@ from .decode import samples
 from .engine import Terms
 from .errors import ApiError, as_refusal, nonsense
 from .forms import FILE
-from .gate import Paced
 from .offers import ALIGNMENT_HEADS
 from .transcripts import (
     MEDIA_TYPES,
@@ -45,7 +44,7 @@ from .transcripts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from fastapi import UploadFile
     from faster_whisper.transcribe import Segment, TranscriptionInfo
@@ -125,7 +124,7 @@ class Hearing:
         if asked.wants_words and not await engine.may_tell_words(offer):
             raise nonsense(asked.words_field, NO_WORDS)
         # A full queue is told before the upload is decoded, which costs the most.
-        self.service.gate.check(offer.name)
+        visit = self.lifetime.enter_context(self.service.gate.visit(offer.name))
         # Of its own: whatever becomes of the request, all is removed with it.
         folder = Path(
             self.lifetime.enter_context(
@@ -136,27 +135,24 @@ class Hearing:
         # knows how long the work will be.
         seen.enter("decoding")
         audio_s = await self._decode(folder / "upload", folder / "samples")
-        tell = seen.teller(audio_s)
-        limit_s = self.service.options.timeout_s
-        turn = await self.lifetime.enter_async_context(
-            self.service.gate.turn(offer.name, limit_s, audio_s, self.level)
-        )
+        tell = visit.teller(seen.teller(audio_s))
         asked = asked.fitted(audio_s)
         options = asked.options(vad=self.service.options.vad)
         terms = Terms(
-            turn.left_s,
+            self.service.options.timeout_s,
             asked.keep_alive,
             # Memory is reserved for this length, and no longer one.
             workload_of(options, asked.batch_size, round(audio_s * _RATE_HZ)),
             # A model that is downloaded first is checked between download and load.
             partial(asked.check_model, offer.name) if known is None else None,
             self.level,
+            audio_s,
         )
         heard = partial(samples, folder / "samples")
-        with _waited(limit_s - turn.left_s):
+        with visit.waiting():
             segments, info = await engine.transcribe(offer, heard, options, terms, tell)
         await self.lifetime.enter_async_context(segments)
-        return Paced(segments, turn), info
+        return segments, info
 
     async def _decode(self, upload: Path, decoded: Path) -> float:
         """
@@ -180,18 +176,6 @@ class Hearing:
 
 
 _PLAIN = MEDIA_TYPES["text"]
-
-
-@contextmanager
-def _waited(waited_s: float) -> Iterator[None]:
-    """
-    Has a time-out within the ``with`` block tell the seconds before it, too.
-    """
-    try:
-        yield
-    except LeaseTimeout as error:
-        error.waited_s += waited_s
-        raise
 
 
 def _save(file: UploadFile, target: Path, *, is_raw: bool) -> None:

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,24 +20,28 @@ from whispercache.async_cache import AsyncModelCache
 from whispercache.engine.files import claims_of
 from whispercache.engine.naming import canonical_model, short_name
 from whispercache.errors import DownloadTimeout, LeaseTimeout, WhisperCacheError
+from whispercache.events import WaitingInfo
+from whispercache.keys import ModelKey
 from whispercache.metrics import CacheCollector
+from whispercache.planning.priority import INTERACTIVE
 from whispercache.watch.live import Snapshot, Watch, in_words
 
 from .calls import transcribe
 from .engine import Phase, nobody
 from .loads import Loads
 from .logs import FIELDS
+from .room import Room
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
-    from faster_whisper.transcribe import TranscriptionInfo
+    from faster_whisper.transcribe import Segment, TranscriptionInfo
     from prometheus_client.core import Metric
+    from typing_extensions import Self
 
     from whispercache.cache import ModelCache
     from whispercache.engine.calls.languages import Knowledge
     from whispercache.events import Event
-    from whispercache.keys import ModelKey
     from whispercache.lease import Lease
     from whispercache.results import Breaks
 
@@ -52,13 +58,22 @@ class LocalEngine:
     Args:
         offers: The models that it is asked for.
         cache: The cache that they are in.
-        threads: Number of calls that may compute at once.
+        parallel: Number of calls on each model that may be at work at once, whatever
+            the cache has for that.
+        max_audio_s: Seconds of their audio that may be in memory, and as many again of
+            batches: people do not wait for the end of those.
 
     Raises:
         WhisperCacheError: a model on the list does not exist, or its device does not.
     """
 
-    def __init__(self, offers: Offers, cache: ModelCache, threads: int) -> None:
+    def __init__(
+        self,
+        offers: Offers,
+        cache: ModelCache,
+        parallel: int = 1,
+        max_audio_s: float = math.inf,
+    ) -> None:
         self.cache: AsyncModelCache = AsyncModelCache(cache)
         self._offers = offers
         # Finds names that do not exist, without a download.
@@ -69,14 +84,26 @@ class LocalEngine:
         # Not the loop's own pool, for which the end of the loop waits. Threads are made
         # when they are needed, for downloads one for each model.
         self._callers = ThreadPoolExecutor(
-            threads, thread_name_prefix="whispercache-call"
+            parallel * len(offers), thread_name_prefix="whispercache-call"
         )
         self._fetchers = ThreadPoolExecutor(
             len(offers), thread_name_prefix="whispercache-fetch"
         )
+        self._parallel = parallel
+        self._max_audio_s = max_audio_s
+        self._renew()
+
+    def _renew(self) -> None:
+        """
+        Forgets what was of an event loop that has ended.
+        """
         self._loads = Loads(self._waited_for_by)
         # Downloads under way, by the name of the model.
         self._fetching: dict[str, asyncio.Future[None]] = {}
+        # That of batches is True's.
+        self._rooms = {kind: Room(self._max_audio_s) for kind in (False, True)}
+        # Requests that wait, and not in the cache: what they want, since when.
+        self._elsewhere: dict[object, tuple[Offer, Terms, float]] = {}
 
     @property
     def is_closed(self) -> bool:
@@ -90,9 +117,7 @@ class LocalEngine:
         """
         Watches the cache and counts its events in an ``async with`` block.
         """
-        # Those of an event loop that has ended.
-        self._fetching = {}
-        self._loads = Loads(self._waited_for_by)
+        self._renew()
         with ExitStack() as stack:
             cache = self.cache.cache
             self._watch = stack.enter_context(Watch(cache, self.name_of))
@@ -180,27 +205,68 @@ class LocalEngine:
         """
         Begins to transcribe. See `Engine.transcribe`.
         """
-        lease = await self._lease(offer, terms, tell)
-        with ExitStack() as held:
-            # Until the call has the lease, an error must release it.
-            held.callback(lease.release)
-            tell("working")
-            heard = await run_in_threadpool(samples)
-            breaks = await run_in_threadpool(self._breaks, offer, terms, lease)
-            # From now on the call has it, whatever becomes of the request.
-            held.pop_all()
-        batched = self.cache.cache.loader.batched
-        return await transcribe(
-            self._callers, lease, heard, dict(options), batched, breaks=breaks
-        )
+        with ExitStack() as entered:
+            lease = await self._turn(offer, terms, tell, entered)
+            with ExitStack() as held:
+                # Until the call has the lease, an error must release it.
+                held.callback(lease.release)
+                tell("working")
+                heard = await run_in_threadpool(samples)
+                breaks = None
+                if terms.is_batch:
+                    breaks = await run_in_threadpool(self._breaks, offer, terms, lease)
+                # From now on the call has it, whatever becomes of the request.
+                held.pop_all()
+            batched = self.cache.cache.loader.batched
+            segments, info = await transcribe(
+                self._callers, lease, heard, dict(options), batched, breaks=breaks
+            )
+            return _Placed(segments, entered.pop_all()), info
+
+    async def _turn(
+        self,
+        offer: Offer,
+        terms: Terms,
+        tell: Callable[[Phase], None],
+        entered: ExitStack,
+    ) -> Lease:
+        """
+        Returns a lease for a call, whose audio may be in memory until *entered* ends.
+        """
+        began_s = time.monotonic()
+        lease = await self._lease(offer, terms, tell, self._parallel)
+        place = self._rooms[terms.is_batch].enter(terms.audio_s)
+        entered.callback(place.leave)
+        if place.is_had.is_set():
+            return lease
+        # Others may need the model meanwhile, perhaps for the audio that is waited for.
+        lease.release()
+        tell("waiting")
+        limit_s = terms.timeout_s
+        end_s = None if limit_s is None else limit_s + began_s - time.monotonic()
+        with self._waiting_elsewhere(offer, terms), anyio.move_on_after(end_s):
+            await place.is_had.wait()
+        waited_s = time.monotonic() - began_s
+        if not place.is_had.is_set():
+            raise LeaseTimeout(offer.name, waited_s)
+        left_s = None if limit_s is None else max(0.0, limit_s - waited_s)
+        terms = replace(terms, timeout_s=left_s)
+        try:
+            return await self._lease(offer, terms, tell, self._parallel)
+        except LeaseTimeout as late:
+            late.waited_s += waited_s
+            raise
 
     def _breaks(self, offer: Offer, terms: Terms, lease: Lease) -> Breaks | None:
         """
-        Returns how a call gives its lease back between two segments; None if it is no
-        batch.
+        Returns how a batch's call gives its lease back between two segments; None for
+        models that cannot.
         """
         model = self.cache.cache.get_model(
-            *offer.place, keep_alive=terms.keep_alive, priority=terms.priority
+            *offer.place,
+            keep_alive=terms.keep_alive,
+            priority=terms.priority,
+            parallel=self._parallel,
         )
         return model.breaks(lease, terms.workload)
 
@@ -224,15 +290,22 @@ class LocalEngine:
             lease.pin()
 
     async def _lease(
-        self, offer: Offer, terms: Terms, tell: Callable[[Phase], None]
+        self,
+        offer: Offer,
+        terms: Terms,
+        tell: Callable[[Phase], None],
+        parallel: int | None = None,
     ) -> Lease:
-        if self.key(offer) is None:
-            tell("downloading")
         is_there, limit_s = False, terms.timeout_s
         # The cache's own limit begins once the files are there, and tells more.
         with anyio.move_on_after(None if limit_s is None else limit_s + 0.5):
             # Outside the cache, in which a download would hold a place in the queue.
-            await self._fetch(offer)
+            if self.key(offer) is None:
+                tell("downloading")
+                with self._waiting_elsewhere(offer, terms):
+                    await self._fetch(offer)
+            else:
+                await self._fetch(offer)
             is_there = True
             if terms.check is not None:
                 terms.check(await self.knowledge(offer))
@@ -244,9 +317,22 @@ class LocalEngine:
                     keep_alive=terms.keep_alive,
                     workload=terms.workload,
                     priority=terms.priority,
+                    parallel=parallel,
                 )
         ended = LeaseTimeout if is_there else DownloadTimeout
         raise ended(offer.name, limit_s or 0.0)
+
+    @contextmanager
+    def _waiting_elsewhere(self, offer: Offer, terms: Terms) -> Iterator[None]:
+        """
+        Has a request among those that wait, for the ``with`` block.
+        """
+        token = object()
+        self._elsewhere[token] = offer, terms, time.monotonic()
+        try:
+            yield
+        finally:
+            del self._elsewhere[token]
 
     async def _fetch(self, offer: Offer) -> None:
         """
@@ -292,10 +378,21 @@ class LocalEngine:
 
     async def snapshot(self) -> Snapshot:
         """
-        Returns the state of the cache.
+        Returns the state of the cache, with the requests that wait outside of it: for a
+        download, or for room for their audio.
         """
         assert self._watch is not None, "the server is not running"
-        return self._watch.snapshot()
+        found, now_s = self._watch.snapshot(), time.monotonic()
+        others = (
+            # Its device and type are settled by the cache.
+            WaitingInfo(
+                (ModelKey(offer.name, "", ""),),
+                now_s - since_s,
+                INTERACTIVE if terms.priority is None else terms.priority,
+            )
+            for offer, terms, since_s in self._elsewhere.values()
+        )
+        return replace(found, waiting=(*others, *found.waiting))
 
     async def metrics(self) -> Sequence[Metric]:
         """
@@ -304,3 +401,26 @@ class LocalEngine:
         collector = self._collector
         assert collector is not None, "the server is not running"
         return await run_in_threadpool(lambda: list(collector.collect()))
+
+
+class _Placed:
+    """
+    Segments of a call, with what is given up at its end.
+    """
+
+    def __init__(self, segments: Segments, entered: ExitStack) -> None:
+        self._segments = segments
+        self._entered = entered
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Segment:
+        return await anext(self._segments)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        with self._entered:
+            await self._segments.__aexit__(*exception)

@@ -118,7 +118,7 @@ async def show_processes(service: Served) -> dict[str, object]:
     return {
         "version": __version__,
         "requires_key": bool(service.options.keys),
-        **(await service.snapshot()).as_json(),
+        **(await service.engine.snapshot()).as_json(),
     }
 
 

@@ -54,7 +54,8 @@ class ServerOptions:
             without it models write words into silence (benchmarks/silence.py).
         max_upload_bytes: Of one request's whole body.
         max_duration_s: Of one request's audio.
-        max_audio_s: Of the audio of all requests that are at work, which is in memory:
+        max_audio_s: Of the audio of all requests that are at work, which is in memory,
+            and again of all batches:
             for each second 64 kB of samples, up to 51 kB of spectrogram and 68 kB where
             speech is looked for, and some 60 MB for each request. None for that of the
             longest request. What waits is on disk.
@@ -98,6 +99,13 @@ class ServerOptions:
     wyoming: tuple[str, int] | None = None
     drain_s: float = 30.0
     offered: tuple[ModelSpec, ...] = field(init=False, repr=False)
+
+    @property
+    def audio_in_memory_s(self) -> float:
+        """
+        The limit of the audio in memory, set or by the longest request.
+        """
+        return self.max_audio_s or self.max_duration_s
 
     def __post_init__(self) -> None:
         # Once, so that a misspelt model is told where the options are made.

@@ -271,6 +271,14 @@ def wants(model: str) -> None:
         request.model = model
 
 
+def asks_for(priority: str) -> None:
+    """
+    Notes the priority that the current request asks for.
+    """
+    if (request := current()) is not None:
+        request.priority = priority
+
+
 def failed(code: str | None) -> None:
     """
     Notes the code of the error that the current request ends with.

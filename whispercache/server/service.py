@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastapi import Depends, Request
@@ -29,8 +28,6 @@ from .limits import Arrivals
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    from whispercache.watch.live import Snapshot
 
     from .engine import Engine
     from .offers import Offer, Offers
@@ -82,17 +79,16 @@ class Service:
         PlatformCollector(registry=registry)
         waiting = Gauge(
             "whispercache_server_waiting_requests",
-            "Requests that wait for their turn with a model, before the cache.",
+            "Requests beyond those that may be at work; max_waiting bounds them.",
             registry=registry,
         )
         # The gate is another one after a restart, so it is asked for each time.
-        waiting.set_function(lambda: len(self.gate.waiting()))
+        waiting.set_function(lambda: self.gate.waiting)
         return registry
 
     def _renew(self) -> None:
         options = self.options
-        max_audio_s = options.max_audio_s or options.max_duration_s
-        self.gate: Gate = Gate(options.parallel, options.max_waiting, max_audio_s)
+        self.gate: Gate = Gate(options.parallel, options.max_waiting)
         self.decoder: Decoder = Decoder(
             processes=options.decoders,
             max_duration_s=options.max_duration_s,
@@ -194,14 +190,6 @@ class Service:
         if self.gate.is_closed or self.engine.is_closed:
             return "closing"
         return "loading" if self.pending else "ready"
-
-    async def snapshot(self) -> Snapshot:
-        """
-        Returns the state of the engine and of the gate.
-        """
-        found = await self.engine.snapshot()
-        # The gate's come first: they wait for those before the cache, or beside them.
-        return replace(found, waiting=(*self.gate.waiting(), *found.waiting))
 
     def offer(self, name: str) -> Offer:
         """

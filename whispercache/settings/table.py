@@ -245,8 +245,8 @@ SERVED_CACHE_KEYS = tuple(
     key for key in CACHE_KEYS if key not in ("max_waiting", "parallel", "priority")
 )
 """
-Those of a server's cache: its requests wait at the server's own gate, and name their
-priority.
+Those of a server's cache: the server bounds how many wait and work, and its requests
+name their priority.
 """
 
 

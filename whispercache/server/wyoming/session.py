@@ -21,7 +21,7 @@ from whispercache.engine.audio.decoder import SAMPLES_PER_S
 from whispercache.engine.calls.prepare import workload_of
 from whispercache.server.calls import unless
 from whispercache.server.decode import samples
-from whispercache.server.engine import Terms
+from whispercache.server.engine import Terms, nobody
 from whispercache.server.errors import ApiError, as_refusal, nonsense, shutting_down
 from whispercache.version import __version__
 
@@ -289,26 +289,23 @@ class Session:
             await self._send(Transcript("", asked.context))
             return
         offer, known = await asked.offer(service)
-        # A full queue is told before anything is decoded.
-        service.gate.check(offer.name)
-        path, audio_s = await recording.samples(service.decoder)
-        options = asked.options(vad=service.options.vad)
-        timeout_s = service.options.timeout_s
-        begin_by_s = asyncio.get_running_loop().time() + timeout_s
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(
-                service.gate.turn(offer.name, timeout_s, audio_s)
-            )
+            # A full queue is told before anything is decoded.
+            visit = stack.enter_context(service.gate.visit(offer.name))
+            path, audio_s = await recording.samples(service.decoder)
+            options = asked.options(vad=service.options.vad)
             terms = Terms(
-                max(0.0, begin_by_s - asyncio.get_running_loop().time()),
+                service.options.timeout_s,
                 # Memory is reserved for this length, and no longer one.
                 workload=workload_of(options, None, round(audio_s * SAMPLES_PER_S)),
                 # A model that is downloaded first is checked before it is loaded.
                 check=partial(asked.check, offer.name) if known is None else None,
+                audio_s=audio_s,
             )
-            segments, info = await service.engine.transcribe(
-                offer, partial(samples, path), options, terms
-            )
+            with visit.waiting():
+                segments, info = await service.engine.transcribe(
+                    offer, partial(samples, path), options, terms, visit.teller(nobody)
+                )
             await stack.enter_async_context(segments)
             text = await self._tell(segments, info, asked)
         # The model is free by now.
