@@ -34,6 +34,7 @@ import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -190,7 +191,7 @@ async def play(
     Sends each request at its time, and returns the seconds that each took.
     """
     offers = Offers(ServerOptions(models=tuple(SIZES)).offered, "cuda")
-    silence = ray.put(np.zeros(16_000, np.float32))
+    silence = partial(ray.get, ray.put(np.zeros(16_000, np.float32)))
     start_s = time.perf_counter()
 
     async def ask(at_s: float, name: str) -> float:

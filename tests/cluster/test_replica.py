@@ -73,7 +73,7 @@ def test_what_it_tells_once_and_again_and_again(
         await asyncio.sleep(0.01)
         assert await replica.record_routing_stats() == told
         assert told["calls_s"] == {}
-        async for _ in replica.hear(OFFERS["small"], SILENCE, {}, Terms(5)):
+        async for _ in replica.hear(OFFERS["small"], lambda: SILENCE, {}, Terms(5)):
             pass
         told = await replica.record_routing_stats()
         # No timer sleeps for less.
@@ -113,7 +113,7 @@ def test_who_leaves_in_mid_stream_lets_the_model_go(
     """
 
     async def steps(replica: Any) -> None:
-        stream = replica.hear(OFFERS["small"], SILENCE, {}, Terms(5))
+        stream = replica.hear(OFFERS["small"], lambda: SILENCE, {}, Terms(5))
         heard = []
         async for kind, item in stream:
             heard.append(item if kind == "phase" else kind)

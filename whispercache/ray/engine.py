@@ -25,15 +25,13 @@ from .meter import Meter
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    import numpy as np
     from faster_whisper.transcribe import TranscriptionInfo
-    from numpy.typing import NDArray
     from prometheus_client.core import Metric
 
     from whispercache.engine.calls.languages import Knowledge
     from whispercache.events import Event
     from whispercache.options import CacheOptions
-    from whispercache.server.engine import Phase, Segments
+    from whispercache.server.engine import Phase, Samples, Segments
     from whispercache.server.offers import Offer
     from whispercache.server.options import ServerOptions
     from whispercache.watch.live import Snapshot
@@ -91,13 +89,13 @@ class EngineReplica:
     async def hear(
         self,
         offer: Offer,
-        samples: NDArray[np.float32],
+        samples: Samples,
         options: Mapping[str, object],
         terms: Terms,
     ) -> AsyncIterator[Heard]:
         """
-        Transcribes. Yields that the request is here, each phase as it begins, the info,
-        then the segments.
+        Transcribes what *samples* returns, once the model is there. Yields that the
+        request is here, each phase as it begins, the info, then the segments.
         """
         yield "here", None
         engine = await self._run()
@@ -111,7 +109,7 @@ class EngineReplica:
             loop.call_soon_threadsafe(phases.put_nowait, phase)
 
         call = asyncio.ensure_future(
-            engine.transcribe(offer, lambda: samples, options, self._kept(terms), tell)
+            engine.transcribe(offer, samples, options, self._kept(terms), tell)
         )
         call.add_done_callback(lambda _: tell(None))
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import anyio
@@ -116,8 +117,10 @@ class RemoteEngine:
         """
         Begins to transcribe, where that will begin soonest. See `Engine.transcribe`.
         """
-        # Once, also if it is sent again.
-        heard = await run_in_threadpool(lambda: ray.put(samples()))
+        # Once, also if it is sent again. The replica gets it when its model is there:
+        # until then Ray may keep it on disk.
+        stored = await run_in_threadpool(lambda: ray.put(samples()))
+        heard = partial(ray.get, stored)
         replica = self._replicas.options(
             stream=True, method_name="hear", multiplexed_model_id=offer.name
         )
