@@ -25,6 +25,7 @@ from whispercache import ModelCache
 from whispercache.cli.main import main
 from whispercache.engine.naming import ModelSpec
 from whispercache.server import ServerOptions, create_app
+from whispercache.server.requests import listed
 from whispercache.testing import wait_until
 
 pytest.importorskip("wyoming", reason="needs the extra [wyoming]")
@@ -55,6 +56,9 @@ pytestmark = pytest.mark.process
 
 HELLO = ModelSpec("m", str(micro("micro says hello")))
 ENGLISH = ModelSpec("m.en", str(micro("micro english", english=True)))
+
+
+ROUTE = "WYOMING transcribe"
 
 
 class Served:
@@ -728,6 +732,46 @@ def test_a_full_queue_is_told() -> None:
         served.service.gate.visit("m"),
     ):
         assert asyncio.run(ask(served)).code == "too_many_requests"
+
+
+def test_conversations_are_listed_as_other_requests_are() -> None:
+    """
+    What was heard, refused, or not said to its end; with the code that was told.
+    """
+
+    async def talk(served: Served) -> None:
+        async with served.client() as client:
+            await say(client, HELLO_AUDIO)
+            await heard(client)
+            assert (await read(client)).type == "transcript-stop"
+            await client.write_event(Transcribe(name="nobody").event())
+            await refused(client)
+            await client.write_event(Transcribe(name="m").event())
+            with served.service.gate.visit("m"):
+                await say(client, HELLO_AUDIO)
+                await refused(client)
+            await client.write_event(Transcribe(name="m").event())
+            await client.write_event(AudioStart(16_000, 2, 1).event())
+            await client.write_event(Ping().event())
+            await read(client)
+            [speaking] = listed(served.service.seen).under_way
+            assert (speaking.phase, speaking.route) == ("arriving", ROUTE)
+
+    with speaking(max_waiting=0, parallel=1) as served:
+        asyncio.run(talk(served))
+        served.assert_all_is_let_go()
+        requests = httpx.get(f"{served.url}/api/requests").json()
+    assert requests["under_way"] == []
+    shown = ("outcome", "error", "model", "route", "status")
+    assert [tuple(each[name] for name in shown) for each in requests["lately"]] == [
+        ("left", None, "m", ROUTE, None),
+        ("refused", "too_many_requests", "m", ROUTE, None),
+        ("refused", "model_not_found", None, ROUTE, None),
+        ("answered", None, "m", ROUTE, None),
+    ]
+    answered = requests["lately"][-1]
+    assert answered["audio_s"] == pytest.approx(len(HELLO_AUDIO) / 32_000)
+    assert answered["seconds"]["working"] > 0
 
 
 def test_who_says_nothing_is_hung_up_on() -> None:

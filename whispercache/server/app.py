@@ -23,7 +23,6 @@ from .limits import UploadLimit
 from .local import LocalEngine
 from .offers import offers_of
 from .origins import ANY_ORIGIN, pattern_of
-from .seen import RequestsSeen
 from .service import Service
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def application(
         redirect_slashes=False,
     )
     app.state.service = service
-    app.state.seen = RequestsSeen()
+    app.state.seen = service.seen
     routers = (audio.router, others.router, manage.router, requests.router)
     errors.install(app, (*routers, manage.health))
     # `Guard` asks for the key; this is for the schema.

@@ -91,14 +91,20 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         # As OpenAI calls them.
-        is_ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        kind = (
-            "server_error" if is_ours else _TYPES.get(status, "invalid_request_error")
-        )
+        kind = "server_error"
+        if not self.is_ours:
+            kind = _TYPES.get(status, "invalid_request_error")
         self.detail: ErrorDetail = ErrorDetail(
             message=message, type=kind, param=param, code=code
         )
         self.headers: dict[str, str] = dict(headers or {})
+
+    @property
+    def is_ours(self) -> bool:
+        """
+        True if it is no fault of the request.
+        """
+        return self.status >= HTTPStatus.INTERNAL_SERVER_ERROR
 
     def __reduce__(self) -> tuple[object, ...]:
         # The default would pass the message alone, by position.

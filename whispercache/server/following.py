@@ -95,12 +95,19 @@ class _Followed:
         self._note_route()
         request.end(outcome)
         self._trace.finish()
-        if request.method not in LOOKING and _log.isEnabledFor(logging.INFO):
-            _log.info("%s", _sentence(request), extra={FIELDS: _fields(request)})
+        log_end(request)
 
     def _note_route(self) -> None:
         route = self._scope.get("route")
         self._request.route = getattr(route, "path_format", None)
+
+
+def log_end(request: SeenRequest) -> None:
+    """
+    Writes the line of a request that is over into the log.
+    """
+    if request.method not in LOOKING and _log.isEnabledFor(logging.INFO):
+        _log.info("%s", _sentence(request), extra={FIELDS: _fields(request)})
 
 
 def _fields(request: SeenRequest) -> dict[str, object]:
@@ -127,7 +134,7 @@ def _sentence(request: SeenRequest) -> str:
     """
     spent = [f"{name} {s:.2f} s" for name, s in request.seconds().items()]
     told = ", ".join((*filter(None, (request.who, request.model)), *spent))
-    status = request.status or "no status"
     route = request.route or "of no route"
-    code = f", {request.error}" if request.error else ""
-    return f"{request.method} {route} {request.outcome} ({status}{code}): {told}"
+    facts = filter(None, (request.status, request.error))
+    ended = ", ".join(map(str, facts)) or "no status"
+    return f"{request.method} {route} {request.outcome} ({ended}): {told}"

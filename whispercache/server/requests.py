@@ -40,7 +40,8 @@ class RequestInfo(BaseModel):
     id: str = Field(description="As in the answer's header X-Request-ID, and the log.")
     at_s: float = Field(description="When it came, in seconds since 1970 (UTC).")
     route: str | None = Field(
-        description='As "POST /v1/audio/transcriptions"; null until it is known.'
+        description='As "POST /v1/audio/transcriptions", or "WYOMING transcribe"; null '
+        "until it is known."
     )
     who: str | None = Field(description="The name of its key, if that has one.")
     model: str | None = Field(description="The served model that it is for.")

@@ -25,6 +25,7 @@ from .engine import Terms
 from .errors import RETRY_S, ApiError
 from .gate import Gate
 from .limits import Arrivals
+from .seen import RequestsSeen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -47,6 +48,8 @@ class Service:
         self.offers = offers
         self.engine = engine
         self.arrivals: Arrivals = Arrivals()
+        # In whatever protocol they come.
+        self.seen: RequestsSeen = RequestsSeen()
         # Made anew at each start; these are for applications that ask before.
         self._renew()
         self.registry: CollectorRegistry = self._new_registry()

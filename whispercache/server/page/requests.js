@@ -13,6 +13,7 @@ const KINDS = {
   "POST /v1/audio/translations": "translation",
   "POST /asr": "transcript",
   "POST /inference": "transcript",
+  "WYOMING transcribe": "transcript",
   "POST /api/models/{name}/load": "load",
   "POST /api/models/{name}/pin": "pin",
   "DELETE /api/models/{name}/pin": "unpin",

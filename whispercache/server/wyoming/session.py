@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -19,10 +20,12 @@ from wyoming.ping import Pong
 
 from whispercache.engine.audio.decoder import SAMPLES_PER_S
 from whispercache.engine.calls.prepare import workload_of
+from whispercache.server import seen
 from whispercache.server.calls import unless
 from whispercache.server.decode import samples
-from whispercache.server.engine import Terms, nobody
+from whispercache.server.engine import Terms
 from whispercache.server.errors import ApiError, as_refusal, nonsense, shutting_down
+from whispercache.server.following import log_end
 from whispercache.version import __version__
 
 from .asked import Asked, languages_of
@@ -36,11 +39,17 @@ if TYPE_CHECKING:
     from wyoming.event import Eventable
 
     from whispercache.server.engine import Segments
+    from whispercache.server.seen import Outcome, SeenRequest
     from whispercache.server.service import Service
 
 _log = logging.getLogger("whispercache")
 
 PROGRAM: Final = "whispercache"
+
+PROTOCOL: Final = "WYOMING"
+"""
+The method of its requests, where others have one of HTTP's.
+"""
 
 AFTER_ERROR_S: Final = 3.0
 """
@@ -92,6 +101,8 @@ class Session:
         # None after a wish that was refused: what is said to it has no answer.
         self._asked: Asked | None = Asked()
         self._recording: Recording | None = None
+        # What it says, and the answer to it, as others see them.
+        self._request: SeenRequest | None = None
         # What it says now was refused, and is passed over to its end.
         self._is_refused = False
         self._has_failed = False
@@ -132,6 +143,7 @@ class Session:
             await hang_up(self._writer)
 
     async def _tell_end(self, error: ApiError) -> None:
+        self._end_refused(error)
         try:
             await self._send(Error(str(error), error.detail.code), END_S)
         except (Left, OSError):
@@ -192,15 +204,42 @@ class Session:
         """
         Tells an error, and goes on.
         """
+        refusal = as_refusal(error)
+        self._end_refused(refusal)
         self._forget()
         self._has_failed = True
-        refusal = as_refusal(error)
         await self._send(Error(str(refusal), refusal.detail.code))
 
     def _forget(self) -> None:
+        self._end("left")
         if self._recording is not None:
             self._recording.close()
             self._recording = None
+
+    def _follow(self) -> SeenRequest:
+        """
+        Begins a request, unless one has begun, and lists it.
+        """
+        if self._request is None:
+            request_id = f"req_{secrets.token_hex(16)}"
+            self._request = self._service.seen.begin(request_id, PROTOCOL)
+            self._request.route = "transcribe"
+            self._request.admit()
+        return self._request
+
+    def _end_refused(self, error: ApiError) -> None:
+        if self._request is not None:
+            self._request.error = error.detail.code
+            self._end("failed" if error.is_ours else "refused")
+
+    def _end(self, outcome: Outcome) -> None:
+        """
+        Ends the request, unless that was done.
+        """
+        request, self._request = self._request, None
+        if request is not None:
+            request.end(outcome)
+            log_end(request)
 
     # What is asked ----------------------------------------------------------------
 
@@ -218,20 +257,23 @@ class Session:
     async def _transcribe(self, frame: Frame) -> None:
         self._forget()
         self._asked, self._is_refused = None, True
-        asked = Asked.of(frame.data)
-        await asked.offer(self._service)
+        with seen.following(self._follow()):
+            asked = Asked.of(frame.data)
+            await asked.offer(self._service)
         self._asked, self._is_refused = asked, False
 
     # What is said -----------------------------------------------------------------
 
     async def _start(self, frame: Frame) -> None:
-        self._forget()
+        if self._recording is not None:
+            self._forget()
         self._is_refused = self._asked is None
         if not self._is_refused:
             self._begin(frame)
 
     def _begin(self, frame: Frame) -> Recording:
         options = self._service.options
+        self._follow()
         self._is_refused = True
         shape = Format.of(frame.data)
         self._recording = Recording(
@@ -276,10 +318,12 @@ class Session:
             return
         self.is_answering = True
         try:
-            await unless(self._left.wait(), self._answer(asked))
+            with seen.following(self._follow()):
+                await unless(self._left.wait(), self._answer(asked))
         finally:
             self.is_answering = False
-            self._forget()
+        self._end("answered")
+        self._forget()
 
     # What was heard ---------------------------------------------------------------
 
@@ -289,10 +333,13 @@ class Session:
             await self._send(Transcript("", asked.context))
             return
         offer, known = await asked.offer(service)
+        seen.wants(offer.name)
         async with AsyncExitStack() as stack:
             # A full queue is told before anything is decoded.
             visit = stack.enter_context(service.gate.visit(offer.name))
+            seen.enter("decoding")
             path, audio_s = await recording.samples(service.decoder)
+            tell = visit.teller(seen.teller(audio_s))
             options = asked.options(vad=service.options.vad)
             terms = Terms(
                 service.options.timeout_s,
@@ -304,7 +351,7 @@ class Session:
             )
             with visit.waiting():
                 segments, info = await service.engine.transcribe(
-                    offer, partial(samples, path), options, terms, visit.teller(nobody)
+                    offer, partial(samples, path), options, terms, tell
                 )
             await stack.enter_async_context(segments)
             text = await self._tell(segments, info, asked)
