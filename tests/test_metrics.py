@@ -155,6 +155,12 @@ def _fall_back(world: World) -> None:
     world.cache.lease("small", "cuda:0", fallback=["cpu"]).release()
 
 
+def _stop_a_batch(world: World) -> None:
+    lease = world.cache.lease("base", "cuda:0", priority="batch")
+    for _ in range(2):
+        lease.give_back()
+
+
 def _refuse_an_unload(world: World) -> None:
     world.cache.preload("base", "cuda:0")
     world.loader.refuse_unloads = 1
@@ -174,6 +180,7 @@ def _refuse_an_unload(world: World) -> None:
         ("refused", _find_the_queue_full, 1),
         ("deadlocks", _deadlock, 1),
         ("fallbacks", _fall_back, 1),
+        ("batch_stops", _stop_a_batch, 1),
         ("unconfirmed_unloads", _refuse_an_unload, 1),
     ],
 )

@@ -16,10 +16,10 @@ import whispercache
 
 PUBLIC = {
     "whispercache": """
-        AsyncCachedModel AsyncModelCache Audio AudioDamage AudioError CacheClosed
-        CacheForked CachedModel CorruptModel DeviceInfo DeviceLost DeviceUnavailable
-        DeviceWarmedUp DeviceWarmingUp DownloadTimeout Event EvictionCause
-        EvictionTimeout Explanation FellBack Footprint Lease LeaseDeadlock
+        AsyncCachedModel AsyncModelCache Audio AudioDamage AudioError BatchStopped
+        CacheClosed CacheForked CachedModel CorruptModel DeviceInfo DeviceLost
+        DeviceUnavailable DeviceWarmedUp DeviceWarmingUp DownloadTimeout Event
+        EvictionCause EvictionTimeout Explanation FellBack Footprint Lease LeaseDeadlock
         LeaseTimeout Leases LoadFailed ModelCache ModelEvicted ModelGranted
         ModelInfo ModelKey ModelLoadFailed ModelLoaded ModelLoading
         ModelStillReferenced ModelTooLarge NoRoom NotDownloaded ReleaseUnconfirmed Stats

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .engine.audio.decoder import Audio, read_audio
     from .engine.sizes.footprint import Footprint, Workload, footprint
     from .events import (
+        BatchStopped,
         DeviceInfo,
         DeviceLost,
         DeviceWarmedUp,
@@ -79,6 +80,7 @@ __all__ = [
     "Audio",
     "AudioDamage",
     "AudioError",
+    "BatchStopped",
     "CacheClosed",
     "CacheForked",
     "CachedModel",

@@ -242,6 +242,14 @@ class NoRoom(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class BatchStopped(Event):
+    """
+    A batch gave this model back between two segments, for requests of a higher
+    priority. It goes on once it has it again.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class FellBack(Event):
     """
     A request got this model from its ``fallback`` ladder, and not the one it asked for.
@@ -274,6 +282,8 @@ class Stats:
         refused: Requests that found ``max_waiting`` others in the queue.
         deadlocks: Requests that failed so that others could be served.
         fallbacks: Requests that got a model of their ``fallback`` ladder.
+        batch_stops: Times that a batch gave its model back for others, between two
+            segments.
         load_s: Seconds spent in loads.
         wait_s: Seconds that requests waited, for room and for loads.
         waiting: Requests that wait now.
@@ -293,6 +303,7 @@ class Stats:
     refused: int = 0
     deadlocks: int = 0
     fallbacks: int = 0
+    batch_stops: int = 0
     load_s: float = 0.0
     wait_s: float = 0.0
     waiting: int = 0

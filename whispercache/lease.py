@@ -78,6 +78,10 @@ class _Lessor(Protocol[_Entry_contra]):
         self, entry: _Entry_contra, serial: int, keep_alive_s: float | None
     ) -> None: ...
 
+    def give_back(
+        self, entry: _Entry_contra, serial: int, keep_alive_s: float | None
+    ) -> None: ...
+
     def drop(
         self, entry: _Entry_contra, serial: int, keep_alive_s: float | None
     ) -> None: ...
@@ -191,6 +195,13 @@ class Lease:
         self._view = None
         release = self._lessor.release
         release(self._entry, self._serial, self._keep_alive_s)
+
+    def give_back(self) -> None:
+        """
+        Ends the lease of a batch, which stops for others.
+        """
+        self._view = None
+        self._lessor.give_back(self._entry, self._serial, self._keep_alive_s)
 
     def pin(self) -> None:
         """

@@ -70,6 +70,7 @@ _COUNTERS = (
     ("refused", "refused", "Requests that found the queue full."),
     ("deadlocks", "deadlocks", "Requests that failed so that others were served."),
     ("fallbacks", "fallbacks", "Requests that got a model of their fallback ladder."),
+    ("batch_stops", "batch_stops", "Times that a batch stopped for others."),
     ("unconfirmed_unloads", "unconfirmed", "Unloads that had to be tried again."),
 )
 _GAUGES = (

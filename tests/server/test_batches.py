@@ -122,6 +122,7 @@ def test_a_batch_makes_way_for_a_person(
         rest = list(texts)
         assert {text.strip() for text in (first, *rest)} == {"micro a"}
         assert len(rest) == n_windows - 1
+    assert cache.stats().batch_stops == 1
     # Its model had to go, and came back.
     assert cache.stats().loads == (3 if urgent == B else 1)
 

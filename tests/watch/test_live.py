@@ -46,6 +46,7 @@ TOLD: tuple[tuple[events.Event, str, str], ...] = (
         "could not be loaded: no such file",
     ),
     (events.ModelGranted(KEY, 2), "granted", "granted after 2.00 s"),
+    (events.BatchStopped(KEY), "stopped", "given to others by a batch"),
     (
         events.ReleaseUnconfirmed(KEY, GIB, 0.1, "1 batch is active"),
         "warning",

@@ -401,6 +401,13 @@ class Core:
 
     # Leases ---------------------------------------------------------------------------
 
+    def give_back(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
+        """
+        Ends a lease that was asked for, for a while.
+        """
+        with self.changing():
+            self.scheduler.give_back(entry, serial, keep_alive_s)
+
     def drop(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
         """
         Ends a lease from the garbage collector.

@@ -19,7 +19,7 @@ from whispercache.errors import (
     LeaseTimeout,
     TooManyWaiters,
 )
-from whispercache.events import EvictionCause, NoRoom
+from whispercache.events import BatchStopped, EvictionCause, NoRoom
 from whispercache.lease import Lease
 from whispercache.planning import planner
 from whispercache.planning.planner import Outcome
@@ -432,6 +432,16 @@ class Scheduler:
             self.released(entry)
         elif entry.device.is_over_limit:
             self.admit()
+
+    def give_back(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:
+        """
+        Ends a lease that was asked for, for a while.
+        """
+        if serial in entry.leases:
+            self._state.counts["batch_stops"] += 1
+            # First: those that it is given back for are told of next.
+            self._agenda.tell(BatchStopped(entry.key))
+            self.release(entry, serial, keep_alive_s)
 
     def released(self, entry: Entry) -> None:
         """

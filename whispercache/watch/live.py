@@ -26,6 +26,7 @@ from typing import (
 from whispercache.engine.naming import short_name
 from whispercache.errors import format_bytes
 from whispercache.events import (
+    BatchStopped,
     DeviceInfo,
     DeviceLost,
     DeviceWarmedUp,
@@ -76,8 +77,8 @@ class LiveEvent:
     """
     An event in words, at a time in seconds since 1970 (UTC). *number* counts up, so
     that a reader knows which it has seen. *kind* is one of "loading", "loaded",
-    "failed", "granted", "evicted" and "warning". *text* is a sentence without the name
-    of the *model*.
+    "failed", "granted", "stopped", "evicted" and "warning". *text* is a sentence
+    without the name of the *model*.
     """
 
     number: int
@@ -316,8 +317,9 @@ def _sentence(event: Event) -> tuple[str, str]:
         return "loaded", _arrival(event)
     if isinstance(event, ModelGranted):
         return "granted", f"granted after {event.wait_s:.2f} s"
-    if isinstance(event, ModelEvicted):
-        return "evicted", _departure(event)
+    if isinstance(event, (BatchStopped, ModelEvicted)):
+        kind = "stopped" if isinstance(event, BatchStopped) else "evicted"
+        return kind, _departure(event)
     kind = "failed" if isinstance(event, ModelLoadFailed) else "warning"
     return kind, _warning(event)
 
@@ -331,7 +333,9 @@ def _arrival(event: DeviceWarmedUp | ModelLoaded) -> str:
     return f"loaded{again} in {event.load_s:.2f} s: {size}"
 
 
-def _departure(event: ModelEvicted) -> str:
+def _departure(event: BatchStopped | ModelEvicted) -> str:
+    if isinstance(event, BatchStopped):
+        return "is given to others by a batch, which goes on later"
     why = _CAUSES[event.cause.value]
     text = f"left {why}: {format_bytes(event.credited_bytes)} free"
     if event.parked:

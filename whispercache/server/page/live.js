@@ -4,7 +4,7 @@ import { bytes, clock, element, hueOf, KeyedList, say, setAttribute } from "./do
 
 const MOST_SHOWN = 50;
 const RING = 2 * Math.PI * 6;
-const KINDS = new Set(["loading", "loaded", "failed", "granted", "evicted", "warning"]);
+const KINDS = new Set(["loading", "loaded", "failed", "granted", "stopped", "evicted", "warning"]);
 
 const byId = (id) => document.getElementById(id);
 
