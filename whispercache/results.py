@@ -219,7 +219,7 @@ class LeasedIterator(Iterator[T]):
                 self._is_stopped = True
                 renew = partial(self._renew, self._lease.loaded.stamp)
                 breaks.seat.empty(renew)
-                self._lease.release()
+                self._lease.give_back()
         finally:
             self._step.release()
 

@@ -245,6 +245,50 @@ def test_what_is_no_priority_is_refused(cache: ModelCache, value: str) -> None:
             assert transcribe(client, A, priority=usual).status_code == 200
 
 
+def test_a_key_has_a_priority_that_its_requests_do_not_exceed(
+    cache: ModelCache,
+) -> None:
+    """
+    They may ask for a later turn. Loads have it, too.
+    """
+    names = {"film": "night", "talk": "anna", "siren": "chief", "plain": ""}
+    keys = {"keys": tuple(names), "key_names": names}
+    levels = {"night": "batch", "chief": 1}
+
+    def answer(key: str, priority: str | None = None) -> tuple[int, str | None]:
+        client.headers["authorization"] = f"Bearer {key}"
+        fields = {} if priority is None else {"priority": priority}
+        status = transcribe(client, A, **fields).status_code
+        (last, *_) = client.get("/api/requests").json()["lately"]
+        return status, last["priority"]
+
+    with serving(cache, models=micros(), **keys, key_priorities=levels) as client:
+        assert answer("film") == (200, "batch")
+        assert answer("film", "-2") == (200, "-2")
+        assert answer("film", "interactive") == (400, None)
+        assert answer("talk") == (200, None)
+        assert answer("talk", "batch") == (200, "batch")
+        assert answer("siren") == (200, "1")
+        assert answer("siren", "1.5") == (400, None)
+        assert answer("plain", "1") == (400, None)
+        client.headers["authorization"] = "Bearer film"
+        assert client.post(f"/api/models/{B}/load").status_code == 200
+        (last, *_) = client.get("/api/requests").json()["lately"]
+        assert last["priority"] == "batch"
+
+
+def test_priorities_of_keys_are_checked_at_the_start() -> None:
+    """
+    Of names that no key has, and those that are none.
+    """
+    names = {"film": "night"}
+    with pytest.raises(ValueError, match="no key is called day"):
+        ServerOptions(("m",), key_names=names, key_priorities={"day": "batch"})
+    late: Any = "late"
+    with pytest.raises(ValueError, match="priority must be"):
+        ServerOptions(("m",), key_names=names, key_priorities={"night": late})
+
+
 def test_waiting_requests_are_shown_with_their_priority(cache: ModelCache) -> None:
     """
     In the order in which they are served.

@@ -12,7 +12,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -34,6 +34,8 @@ from served import (
 
 from whispercache.cli.main import main
 from whispercache.console import WRONG_USE
+from whispercache.server.command import server_options
+from whispercache.settings.table import SETTINGS
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
@@ -146,6 +148,36 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
         children = psutil.Process(server.pid).children()
         assert children
         assert not [c for c in children if "four" in str(c.environ())]
+
+
+def test_priorities_of_keys_are_by_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    What cannot be meant is told in one line, before anything starts.
+    """
+    file = tmp_path / "keys"
+    file.write_text("night: one\n", encoding="utf-8")
+    start = ["serve", f"m={micro('micro a')}", "--key-file", str(file)]
+    for told, text in (
+        ("night", "key_priority must be as night=batch, not 'night'"),
+        ("day=batch", "no key is called day"),
+        ("night=late", "priority must be one of interactive, batch, or a number"),
+    ):
+        assert main([*start, "--key-priority", told]) != 0
+        assert text in capsys.readouterr().err
+    setting = {**_defaults(), "models": ["m"], "key_file": [str(file)]}
+    options = server_options({**setting, "key_priority": ["night = -1"]})
+    assert options.levels() == {"one": -1.0}
+
+
+def _defaults() -> dict[str, Any]:
+    start = "serve."
+    return {
+        key.removeprefix(start): setting.default
+        for key, setting in SETTINGS.items()
+        if key.startswith(start)
+    }
 
 
 def test_its_settings_come_from_a_file_and_from_variables(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def parse_priority(value: object) -> float:
     return float(value)
 
 
+def name_of(level: float) -> str:
+    """
+    Returns what a user may call a level.
+    """
+    names = (name for name, each in LEVELS.items() if each == level)
+    return next(names, f"{level:g}")
+
+
 def turn_s(arrived_s: float, level: float) -> float:
     """
     Returns the time by which a request of that *level* stands in the line.

@@ -127,6 +127,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
         hosts=options.hosts,
         origins=options.origins,
         names=options.key_names,
+        levels=options.levels(),
     )
     # Outside the guard: whatever is cancelled gets an answer.
     app.add_middleware(Unfinished)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from whispercache.cache import ModelCache
 from whispercache.console import add_huge_pages, explain
 from whispercache.errors import WhisperCacheError
+from whispercache.planning.priority import parse_priority
 from whispercache.settings.arguments import (
     add_config,
     add_settings,
@@ -88,9 +89,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=SETTINGS["serve.models"].meaning,
     )
-    add_settings(
-        add, *_keys_of("host port wyoming device preload pin default key_file")
-    )
+    add_settings(add, *_keys_of("host port wyoming device preload pin default"))
+    add_settings(add, *_keys_of("key_file key_priority"))
     add_config(add)
     cache = "vram ram max_models keep_alive fallback pressure coordinate coordinate_dir"
     add_settings(add, *cache.split(), "park", "variants", "on")
@@ -174,6 +174,7 @@ def server_options(setting: Mapping[str, Any]) -> ServerOptions:
         pin=tuple(setting["pin"]),
         keys=tuple(keys),
         key_names=keys,
+        key_priorities=_priorities(setting["key_priority"]),
         default=setting["default"],
         strict_names=setting["strict_names"],
         strict=setting["strict"],
@@ -224,6 +225,19 @@ def _keys(files: Sequence[Path]) -> dict[str, str]:
         for key, name in read_keys(file).items():
             keys[key] = keys.get(key) or name
     return keys
+
+
+def _priorities(texts: Sequence[str]) -> dict[str, float]:
+    """
+    Returns the priorities of keys by their names.
+    """
+    found = {}
+    for text in texts:
+        name, is_told, priority = text.rpartition("=")
+        if not is_told:
+            raise ValueError(f"key_priority must be as night=batch, not {text!r}")
+        found[name.strip()] = parse_priority(priority.strip())
+    return found
 
 
 def read_keys(file: Path) -> dict[str, str]:

@@ -17,11 +17,12 @@ from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from whispercache.planning.priority import INTERACTIVE, parse_priority
+from whispercache.planning.priority import INTERACTIVE, name_of, parse_priority
 from whispercache.units import parse_duration
 
 from . import seen
 from .errors import ApiError, nonsense
+from .guard import KEY_LEVEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -200,18 +201,22 @@ def check_keep_alive(text: str) -> None:
 
 def level_of(request: Request, field: str | None = None) -> float:
     """
-    Returns the level of a request's priority, by its *field* or else by its header, the
-    usual one if there is neither. Refuses others by an `ApiError`, and those above it:
-    all clients would take them.
+    Returns the level of a request's priority, by its *field* or else by its header; by
+    its key if there is neither, and the usual one without such a key. Refuses others by
+    an `ApiError`, and those above that of the key: all clients would take them.
     """
+    most: float = request.scope.get(KEY_LEVEL, INTERACTIVE)
     text = field or request.headers.get("x-priority")
     if not text:
-        return INTERACTIVE
+        if most != INTERACTIVE:
+            seen.asks_for(name_of(most))
+        return most
     try:
         level = parse_priority(text)
     except ValueError as error:
         raise nonsense("priority", str(error)) from None
-    if level > INTERACTIVE:
-        raise nonsense("priority", "a request may wait for others, not go before them")
+    if level > most:
+        told = "a request may wait for others, not go before them"
+        raise nonsense("priority", f"{told}: it is {name_of(most)} at most")
     seen.asks_for(text)
     return level

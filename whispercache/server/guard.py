@@ -13,6 +13,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from whispercache.planning.priority import INTERACTIVE
+
 from . import seen
 from .errors import ApiError
 from .origins import ANY_ORIGIN, option_for, option_for_host, pattern_of
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Where a request's scope has the level of its key.
+KEY_LEVEL = "whispercache.key_level"
 
 # Paths that need no key: the page itself, which asks for one, the description of the
 # API, which is the same everywhere, and those of probes.
@@ -50,21 +55,24 @@ class Guard:
     Three things are asked of a request: a host name that is ours, so that no page can
     rebind its own name to this machine; that no page of another site sent it, but of
     *origins*; and a bearer key. Where there are no *keys* or no *hosts*, any will do.
-    *names* are those of keys.
+    *names* are those of keys, and *levels* their priorities.
     """
 
     def __init__(
         self,
         app: ASGIApp,
+        *,
         keys: Sequence[str] = (),
         hosts: Sequence[str] = (),
         origins: Sequence[str] = (),
         names: Mapping[str, str] = MappingProxyType({}),
+        levels: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self._app = app
         # Digests are of one length, so that comparing takes the same time for all.
         self._digests = [sha256(key.encode()).digest() for key in keys]
         self._names = [names.get(key, "") for key in keys]
+        self._levels = [levels.get(key, INTERACTIVE) for key in keys]
         # Browsers send them in any case.
         self._hosts = {host.lower() for host in hosts}
         self._is_open = ANY_ORIGIN in origins
@@ -87,10 +95,14 @@ class Guard:
             await send(message)
 
         headers = Headers(scope=scope)
-        who = self._who(headers)
-        refusal = self._refusal(scope, headers, has_key=who is not None)
-        if refusal is None:
-            seen.admit(who or None)
+        place = self._place(headers)
+        refusal = self._refusal(scope, headers, has_key=place is not None)
+        if refusal is None and place is not None:
+            seen.admit(self._names[place] or None)
+            # In place: others look into the same scope for the route.
+            scope[KEY_LEVEL] = self._levels[place]
+        elif refusal is None:
+            seen.admit(None)
         app = self._app if refusal is None else refusal.response()
         await app(scope, receive, send_guarded)
 
@@ -136,10 +148,9 @@ class Guard:
         # Older browsers send the origin alone.
         return origin is not None and _parts(origin).netloc != headers.get("host")
 
-    def _who(self, headers: Headers) -> str | None:
+    def _place(self, headers: Headers) -> int | None:
         """
-        Returns the name of the key that is given, empty if it has none; None if it is
-        not one of the keys.
+        Returns which of the keys is given; None if it is none of them.
         """
         # An empty key matches none, since there are no empty ones.
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -148,7 +159,7 @@ class Guard:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             return None
-        return self._names[matches.index(True)]
+        return matches.index(True)
 
 
 def _cross_site(headers: Headers) -> str:

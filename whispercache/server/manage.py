@@ -22,7 +22,7 @@ from . import seen
 from .calls import while_present
 from .engine import Terms
 from .errors import responses
-from .forms import check_keep_alive
+from .forms import check_keep_alive, level_of
 from .service import Served, Service
 
 if TYPE_CHECKING:
@@ -136,15 +136,18 @@ async def load(
     Loads a model, and waits until it is in memory.
     """
     offer = service.offer(name)
-    await while_present(request, _load(service, offer, keep_alive))
+    level = level_of(request)
+    await while_present(request, _load(service, offer, keep_alive, level))
     return Done(model=name, status="loaded")
 
 
-async def _load(service: Service, offer: Offer, keep_alive: str | None) -> None:
+async def _load(
+    service: Service, offer: Offer, keep_alive: str | None, level: float
+) -> None:
     # Nonsense is told before a load.
     if keep_alive is not None:
         check_keep_alive(keep_alive)
-    terms = Terms(service.options.timeout_s, keep_alive)
+    terms = Terms(service.options.timeout_s, keep_alive, priority=level)
     await service.engine.load(offer, terms, seen.teller())
 
 
@@ -154,7 +157,7 @@ async def pin(request: Request, service: Served, name: str) -> Done:
     Loads a model, and keeps it in memory, idle or not.
     """
     offer = service.offer(name)
-    terms = Terms(service.options.timeout_s)
+    terms = Terms(service.options.timeout_s, priority=level_of(request))
     pinning = service.engine.pin(offer, terms, seen.teller())
     await while_present(request, pinning)
     return Done(model=name, status="pinned")

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from whispercache.engine.naming import ModelSpec, parse_spec
+from whispercache.planning.priority import parse_priority
 from whispercache.units import parse_seconds
 
 from .origins import hosts_of, origins_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from whispercache.options import Priority
 
 
 # The least of each count.
@@ -36,6 +39,9 @@ class ServerOptions:
         keys: Requests need one of these; none if empty.
         key_names: Names of *keys*, each as ``{key: name}``, by which requests are told
             apart in the list of them, the log and traces.
+        key_priorities: Priorities by the names of keys, ``"interactive"``, ``"batch"``
+            or a number: the turn of requests with such a key. They may ask for a later
+            one, and for no sooner one. Others are interactive.
         default: The name of the model for clients that ask for OpenAI's, and for those
             whose form has no field for it; the first of *models* if None.
         strict_names: Names on the list are the only ones: no aliases.
@@ -55,10 +61,10 @@ class ServerOptions:
         max_upload_bytes: Of one request's whole body.
         max_duration_s: Of one request's audio.
         max_audio_s: Of the audio of all requests that are at work, which is in memory,
-            and again of all batches:
+            and of as much again for batches, which have it when they stop for people:
             for each second 64 kB of samples, up to 51 kB of spectrogram and 68 kB where
             speech is looked for, and some 60 MB for each request. None for that of the
-            longest request. What waits is on disk.
+            longest request, and one alone may have more. What waits is on disk.
         upload_timeout_s: For one request's body to arrive.
         decode_timeout_s: For its audio to be decoded.
         timeout_s: For a model to be had, from the moment at which the audio is decoded.
@@ -84,6 +90,9 @@ class ServerOptions:
     strict: bool = False
     keys: tuple[str, ...] = ()
     key_names: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    key_priorities: Mapping[str, Priority] = field(
+        default_factory=dict, repr=False, hash=False
+    )
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     vad: bool = True
@@ -132,6 +141,7 @@ class ServerOptions:
         object.__setattr__(self, "origins", origins_of(self.origins))
         if any(not key.strip() for key in self.keys):
             raise ValueError("an empty key would let everybody in")
+        self._check_priorities()
         self._check_times()
         for name, least in _COUNTS.items():
             count = getattr(self, name)
@@ -151,6 +161,24 @@ class ServerOptions:
                 raise ValueError(f"{name} must be above 0")
             # Text such as "5m" is one, too.
             object.__setattr__(self, name, seconds)
+
+    def _check_priorities(self) -> None:
+        unknown = self.key_priorities.keys() - set(self.key_names.values())
+        if unknown:
+            raise ValueError(f"no key is called {', '.join(sorted(unknown))}")
+        for priority in self.key_priorities.values():
+            parse_priority(priority)
+
+    def levels(self) -> dict[str, float]:
+        """
+        Returns the levels of all keys that have a priority.
+        """
+        named = self.key_priorities
+        return {
+            key: parse_priority(named[name])
+            for key, name in self.key_names.items()
+            if name in named
+        }
 
 
 def _parsed(models: Sequence[str | ModelSpec]) -> tuple[ModelSpec, ...]:

@@ -46,7 +46,9 @@ class RequestInfo(BaseModel):
     who: str | None = Field(description="The name of its key, if that has one.")
     model: str | None = Field(description="The served model that it is for.")
     audio_s: float | None = Field(description="Seconds of audio, once decoded.")
-    priority: str | None = Field(description="As it was asked for.")
+    priority: str | None = Field(
+        description="As it was asked for, or as its key has it."
+    )
     phase: Phase | Literal["over"]
     seconds: Seconds
     status: int | None = Field(

@@ -64,7 +64,7 @@ class SeenRequest:
         who: The name of its key.
         model: The served name of the model that it is for.
         audio_s: Seconds of its audio, once it is decoded.
-        priority: As it was asked for.
+        priority: As it was asked for, or its key has.
         status: HTTP's, once it is told.
         error: The code of the error that it ended with.
     """
@@ -273,7 +273,7 @@ def wants(model: str) -> None:
 
 def asks_for(priority: str) -> None:
     """
-    Notes the priority that the current request asks for.
+    Notes the priority that the current request asks for, or that its key has.
     """
     if (request := current()) is not None:
         request.priority = priority

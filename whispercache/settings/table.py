@@ -181,6 +181,13 @@ _OF_SERVERS = (
         "key_file", kinds.FILES, [], f"its keys, one a line; or use ${KEYS_VARIABLE}"
     ),
     Setting(
+        "key_priority",
+        kinds.TEXTS,
+        [],
+        "turns of those with a key, by its name: night=batch",
+        "NAME=PRIORITY",
+    ),
+    Setting(
         "vad",
         kinds.SWITCH,
         default=True,
@@ -192,7 +199,7 @@ _OF_SERVERS = (
         "max_audio",
         kinds.TIME_OR_NONE,
         None,
-        "audio of all at work (as max_duration, if none)",
+        "audio of people at work, and of batches (as max_duration, if none)",
     ),
     Setting("timeout", kinds.TIME, "60s", "wait for a model"),
     Setting("max_waiting", kinds.COUNT_OR_ZERO, 64, "requests that wait"),
