@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from .aio import AsyncCachedModel, current_task, in_thread
@@ -22,7 +23,7 @@ from .options import as_request, as_requests, by_position, parse_tier, parse_tim
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Coroutine, Generator, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Sequence
     from types import TracebackType
 
     from faster_whisper import WhisperModel
@@ -196,10 +197,10 @@ class AsyncModelCache(CacheBase):
         self, request: Request, workload: Workload, terms: Terms
     ) -> Lease:
         # Without a thread: a model in memory is had within microseconds.
-        lease = None
-        if terms.parallel is None:
-            hit, task = self._core.hit, current_task()
-            lease = hit(request, workload, terms.keep_alive_s, task)
+        hit: Callable[..., Lease | None] = self._core.hit
+        if terms.parallel is not None:
+            hit = partial(self._core.hit_below, terms.parallel)
+        lease = hit(request, workload, terms.keep_alive_s, current_task())
         return await self._climb(request, workload, terms) if lease is None else lease
 
     async def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:

@@ -381,11 +381,11 @@ class ModelCache(CacheBase):
         return Leases(self._wait(parts, terms))
 
     def _lease(self, request: Request, workload: Workload, terms: Terms) -> Lease:
-        lease = None
         # A model in memory costs one look-up and one critical section.
-        if terms.parallel is None:
-            hit = self._core.hit
-            lease = hit(request, workload, terms.keep_alive_s, here.owner)
+        hit: Callable[..., Lease | None] = self._core.hit
+        if terms.parallel is not None:
+            hit = partial(self._core.hit_below, terms.parallel)
+        lease = hit(request, workload, terms.keep_alive_s, here.owner)
         return self._climb(request, workload, terms) if lease is None else lease
 
     def _climb(self, request: Request, workload: Workload, terms: Terms) -> Lease:

@@ -109,6 +109,24 @@ def test_who_sets_no_limit_passes_none_that_waits_for_its_turn(
     lease_of(cache, one).release()
 
 
+def test_a_model_in_memory_is_had_at_once_up_to_the_limit(cache: ModelCache) -> None:
+    """
+    Without the queue, in which the next one waits; and it counts as any hit does.
+    """
+    asked = ("tiny", CARD, "default")
+    hit_below = cache._core.hit_below
+    assert hit_below(1, asked, DEFAULT_WORKLOAD, None, "a") is None
+    cache.preload("tiny", CARD)
+    first = hit_below(1, asked, DEFAULT_WORKLOAD, None, "a")
+    assert hit_below(1, asked, DEFAULT_WORKLOAD, None, "b") is None
+    second = hit_below(2, asked, DEFAULT_WORKLOAD, None, "b")
+    assert first is not None
+    assert second is not None
+    with first, second, cache.lease("tiny", CARD, parallel=3):
+        assert cache.stats().leases == 3
+    assert cache.stats().hits == 3
+
+
 def test_those_of_one_load_have_their_turns_too(cache: ModelCache) -> None:
     """
     People first.

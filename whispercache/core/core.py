@@ -327,6 +327,30 @@ class Core:
 
     # Requests -------------------------------------------------------------------------
 
+    def hit_below(
+        self,
+        parallel: int,
+        request: Request,
+        workload: Workload,
+        keep_alive_s: float | None,
+        owner: Owner,
+    ) -> Lease | None:
+        """
+        Does what `hit` does for a request that allows so many leases on its model.
+        """
+        try:
+            entry = self.requests[request]
+        # As for a hit, the resolver says what is wrong, or finds out.
+        except (KeyError, TypeError):
+            return None
+        with self.changing():
+            if len(entry.leases) >= parallel:
+                return None
+            lease = self.scheduler.hit(entry, workload, keep_alive_s, owner)
+        if lease is not None:
+            self.trace((lease,))
+        return lease
+
     def trace(self, leases: tuple[Lease, ...]) -> None:
         """
         Notes where leases were taken, for the warning if they are never released, while
