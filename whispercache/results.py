@@ -59,11 +59,13 @@ class Breaks:
         level: Its own priority.
         seat: Where it finds its model.
         renew: Waits for another lease on that model.
+        give_up: Ends that wait of an owner, by a `concurrent.futures.CancelledError`.
     """
 
     level: float
     seat: Seat
     renew: Callable[[ModelKey], Lease]
+    give_up: Callable[[Owner], None]
 
 
 class LeasedIterator(Iterator[T]):
@@ -261,6 +263,9 @@ class LeasedIterator(Iterator[T]):
         """
         if self._was_forked():
             return
+        # What the step in flight waits for is of no more use.
+        if self._breaks is not None and self._is_stopped:
+            self._breaks.give_up(self._owner)
         # A generator cannot be closed by one thread while another runs it.
         with self._step:
             self._finish()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .engine.sizes.footprint import Workload
     from .keys import ModelKey
     from .lease import Lease
+    from .planning.deadlock import Owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,17 @@ class ModelSource:
         if seat is None:
             return None
         return Breaks(
-            self.terms.priority, seat, lambda key: self.resumed(key).lease(workload)
+            self.terms.priority,
+            seat,
+            lambda key: self.resumed(key).lease(workload),
+            self.give_up,
         )
+
+    def give_up(self, owner: Owner) -> None:
+        """
+        Forgets what an owner waits for to go on with a call.
+        """
+        self.cache._core.give_up(owner)
 
     def transcriber(
         self, lease: Lease, batch_size: int | None

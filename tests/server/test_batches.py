@@ -194,6 +194,27 @@ def test_a_batch_that_gave_way_goes_on_when_the_server_shuts_down(
         assert len(list(texts)) == 9
 
 
+@pytest.mark.usefixtures("slow")
+def test_a_batch_that_gave_way_and_is_not_wanted_any_more_is_forgotten(
+    cache: ModelCache,
+) -> None:
+    """
+    At once, and not when it would have its next turn.
+    """
+    with (
+        serving(cache, models=micros(), parallel=1) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        with hearing(client, 10, {"priority": "batch"}) as texts:
+            next(texts)
+            asked = pool.submit(list, _person(client))
+            wait_until(lambda: levels(client) == [-1.0], "the batch to stop")
+        wait_until(lambda: under_way(client) == [None], "the batch to be forgotten")
+        assert not cache.waiting()
+        assert len(asked.result()) == 10
+        assert cache.stats().batch_stops == 1
+
+
 def _person(client: httpx.Client) -> Iterator[str]:
     with hearing(client, 10, {}) as texts:
         yield from texts

@@ -423,6 +423,15 @@ class Core:
         if not waiter.future.cancel():
             waiter.future.add_done_callback(_give_back)
 
+    def give_up(self, owner: Owner) -> None:
+        """
+        Forgets the requests of *owner* that would go on with a call.
+        """
+        with self.changing():
+            found = [each for each in self.queue.owners.get(owner, ()) if each.resumes]
+        for waiter in found:
+            self.abandon(waiter)
+
     # Leases ---------------------------------------------------------------------------
 
     def give_back(self, entry: Entry, serial: int, keep_alive_s: float | None) -> None:

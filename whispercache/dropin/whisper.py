@@ -100,7 +100,8 @@ class LeasedWhisper:
             return call_leased(lease, bound)
         bound.kind = BatchCall
         renew = partial(self._renewed, workload=ready.workload)
-        return call_in_parts(Breaks(level, bound, renew), lease, bound)
+        breaks = Breaks(level, bound, renew, self.source.give_up)
+        return call_in_parts(breaks, lease, bound)
 
     def _renewed(self, key: ModelKey, *, workload: Workload) -> Lease:
         return self.source.resumed(key).lease(workload)
