@@ -29,10 +29,19 @@ STATS_S = 0.2
 # For as long a model is taken to be where it was just sent: until the replica says so.
 _TRUST_S = 10 * STATS_S
 
+# Seconds in which a replica says that it has a request; after more, others come first.
+_ACCEPTS_S = 5.0
+
+# For as long they do. Then Ray knows if the replica is dead, or it is tried again.
+_SHUNNED_S = 60.0
+
 
 class ModelRouter(RequestRouter):
     """
     Sends a request where it will begin soonest, by `whispercache.planning.routing`.
+
+    One that does not take what is sent to it comes last, and so does one that a request
+    calls *lost*.
 
     Replicas tell their capacity and the bytes of all models once
     (``record_replica_metadata``), and what is in memory each `STATS_S`
@@ -48,6 +57,8 @@ class ModelRouter(RequestRouter):
         self._sent: dict[tuple[ReplicaID, str], float] = {}
         # The requests of this router that a replica has.
         self._ongoing: dict[ReplicaID, set[str]] = {}
+        # Since when a replica has not said that it has what was sent to it.
+        self._unheard: dict[ReplicaID, float] = {}
 
     async def choose_replicas(
         self,
@@ -61,10 +72,32 @@ class ModelRouter(RequestRouter):
             return [candidate_replicas]
         # Otherwise replicas that are all full would be asked again without a pause.
         pending_request.routing_context.should_backoff = True
+        now_s = time.monotonic()
+        lost = pending_request.kwargs.get("lost")
+        for each in candidate_replicas:
+            if each.replica_id.unique_id == lost:
+                self._unheard.setdefault(each.replica_id, now_s - _ACCEPTS_S)
+        ranks = self._ranks(candidate_replicas, pending_request, now_s)
+        silent = {each for each in candidate_replicas if self._is_silent(each, now_s)}
+        loud = [[each for each in rank if each not in silent] for rank in ranks]
+        return [*filter(None, loud), *([each] for each in silent)]
+
+    def _is_silent(self, replica: RunningReplica, now_s: float) -> bool:
+        since_s = self._unheard.get(replica.replica_id, now_s)
+        if now_s > since_s + _SHUNNED_S:
+            del self._unheard[replica.replica_id]
+            return False
+        return now_s >= since_s + _ACCEPTS_S
+
+    def _ranks(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest,
+        now_s: float,
+    ) -> list[list[RunningReplica]]:
         model = pending_request.metadata.multiplexed_model_id
         if not model:  # a question that any can answer
             return [candidate_replicas]
-        now_s = time.monotonic()
         found = {each.replica_id.unique_id: each for each in candidate_replicas}
         known = [self._known(each, now_s) for each in candidate_replicas]
         ordered = order(model, known, self._reluctance)
@@ -99,6 +132,22 @@ class ModelRouter(RequestRouter):
             parallel=fixed.get("parallel", 1),
             queue=max(queue, len(self._ongoing.get(rid, ()))),
         )
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """
+        Notes that a request was sent to a replica.
+        """
+        self._unheard.setdefault(replica_id, time.monotonic())
+        super().on_send_request(replica_id)
+
+    def on_new_queue_len_info(
+        self, replica_id: ReplicaID, num_ongoing_requests: int
+    ) -> None:
+        """
+        Notes that a replica has answered.
+        """
+        self._unheard.pop(replica_id, None)
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
 
     def on_request_routed(
         self,
