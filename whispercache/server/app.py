@@ -106,18 +106,18 @@ def application(
     app.include_router(manage.health)
     manage.add_page(app)
     add_docs(app)
-    _add_middleware(app, options)
+    _add_middleware(app, service)
     return app
 
 
-def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    options = service.options
     # The last one added sees a request first.
     app.add_middleware(
         UploadLimit,
         max_bytes=options.max_upload_bytes,
         timeout_s=options.upload_timeout_s,
-        # As many as wait and work, and those at work once more for their successors.
-        max_at_once=options.max_waiting + 2 * options.parallel * len(options.models),
+        max_at_once=lambda: service.most,
     )
     app.add_middleware(
         Guard,

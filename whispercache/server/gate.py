@@ -100,6 +100,13 @@ class Gate:
         self._numbers = itertools.count()
         self.is_closed: bool = False
 
+    def let_in(self, parallel: int) -> None:
+        """
+        Admits that many requests at a time to each model from now on.
+        """
+        self._parallel = parallel
+        self._admit()
+
     def waiting(self) -> tuple[WaitingInfo, ...]:
         """
         Returns the requests that wait, in the order of their turns.

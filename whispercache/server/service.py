@@ -48,6 +48,8 @@ class Service:
         self.options = options
         self.offers = offers
         self.engine = engine
+        # Requests that may be at work with each model.
+        self._parallel: int = options.parallel
         # Made anew at each start; these are for applications that ask before.
         self._renew()
         self.registry: CollectorRegistry = self._new_registry()
@@ -90,7 +92,7 @@ class Service:
     def _renew(self) -> None:
         options = self.options
         max_audio_s = options.max_audio_s or options.max_duration_s
-        self.gate: Gate = Gate(options.parallel, options.max_waiting, max_audio_s)
+        self.gate: Gate = Gate(self._parallel, options.max_waiting, max_audio_s)
         self.decoder: Decoder = Decoder(
             processes=options.decoders,
             max_duration_s=options.max_duration_s,
@@ -98,6 +100,22 @@ class Service:
         )
         # Where it speaks another protocol than HTTP.
         self.endpoint: Endpoint | None = self._new_endpoint()
+
+    def let_in(self, parallel: int) -> None:
+        """
+        Lets that many requests work with each model at a time from now on.
+        """
+        self._parallel = parallel
+        self.gate.let_in(parallel)
+
+    @property
+    def most(self) -> int:
+        """
+        The most requests that may be under way: as many as wait and work, and those at
+        work once more for their successors.
+        """
+        at_work = self._parallel * len(self.options.models)
+        return self.options.max_waiting + 2 * at_work
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
