@@ -4,6 +4,8 @@ The engine of a server whose models are in replicas elsewhere.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import time
 from contextlib import asynccontextmanager
@@ -11,8 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import ray
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.schema import ReplicaState
 from starlette.concurrency import run_in_threadpool
 
 from whispercache.errors import LeaseTimeout
@@ -52,6 +56,8 @@ if TYPE_CHECKING:
     from whispercache.watch.live import Snapshot
 
 
+_log = logging.getLogger("whispercache")
+
 # Seconds for questions to all replicas that take none.
 _ANSWER_S = 30.0
 
@@ -62,6 +68,9 @@ _TRANSFER_BYTES = 10 * 1024**2
 # Seconds for a look at all replicas: a page asks again in a second.
 _LOOK_S = 5.0
 
+# Seconds between two counts of replicas.
+_COUNT_S = 5.0
+
 # Seconds for which what a model's files tell holds.
 _KNOWN_S = 60.0
 
@@ -70,22 +79,41 @@ class RemoteEngine:
     """
     An `Engine` over replicas of a deployment, whose router knows where models are.
 
-    It loads nothing, and looks at no device.
+    It loads nothing, and looks at no device. While it runs it tells *counted* how many
+    replicas there are: they come and go without a word to it.
     """
 
     is_closed = False
 
-    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self, replicas: DeploymentHandle[Any], counted: Callable[[int], None]
+    ) -> None:
         self._replicas = replicas
+        self._counted = counted
         # What was asked, until when it holds, and the answer.
         self._known: dict[tuple[str, str], tuple[float, object]] = {}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """
-        Does nothing: replicas run by themselves.
+        Counts replicas, which run by themselves.
         """
-        yield
+        counting = asyncio.create_task(self._count())
+        try:
+            yield
+        finally:
+            counting.cancel()
+            await asyncio.wait((counting,))
+
+    async def _count(self) -> None:
+        while True:
+            try:
+                running = await run_in_threadpool(_running, self._replicas)
+            except (RayError, RayServeException) as error:
+                _log.warning("replicas cannot be counted: %s", error)
+            else:
+                self._counted(running)
+            await asyncio.sleep(_COUNT_S)
 
     # What is known of a model ---------------------------------------------------------
 
@@ -250,6 +278,12 @@ class RemoteEngine:
     async def _look(self) -> dict[str, tuple[Snapshot, Sequence[Metric]]]:
         answers = await self._ask_all("seen", _LOOK_S)
         return {name: (snapshot, metrics) for name, snapshot, metrics in answers}
+
+
+def _running(replicas: DeploymentHandle[Any]) -> int:
+    seen = serve.status().applications.get(replicas.app_name)
+    found = seen and seen.deployments.get(replicas.deployment_name)
+    return found.replica_states.get(ReplicaState.RUNNING, 0) if found else 0
 
 
 def _put(samples: NDArray[np.float32]) -> tuple[ObjectRef[Any], int]:
