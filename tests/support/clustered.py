@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 if TYPE_CHECKING:
@@ -47,12 +48,28 @@ class Nodes:
         """
         return str(self._second.node_id)
 
-    def replace_second(self) -> None:
+    def replace_second(self, *, graceful: bool) -> None:
         """
-        Takes the second node away, and adds another one.
+        Takes the second node away, or has all its processes killed, and adds another
+        one.
         """
-        self._cluster.remove_node(self._second)
+        self._cluster.remove_node(self._second, allow_graceful=graceful)
         self._second = self._cluster.add_node(**_SECOND)
+
+    def processes(self, deployment: str) -> list[psutil.Process]:
+        """
+        The processes of the replicas of an application's deployment, such as
+        ``"application:deployment"``. Ray gives them titles.
+        """
+        title = f"ray::ServeReplica:{deployment}"
+        return [
+            child
+            for node in self._cluster.list_all_nodes()
+            for raylet in node.all_processes["raylet"]
+            for child in psutil.Process(raylet.process.pid).children(recursive=True)
+            # What it does comes after that.
+            if " ".join(child.cmdline()).startswith(title)
+        ]
 
 
 @contextmanager
