@@ -6,6 +6,7 @@ lost its power or its network, of which Ray knows after a minute.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -181,6 +182,7 @@ class Routing:
     """
 
     def __init__(self) -> None:
+        self._numbers = itertools.count()
         self.router: Any = ModelRouter.__new__(ModelRouter)
         self.router.initialize_state()
         # Ray's constructor wants a cluster.
@@ -196,17 +198,31 @@ class Routing:
             for name, resident in (("a", {TINY: ("cuda:0", 1)}), ("b", {}))
         ]
 
-    def names(self, model: str = TINY, **told: str) -> list[list[str]]:
+    def request(self, model: str = TINY, **told: str) -> Any:
+        """
+        A request, to which the answer of a router is `names`.
+        """
+        number = f"{next(self._numbers)}"
+        named = Known(multiplexed_model_id=model, internal_request_id=number)
+        return Known(kwargs=told, metadata=named, routing_context=Known())
+
+    def names(self, request: Any) -> list[list[str]]:
         """
         The ranks of the replicas for a request.
         """
-        request: Any = SimpleNamespace(
-            kwargs=told,
-            metadata=SimpleNamespace(multiplexed_model_id=model),
-            routing_context=SimpleNamespace(),
-        )
         ranks = asyncio.run(self.router.choose_replicas(self.replicas, request))
         return [[each.replica_id.unique_id for each in rank] for rank in ranks]
+
+    def accept(self, request: Any) -> None:
+        """
+        The first replica says that it has a request.
+        """
+        rid = self.replicas[0].replica_id
+        self.router.on_request_routed(request, rid, None)
+        self.router.on_request_completed(rid, request.metadata.internal_request_id)
+
+
+HELD, LOST = [["a"], ["b"]], [["b"], ["a"]]
 
 
 def test_a_replica_that_is_lost_comes_last() -> None:
@@ -214,27 +230,53 @@ def test_a_replica_that_is_lost_comes_last() -> None:
     For this request and for others, which need not find out by themselves.
     """
     routing = Routing()
-    assert routing.names() == [["a"], ["b"]]
-    assert routing.names(lost="a") == [["b"], ["a"]]
-    assert routing.names() == [["b"], ["a"]]
+    first = routing.request()
+    assert routing.names(first) == HELD
+    assert routing.names(routing.request(lost="a")) == LOST
+    assert routing.names(routing.request()) == LOST
     # Questions that any can answer.
-    assert routing.names("") == [["b"], ["a"]]
-    routing.router.on_new_queue_len_info(routing.replicas[0].replica_id, 0)
-    assert routing.names() == [["a"], ["b"]]
+    assert routing.names(routing.request("")) == LOST
+    routing.accept(first)
+    assert routing.names(routing.request()) == HELD
 
 
+@pytest.mark.parametrize("leaves", [False, True])
 def test_a_replica_that_takes_no_request_comes_last_for_a_minute(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, *, leaves: bool
 ) -> None:
     """
-    Then Ray knows of its death, or it is tried again.
+    Then Ray knows of its death, or it is tried again. A client that waits in vain, and
+    leaves, changes nothing.
     """
     clock = FakeClock()
     monkeypatch.setattr(time, "monotonic", clock.now)
     routing = Routing()
-    routing.router.on_send_request(routing.replicas[0].replica_id)
-    assert routing.names() == [["a"], ["b"]]
-    clock.tick(6)
-    assert routing.names() == [["b"], ["a"]]
+    waits = routing.request()
+    assert routing.names(waits) == HELD
+    clock.tick(4)
+    assert routing.names(routing.request()) == HELD
+    clock.tick(2)
+    if leaves:
+        (rid, _) = (each.replica_id for each in routing.replicas)
+        routing.router.on_request_completed(rid, waits.metadata.internal_request_id)
+    assert routing.names(routing.request()) == LOST
     clock.tick(60)
-    assert routing.names() == [["a"], ["b"]]
+    assert routing.names(routing.request()) == HELD
+
+
+def test_a_client_that_leaves_at_once_says_nothing_of_a_replica(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    Nor does a question to all of them.
+    """
+    clock = FakeClock()
+    monkeypatch.setattr(time, "monotonic", clock.now)
+    routing = Routing()
+    leaves = routing.request()
+    assert routing.names(leaves) == HELD
+    (rid, _) = (each.replica_id for each in routing.replicas)
+    routing.router.on_request_completed(rid, leaves.metadata.internal_request_id)
+    routing.router.on_send_request(rid)
+    clock.tick(6)
+    assert routing.names(routing.request()) == HELD

@@ -69,7 +69,7 @@ _TRANSFER_BYTES = 10 * 1024**2
 _LOOK_S = 5.0
 
 # Seconds between two counts of replicas.
-_COUNT_S = 5.0
+_COUNT_S = 2.0
 
 # Seconds for which what a model's files tell holds.
 _KNOWN_S = 60.0

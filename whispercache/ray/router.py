@@ -57,8 +57,9 @@ class ModelRouter(RequestRouter):
         self._sent: dict[tuple[ReplicaID, str], float] = {}
         # The requests of this router that a replica has.
         self._ongoing: dict[ReplicaID, set[str]] = {}
-        # Since when a replica has not said that it has what was sent to it.
-        self._unheard: dict[ReplicaID, float] = {}
+        # By request: the replica that should have it, and has not said so, and since
+        # when.
+        self._unheard: dict[str, tuple[ReplicaID, float]] = {}
 
     async def choose_replicas(
         self,
@@ -76,18 +77,31 @@ class ModelRouter(RequestRouter):
         lost = pending_request.kwargs.get("lost")
         for each in candidate_replicas:
             if each.replica_id.unique_id == lost:
-                self._unheard.setdefault(each.replica_id, now_s - _ACCEPTS_S)
+                self._unheard[lost] = each.replica_id, now_s - _ACCEPTS_S
         ranks = self._ranks(candidate_replicas, pending_request, now_s)
-        silent = {each for each in candidate_replicas if self._is_silent(each, now_s)}
-        loud = [[each for each in rank if each not in silent] for rank in ranks]
-        return [*filter(None, loud), *([each] for each in silent)]
+        silent = self._silent(now_s)
+        loud = [[r for r in rank if r.replica_id not in silent] for rank in ranks]
+        last = [[r] for r in candidate_replicas if r.replica_id in silent]
+        ranks = [*filter(None, loud), *last]
+        if pending_request.metadata.multiplexed_model_id:
+            request_id = pending_request.metadata.internal_request_id
+            self._unheard.setdefault(request_id, (ranks[0][0].replica_id, now_s))
+        return ranks
 
-    def _is_silent(self, replica: RunningReplica, now_s: float) -> bool:
-        since_s = self._unheard.get(replica.replica_id, now_s)
-        if now_s > since_s + _SHUNNED_S:
-            del self._unheard[replica.replica_id]
-            return False
-        return now_s >= since_s + _ACCEPTS_S
+    def _silent(self, now_s: float) -> set[ReplicaID]:
+        """
+        Returns the replicas that have not said for long that they have a request.
+        """
+        self._unheard = {
+            request_id: (replica_id, since_s)
+            for request_id, (replica_id, since_s) in self._unheard.items()
+            if now_s < since_s + _SHUNNED_S
+        }
+        return {
+            replica_id
+            for replica_id, since_s in self._unheard.values()
+            if now_s >= since_s + _ACCEPTS_S
+        }
 
     def _ranks(
         self,
@@ -133,22 +147,6 @@ class ModelRouter(RequestRouter):
             queue=max(queue, len(self._ongoing.get(rid, ()))),
         )
 
-    def on_send_request(self, replica_id: ReplicaID) -> None:
-        """
-        Notes that a request was sent to a replica.
-        """
-        self._unheard.setdefault(replica_id, time.monotonic())
-        super().on_send_request(replica_id)
-
-    def on_new_queue_len_info(
-        self, replica_id: ReplicaID, num_ongoing_requests: int
-    ) -> None:
-        """
-        Notes that a replica has answered.
-        """
-        self._unheard.pop(replica_id, None)
-        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
-
     def on_request_routed(
         self,
         pending_request: PendingRequest,
@@ -159,6 +157,12 @@ class ModelRouter(RequestRouter):
         Notes that a replica has accepted a request.
         """
         metadata, now_s = pending_request.metadata, time.monotonic()
+        self._unheard.pop(metadata.internal_request_id, None)
+        self._unheard = {
+            request_id: unheard
+            for request_id, unheard in self._unheard.items()
+            if unheard[0] != replica_id
+        }
         self._ongoing.setdefault(replica_id, set()).add(metadata.internal_request_id)
         self._sent = {key: at_s for key, at_s in self._sent.items() if at_s > now_s}
         if metadata.multiplexed_model_id:
@@ -170,6 +174,10 @@ class ModelRouter(RequestRouter):
         """
         Notes that a request is over, or was never accepted.
         """
+        unheard = self._unheard.get(internal_request_id)
+        if unheard is not None and time.monotonic() < unheard[1] + _ACCEPTS_S:
+            # Its client has left. Later on, it waited in vain.
+            del self._unheard[internal_request_id]
         ongoing = self._ongoing.get(replica_id, set())
         ongoing.discard(internal_request_id)
         if not ongoing:
