@@ -51,7 +51,8 @@ def served(nodes: Nodes) -> Iterator[Served]:
     serve.run(app, name="several", route_prefix="/several")
     with reached(nodes, "several") as served:
         yield served
-    serve.delete("several")
+    # Other tests need not wait for it.
+    serve.delete("several", _blocking=False)
 
 
 @pytest.fixture(autouse=True)

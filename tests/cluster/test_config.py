@@ -82,39 +82,28 @@ class Config:
         """
         seen_until(lambda: self._states() == states, f"{states}")
 
+    def end(self) -> None:
+        """
+        Has all of it end; waits until it has begun to.
+        """
+        from ray import serve
+
+        serve.delete(NAME, _blocking=False)
+        seen_until(
+            lambda: serve.status().applications[NAME].status == "DELETING", "its end"
+        )
+
     def _states(self) -> dict[str, int]:
         from ray import serve
 
-        seen = serve.status().applications[NAME]
-        # Until the file is read, there are none.
-        if {"engine", "ingress"} - seen.deployments.keys():
+        seen = serve.status().applications.get(NAME)
+        # Until the file is read, and in the end, there are none.
+        if seen is None or {"engine", "ingress"} - seen.deployments.keys():
             return {}
         if not seen.deployments["ingress"].replica_states.get("RUNNING"):
             return {}
         states = seen.deployments["engine"].replica_states
         return {str(state): n for state, n in states.items() if n}
-
-
-@pytest.fixture(scope="module")
-def config(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
-    """
-    The file; at the end nothing of it runs.
-    """
-    from ray import serve
-
-    yield Config(nodes, tmp_path_factory.mktemp("config") / "serve.yaml")
-    if NAME in serve.status().applications:
-        serve.delete(NAME)
-
-
-@pytest.fixture
-def served(nodes: Nodes, config: Config) -> Iterator[Served]:
-    """
-    One replica of it, and its server.
-    """
-    config.deploy(1)
-    with reached(nodes, NAME) as served:
-        yield served
 
 
 @contextmanager
@@ -180,51 +169,55 @@ def refusals(http: httpx.Client, go: Path) -> list[tuple[int, str, dict[str, Any
     return told
 
 
-def test_full_queues_and_time_outs_are_told_as_on_one_machine(
-    served: Served, tmp_path: Path
-) -> None:
-    """
-    By status, header and body.
-    """
-    told = refusals(served.http, tmp_path / "there")
-    assert [status for status, _, _ in told] == [429, 503]
-    with local() as http:
-        assert refusals(http, tmp_path / "here") == told
-
-
 def test_replicas_come_and_go_while_models_stay_in_memory(
-    config: Config, served: Served, tmp_path: Path
+    nodes: Nodes, tmp_path: Path
 ) -> None:
     """
     By a number in the file. The server lets more requests in where there are more
     replicas, and those that leave end their calls before, as all do in the end.
     """
-    from ray import serve
+    config = Config(nodes, tmp_path / "serve.yaml")
+    config.deploy(1)
+    with reached(nodes, NAME) as served:
+        they_are_refused_as_on_one_machine(served, tmp_path)
+        (before,) = served.counted()
+        config.deploy(2)
+        served.wait_for(2)
+        assert (before.pid, before.loads) in {
+            (each.pid, each.loads) for each in served.counted()
+        }
+        they_share_a_card(served)
+        more_are_let_in(served, tmp_path / "more")
+        with held(served.http, tmp_path / "fewer", 2):
+            config.begin(1)
+            config.wait_for(RUNNING=1, STOPPING=1)
+        config.wait_for(RUNNING=1)
+        assert served.ask("medium").json()["text"] == TEXT
+        with held(served.http, tmp_path / "none"):
+            config.end()
+    config.wait_for()
 
-    assert served.ask("medium").status_code == 200
-    (before,) = served.counted()
-    config.deploy(2)
-    served.wait_for(2)
-    assert (before.pid, before.loads) in {
-        (each.pid, each.loads) for each in served.counted()
-    }
-    they_share_a_card(served)
+
+def they_are_refused_as_on_one_machine(served: Served, tmp_path: Path) -> None:
+    """
+    Full queues and time-outs are told by the same status, header and body.
+    """
+    with local() as http, ThreadPoolExecutor(2) as pool:
+        there = pool.submit(refusals, served.http, tmp_path / "there")
+        here = pool.submit(refusals, http, tmp_path / "here")
+    assert [status for status, _, _ in there.result()] == [429, 503]
+    assert there.result() == here.result()
+
+
+def more_are_let_in(served: Served, go: Path) -> None:
+    """
+    With two replicas two requests may be at work, where it was one.
+    """
     # Into each of them.
     assert served.http.post("api/models/medium/pin").is_success
-    with held(served.http, tmp_path / "one"):
-        # The server counts replicas now and then, and one request works already.
-        seen_until(lambda: served.ask("medium").is_success, "a second one may work")
-    with held(served.http, tmp_path / "two", 2):
-        config.begin(1)
-        config.wait_for(RUNNING=1, STOPPING=1)
-    config.wait_for(RUNNING=1)
-    assert served.ask("medium").json()["text"] == TEXT
-    with ThreadPoolExecutor(1) as pool, held(served.http, tmp_path / "three"):
-        deleting = pool.submit(serve.delete, NAME)
-        seen_until(
-            lambda: serve.status().applications[NAME].status == "DELETING", "its end"
-        )
-    deleting.result()
+    with held(served.http, go):
+        # The server counts replicas now and then.
+        seen_until(lambda: served.ask("medium").is_success, "a second one at work")
 
 
 def they_share_a_card(served: Served) -> None:

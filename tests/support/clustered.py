@@ -93,6 +93,8 @@ def running_nodes() -> Iterator[Nodes]:
         # Ray writes its address there, whatever folder a node is given, and makes none.
         patch.setenv("RAY_TMPDIR", folder)
         Path(folder, "ray").mkdir()
+        # As many processes as processors, most of which nobody needs.
+        patch.setenv("RAY_prestart_worker_first_driver", "0")
         # On a busy machine all of it takes long.
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         patch.setenv("RAY_raylet_start_wait_time_s", "120")
