@@ -104,6 +104,7 @@ bench: .venv/bench
 	$(RUN) benchmarks/over_time.py
 	$(RUN) benchmarks/simulate
 	$(RUN) benchmarks/serve.py
+	$(RUN) benchmarks/overhead.py
 
 # Apart from `make bench`, since it needs the programs.
 bench-apps: .venv-apps/apps

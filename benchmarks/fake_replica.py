@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import ray
-from cluster_models import CARD_BYTES, GIB, SIZES, load_s
+from cluster_models import CARD_BYTES, GIB, SIZES, WORKSPACE_BYTES, load_s
 from faster_whisper.transcribe import (
     Segment,
     TranscriptionInfo,
@@ -121,7 +121,9 @@ class FakeReplica(EngineReplica):
     def __init__(self, options: ServerOptions, cache: CacheOptions) -> None:
         self.machine = self.new_machine()
         sizes = {name: int(gib * GIB) for name, (gib, _) in SIZES.items()}
-        self.loader = TimedLoader(self.machine, sizes=sizes, workspace_bytes=GIB // 4)
+        self.loader = TimedLoader(
+            self.machine, sizes=sizes, workspace_bytes=WORKSPACE_BYTES
+        )
         parts: CacheOptions = {"loader": self.loader, "probe": self.machine}
         super().__init__(options, {**cache, **parts})
 

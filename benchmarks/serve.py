@@ -117,21 +117,25 @@ def serving(limit: int) -> Iterator[Server]:
     """
     Starts a server with that limit, and waits until it is ready.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     places = []
     for name, kind in MODELS.items():
         place = f"{name}={packaged_model(name.partition(':')[0])}"
         places.append(f"{place}:{kind}" if ":" in name else place)
-    options = {
-        "--device": DEVICE,
-        "--ram": limit,
-        "--port": port,
-        "--max-waiting": MAX_WAITING,
-        "--drain": DRAIN_S,
-    }
+    options = {"--ram": limit, "--max-waiting": MAX_WAITING, "--drain": DRAIN_S}
     line = [str(each) for option in options.items() for each in option]
-    command = [sys.executable, "-m", "whispercache", "serve", *places, *line]
+    with started(*places, *line) as server:
+        yield server
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[Server]:
+    """
+    Starts a server with those arguments on the CPU, and waits until it is ready.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "whispercache", "serve", *arguments]
+    command += ["--device", DEVICE, "--port", str(port)]
     with tempfile.TemporaryDirectory() as directory:
         temporary, log = Path(directory, "temporary"), Path(directory, "log")
         temporary.mkdir()

@@ -383,7 +383,7 @@ def load_table(loads: dict[tuple[str, str, str], Taken]) -> Table:
     return table
 
 
-def chart(results: Results) -> Path:
+def chart(results: Results) -> list[Path]:
     names = ("construct each time", "lru_cache(maxsize=1)", "whispercache, no variants")
     labels = dict(
         zip(CONTENDERS, (*names, "whispercache", "with huge pages"), strict=True)
@@ -443,7 +443,7 @@ def main() -> None:
     tables += [peak_table(results, limits), load_table(loads), *floors]
     write("switch", [machine(), *tables], to_file=options.write)
     if options.write:
-        print(f"drawn to {chart(results)}")
+        print("drawn to", *chart(results))
 
 
 if __name__ == "__main__":

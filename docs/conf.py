@@ -19,7 +19,12 @@ project = "whispercache"
 author = "the whispercache authors"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 # Links within a page are made from its headings, as on GitHub.
@@ -27,13 +32,18 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = "whispercache"
-html_static_path: list[str] = []
+# Furo's own underlines names of modules, as if they were links.
+pygments_dark_style = "github-dark"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 autodoc_member_order = "bysource"
 # Types are in the signatures; a second list of them would repeat that.
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+# Longer ones have a line for each parameter.
+maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 
 

@@ -150,16 +150,6 @@ def test_bytes_are_written_in_the_largest_unit(n_bytes: int, text: str) -> None:
     assert format_bytes(n_bytes) == text
 
 
-def test_the_page_s_fakes_run_as_written() -> None:
-    """
-    The example for users' own tests needs no model, so it is run here.
-    """
-    page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (example,) = [block for block in blocks if "FakeMachine(" in block]
-    exec(compile(example, "testing.md", "exec"), {})
-
-
 @pytest.mark.parametrize("module", ["whispercache", "whispercache.testing"])
 def test_the_modules_that_users_import_say_what_they_are(module: str) -> None:
     """

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING
 sys.path.append(str(Path(__file__).parents[1]))
 
 from cells import SHARES, Cell, cells
-from cluster_models import CARD_BYTES
 from contenders import (
     CONTENDERS,
     MODELS,
@@ -44,10 +43,10 @@ from contenders import (
     without_drain,
 )
 from contention import CALLERS, LOAD_S, LONGEST_LEASE_S, alternate, starve
-from fleet import ROUTES, RULE, busy_trace, serve_all
 from optimum import MAX_MODELS, least_load_s
 from pieces import NOTHING, Host, Strategy
 from report import Table, machine, write
+from routed import cluster_tables
 from simulation import Simulation, StrictFifo
 from traces import WORKLOADS, read_trace
 
@@ -377,34 +376,6 @@ def contention_tables() -> list[object]:
 # Speed -------------------------------------------------------------------------------
 
 
-def cluster_table(seeds: int, n: int) -> Table:
-    """
-    Three replicas with one card each, by how requests are routed.
-    """
-    table = Table(
-        f"A cluster: 3 cards of {CARD_BYTES / 2**30:.1f} GiB, models of 13.3 GiB, busy "
-        f"by 58 % without loads; means of {seeds} traces of {n} requests",
-        ["", "routers", "loads/100", "p50, s", "p95, s", "most on a card, GiB"],
-    )
-    ways = [(name, start, 1) for name, start in ROUTES.items()]
-    ways += [(RULE, ROUTES[RULE], routers) for routers in (2, 3)]
-    for name, start, routers in ways:
-        reports = [
-            serve_all(start(), list(busy_trace(random.Random(seed), n, 3)), 3, routers)
-            for seed in range(seeds)
-        ]
-        mean = statistics.mean
-        table.add(
-            name,
-            f"{routers}",
-            f"{mean(100 * each.loads / n for each in reports):.1f}",
-            f"{mean(each.share_s(0.5) for each in reports):.2f}",
-            f"{mean(each.share_s(0.95) for each in reports):.2f}",
-            f"{max(each.peak_bytes for each in reports) / 2**30:.1f}",
-        )
-    return table
-
-
 def speed_table(n: int) -> Table:
     """
     How long the simulator takes.
@@ -469,7 +440,7 @@ def main() -> None:
         *contention_tables(),
         rules_table(large, SHARES[0]),
         *together_tables(shown),
-        cluster_table(options.seeds, options.requests),
+        *cluster_tables(),
         speed_table(options.speed),
     ]
     parts.append(f"All of this took {time.perf_counter() - started_s:.0f} s.")

@@ -47,7 +47,11 @@ Work on one window of half a minute, at the most: large-v3 on a middling card.
 
 SEEDS = 3
 PAUSES_S = (60.0, 180.0, 600.0)
-HOSTS = (NOTHING, Host(ram_bytes=20_000_000_000))
+HOSTS = {
+    "disk": NOTHING,
+    "page cache": Host(page_bytes=20_000_000_000, preloaded=(0, 1, 2)),
+    "host copies": Host(ram_bytes=20_000_000_000),
+}
 LEVELS_S = (5.0, 15.0, 60.0, 300.0)
 
 
@@ -139,13 +143,19 @@ def beside_table() -> Table:
         [
             "workers, pause between sentences, loads from",
             *("p95 today, s", "p95, s", "÷", "worst ÷", "longest, s"),
-            *("throughput ÷ today's", "worst ÷", "stops"),
+            *("throughput ÷ today's", "worst ÷", "stops", "loads' share of time"),
         ],
     )
-    for workers, pause_s, host in itertools.product((1, 3), PAUSES_S, HOSTS):
+    for workers, pause_s, where in itertools.product((1, 3), PAUSES_S, HOSTS):
         pairs = [
             [
-                night(seed, pause_s, workers=workers, host=host, are_batches=each)
+                night(
+                    seed,
+                    pause_s,
+                    workers=workers,
+                    host=HOSTS[where],
+                    are_batches=each,
+                )
                 for each in (False, True)
             ]
             for seed in range(SEEDS)
@@ -153,7 +163,7 @@ def beside_table() -> Table:
         waits = [(p95_s(before), p95_s(after)) for before, after in pairs]
         shares = [after_s / before_s for before_s, after_s in waits]
         rates = [films_end_s(before) / films_end_s(after) for before, after in pairs]
-        where = "host copies" if host.ram_bytes else "disk"
+        loads = [after.load_s / films_end_s(after) for _, after in pairs]
         table.add(
             f"{workers}, {pause_s:g} s, {where}",
             *(f"{statistics.median(each):.1f}" for each in zip(*waits, strict=True)),
@@ -163,6 +173,7 @@ def beside_table() -> Table:
             f"{statistics.median(rates):.3f}",
             f"{min(rates):.3f}",
             f"{statistics.median(after.stops for _, after in pairs):.0f}",
+            f"{statistics.median(loads):.3f}",
         )
     return table
 

@@ -2,9 +2,9 @@
 A cluster in virtual time: the real routing rule over replicas with the real scheduler.
 
 Each replica is a card with a cache of its own, which computes one call at a time; a
-router sends each request to one of them as it comes. Routers know what they sent and
-what is in memory, the latter as it was a moment ago; with several of them, each knows
-only its own requests.
+router sends each request to one of them as it comes. Routers know what they sent, and
+what is in memory as it was a moment ago. Of others' requests they know how many there
+were when they last sent one to the same card, as Ray tells them.
 """
 
 from __future__ import annotations
@@ -13,18 +13,28 @@ import heapq
 import itertools
 import math
 import random
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from cluster_models import CARD_BYTES, GIB, SIZES, load_s, requests_of
+from cluster_models import (
+    CALLS_S,
+    CARD_BYTES,
+    GIB,
+    SIZES,
+    WORKSPACE_BYTES,
+    load_s,
+    requests_of,
+)
 from pieces import Model, Strategy
 from simulation import Simulation
 from traces import Request
 
 from whispercache.core.entries import State
 from whispercache.keys import ModelKey
-from whispercache.planning.routing import RELUCTANCE, Replica, order
+from whispercache.planning.routing import RELUCTANCE, Replica, order, pooled
+from whispercache.ray.meter import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +42,7 @@ if TYPE_CHECKING:
 
     from simulation import Asked
 
+    from whispercache.core.entries import Entry
     from whispercache.lease import Lease
 
 __all__ = [
@@ -47,11 +58,26 @@ __all__ = [
 # What is in memory is known this late.
 SEEN_EVERY_S = 0.25
 
+# For so long a router believes in others' requests, as Ray's do.
+OTHERS_S = 10.0
+
+# As in fake_replica.py: so many calls work on a model, and each takes turns with others
+# on the card between two segments.
+PARALLEL = 2
+SEGMENTS = 5
+
+# What a cache leaves free of a card (`whispercache.devices.memory.headroom_bytes`).
+CAPACITY_BYTES = CARD_BYTES - GIB // 2
+
 CLUSTER_MODELS = tuple(
-    Model(ModelKey(name, "cuda:0", "float16"), int(gib * GIB), GIB // 4, load_s(name))
+    Model(
+        ModelKey(name, "cuda:0", "float16"),
+        int(gib * GIB),
+        WORKSPACE_BYTES,
+        load_s(name),
+    )
     for name, (gib, _) in SIZES.items()
 )
-CALLS_S = [call_s for _, call_s in SIZES.values()]
 
 
 class FleetReport(NamedTuple):
@@ -80,11 +106,17 @@ class Card(Simulation):
     def __init__(self, name: str, models: Sequence[Model], capacity_bytes: int) -> None:
         super().__init__(models, capacity_bytes, Strategy())
         self.name = name
-        # Requests that it has, by the router that sent them.
-        self.queues: Counter[int] = Counter()
+        # Requests that it has, by the router that sent them and by model.
+        self.queues: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._senders: dict[Request, int] = {}
+        # What it has measured of its loads and calls.
+        self.load_s: dict[str, float] = {}
+        self.meter = Meter(lambda: self._now_s)
         self.took_s: list[float] = []
         self._free_at_s = 0.0
+        # Requests that wait for a turn with a model, and how many have one.
+        self._gate: defaultdict[int, deque[Request]] = defaultdict(deque)
+        self._working: Counter[int] = Counter()
         # What others see of it: when, and what was there then.
         self._seen: deque[tuple[float, frozenset[str]]] = deque([(0.0, frozenset())])
 
@@ -102,15 +134,25 @@ class Card(Simulation):
         """
         The number of requests that it has.
         """
-        return self.queues.total()
+        return sum(each.total() for each in self.queues.values())
 
     def come(self, request: Request, sender: int) -> None:
         """
         Takes a request that comes now, from one of the routers.
         """
-        self.queues[sender] += 1
+        self.queues[sender][CLUSTER_MODELS[request.model].key.model] += 1
         self._senders[request] = sender
-        self._request(request, None)
+        self._gate[request.model].append(request)
+        self._admit(request.model)
+
+    def _admit(self, model: int) -> None:
+        """
+        Lets those through whose turn it is with a model.
+        """
+        waiting = self._gate[model]
+        while waiting and self._working[model] < PARALLEL:
+            self._working[model] += 1
+            self._request(waiting.popleft(), None)
 
     def resident(self) -> frozenset[str]:
         """
@@ -127,15 +169,44 @@ class Card(Simulation):
     def _grant(self, asked: Asked, lease: Lease) -> None:
         lease.owned = True
         self._counts["served"] += 1
-        # After those that compute already.
-        self._free_at_s = max(self._free_at_s, self._now_s) + asked.spec.service_s
-        self._at(self._free_at_s, partial(self._end_call, asked, lease))
+        work = ExitStack()
+        work.enter_context(self.meter.working(lease._entry.key.model))
+        self._segment(asked.spec, lease, work, SEGMENTS)
 
-    def _end_call(self, asked: Asked, lease: Lease) -> None:
-        self.queues[self._senders.pop(asked.spec)] -= 1
-        self.took_s.append(self._now_s - asked.spec.at_s)
+    def _segment(self, spec: Request, lease: Lease, work: ExitStack, left: int) -> None:
+        """
+        Computes one of the segments that are left, after those that came before.
+        """
+        if not left:
+            work.close()
+            self._end_call(spec, lease)
+            return
+        began_s = max(self._free_at_s, self._now_s)
+        self._free_at_s = began_s + spec.service_s / SEGMENTS
+        self._at(self._free_at_s, partial(self._segment, spec, lease, work, left - 1))
+
+    def _end_call(self, spec: Request, lease: Lease) -> None:
+        self.queues[self._senders.pop(spec)][lease._entry.key.model] -= 1
+        self.took_s.append(self._now_s - spec.at_s)
         self._scheduler.release(lease._entry, lease._serial, None)
+        self._working[spec.model] -= 1
+        self._admit(spec.model)
         self._perform()
+
+    def _loaded(self, entry: Entry) -> None:
+        self.load_s[entry.key.model] = self._now_s - self._began_s[entry]
+        super()._loaded(entry)
+
+
+def _told(seconds: float) -> float:
+    """
+    As replicas tell it.
+    """
+    return float(f"{seconds:.1g}")
+
+
+def _all_told(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {model: _told(each) for model, each in seconds.items()}
 
 
 # Chooses a card for a model, as the router of that number.
@@ -147,12 +218,12 @@ def by_rule(models: Sequence[Model], reluctance: float) -> Callable[[], Route]:
     Routes by `whispercache.planning.routing`.
     """
     sizes = {each.key.model: each.weights_bytes for each in models}
-    loads_s = {each.key.model: each.load_s for each in models}
-    call_s = sum(CALLS_S) / len(CALLS_S)
 
     def start() -> Route:
         # When each router sent a model somewhere, where it will be soon.
         sent: dict[tuple[int, str, str], float] = {}
+        # How many requests of others there were when a router sent one, and when.
+        others: dict[tuple[int, str], tuple[int, float]] = {}
 
         def resident(router: int, card: Card) -> set[str]:
             mine = {
@@ -161,24 +232,33 @@ def by_rule(models: Sequence[Model], reluctance: float) -> Callable[[], Route]:
                 if (sender, place) == (router, card.name)
                 and card._now_s < at_s + 4 * SEEN_EVERY_S
             }
-            return mine | card.resident()
+            waited = {name for name, n in card.queues[router].items() if n}
+            return mine | waited | card.resident()
+
+        def queued(router: int, card: Card) -> Counter[str]:
+            n, at_s = others.get((router, card.name), (0, 0.0))
+            known = n if card._now_s < at_s + OTHERS_S else 0
+            return card.queues[router] + Counter({"": known})
 
         def route(model: Model, cards: Sequence[Card], router: int) -> Card:
             known = [
                 Replica(
                     card.name,
-                    {"cuda:0": CARD_BYTES},
+                    {"cuda:0": CAPACITY_BYTES},
                     dict.fromkeys(resident(router, card), "cuda:0"),
                     sizes=sizes,
-                    load_s=loads_s,
-                    call_s=call_s,
-                    queue=card.queues[router],
+                    load_s=_all_told(card.load_s),
+                    calls_s=_all_told(card.meter.calls_s),
+                    call_s=_told(card.meter.call_s),
+                    queued=queued(router, card),
                 )
                 for card in cards
             ]
-            name = order(model.key.model, known, reluctance)[0].name
+            name = order(model.key.model, pooled(known), reluctance)[0].name
             chosen = next(card for card in cards if card.name == name)
             sent[router, name, model.key.model] = chosen._now_s
+            n = chosen.queue - chosen.queues[router].total()
+            others[router, name] = n, chosen._now_s
             return chosen
 
         return route
@@ -225,24 +305,25 @@ ROUTES: Mapping[str, Callable[[], Route]] = {
     "round robin": round_robin,
     "hash of the model": hashed,
     **{
-        f"rule, a load counts {times:g}": by_rule(CLUSTER_MODELS, times)
-        for times in (1, 2, 3, 8)
+        f"rule, a load counts up to {times:g}": by_rule(CLUSTER_MODELS, times)
+        for times in (1, 4, 8, 16)
     },
 }
 
 
 # As whispercache.ray routes.
-RULE = f"rule, a load counts {RELUCTANCE:g}"
+RULE = f"rule, a load counts up to {RELUCTANCE:g}"
 
 
-def busy_trace(dice: random.Random, n: int, cards: int) -> Iterator[Request]:
+def busy_trace(
+    dice: random.Random, n: int, cards: int, calls_s: Mapping[str, float] = CALLS_S
+) -> Iterator[Request]:
     """
     Yields the same requests as benchmarks/cluster.py plays.
     """
     names = list(SIZES)
-    for at_s, name in requests_of(dice, n, cards):
-        model = names.index(name)
-        yield Request(at_s, model, CALLS_S[model])
+    for at_s, name in requests_of(dice, n, cards, calls_s):
+        yield Request(at_s, names.index(name), calls_s[name])
 
 
 def serve_all(
@@ -252,7 +333,7 @@ def serve_all(
     Serves *requests* with that many cards, and routers that take turns.
     """
     turns = itertools.cycle(range(routers))
-    cards = [Card(f"r{i}", CLUSTER_MODELS, CARD_BYTES) for i in range(n_cards)]
+    cards = [Card(f"r{i}", CLUSTER_MODELS, CAPACITY_BYTES) for i in range(n_cards)]
     for request in requests:
         for card in cards:
             card.advance(request.at_s)

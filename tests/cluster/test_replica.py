@@ -72,6 +72,12 @@ def test_what_it_tells_once_and_again_and_again(
         assert told["resident"] == {"small": ("cuda:0", GIB // 2)}
         await asyncio.sleep(0.01)
         assert await replica.record_routing_stats() == told
+        assert told["calls_s"] == {}
+        async for _ in replica.hear(OFFERS["small"], SILENCE, {}, Terms(5)):
+            pass
+        told = await replica.record_routing_stats()
+        # No timer sleeps for less.
+        assert told["calls_s"]["small"] >= 0.2
         assert (await replica.record_autoscaling_stats())["fill"] > 0
         assert (await replica.seen())[0] == "r1"
 

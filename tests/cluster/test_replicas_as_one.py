@@ -83,10 +83,30 @@ def test_calls_that_share_a_card_are_not_counted_twice() -> None:
     clock = FakeClock()
     meter = Meter(clock.now)
     for _ in range(200):
-        with meter.working(), meter.working():
+        with meter.working("small"), meter.working("small"):
             clock.tick(2)
-    # The first to end has both seconds, the second none: one each.
     assert meter.call_s == pytest.approx(1.0, abs=0.1)
+    assert meter.calls_s == {"small": pytest.approx(1.0)}
+
+
+def test_each_model_has_seconds_of_its_own() -> None:
+    """
+    Those of a long call that it shared with a short one are halved.
+    """
+    clock = FakeClock()
+    meter = Meter(clock.now)
+    with meter.working("large"):
+        clock.tick(2)
+        with meter.working("small"):
+            clock.tick(1)
+        clock.tick(2)
+    # Nobody worked meanwhile.
+    clock.tick(100)
+    assert meter.calls_s == {"large": 4.5, "small": 0.5}
+    with meter.working("small"):
+        clock.tick(1.5)
+    # Of late, with a tenth of the new one.
+    assert meter.calls_s["small"] == pytest.approx(0.6)
 
 
 def test_what_was_lost_fades() -> None:
@@ -97,7 +117,7 @@ def test_what_was_lost_fades() -> None:
     meter = Meter(clock.now)
     assert meter.lost_share == meter.busy_share == 0
     meter.waited(3)
-    with meter.working():
+    with meter.working("small"):
         clock.tick(1)
     assert meter.lost_share == pytest.approx(0.75, abs=0.01)
     assert 0 < meter.busy_share < 1

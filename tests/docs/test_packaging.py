@@ -4,9 +4,14 @@ The distribution: it builds, its page can be rendered, and the workflows are sou
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -43,11 +48,69 @@ def test_what_is_built_is_whole_and_well_described(tmp_path: Path) -> None:
     built = sorted(tmp_path.iterdir())
     run("twine", "check", "--strict", *map(str, built))
 
+    with tarfile.open(built[1]) as source:
+        there = {Path(name).parts[1] for name in source.getnames()}
+    # All that the tests read, so that whoever packages it can run them.
+    wanted = {"tests", "docs", "findings", ".github", "CITATION.cff", "setup.cfg"}
+    assert wanted <= there
     with zipfile.ZipFile(built[0]) as wheel:
         names = set(wheel.namelist())
     for name in ("py.typed", "server/page/index.html", "startup/sitecustomize.py"):
         assert f"whispercache/{name}" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+
+
+@pytest.mark.process
+def test_a_release_has_the_addresses_of_its_repository(tmp_path: Path) -> None:
+    """
+    By the step of the workflow that comes before the one that builds.
+    """
+    place = ROOT / ".github" / "workflows" / "release.yml"
+    flow = yaml.safe_load(place.read_text(encoding="utf-8"))
+    steps = [step["run"] for step in flow["jobs"]["build"]["steps"] if "run" in step]
+    assert steps[-1].startswith("python -m build")
+    [python, *rest] = steps[-2].split()
+    assert python == "python"
+
+    description = built_after(rest, tmp_path)
+    home = "https://code.example/somebody/whispercache"
+    assert description.get_all("Project-URL") == [
+        f"Homepage, {home}",
+        f"Documentation, {home}/blob/v1.2.3/README.md#documentation",
+        f"Source, {home}/tree/v1.2.3",
+        f"Issues, {home}/issues",
+        f"Changelog, {home}/blob/v1.2.3/CHANGELOG.md",
+    ]
+    page = description["Description"]
+    links = re.findall(r'(?:\]\(|src="|srcset=")([^)"]+)', page)
+    assert len(links) > 20
+    assert not [link for link in links if not link.startswith(f"{home}/")]
+
+
+def built_after(command: list[str], scratch: Path) -> metadata.PackageMetadata:
+    """
+    Runs a command in a copy of the sources, as the workflow of somebody's repository
+    does, and returns the description that a wheel has then.
+    """
+    copy = scratch / "checkout"
+    for name in ("whispercache", ".github"):
+        shutil.copytree(ROOT / name, copy / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    environment = {
+        "GITHUB_SERVER_URL": "https://code.example",
+        "GITHUB_REPOSITORY": "somebody/whispercache",
+        "GITHUB_REF_NAME": "v1.2.3",
+    }
+    command = [sys.executable, *command]
+    subprocess.run(command, cwd=copy, env={**os.environ, **environment}, check=True)
+
+    out = ("--wheel", "--outdir", str(scratch / "dist"))
+    run("pyproject-build", "--no-isolation", *out, str(copy))
+    [wheel] = (scratch / "dist").iterdir()
+    run("twine", "check", "--strict", str(wheel))
+    [found] = metadata.distributions(name="whispercache", path=[str(wheel)])
+    return found.metadata
 
 
 @pytest.mark.process

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whispercache.planning.routing import LOAD_S, Replica, order
+from whispercache.planning.routing import LOAD_S, Replica, order, pooled
 
 GIB = 2**30
 SIZES = {"large": 3 * GIB, "medium": 2 * GIB, "small": GIB}
@@ -49,15 +49,58 @@ def test_a_request_goes_where_its_model_is() -> None:
 
 def test_a_queue_that_is_longer_than_a_load_is_left() -> None:
     """
-    A load of one second counts as three.
+    A load of one second counts as eight, if nobody waits for the model.
     """
-    busy = replica("busy", "small", queue=3)
+    busy = replica("busy", "small", queued={"large": 8})
     # As long: then where there is more room.
     assert first("small", replica("free"), busy) == "free"
-    assert first("small", replica("free"), replace(busy, queue=2)) == "busy"
-    assert first("small", replica("free"), replace(busy, queue=4)) == "free"
+    assert first("small", replica("free"), replace(busy, queued={"large": 7})) == "busy"
+    longer = replace(busy, queued={"large": 15})
+    assert first("small", replica("free"), longer) == "free"
     # Where two compute at once, twice as many are as long.
-    assert first("small", replica("free"), replace(busy, queue=4, parallel=2)) == "busy"
+    assert first("small", replica("free"), replace(longer, parallel=2)) == "busy"
+
+
+def test_a_load_counts_less_the_more_wait_for_the_model() -> None:
+    """
+    With one that waits 4.5 times, with two 3.3, with three 2.75.
+    """
+    two = replica("busy", "small", queued={"small": 2})
+    assert first("small", replica("free"), two) == "busy"
+    assert first("small", replica("free"), replace(two, queued={"small": 3})) == "free"
+    assert first("small", replica("free"), replace(two, queued={"large": 3})) == "busy"
+    # Wherever they wait.
+    waiting = replica("elsewhere", "small", queued={"small": 9})
+    five = replace(two, queued={"": 5})
+    assert first("small", replica("free"), five) == "busy"
+    assert first("small", replica("free"), five, waiting) == "free"
+
+
+def test_the_seconds_of_a_queue_are_those_of_its_models() -> None:
+    """
+    Three short calls are over before a long one.
+    """
+    calls_s = {"small": 0.1, "large": 3.0}
+    short = replica("short", "medium", calls_s=calls_s, queued={"small": 3})
+    long = replica("long", "medium", calls_s=calls_s, queued={"large": 1})
+    assert first("medium", long, short) == "short"
+    # Those of models without a measure, or that are not known, take the usual time.
+    odd = replace(short, queued={"small": 3, "medium": 2, "": 1})
+    assert odd.queue_s == pytest.approx(3 * 0.1 + 3 * 1.0)
+
+
+def test_one_takes_from_others_what_it_has_not_measured() -> None:
+    """
+    Its own measure counts more.
+    """
+    one = replica("one", load_s={"large": 3.0}, calls_s={"large": 2.0})
+    two = replica("two", load_s={"large": 4.0, "small": 1.0})
+    three = replica("three", load_s={})
+    pooled_one, pooled_two, pooled_three = pooled([one, two, three])
+    assert pooled_one == replace(one, load_s={"large": 3.0, "small": 1.0})
+    assert pooled_two == replace(two, calls_s={"large": 2.0})
+    assert pooled_three.load_s.keys() == {"large", "small"}
+    assert pooled([]) == []
 
 
 def test_what_must_leave_is_counted() -> None:
@@ -67,7 +110,7 @@ def test_what_must_leave_is_counted() -> None:
     full = replica("full", "large", "small")
     assert first("medium", full, replica("free", "small")) == "free"
     # One request waits less than two models are loaded again.
-    assert first("medium", full, replica("free", "small", queue=1)) == "free"
+    assert first("medium", full, replica("free", "small", queued={"": 1})) == "free"
     assert full.wait_s("medium", 1) == LOADS_S["medium"] + LOADS_S["large"]
 
 
@@ -95,8 +138,10 @@ def test_what_never_fits_comes_last() -> None:
     pinned = replica("pinned", "medium", "small", pinned=frozenset({"medium"}))
     small = replica("small", capacity_bytes={"cuda:0": 2 * GIB})
     for never in (pinned, small):
-        assert never.wait_s("large") == math.inf
-        assert first("large", never, replica("full", "large", queue=99)) == "full"
+        assert never.wait_s("large", 1) == math.inf
+        assert (
+            first("large", never, replica("full", "large", queued={"": 99})) == "full"
+        )
         # It still gets the request if there is no other: its refusal says more.
         assert first("large", never) == never.name
 
@@ -135,8 +180,9 @@ replicas = st.builds(
     resident=st.dictionaries(names, st.sampled_from(["cuda:0", "cuda:1"])),
     pinned=st.frozensets(names),
     call_s=st.floats(0, 10),
+    calls_s=st.dictionaries(names, st.floats(0, 10)),
     parallel=st.integers(1, 4),
-    queue=st.integers(0, 20),
+    queued=st.dictionaries(names | st.just(""), st.integers(0, 20)),
 )
 
 
@@ -145,12 +191,15 @@ def test_all_are_named_once_and_in_an_order_of_their_own(
     model: str, known: list[Replica]
 ) -> None:
     """
-    Whatever order they came in; none passes another one because a third is there.
+    Whatever order they came in; none passes another one because a third is there, if
+    nobody waits there for the model.
     """
     found = list(order(model, known))
     assert sorted(map(id, found)) == sorted(map(id, known))
     assert order(model, known[::-1]) == found
     for each in known:
+        if each.queued.get(model):
+            continue
         others = [other for other in known if other is not each]
         assert order(model, others) == [other for other in found if other is not each]
 
@@ -168,6 +217,6 @@ def test_a_replica_that_has_the_model_is_before_its_like_without(
     without = replace(known, resident=absent)
     wait_s = without.wait_s(model, reluctance)
     assert there.wait_s(model, reluctance) < wait_s
-    assert wait_s >= known.queue * known.call_s / known.parallel
-    longer = replace(without, queue=without.queue + 1)
+    assert wait_s >= known.queue_s
+    longer = replace(without, queued={**known.queued, "other": 1})
     assert longer.wait_s(model, reluctance) >= wait_s

@@ -8,7 +8,7 @@ is, unless the wait there would be longer than a load elsewhere.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 CALL_S = 0.5
 LOAD_S = 0.5
 
-RELUCTANCE = 3.0
+RELUCTANCE = 8.0
 """
-How much a second of loading counts beside one of waiting: a load tends to bring others,
-of what left for it.
+How much a second of loading counts beside one of waiting, for a model that nobody waits
+for: a load tends to bring others, of what left for it. The more wait, the less it
+counts, down to once: those to come share what it brings.
 
-Source: benchmarks/simulate, "A cluster": from 1 to 3 loads get fewer by half, above
-hardly, and waits get longer.
+Source: benchmarks/simulate/routed.py: from 1 to 8 loads get fewer by more than half;
+above, the longest waits get longer.
 """
 
 # Waits that differ by less, in seconds, are alike: what is measured is rounded, too.
@@ -44,9 +45,11 @@ class Replica:
         pinned: Those that do not leave for others.
         sizes: Bytes of each model; one that is not known takes none.
         load_s: Seconds of a load, by model.
-        call_s: Seconds that it is busy for one call.
+        calls_s: Seconds that it is busy for a call, by model.
+        call_s: The same for others.
         parallel: Number of calls at once, of which each takes so long.
-        queue: Number of requests that it has.
+        queued: Number of requests that it has, by model; ``""`` for those of which the
+            model is not known.
     """
 
     name: str
@@ -55,9 +58,10 @@ class Replica:
     pinned: frozenset[str] = frozenset()
     sizes: Mapping[str, int] = field(default_factory=dict)
     load_s: Mapping[str, float] = field(default_factory=dict)
+    calls_s: Mapping[str, float] = field(default_factory=dict)
     call_s: float = CALL_S
     parallel: int = 1
-    queue: int = 0
+    queued: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def room_bytes(self) -> int:
@@ -66,13 +70,23 @@ class Replica:
         """
         return max(map(self._free_bytes, self.capacity_bytes), default=0)
 
-    def wait_s(self, model: str, reluctance: float = RELUCTANCE) -> float:
+    @property
+    def queue_s(self) -> float:
+        """
+        Seconds of the calls that wait or work.
+        """
+        calls_s = (
+            n * self.calls_s.get(model, self.call_s) for model, n in self.queued.items()
+        )
+        return sum(calls_s) / self.parallel
+
+    def wait_s(self, model: str, reluctance: float) -> float:
         """
         Returns the seconds until a request for *model* begins: those of the queue, of a
         load if it is not there, and of loading again what must leave for it. Loads
         count *reluctance* times. Infinite if it never fits.
         """
-        queue_s = self.queue * self.call_s / self.parallel
+        queue_s = self.queue_s
         if model in self.resident:
             return queue_s
         displaced_s = min(
@@ -119,6 +133,27 @@ class Replica:
         return (self._load_s(model) / n_bytes if n_bytes else math.inf), model
 
 
+def pooled(replicas: Iterable[Replica]) -> list[Replica]:
+    """
+    Returns the replicas, each with the seconds that others have measured of models
+    which it has not had yet: machines of a cluster differ less than models do.
+    """
+    known = list(replicas)
+    load_s: dict[str, float] = {}
+    calls_s: dict[str, float] = {}
+    for each in known:
+        load_s |= each.load_s
+        calls_s |= each.calls_s
+    return [
+        replace(
+            each,
+            load_s={**load_s, **each.load_s},
+            calls_s={**calls_s, **each.calls_s},
+        )
+        for each in known
+    ]
+
+
 def order(
     model: str, replicas: Iterable[Replica], reluctance: float = RELUCTANCE
 ) -> Sequence[Replica]:
@@ -127,12 +162,15 @@ def order(
     those that are alike the one with the most room, and then by rendezvous hashing, on
     which routers agree without a word, and which moves no model when others come or go.
     """
+    known = list(replicas)
+    waiting = sum(each.queued.get(model, 0) for each in known)
+    times = 1 + (reluctance - 1) / (1 + waiting)
 
     def rank(replica: Replica) -> tuple[float, int, bytes]:
-        wait_s = replica.wait_s(model, reluctance)
+        wait_s = replica.wait_s(model, times)
         return round(wait_s, _ALIKE_DIGITS), -replica.room_bytes, _hash(model, replica)
 
-    return sorted(replicas, key=rank)
+    return sorted(known, key=rank)
 
 
 def _hash(model: str, replica: Replica) -> bytes:

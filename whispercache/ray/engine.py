@@ -145,7 +145,7 @@ class EngineReplica:
                     while (phase := await phases.get()) is not None:
                         if phase == "working":
                             self._meter.waited(loop.time() - came_s)
-                            work.enter_context(self._meter.working())
+                            work.enter_context(self._meter.working(offer.name))
                         yield "phase", phase
                     segments, info = await call
                     yield "info", info
@@ -289,6 +289,9 @@ class EngineReplica:
             "pinned": sorted(pinned),
             "load_s": dict(self._load_s),
             "call_s": _rounded(self._meter.call_s),
+            "calls_s": {
+                name: _rounded(call_s) for name, call_s in self._meter.calls_s.items()
+            },
         }
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

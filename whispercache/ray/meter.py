@@ -31,28 +31,32 @@ class Meter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.call_s: float = CALL_S
+        self.calls_s: dict[str, float] = {}
         self._calls = 0
         self._since_s = clock()
-        # Since the last call ended: seconds in which there was work.
-        self._busy_s = 0.0
+        # Seconds of work of a call that has been there all the time: its share of them.
+        self._share_s = 0.0
         self._faded_s = clock()
         self._waited_s = self._worked_s = 0.0
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self, model: str) -> Iterator[None]:
         """
-        Measures a call, the ``with`` block. `call_s` is the replica's seconds for each:
-        those in which it works, however many calls share them.
+        Measures a call on *model*, the ``with`` block. `call_s` is the replica's
+        seconds for each, and `calls_s` those by model: calls that work side by side
+        share the seconds.
         """
-        began_s = self._tick()
+        began_s, share_s = self._tick(), self._share_s
         self._calls += 1
         try:
             yield
         finally:
             ended_s = self._tick()
             self._calls -= 1
-            self.call_s += _NEW * (self._busy_s - self.call_s)
-            self._busy_s = 0.0
+            took_s = self._share_s - share_s
+            self.call_s += _NEW * (took_s - self.call_s)
+            usual_s = self.calls_s.get(model, took_s)
+            self.calls_s[model] = usual_s + _NEW * (took_s - usual_s)
             self._fade()
             self._worked_s += ended_s - began_s
 
@@ -84,7 +88,7 @@ class Meter:
     def _tick(self) -> float:
         now_s = self._clock()
         if self._calls:
-            self._busy_s += now_s - self._since_s
+            self._share_s += (now_s - self._since_s) / self._calls
         self._since_s = now_s
         return now_s
 

@@ -8,6 +8,7 @@ globals.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ray.serve.request_router import RequestRouter
@@ -17,6 +18,7 @@ from whispercache.planning.routing import (
     RELUCTANCE,
     Replica,
     order,
+    pooled,
 )
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ class ModelRouter(RequestRouter):
         self._reluctance = reluctance
         # Until when a model is taken to be on a replica, since it was sent there.
         self._sent: dict[tuple[ReplicaID, str], float] = {}
-        # The requests of this router that a replica has.
-        self._ongoing: dict[ReplicaID, set[str]] = {}
+        # The requests of this router that a replica has, with their models.
+        self._ongoing: dict[ReplicaID, dict[str, str]] = {}
         # By request: the replica that should have it, and has not said so, and since
         # when.
         self._unheard: dict[str, tuple[ReplicaID, float]] = {}
@@ -78,15 +80,33 @@ class ModelRouter(RequestRouter):
         for each in candidate_replicas:
             if each.replica_id.unique_id == lost:
                 self._unheard[lost] = each.replica_id, now_s - _ACCEPTS_S
-        ranks = self._ranks(candidate_replicas, pending_request, now_s)
+        metadata = pending_request.metadata
+        model = metadata.multiplexed_model_id
         silent = self._silent(now_s)
-        loud = [[r for r in rank if r.replica_id not in silent] for rank in ranks]
-        last = [[r] for r in candidate_replicas if r.replica_id in silent]
-        ranks = [*filter(None, loud), *last]
-        if pending_request.metadata.multiplexed_model_id:
-            request_id = pending_request.metadata.internal_request_id
-            self._unheard.setdefault(request_id, (ranks[0][0].replica_id, now_s))
+        ranks = [
+            [each for each in rank if each.replica_id not in silent]
+            for rank in self._ranks(candidate_replicas, model, now_s)
+        ]
+        last = [[each] for each in candidate_replicas if each.replica_id in silent]
+        ranks = [*filter(None, ranks), *last]
+        if ranks and model:
+            # Before the replica says so, which may take it a while: for the next one.
+            best = ranks[0][0].replica_id
+            self._expect(best, model)
+            self._unheard.setdefault(metadata.internal_request_id, (best, now_s))
         return ranks
+
+    def _ranks(
+        self, candidate_replicas: list[RunningReplica], model: str, now_s: float
+    ) -> list[list[RunningReplica]]:
+        if not model:  # a question that any can answer
+            return [candidate_replicas]
+        self._sent = {key: at_s for key, at_s in self._sent.items() if at_s > now_s}
+        found = {each.replica_id.unique_id: each for each in candidate_replicas}
+        known = [self._known(each) for each in candidate_replicas]
+        ordered = order(model, pooled(known), self._reluctance)
+        # Ranks of one: within a rank, Ray takes the shortest queue.
+        return [[found[each.name]] for each in ordered]
 
     def _silent(self, now_s: float) -> set[ReplicaID]:
         """
@@ -103,22 +123,10 @@ class ModelRouter(RequestRouter):
             if now_s >= since_s + _ACCEPTS_S
         }
 
-    def _ranks(
-        self,
-        candidate_replicas: list[RunningReplica],
-        pending_request: PendingRequest,
-        now_s: float,
-    ) -> list[list[RunningReplica]]:
-        model = pending_request.metadata.multiplexed_model_id
-        if not model:  # a question that any can answer
-            return [candidate_replicas]
-        found = {each.replica_id.unique_id: each for each in candidate_replicas}
-        known = [self._known(each, now_s) for each in candidate_replicas]
-        ordered = order(model, known, self._reluctance)
-        # Ranks of one: within a rank, Ray takes the shortest queue.
-        return [[found[each.name]] for each in ordered]
+    def _expect(self, replica_id: ReplicaID, model: str) -> None:
+        self._sent[replica_id, model] = time.monotonic() + _TRUST_S
 
-    def _known(self, replica: RunningReplica, now_s: float) -> Replica:
+    def _known(self, replica: RunningReplica) -> Replica:
         """
         Returns what is known of a replica: what it told, and what was sent to it since.
         """
@@ -128,13 +136,18 @@ class ModelRouter(RequestRouter):
         places = {name: device for name, (device, _) in resident.items()}
         sizes = {name: n_bytes for name, (_, n_bytes) in resident.items()}
         capacity: dict[str, int] = fixed.get("capacity", {})
-        for (replica_id, name), until_s in self._sent.items():
-            if replica_id == replica.replica_id and until_s > now_s and capacity:
-                # On the largest; which one it was, the replica will say.
-                places.setdefault(name, max(capacity, key=capacity.__getitem__))
         rid = replica.replica_id
+        queued = Counter(self._ongoing.get(rid, {}).values())
+        coming = {name for to, name in self._sent if to == rid}
+        if capacity:
+            # On the largest; which one it was, the replica will say.
+            device = max(capacity, key=capacity.__getitem__)
+            # One with requests is there or comes, however long ago they were sent.
+            for name in (coming | set(queued)) - {""}:
+                places.setdefault(name, device)
         # Ray's own count knows of others' requests, but is forgotten in a while.
-        queue = self.replica_queue_len_cache.get(rid) or 0
+        all_queued = self.replica_queue_len_cache.get(rid) or 0
+        queued[""] += max(0, all_queued - queued.total())
         return Replica(
             rid.unique_id,
             capacity,
@@ -142,9 +155,10 @@ class ModelRouter(RequestRouter):
             pinned=frozenset(told.get("pinned", ())),
             sizes={**fixed.get("sizes", {}), **sizes},
             load_s=told.get("load_s", {}),
+            calls_s=told.get("calls_s", {}),
             call_s=told.get("call_s", CALL_S),
             parallel=fixed.get("parallel", 1),
-            queue=max(queue, len(self._ongoing.get(rid, ()))),
+            queued=queued,
         )
 
     def on_request_routed(
@@ -156,17 +170,18 @@ class ModelRouter(RequestRouter):
         """
         Notes that a replica has accepted a request.
         """
-        metadata, now_s = pending_request.metadata, time.monotonic()
+        metadata = pending_request.metadata
+        model = metadata.multiplexed_model_id
         self._unheard.pop(metadata.internal_request_id, None)
         self._unheard = {
             request_id: unheard
             for request_id, unheard in self._unheard.items()
             if unheard[0] != replica_id
         }
-        self._ongoing.setdefault(replica_id, set()).add(metadata.internal_request_id)
-        self._sent = {key: at_s for key, at_s in self._sent.items() if at_s > now_s}
-        if metadata.multiplexed_model_id:
-            self._sent[replica_id, metadata.multiplexed_model_id] = now_s + _TRUST_S
+        ongoing = self._ongoing.setdefault(replica_id, {})
+        ongoing[metadata.internal_request_id] = model
+        if model:
+            self._expect(replica_id, model)
 
     def on_request_completed(
         self, replica_id: ReplicaID, internal_request_id: str
@@ -178,7 +193,7 @@ class ModelRouter(RequestRouter):
         if unheard is not None and time.monotonic() < unheard[1] + _ACCEPTS_S:
             # Its client has left. Later on, it waited in vain.
             del self._unheard[internal_request_id]
-        ongoing = self._ongoing.get(replica_id, set())
-        ongoing.discard(internal_request_id)
+        ongoing = self._ongoing.get(replica_id, {})
+        ongoing.pop(internal_request_id, None)
         if not ongoing:
             self._ongoing.pop(replica_id, None)
