@@ -52,7 +52,7 @@ from whispercache import (
 if TYPE_CHECKING:
     from faster_whisper.transcribe import Segment, TranscriptionInfo
 
-    from whispercache.model import LeasedIterator
+    from whispercache.results import LeasedIterator
 
 MODELS = ("tiny.en", "base")  # nothing else is loaded, whatever clients ask for
 DEVICE, COMPUTE_TYPE = "cpu", "int8"

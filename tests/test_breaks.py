@@ -6,7 +6,6 @@ afterwards as if nothing had happened.
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from caches import cache_of
 from faster_whisper import BatchedInferencePipeline
 from real import at_once, clip, decode_audio, micro, micro_copy, model_of, packaged
 
@@ -21,12 +21,12 @@ from whispercache import (
     AsyncModelCache,
     CacheClosed,
     LeaseTimeout,
+    LoadFailed,
     ModelCache,
-    ModelStillReferenced,
     UnknownModel,
 )
 from whispercache.model import CachedModel
-from whispercache.testing import settle, wait_until
+from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -55,27 +55,7 @@ FILM = np.zeros(150 * 16_000, np.float32)
 A silent film. A micro model says its text once for each half minute of it.
 """
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models, of which one is in memory at a time. In the end no lease
-    is left, and nothing refers to the models.
-    """
-    referenced: list[object] = []
-
-    def noted(event: object) -> None:
-        if isinstance(event, ModelStillReferenced):
-            referenced.append(event)
-
-    with ModelCache(variants=False, max_models=1) as made:
-        made.subscribe(noted)
-        yield made
-        gc.collect()
-        settle(made)
-        made._core.check()
-        assert made.stats().leases == 0
-    assert not referenced
+cache = cache_of(variants=False, max_models=1)
 
 
 @pytest.fixture
@@ -129,6 +109,23 @@ def test_a_batch_that_is_stopped_after_each_segment_says_the_same(
         found.append(asdict(segment))
         urgent()
     assert found == said
+
+
+def test_a_batch_whose_files_are_replaced_ends(
+    cache: ModelCache, urgent: Callable[[], None], tmp_path: Path
+) -> None:
+    """
+    Its tokenizer would turn the tokens of other weights into wrong words.
+    """
+    directory = micro_copy(tmp_path / "mine", "first")
+    batch = model_of(cache, directory, priority="batch")
+    segments, _ = batch.transcribe(FILM)
+    assert next(segments).text == " first"
+    micro_copy(directory, "second")
+    urgent()
+    with pytest.raises(LoadFailed, match="replaced in the middle of a batch"):
+        list(segments)
+    assert next(batch.transcribe(FILM)[0]).text == " second"
 
 
 @pytest.mark.parametrize("batch_size", [None, 1])

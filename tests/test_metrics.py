@@ -33,7 +33,7 @@ from whispercache.peers.pressure import WATCH_S
 from whispercache.testing import FakeLoader, settle, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from conftest import MakeCache
@@ -78,13 +78,11 @@ def world(
 
 
 @pytest.fixture
-def driver() -> Iterator[ThreadDriver]:
+def driver() -> ThreadDriver:
     """
     Calls on threads.
     """
-    driver = ThreadDriver()
-    yield driver
-    driver.close()
+    return ThreadDriver()
 
 
 def read(registry: CollectorRegistry, name: str, **labels: str) -> float | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from caches import cache_of
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from faster_whisper.tokenizer import Tokenizer
 from jiwer import wer
@@ -40,8 +41,6 @@ from whispercache.model import ATTRIBUTES
 from whispercache.testing import settle
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from faster_whisper.transcribe import TranscriptionInfo
 
     from whispercache import CachedModel
@@ -87,18 +86,7 @@ PARAMETERS: dict[str, Any] = {
     "language_detection_segments": 2,
 }
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models; no lease may be left in the end.
-    """
-    with ModelCache(variants=False) as made:
-        yield made
-        gc.collect()
-        settle(made)
-        made._core.check()
-        assert made.stats().leases == 0
+cache = cache_of(variants=False)
 
 
 def everything(result: tuple[Any, TranscriptionInfo]) -> tuple[list[Any], Any]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whispercache.units import Limit, parse_duration, parse_limit
+from whispercache.units import Limit, parse_duration, parse_limit, parse_seconds
 
 MIB = 1024**2
 GIB = 1024**3
@@ -259,3 +259,34 @@ class TestDuration:
             check_message(str(error), "keep_alive")
             return
         assert seconds >= 0
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(0, 0.0), (2.5, 2.5), ("5s", 5.0), ("1m30s", 90.0), (math.inf, math.inf)],
+)
+def test_seconds_are_numbers_or_text(value: Any, seconds: float) -> None:
+    """
+    As durations are.
+    """
+    assert parse_seconds(value, "patience_s") == seconds
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (-1, ValueError),
+        (-0.5, ValueError),
+        ("-5m", ValueError),
+        (math.nan, ValueError),
+        ("soon", ValueError),
+        (None, TypeError),
+        (True, TypeError),
+    ],
+)
+def test_what_is_negative_is_no_time(value: Any, kind: type[Exception]) -> None:
+    """
+    Where it would not mean for ever.
+    """
+    with pytest.raises(kind, match=r"^patience_s must be "):
+        parse_seconds(value, "patience_s")

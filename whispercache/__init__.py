@@ -38,7 +38,8 @@ from .errors import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .aio import AsyncCachedModel, AsyncModelCache
+    from .aio import AsyncCachedModel
+    from .async_cache import AsyncModelCache
     from .cache import ModelCache
     from .comparison import compare
     from .default import configure, default_cache, get_model
@@ -139,7 +140,7 @@ if not TYPE_CHECKING:  # or any name at all would pass a type checker
     # event classes.
     _LATER = {
         "AsyncCachedModel": "aio",
-        "AsyncModelCache": "aio",
+        "AsyncModelCache": "async_cache",
         "Audio": "engine.audio.decoder",
         "AudioDamage": "engine.audio.damage",
         "CachedModel": "model",

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from .core.fallback import Terms, as_ladder
-from .engine.sizes.footprint import DEFAULT_WORKLOAD
 from .errors import EvictionTimeout, LeaseDeadlock
 from .options import (
     UNCHANGED,
@@ -24,33 +21,23 @@ from .options import (
     parse_count,
     parse_timeout,
 )
-from .planning.priority import INTERACTIVE, parse_priority
+from .planning.priority import parse_priority
 from .units import parse_duration
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from inspect import Signature
 
-    import numpy as np
-    from faster_whisper import WhisperModel
-    from numpy.typing import NDArray
-
-    from .cache import ModelCache
     from .core.core import Core
     from .core.entries import Entry
     from .core.evictions import Leaving
     from .core.resolver import Request, Resolver, Target
     from .core.waiters import Wanted
     from .devices.memory import MemoryProbe
-    from .engine.api import AudioInput, LoadedModel, Loader
-    from .engine.calls.languages import Knowledge
-    from .engine.files import ModelFiles
+    from .engine.api import Loader
     from .engine.sizes.footprint import Workload
     from .events import DeviceInfo, Event, Explanation, ModelInfo, Stats, WaitingInfo
     from .keys import ModelKey
-    from .lease import Lease
-    from .model import Breaks
     from .options import Limits, Priority
     from .planning.deadlock import Owner
     from .units import DurationValue, LimitValue
@@ -331,138 +318,3 @@ class Departure:
             waited_s = self._core.clock.now() - self._started_s
             raise EvictionTimeout(names, waited_s)
         return len(self._leaving)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """
-    The source of a `CachedModel`: one model of a cache, and the terms of its leases.
-
-    A `Callee`, too, for the preparation of calls.
-    """
-
-    cache: ModelCache
-    request: Request
-    terms: Terms
-
-    def __str__(self) -> str:
-        # The key only if it is known already: printing a model must not download it.
-        entry = self.cache._resolver.known(self.request)
-        return str(self.request[0] if entry is None else entry.key)
-
-    @property
-    def key(self) -> ModelKey:
-        return self.cache._resolver.entry(self.request).key
-
-    def lease(self, workload: Workload) -> Lease:
-        return self.cache._lease(self.request, workload, self.terms)
-
-    def resumed(self, key: ModelKey) -> ModelSource:
-        """
-        Returns the source for the second half of a call on *key*: the same model, for
-        which it waits as long as it takes.
-        """
-        source = self.pinned_to(key)
-        terms = replace(source.terms, timeout_s=None, resumes=True)
-        return replace(source, terms=terms)
-
-    def breaks(self, lease: Lease, workload: Workload) -> Breaks | None:
-        """
-        Returns how a call with *lease* gives it back between two segments; None where
-        it does not.
-        """
-        from .engine.views import seat_of
-        from .model import Breaks
-
-        if self.terms.priority >= INTERACTIVE:
-            return None
-        seat = seat_of(lease.whisper)
-        if seat is None:
-            return None
-        return Breaks(
-            self.terms.priority, seat, lambda key: self.resumed(key).lease(workload)
-        )
-
-    def transcriber(
-        self, lease: Lease, batch_size: int | None
-    ) -> Callable[..., object]:
-        # Of the lease's own view, where each call's parameters stay.
-        if batch_size is None:
-            return lease.whisper.transcribe  # type: ignore[no-any-return]
-        batched = self.cache.loader.batched(lease.whisper)
-        return partial(batched, batch_size=batch_size)
-
-    def lasting(self) -> ModelSource:
-        """
-        Returns the source for calls that go on with results of each other: the model
-        stays long enough for that, whatever its keep-alive is.
-        """
-        from .core.entries import SPARED_S
-
-        keep_alive_s = self.terms.keep_alive_s
-        if keep_alive_s is None:
-            keep_alive_s = self.cache._core.rules.keep_alive_s
-        if keep_alive_s >= SPARED_S:
-            return self
-        return replace(self, terms=replace(self.terms, keep_alive_s=SPARED_S))
-
-    def pinned_to(self, key: ModelKey) -> ModelSource:
-        """
-        Returns the source of just *key*, which a request of this one got.
-        """
-        name, _, _, *options = self.request
-        # What follows the device in the request is for that one.
-        pairs = [each for each in options if each[0] != "device_index"]
-        request = (name, key.device, key.compute_type, *pairs)
-        return replace(self, request=request, terms=replace(self.terms, ladder=()))
-
-    def decode_audio(self, audio: AudioInput) -> NDArray[np.float32]:
-        # Each call does: without the property.
-        return self.cache._core.loader.decode_audio(audio)
-
-    def signatures(self) -> Mapping[str, Signature]:
-        return self.cache.loader.signatures()
-
-    def knowledge(self) -> Knowledge | None:
-        # Each call asks, mostly for a model in memory.
-        entry = self.cache._core.requests.get(self.request)
-        loaded = None if entry is None else entry.loaded
-        if loaded is not None and loaded.knowledge is not None:
-            return loaded.knowledge
-        return self.cache._resolver.knowledge(self.request, download=True)
-
-    def files(self) -> ModelFiles:
-        return self.cache._resolver.files(self.request)
-
-    def initialize(self, whisper: WhisperModel, model: object) -> None:
-        """
-        Sets the attributes of a WhisperModel, without loading it; see `Loader`. May
-        download.
-        """
-        resolver = self.cache._resolver
-        target = resolver.resolve(self.request)
-        resolver.locate(target, DEFAULT_WORKLOAD)
-        files = target.entry.files
-        assert files is not None
-        self.cache.loader.initialize(whisper, files, model)
-
-    def resident(self) -> LoadedModel | None:
-        """
-        Returns the model if it is in memory, where it may not stay.
-        """
-        entry = self.cache._resolver.known(self.request)
-        return None if entry is None else entry.loaded
-
-    def catch_up(self) -> None:
-        """
-        Has what the garbage collector ended on this thread end now.
-        """
-        self.cache._core.lock.catch_up()
-
-    def let_go(self) -> None:
-        """
-        Has the model unloaded if nobody uses it, without waiting for that.
-        """
-        entry = self.cache._resolver.known(self.request)
-        if entry is not None and entry.is_idle and not entry.pinned:
-            self.cache._core.evict(lambda key: key == entry.key)

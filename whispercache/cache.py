@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .base import CacheBase, Departure, ModelSource, outranked_by
+from .base import CacheBase, Departure, outranked_by
 from .core.fallback import Attempts, Terms, as_ladder
 from .core.threads import MonotonicClock, current_owner, current_owners, here
 from .engine.naming import anchored
@@ -32,19 +32,18 @@ from .options import (
     limits_by_device,
     parse_count,
     parse_park,
-    parse_patience,
-    parse_policy,
     parse_pressure,
+    parse_rules,
     parse_tier,
     parse_timeout,
     parse_variants,
 )
 from .planning.priority import parse_priority
-from .units import parse_duration
+from .source import ModelSource
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -154,7 +153,7 @@ class ModelCache(CacheBase):
         max_models: int | None = None,
         keep_alive: DurationValue = "5m",
         policy: PolicyName | Policy = "lru",
-        patience_s: float = PATIENCE_S,
+        patience_s: DurationValue = PATIENCE_S,
         priority: Priority = "interactive",
         parallel: int | None = None,
         max_waiting: int | None = None,
@@ -168,47 +167,36 @@ class ModelCache(CacheBase):
         probe: MemoryProbe | None = None,
         clock: Clock | None = None,
     ) -> None:
-        from .core.agenda import Rules
         from .core.core import Core
-        from .core.gauges import NoPeers
         from .core.resolver import Resolver
 
         self._watches: bool = parse_pressure(pressure)
-        self._coordinates = coordinate or coordinate_dir is not None
         probe, loader = _usual_parts(probe, loader, parse_variants(variants))
         core = Core(
             loader=loader,
             probe=probe,
             clock=clock or MonotonicClock(),
-            rules=Rules(
-                policy=parse_policy(policy),
-                keep_alive_s=parse_duration(keep_alive, "keep_alive"),
-                patience_s=parse_patience(patience_s),
-                max_waiting=parse_count(max_waiting, "max_waiting"),
-                parallel=parse_count(parallel, "parallel"),
-            ),
+            rules=parse_rules(policy, keep_alive, patience_s, max_waiting, parallel),
             limit_of=limits_by_device(vram, ram),
             max_models=parse_count(max_models, "max_models"),
             park_limit=parse_park(park),
-            make_peers=(
-                partial(_peers, probe, coordinate_dir) if self._coordinates else NoPeers
-            ),
+            make_peers=_makes_peers(probe, coordinate_dir, coordinates=coordinate),
         )
-        usual_terms = Terms(
-            ladder=as_ladder(fallback), priority=parse_priority(priority)
-        )
-        super().__init__(core, Resolver(core), Limits(vram, ram), usual_terms)
+        terms = Terms(ladder=as_ladder(fallback), priority=parse_priority(priority))
+        super().__init__(core, Resolver(core), Limits(vram, ram), terms)
         self._tend()
         register(self, core, type(self)._after_fork)
 
     def _tend(self) -> None:
+        from .core.gauges import NoPeers
+
         # A cache that needs no regular look at its devices makes no timer and no file.
         # Host copies are looked after as well: other programs may need their memory.
+        known = self._core.gauges.peers
         parks = self._core.copies.limit is not None
-        if self._coordinates or self._watches or parks:
+        if self._watches or parks or not isinstance(known, NoPeers):
             from .peers.pressure import LedgerPeers, look_after
 
-            known = self._core.gauges.peers
             peers = known if isinstance(known, LedgerPeers) else None
             look_after(self._core, watches=self._watches, peers=peers)
 
@@ -591,9 +579,10 @@ class ModelCache(CacheBase):
         request = as_request(model_size_or_path, device, compute_type, load_options)
         return self._explain(request, workload or DEFAULT_WORKLOAD)
 
-    def top(self, interval_s: float = 1.0) -> None:
+    def top(self, interval_s: DurationValue = 1.0) -> None:
         """
         Shows the cache live in the terminal, until Ctrl-C. Without a terminal, once.
+        Raises TypeError or ValueError if *interval_s* is no time above 0.
 
         Blocks: call it on a thread of its own where the program does the work. Only a
         program's main thread sees Ctrl-C.
@@ -654,13 +643,19 @@ class ModelCache(CacheBase):
             self.close()
 
 
-def _peers(probe: MemoryProbe, directory: str | os.PathLike[str] | None) -> Peers:
+def _makes_peers(
+    probe: MemoryProbe, directory: str | os.PathLike[str] | None, *, coordinates: bool
+) -> Callable[[], Peers]:
     """
-    Makes what is known of the other processes that coordinate.
+    Returns a function that makes what is known of the processes that coordinate.
     """
+    if not coordinates and directory is None:
+        from .core.gauges import NoPeers
+
+        return NoPeers
     from .peers.pressure import LedgerPeers
 
-    return LedgerPeers(probe, directory)
+    return partial(LedgerPeers, probe, directory)
 
 
 def _usual_parts(

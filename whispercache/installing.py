@@ -13,7 +13,7 @@ import os
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .default import configure, default_cache
 from .devices.heap import use_huge_pages
@@ -22,15 +22,14 @@ from .settings.table import RUN_TOP_VARIABLE, RUN_VARIABLE
 from .units import parse_duration
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from typing_extensions import Unpack
 
-    from .base import ModelSource
     from .cache import ModelCache
     from .options import CacheOptions
+    from .source import ModelSource
     from .units import DurationValue
-    from .watch.log import EventLog
 
 _log = logging.getLogger("whispercache")
 _lock = threading.RLock()
@@ -46,7 +45,8 @@ class _Installation:
     ctranslate2: bool = False
     preload: bool = False
     keep_alive: DurationValue | None = None
-    log: EventLog | None = None
+    # Told of each cache that is used.
+    followers: Sequence[Callable[[ModelCache], None]] = ()
 
     def source_of(self, given: Mapping[str, Any]) -> ModelSource | None:
         """
@@ -62,8 +62,8 @@ class _Installation:
             options.pop(name, None)
         # Now: the process-wide one may have been closed since.
         cache = default_cache() if self.cache is None else self.cache
-        if self.log is not None:
-            self.log.follow(cache)
+        for follow in self.followers:
+            follow(cache)
         # Without a device_index "cuda" is the best card, so it is passed on only if the
         # program gave one.
         model = cache.get_model(
@@ -178,16 +178,27 @@ def start() -> None:
     place = os.environ.get(RUN_TOP_VARIABLE)
     if "huge_pages" in words:
         use_huge_pages()
-    log = None
+    from .watch.hooks import HooksOfProcess
+
+    followers = [HooksOfProcess(_hooks).follow]
     if place:
         from .watch.log import EventLog
 
-        log = EventLog(place)
+        followers.append(EventLog(place).follow)
     _put(
         _Installation(
-            ctranslate2="ctranslate2" in words, preload="preload" in words, log=log
+            ctranslate2="ctranslate2" in words,
+            preload="preload" in words,
+            followers=followers,
         )
     )
+
+
+def _hooks() -> list[str]:
+    # The cache has read them by now, so that nonsense was told.
+    from .settings.sources import settle
+
+    return cast("list[str]", settle()["on"].value)
 
 
 def _put(installation: _Installation | None) -> None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from .aio import AsyncModelCache
+    from .async_cache import AsyncModelCache
     from .events import Event
 
 __all__ = ["BUCKETS_S", "CacheCollector"]

@@ -14,11 +14,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast, get_args
 
 from .keys import frozen_compute_type, single_index
-from .units import Limit, parse_duration, parse_limit
+from .units import Limit, parse_bytes, parse_duration, parse_limit, parse_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from .core.agenda import Rules
     from .core.resolver import Request
     from .core.threads import Clock
     from .devices.memory import MemoryProbe
@@ -91,7 +92,7 @@ class CacheOptions(TypedDict, total=False):
     max_models: int | None
     keep_alive: DurationValue
     policy: PolicyName | Policy
-    patience_s: float
+    patience_s: DurationValue
     priority: Priority
     parallel: int | None
     max_waiting: int | None
@@ -166,14 +167,26 @@ def parse_policy(policy: PolicyName | Policy) -> Policy:
     return POLICIES[policy]
 
 
-def parse_patience(patience_s: float) -> float:
+def parse_rules(
+    policy: PolicyName | Policy,
+    keep_alive: DurationValue,
+    patience_s: DurationValue,
+    max_waiting: int | None,
+    parallel: int | None,
+) -> Rules:
     """
-    Returns seconds, 0 or more.
+    Returns the parameters of the decisions.
     """
-    # NaN fails this comparison, too.
-    if not patience_s >= 0:
-        raise ValueError(f"patience_s must be 0 or more seconds, not {patience_s!r}")
-    return patience_s
+    # Once there is a cache; see `parse_policy`.
+    from .core.agenda import Rules
+
+    return Rules(
+        parse_policy(policy),
+        parse_duration(keep_alive, "keep_alive"),
+        parse_seconds(patience_s, "patience_s"),
+        parse_count(max_waiting, "max_waiting"),
+        parse_count(parallel, "parallel"),
+    )
 
 
 def parse_pressure(pressure: Pressure) -> bool:
@@ -204,13 +217,17 @@ def parse_variants(value: bool | LimitValue) -> int | None:  # noqa: FBT001 - ch
     variable = os.environ.get(VARIANTS_VARIABLE, "").lower()
     if value is False or value is None or variable in OFF:
         return None
-    limit = Limit() if value is True else parse_limit(value, "variants")
+    return variants_bytes(value, "variants")
+
+
+def variants_bytes(value: bool | LimitValue, name: str) -> int:  # noqa: FBT001 - checked
+    """
+    Returns the bytes that variants may take on disk where they are not turned off.
+    """
+    if value is True or (isinstance(value, str) and value.strip().lower() == "auto"):
+        return DEFAULT_VARIANTS_BYTES
     # A share of a disk would change with all that is written there.
-    if limit.fraction is not None:
-        raise ValueError(
-            f"variants must be bytes, such as '5GiB', or False, not {value!r}"
-        )
-    return limit.n_bytes or DEFAULT_VARIANTS_BYTES
+    return parse_bytes(value, name)
 
 
 # Parameters of a request --------------------------------------------------------------

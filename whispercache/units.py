@@ -91,6 +91,25 @@ def parse_limit(value: LimitValue, name: str = "limit") -> Limit:
     return _plain_bytes(_whole(value, name), name, value)
 
 
+def parse_bytes(value: LimitValue, name: str = "size") -> int:
+    """
+    Returns the bytes in *value*, as `parse_limit` reads it, where neither a share nor
+    no limit would mean anything.
+
+    Raises:
+        TypeError, ValueError: As for `parse_limit`, or they are no bytes.
+    """
+    try:
+        n_bytes = parse_limit(value, name).n_bytes
+    except ValueError:
+        n_bytes = None
+    if not n_bytes:
+        raise ValueError(
+            f"{name} must be bytes, such as '6GiB' or '800MiB', not {_shown(value)}"
+        )
+    return n_bytes
+
+
 def parse_duration(value: DurationValue, name: str = "duration") -> float:
     """
     Returns the seconds in *value*; ``math.inf``, never, for anything negative.
@@ -116,6 +135,21 @@ def parse_duration(value: DurationValue, name: str = "duration") -> float:
         raise ValueError(f"{name} must be a number of seconds, not NaN")
     # abs() makes 0.0 of -0.0, which else would print as "-0".
     return math.inf if seconds < 0 else abs(seconds)
+
+
+def parse_seconds(value: DurationValue, name: str = "time") -> float:
+    """
+    Returns the seconds in *value*, as `parse_duration` reads it, but for what is
+    negative: that is no time, and not for ever. ``math.inf`` is.
+
+    Raises:
+        TypeError, ValueError: As for `parse_duration`, or it is negative.
+    """
+    seconds = parse_duration(value, name)
+    is_negative = value.strip().startswith("-") if isinstance(value, str) else value < 0
+    if is_negative:
+        raise ValueError(f"{name} must be 0 or more seconds, not {_shown(value)}")
+    return seconds
 
 
 def _limit_from_text(text: str, name: str) -> Limit:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from faster_whisper import WhisperModel
     from numpy.typing import NDArray
 
+    from gpu.card import Held
     from gpu.run import Rows, Setup
     from whispercache.events import Event
 
@@ -210,15 +211,10 @@ def _size(setup: Setup, card: Card, cache: ModelCache, heard: Heard, size: str) 
         loaded = heard.until(ModelLoaded)
         there = card.held()
         for name, work in workloads(setup.batch).items():
-            card.driver.forget_peak(card.ordinal)
-            started_s = time.perf_counter()
-            _work(whisper, work)
-            took_s = time.perf_counter() - started_s
-            held = card.held()
-            if held.peak_bytes is None or there.used_bytes is None:
+            grown, took_s = _grown(card, there, whisper, work)
+            if grown is None:
                 continue  # without a pool there is no peak to be read
             predicted = workspace_bytes(header.architecture, kind, setup.device, work)
-            grown = held.peak_bytes - there.used_bytes
             cells = {"": f"{size}, {name}", "predicted": predicted, "measured": grown}
             yield Row(WORK, {**cells, "ratio": f"{grown / predicted:.2f}", "s": took_s})
     del whisper  # or its handles would stay on the card
@@ -244,6 +240,20 @@ def _size(setup: Setup, card: Card, cache: ModelCache, heard: Heard, size: str) 
         "share returned": share(weights, evicted.returned_bytes, seen_left),
     }
     yield Row(BYTES, cells)
+
+
+def _grown(
+    card: Card, there: Held, whisper: WhisperModel, work: Workload
+) -> tuple[int | None, float]:
+    """
+    Returns the bytes of the pool that a call took at its peak beside those that were
+    *there*, and its seconds.
+    """
+    card.driver.forget_peak(card.ordinal)
+    started_s = time.perf_counter()
+    _work(whisper, work)
+    took_s = time.perf_counter() - started_s
+    return difference(card.held().peak_bytes, there.used_bytes), took_s
 
 
 def difference(one: int | None, other: int | None) -> int | None:

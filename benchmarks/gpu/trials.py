@@ -75,21 +75,6 @@ def out_of_memory(setup: Setup, _argument: str) -> Rows:
 def _try(
     setup: Setup, card: Card, trial: _Trial, wanted: Path, cache: ModelCache
 ) -> Row:
-    def attempt() -> str:
-        """
-        Returns the error that it ends with, or nothing.
-        """
-        try:
-            if trial.is_call:
-                model = cache.get_model(wanted, setup.device, "float16")
-                segments, _ = model.transcribe(noise(), language="en", beam_size=1)
-                list(segments)
-            else:
-                cache.preload(wanted, setup.device, "float16")
-        except (WhisperCacheError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
-
     heard = Heard(cache)
     cache.preload(wanted, setup.device, "float16")  # from here on CUDA runs
     cache.evict()
@@ -97,9 +82,9 @@ def _try(
         cache.preload(path, setup.device, "float16")
     heard.all_of(ModelEvicted)
     with _another_tenant(cache, card, trial.leave_bytes, at_once=trial.is_call):
-        raised = attempt()
+        raised = _error_of(setup, trial, wanted, cache)
     gone = heard.all_of(ModelEvicted)
-    after = attempt()
+    after = _error_of(setup, trial, wanted, cache)
     cache.evict()
     held = card.held()
     idle_bytes = None
@@ -115,6 +100,22 @@ def _try(
         "raised": raised or "nothing",
     }
     return Row(FULL, cells)
+
+
+def _error_of(setup: Setup, trial: _Trial, wanted: Path, cache: ModelCache) -> str:
+    """
+    Returns the error that a load or a call ends with, or nothing.
+    """
+    try:
+        if trial.is_call:
+            model = cache.get_model(wanted, setup.device, "float16")
+            segments, _ = model.transcribe(noise(), language="en", beam_size=1)
+            list(segments)
+        else:
+            cache.preload(wanted, setup.device, "float16")
+    except (WhisperCacheError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 @contextmanager

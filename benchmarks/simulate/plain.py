@@ -80,7 +80,7 @@ class PlainRound:
         self.chosen: set[ModelKey] = set()
         self.stopped: dict[object, int] = {}
         self.impatient_since_s = math.inf
-        self.has_moved = True
+        self.moves_models = True
 
     def plan(self, waiters: Sequence[Waiter]) -> list[Decision]:
         """

@@ -25,6 +25,7 @@ from whispercache.core.device import Device
 from whispercache.core.endings import Endings
 from whispercache.core.entries import Entry, State
 from whispercache.core.evictions import Evictions
+from whispercache.core.held_leases import HeldLeases
 from whispercache.core.reports import Reports
 from whispercache.core.scheduler import Scheduler
 from whispercache.core.state import CacheState, Kept
@@ -128,6 +129,7 @@ class Simulation:
             self._scheduler = self.plain_class(
                 agenda, evictions, _LESSOR, strategy.plan
             )
+        self._held = HeldLeases(agenda, self._scheduler)
         self._ticks = Ticks(agenda, evictions, self._scheduler)
         self._reports = Reports(agenda, evictions, self._scheduler)
         self._asked: dict[object, Asked] = {}  # by the future of a request
@@ -270,7 +272,7 @@ class Simulation:
             self._waits_by_model[spec.model].append(wait_s)
         if spec.segment_s < math.inf:
             level = math.inf if getattr(lease, "is_firm", False) else spec.priority
-            self._scheduler.offer(lease._entry, lease._serial, level)
+            self._held.offer(lease._entry, lease._serial, level)
         self._work_on(lease, asked)
 
     def _work_on(self, lease: Lease, asked: Asked) -> None:
@@ -284,7 +286,7 @@ class Simulation:
     def _stop(self, lease: Lease, asked: Asked) -> None:
         entry, serial = lease._entry, lease._serial
         level, is_over = asked.spec.priority, asked.left_s <= 0
-        if not is_over and not self._scheduler.is_asked(entry, serial, level):
+        if not is_over and not self._held.is_asked(entry, serial, level):
             self._work_on(lease, asked)
             return
         self._scheduler.release(entry, serial, None)

@@ -96,7 +96,7 @@ def test_requests_are_listed(stub: Stub, visit: Visit) -> None:
     expect(first).to_contain_text(
         re.compile(
             r"base transcript.*anna · waited 0\.5 s · loaded 1\.5 s · working 0:0\d"
-            r" · 0:12 of audio"
+            r" · 0:13 of audio"
         )
     )
     expect(second.locator(".chip")).to_have_text("cancelled")

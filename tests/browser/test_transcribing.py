@@ -44,7 +44,7 @@ def test_a_recording_is_transcribed_with_its_times(stub: Stub, visit: Visit) -> 
     gate.open()
     expect(said).to_have_text(["The quick", "brown fox", "jumps over it."])
     expect(page.locator(".at")).to_have_text(["0:00", "0:02", "0:04"])
-    told = re.compile(r"took \d+\.\d s · [\d.]+ × real time · english")
+    told = re.compile(r"took \d+\.\d s · [\d.]+ × real time · English")
     expect(page.locator(".reading .detail")).to_have_text(told)
     (sent,) = stub.forms
     assert b'name="language"' not in sent
@@ -72,8 +72,8 @@ def test_loading_is_told_apart_from_working(stub: Stub, visit: Visit) -> None:
     transcribe(page)
     expect(page.locator(".reading .detail")).to_have_text(
         [
-            "worked 3.0 s · 4.0 × real time · loaded in 1.5 s · waited 0.5 s · english",
-            "worked 3.0 s · 4.0 × real time · was in memory · english",
+            "worked 3.0 s · 4.0 × real time · loaded in 1.5 s · waited 0.5 s · English",
+            "worked 3.0 s · 4.0 × real time · was in memory · English",
         ]
     )
 
@@ -191,6 +191,7 @@ def test_the_language_is_one_of_the_server_s(stub: Stub, visit: Visit) -> None:
     options = page.locator("#language option")
     expect(options).to_have_count(1 + len(LANGUAGES))
     assert options.all_text_contents()[:3] == ["Detect it", "Welsh", "Afrikaans"]
+    assert "Haitian Creole" in options.all_text_contents()
     page.get_by_label("Language").select_option("German")
     transcribe(page)
     assert b'name="language"\r\n\r\nde\r\n' in stub.forms[0]

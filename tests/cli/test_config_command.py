@@ -272,7 +272,7 @@ def test_variants_are_bounded_by_the_setting(
     assert variants._limit_bytes("4GiB") == 4 * 1024**3
     monkeypatch.setenv("WHISPERCACHE_VARIANTS", "of")
     assert main(["variants"]) == WRONG_USE
-    assert "WHISPERCACHE_VARIANTS must be an amount" in capsys.readouterr().err
+    assert "WHISPERCACHE_VARIANTS must be on, off or bytes" in capsys.readouterr().err
 
 
 def test_the_help_of_a_module_is_that_of_the_table() -> None:

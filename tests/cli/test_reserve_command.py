@@ -203,7 +203,7 @@ def test_nonsense_is_told_before_anything_is_started(
     In a line, with the exit code of wrong use; of programs, that of a shell.
     """
     for arguments, told in (
-        (["50%", "true"], "SIZE must be bytes"),
+        *(([size, "true"], "SIZE must be bytes") for size in ("50%", "abc", "5")),
         (["1GiB"], "name the program to run"),
         (["1GiB", "--"], "name the program to run"),
         (["1GiB", "--timeout", "soon", "true"], "--timeout"),

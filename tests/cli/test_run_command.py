@@ -503,3 +503,63 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert texts[1].startswith("calls: 1, ")
     assert pids[0] == pids[1] != pids[2]
     assert str(os.getpid()) not in pids
+
+
+def keeping(file: Path) -> str:
+    """
+    A hook's command that adds what it is told to *file*.
+    """
+    return f"sh -c 'cat >> {file}; echo >> {file}'"
+
+
+@PROCESS
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_hooks_are_for_the_program_and_its_children(
+    program: Path, tmp_path: Path, method: str
+) -> None:
+    """
+    What the child has loaded is told by its end; the last word of the parent, too.
+    """
+    code = f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(program.parent)!r})
+import program
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context({method!r}).Process(target=program.told)
+    child.start()
+    child.join()
+    program.told()
+    sys.exit(child.exitcode)
+"""
+    path = program.parent / "parent.py"
+    path.write_text(code)
+    told = tmp_path / "told"
+    hook = ("--on", "ModelLoaded", keeping(told))
+    done = run(*hook, *("--on", "NoRoom", "false"), "--", PYTHON, path, micro())
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [(each["event"], each["model"]) for each in found] == [
+        ("ModelLoaded", micro().name),
+        ("ModelLoaded", micro().name),
+    ]
+
+
+@PROCESS
+@pytest.mark.parametrize(
+    ("event", "command", "text"),
+    [
+        ("ModelLoad", "true", "--on: there is no event ModelLoad; did you mean"),
+        ("ModelLoaded", "sh -c 'a\nb'", "has several lines; make it a script"),
+    ],
+)
+def test_a_hook_that_is_none_is_told_before_the_program_starts(
+    event: str, command: str, text: str
+) -> None:
+    """
+    In one line.
+    """
+    done = run("--on", event, command, "--", "echo", "ran")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert text in line

@@ -254,7 +254,9 @@ class TestBuild:
         """
         result = run("variants", "build", alpha, "--limit", "50%")
         assert (result.code, result.out) == (2, "")
-        assert "--limit must be bytes, such as 20GiB, not '50%'" in result.err
+        assert (
+            "--limit must be bytes, such as '6GiB' or '800MiB', not '50%'" in result.err
+        )
 
 
 class TestList:

@@ -7,11 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from compared import ONE_THREAD, compared, noises
+from compared import ONE_THREAD, compared, files_of_noise, specs_of
 from real import (
     child,
     clip,
-    micro,
     packaged,
     reference,
 )
@@ -29,24 +28,8 @@ from whispercache.comparison.report import REPORTS
 from whispercache.engine.naming import ModelSpec
 from whispercache.events import Event, ModelLoaded, ModelStillReferenced
 
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """
-    Three files of noise.
-    """
-    return noises(tmp_path)
-
-
-@pytest.fixture
-def specs() -> list[ModelSpec]:
-    """
-    Two models, which say different things.
-    """
-    return [
-        ModelSpec("alpha", str(micro("alpha speaks english"))),
-        ModelSpec("beta", str(micro("beta speaks"))),
-    ]
+files = files_of_noise()
+specs = specs_of("alpha speaks english", "beta speaks")
 
 
 class TestRun:

@@ -15,10 +15,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from compared import noise, noises
+from compared import files_of_noise, noise, specs_of
 from real import (
     child_environment,
-    micro,
 )
 
 from whispercache.cli.main import main
@@ -26,11 +25,12 @@ from whispercache.comparison import (
     run,
 )
 from whispercache.comparison.report import REPORTS
-from whispercache.engine.naming import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from whispercache.engine.naming import ModelSpec
 
 
 COMMAND = """
@@ -41,24 +41,8 @@ add_options(parser)
 sys.exit(run(parser.parse_args()))
 """
 
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """
-    Three files of noise.
-    """
-    return noises(tmp_path)
-
-
-@pytest.fixture
-def specs() -> list[ModelSpec]:
-    """
-    Two models, which say different things.
-    """
-    return [
-        ModelSpec("alpha", str(micro("alpha speaks english"))),
-        ModelSpec("beta", str(micro("beta speaks"))),
-    ]
+files = files_of_noise()
+specs = specs_of("alpha speaks english", "beta speaks")
 
 
 def started(

@@ -9,8 +9,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from compared import compared, noises
-from real import micro, micro_copy
+from compared import compared, files_of_noise, specs_of
+from real import micro_copy
 
 from whispercache import CorruptModel, ModelCache, WhisperCacheError
 from whispercache.comparison import ModelFailure, command, compare
@@ -27,24 +27,8 @@ if TYPE_CHECKING:
 
 ALPHA, BETA, GAMMA = "alpha speaks", "beta speaks", "gamma speaks"
 
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """
-    Three files of noise.
-    """
-    return noises(tmp_path)
-
-
-@pytest.fixture
-def specs() -> list[ModelSpec]:
-    """
-    Three models, which say different things.
-    """
-    return [
-        ModelSpec(text.partition(" ")[0], str(micro(text)))
-        for text in (ALPHA, BETA, GAMMA)
-    ]
+files = files_of_noise()
+specs = specs_of(ALPHA, BETA, GAMMA)
 
 
 def failing(

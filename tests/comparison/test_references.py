@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from compared import noises
+from compared import files_of_noise
 
 from whispercache.comparison import (
     Reference,
@@ -17,13 +17,7 @@ from whispercache.comparison.references import match_references, read_references
 if TYPE_CHECKING:
     from pathlib import Path
 
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """
-    Three files of noise.
-    """
-    return noises(tmp_path)
+files = files_of_noise()
 
 
 class TestReferences:

@@ -8,11 +8,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from compared import compared, noise, noises
+from compared import compared, files_of_noise, noise, specs_of
 from hypothesis import given
 from hypothesis import strategies as st
 from real import (
-    micro,
     micro_copy,
 )
 
@@ -24,24 +23,8 @@ from whispercache.comparison import (
 from whispercache.comparison.store import Store
 from whispercache.engine.naming import ModelSpec
 
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """
-    Three files of noise.
-    """
-    return noises(tmp_path)
-
-
-@pytest.fixture
-def specs() -> list[ModelSpec]:
-    """
-    Two models, which say different things.
-    """
-    return [
-        ModelSpec("alpha", str(micro("alpha speaks english"))),
-        ModelSpec("beta", str(micro("beta speaks"))),
-    ]
+files = files_of_noise()
+specs = specs_of("alpha speaks english", "beta speaks")
 
 
 class TestResume:

@@ -4,11 +4,9 @@ Scores of texts, and what of a difference is luck.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pytest
-from compared import noises
+from compared import files_of_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,16 +17,7 @@ from whispercache.comparison import (
 from whispercache.comparison.intervals import FEW_FILES, Count, bootstrap, tell_apart
 from whispercache.comparison.score import normalise, score
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """
-    Three files of noise.
-    """
-    return noises(tmp_path)
+files = files_of_noise()
 
 
 class TestScore:

@@ -1381,9 +1381,12 @@ def test_nonsense_makes_no_cache(make_cache: MakeCache) -> None:
     """
     with pytest.raises(ValueError, match="policy must be one of lru, gap, or a func"):
         make_cache(policy="fifo")  # type: ignore[arg-type]
-    for patience_s in (-1, float("nan")):
-        with pytest.raises(ValueError, match="patience_s must be 0 or more"):
+    for patience_s in (-1, float("nan"), "-1", "soon"):
+        with pytest.raises(ValueError, match="patience_s must be "):
             make_cache(patience_s=patience_s)
+    with pytest.raises(TypeError, match="patience_s must be a number or text"):
+        make_cache(patience_s=None)  # type: ignore[arg-type]
+    make_cache(patience_s="5s")
     with pytest.raises(TypeError, match="max_waiting must be a whole number"):
         make_cache(max_waiting=True)
 

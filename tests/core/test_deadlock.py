@@ -333,23 +333,8 @@ class OneThread(ThreadDriver):
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
-    def start_on(
-        self, thing: object, method: str, *args: object, **options: object
-    ) -> Future[Any]:
-        """
-        See `Driver`.
-        """
-        future: Future[Any] = Future()
-        call = getattr(thing, method)
-
-        def run() -> None:
-            try:
-                future.set_result(call(*args, **options))
-            except BaseException as error:  # noqa: BLE001 - the future tells it
-                future.set_exception(error)
-
+    def _begin(self, run: Callable[[], None]) -> None:
         self._calls.put(run)
-        return future
 
     def close(self) -> None:
         """

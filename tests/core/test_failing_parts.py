@@ -30,7 +30,6 @@ from whispercache.peers.ledger import Ledger
 from whispercache.testing import FakeLoader, settle, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from conftest import MakeCache
@@ -46,13 +45,11 @@ AUDIO: Any = "audio"
 
 
 @pytest.fixture
-def driver() -> Iterator[ThreadDriver]:
+def driver() -> ThreadDriver:
     """
     Calls on threads.
     """
-    driver = ThreadDriver()
-    yield driver
-    driver.close()
+    return ThreadDriver()
 
 
 def fail(*_: object) -> Any:

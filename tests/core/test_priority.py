@@ -48,7 +48,7 @@ class Night(World):
         """
         entry = self.held(name, weights)
         (serial,) = entry.leases
-        self.scheduler.offer(entry, serial, -1.0)
+        self.held_leases.offer(entry, serial, -1.0)
         return entry
 
     def is_asked(self, entry: Entry, level: float = -1.0) -> bool:
@@ -56,7 +56,7 @@ class Night(World):
         Whether the one lease on a model is asked for.
         """
         (serial,) = entry.leases
-        return self.scheduler.is_asked(entry, serial, level)
+        return self.held_leases.is_asked(entry, serial, level)
 
     def leases(self) -> list[Lease]:
         """
@@ -158,7 +158,7 @@ def test_a_lease_that_is_offered_later_is_asked_for_at_once(night: Night) -> Non
     night.want(night.model("talk", 10))
     (serial,) = film.leases
     assert not night.is_asked(film)
-    night.scheduler.offer(film, serial, -1.0)
+    night.held_leases.offer(film, serial, -1.0)
     assert night.is_asked(film)
 
 
@@ -193,7 +193,7 @@ def test_a_batch_that_waited_for_long_is_asked_only_by_the_impatient(
     (lease,) = night.leases()
     assert lease.is_firm
     serial = lease._serial
-    night.scheduler.offer(film, serial, math.inf)
+    night.held_leases.offer(film, serial, math.inf)
     night.want(night.model("talk", 10))
     assert not night.is_asked(film)
     # Its patience ends without any other event.

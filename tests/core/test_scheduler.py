@@ -27,6 +27,7 @@ from whispercache.core.effects import (
 )
 from whispercache.core.entries import Entry, State
 from whispercache.core.evictions import Evictions
+from whispercache.core.held_leases import HeldLeases
 from whispercache.core.lock import Outbox
 from whispercache.core.lookout import DEADLOCK_S
 from whispercache.core.reports import FIRST_RETRY_S, Reports
@@ -74,6 +75,7 @@ class World:
         )
         self.evictions = Evictions(agenda)
         self.scheduler = Scheduler(agenda, self.evictions, cast("Any", self.lessor))
+        self.held_leases = HeldLeases(agenda, self.scheduler)
         self.ticks = Ticks(agenda, self.evictions, self.scheduler)
         self.reports = Reports(agenda, self.evictions, self.scheduler)
 

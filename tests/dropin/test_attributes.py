@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ctranslate2
 import numpy as np
 import pytest
+from caches import cache_of
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from faster_whisper import transcribe as transcribing
 from real import SILENCE, TEXT, micro, micro_copy, model_of, plain_model, text_of
@@ -24,18 +25,9 @@ from whispercache.engine.sizes.architecture import ARCHITECTURES
 from whispercache.model import ATTRIBUTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models, of which one is in memory at a time.
-    """
-    with ModelCache(variants=False, max_models=1) as made:
-        yield made
-        assert made.stats().leases == 0
+cache = cache_of(variants=False, max_models=1)
 
 
 def looked_up(kind: type, *path: str) -> set[str]:

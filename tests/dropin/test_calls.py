@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from caches import cache_of
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from real import (
     SILENCE,
@@ -26,38 +27,16 @@ from real import (
     text_of,
 )
 
-from whispercache import CorruptModel, ModelCache, ModelStillReferenced
-from whispercache.testing import settle
+from whispercache import CorruptModel, ModelCache
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 LONG = np.zeros(65 * 16_000, np.float32)
 SECOND = [{"start": 0, "end": 1}]
 STAMPS = [{"start": start, "end": start + 20} for start in (0, 20, 40)]
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models, of which one is in memory at a time. In the end no lease
-    is left, and nothing refers to the models.
-    """
-    referenced: list[object] = []
-
-    def noted(event: object) -> None:
-        if isinstance(event, ModelStillReferenced):
-            referenced.append(event)
-
-    with ModelCache(variants=False, max_models=1) as made:
-        made.subscribe(noted)
-        yield made
-        gc.collect()
-        settle(made)
-        made._core.check()
-        assert made.stats().leases == 0
-    assert not referenced
+cache = cache_of(variants=False, max_models=1)
 
 
 # One lease for a call -----------------------------------------------------------------

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from caches import installed_cache
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from real import SILENCE, TEXT, at_once, child, micro, model_of, plain_model, text_of
 
-from whispercache import ModelCache, installed, uninstall
-from whispercache.engine.rebound import plain_of
+from whispercache import ModelCache, installed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     Make = Callable[[], Any]
 
@@ -58,18 +58,7 @@ class Program(WhisperModel):  # type: ignore[misc]
             return pool.submit(super().encode, features).result()
 
 
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models, of which one is in memory at a time. In the end no lease
-    is left, and nothing is installed.
-    """
-    with ModelCache(variants=False, max_models=1) as made:
-        yield made
-        uninstall()
-        for name in ("transcribe", "detect_language"):
-            setattr(WhisperModel, name, plain_of(getattr(WhisperModel, name)))
-        assert made.stats().leases == 0
+cache = installed_cache()
 
 
 @pytest.fixture(params=["installed", "get_model"])

@@ -5,6 +5,7 @@ before, and whatever is done to the class meanwhile.
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import inspect
@@ -20,6 +21,7 @@ from unittest import mock
 import ctranslate2
 import faster_whisper
 import pytest
+from caches import installed_cache
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from real import FEATURES, SILENCE, TEXT, at_once, child, micro, micro_copy, text_of
 
@@ -38,11 +40,10 @@ from whispercache import (
     uninstall,
 )
 from whispercache.dropin.whisper import LeasedWhisper
-from whispercache.engine.rebound import plain_of
 from whispercache.installing import _Installation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import numpy as np
     from conftest import MakeCache
@@ -68,21 +69,7 @@ class Mine(WhisperModel):  # type: ignore[misc]
         return super().encode(features)
 
 
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models, of which one is in memory at a time. In the end no lease
-    is left, and nothing is installed.
-    """
-    with ModelCache(variants=False, max_models=1) as made:
-        yield made
-        uninstall()
-        # These stay, for the models that were leased; other tests begin without.
-        for name in ("transcribe", "detect_language"):
-            setattr(WhisperModel, name, plain_of(getattr(WhisperModel, name)))
-        assert made.stats().leases == 0
-    assert WhisperModel.__init__ is GENUINE
-    assert ctranslate2.models.Whisper is PLAIN_WHISPER
+cache = installed_cache()
 
 
 def new(directory: Path | None = None, kind: Any = WhisperModel, **options: Any) -> Any:
@@ -122,6 +109,43 @@ def test_a_model_that_is_made_anew_is_what_is_on_the_disk(
         assert text_of(segments) == " after"
         assert heard(new(mine)) == " later"
     assert cache.stats().loads == 3
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_the_words_are_those_of_the_weights(
+    cache: ModelCache, tmp_path: Path, *, is_installed: bool
+) -> None:
+    """
+    Of a model that was made before or after its files were replaced, while those from
+    before are in use and afterwards: the tokenizer is that of what is in memory.
+    """
+    mine = tmp_path / "mine"
+
+    def heard(model: Any) -> str:
+        return text_of(model.transcribe(SILENCE)[0])
+
+    def made() -> Any:
+        model = new(mine) if is_installed else cache.get_model(str(mine), "cpu")
+        assert model.hf_tokenizer is not None
+        return model
+
+    with installed(cache):
+        micro_copy(mine, "it was so before")
+        first = made()
+        segments, _ = first.transcribe(SILENCE)
+        micro_copy(mine, "now all is other")
+        second = made()
+        assert heard(second) == heard(copy.copy(second)) == " it was so before"
+        assert text_of(segments) == " it was so before"
+        assert heard(made()) == " now all is other"
+        assert heard(first) == heard(second) == " now all is other"
+        # What a program has set is its own.
+        first.hf_tokenizer = own = object()
+        micro_copy(mine, "and other again")
+        assert heard(made()) == " and other again"
+        with pytest.raises(AttributeError):
+            first.transcribe(SILENCE)
+        assert first.hf_tokenizer is own
 
 
 # The class ----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from caches import cache_of
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from faster_whisper.vad import VadOptions
 from real import SILENCE, at_once, clip, micro, model_of, plain_model
@@ -28,8 +29,6 @@ from whispercache.engine.calls.signatures import bound, signature_of
 from whispercache.engine.views import own_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from conftest import MakeCache
     from driver import Driver
 
@@ -40,14 +39,7 @@ SEEKS = {None: [0, 3000], 10: [0, 1000, 2000, 3000, 4000], 20: [0, 2000, 4000]}
 Where the windows of *LONG* begin, by ``chunk_length``.
 """
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models.
-    """
-    with ModelCache(variants=False) as made:
-        yield made
+cache = cache_of(variants=False)
 
 
 def seeks(segments: Any) -> list[int]:
@@ -154,7 +146,7 @@ def test_a_leased_model_is_a_whisper_model(cache: ModelCache) -> None:
         assert [segment.start for segment in segments] == [0, 20]
 
 
-def test_a_lease_on_a_leased_model_s_view_ends_with_it(cache: ModelCache) -> None:
+def test_a_lease_on_a_leased_model_s_view_ends_with_it() -> None:
     """
     What was lent refers to the model until that is unloaded, and says so afterwards,
     whether or not it was loaded again; CTranslate2's own part is noticed if it is kept.
@@ -162,25 +154,26 @@ def test_a_lease_on_a_leased_model_s_view_ends_with_it(cache: ModelCache) -> Non
     from whispercache import ModelStillReferenced
 
     events: list[object] = []
-    cache.subscribe(events.append)
-    model = model_of(cache, micro())
-    with model.lease() as whisper:
-        segments, _ = whisper.transcribe(SILENCE)
-        assert whisper.feature_extractor is whisper.feature_extractor
-    assert whisper.model.is_multilingual
-    cache.evict()
-    assert not [each for each in events if isinstance(each, ModelStillReferenced)]
-    with model.lease() as other:
-        kept = other.model
-        for late in (whisper.transcribe, whisper.detect_language, whisper.encode):
-            with pytest.raises(RuntimeError, match="unloaded after its lease"):
-                late(SILENCE)
-        with pytest.raises(RuntimeError, match="iterate over its segments there"):
-            next(iter(segments))
-        assert "model" not in dir(whisper)
-    cache.evict()
-    assert [each for each in events if isinstance(each, ModelStillReferenced)]
-    del kept
+    with ModelCache(variants=False) as cache:
+        cache.subscribe(events.append)
+        model = model_of(cache, micro())
+        with model.lease() as whisper:
+            segments, _ = whisper.transcribe(SILENCE)
+            assert whisper.feature_extractor is whisper.feature_extractor
+        assert whisper.model.is_multilingual
+        cache.evict()
+        assert not [each for each in events if isinstance(each, ModelStillReferenced)]
+        with model.lease() as other:
+            kept = other.model
+            for late in (whisper.transcribe, whisper.detect_language, whisper.encode):
+                with pytest.raises(RuntimeError, match="unloaded after its lease"):
+                    late(SILENCE)
+            with pytest.raises(RuntimeError, match="iterate over its segments there"):
+                next(iter(segments))
+            assert "model" not in dir(whisper)
+        cache.evict()
+        assert [each for each in events if isinstance(each, ModelStillReferenced)]
+        del kept
 
 
 def test_what_a_caller_gives_stays_as_it_is(cache: ModelCache) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from caches import cache_of
 from faster_whisper.tokenizer import _LANGUAGE_CODES
 from micro import build_micro
 from real import SILENCE, clip, micro, micro_copy, model_of, packaged, plain_model
@@ -41,14 +42,7 @@ if TYPE_CHECKING:
 
 BREAD = clip("en-bread")
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with room for one model.
-    """
-    with ModelCache(max_models=1, variants=False) as made:
-        yield made
+cache = cache_of(max_models=1, variants=False)
 
 
 # Names --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import faster_whisper.transcribe
 import numpy as np
 import pytest
+from caches import cache_of
 from real import (
     FEATURES,
     SILENCE,
@@ -45,7 +46,7 @@ from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.store import ModelStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from whispercache.engine.api import LoadedModel
 
@@ -60,14 +61,7 @@ def loader() -> FasterWhisperLoader:
     return FasterWhisperLoader(SystemProbe())
 
 
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models; its books are checked in the end.
-    """
-    with ModelCache() as made:
-        yield made
-        made._core.check()
+cache = cache_of()
 
 
 def key_of(directory: Path, compute_type: str = "float32") -> ModelKey:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ctranslate2.models
 import numpy as np
 import pytest
+from caches import cache_of
 from effort import tries
 from faster_whisper.transcribe import get_ctranslate2_storage
 from real import (
@@ -50,7 +51,6 @@ from whispercache.testing import settle
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator
     from pathlib import Path
 
 # Longer than a window of 30 s, so that segments come one after the other.
@@ -71,16 +71,7 @@ HEAVY = (
     "tokenizers",
 )
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models; its books are checked in the end.
-    """
-    with ModelCache() as made:
-        yield made
-        settle(made)
-        made._core.check()
+cache = cache_of()
 
 
 def measure(code: str, *arguments: str | Path, timeout_s: float = 90) -> list[float]:

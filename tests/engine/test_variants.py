@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import pytest
+from caches import cache_of
 from filelock import FileLock
 from real import (
     SILENCE,
@@ -1080,14 +1081,7 @@ def build_at_once(builder: Builder, source: Origin, kind: str) -> None:
     builder.variants.build(source, kind)
 
 
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models; its books are checked in the end.
-    """
-    with ModelCache() as made:
-        yield made
-        made._core.check()
+cache = cache_of()
 
 
 def variants_there() -> list[Path]:

@@ -15,6 +15,7 @@ from unittest import mock
 import faster_whisper
 import numpy as np
 import pytest
+from caches import cache_of
 from faster_whisper import BatchedInferencePipeline, WhisperModel, vad
 from faster_whisper import transcribe as transcribing
 from real import (
@@ -39,14 +40,7 @@ if TYPE_CHECKING:
 RATE = 16_000
 LONG = np.zeros(45 * RATE, np.float32)
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models.
-    """
-    with ModelCache(variants=False) as made:
-        yield made
+cache = cache_of(variants=False)
 
 
 @pytest.fixture

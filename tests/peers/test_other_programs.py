@@ -28,7 +28,6 @@ from whispercache.testing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from conftest import MakeCache
@@ -41,13 +40,11 @@ MIB = 1024**2
 
 
 @pytest.fixture
-def driver() -> Iterator[ThreadDriver]:
+def driver() -> ThreadDriver:
     """
     Calls on threads.
     """
-    driver = ThreadDriver()
-    yield driver
-    driver.close()
+    return ThreadDriver()
 
 
 def names(cache: ModelCache) -> set[str]:

@@ -432,6 +432,26 @@ def test_a_victim_of_an_older_request_is_not_granted() -> None:
     assert second == Decision(Outcome.HELD)
 
 
+def test_a_place_that_one_victim_leaves_is_not_asked_of_another() -> None:
+    """
+    The first request takes the free place under ``max_models``, and only the bytes of
+    its victim, whose place the second one takes.
+    """
+    old, idle = resident("old", 8), resident("idle", 1)
+    world = World(
+        rooms={CARD: Room(10, 10, charged_bytes=9, max_models=3, models=2)},
+        idle={CARD: [old, idle]},
+        busy={CARD: []},
+        queue=[
+            Pending((key("new"),), Need.LOAD, (Demand(CARD, 5, 1),)),
+            Pending((key("newer"),), Need.LOAD, (Demand(CARD, 3, 1),)),
+        ],
+    )
+    first, second = world.plan()
+    assert first == Decision(Outcome.PROMISED, victims=(old,))
+    assert second == Decision(Outcome.PROMISED)
+
+
 def test_lru_and_gap_score_as_they_say() -> None:
     """
     LRU knows only the last use; gap weighs seconds of load against bytes and idleness.

@@ -8,58 +8,49 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+import shlex
+from html import escape, unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openai
 import pytest
-from real import clip, reference
-from served import TINY, error_of, micros, multipart, options_of, serving
+from caches import cache_of
+from real import clip, micro, reference
+from served import (
+    CLIP,
+    TINY,
+    URL,
+    client_of_micro,
+    client_of_real,
+    error_of,
+    micros,
+    multipart,
+    options_of,
+    serving,
+)
 from starlette.testclient import TestClient
 
-from whispercache import ModelCache
 from whispercache.comparison.score import normalise
+from whispercache.engine.naming import ModelSpec
 from whispercache.server import answers, create_app
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import httpx
+
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
-URL = "/v1/audio/transcriptions"
-BREAD = Path(clip("en-bread")).read_bytes()
+BREAD = CLIP.read_bytes()
 BASE = "base:int8"
 
-
-@pytest.fixture(scope="module")
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache for all servers of this file.
-    """
-    with ModelCache(keep_alive=-1, variants=False) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def http(cache: ModelCache) -> Iterator[httpx.Client]:
-    """
-    A server of tiny.en and base.
-    """
-    with serving(cache, TINY, BASE) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(cache: ModelCache) -> Iterator[TestClient]:
-    """
-    A client of a micro model, without a socket between.
-    """
-    with TestClient(create_app(options_of(), cache)) as made:
-        yield made
+cache = cache_of("module", keep_alive=-1, variants=False)
+http = client_of_real()
+client = client_of_micro()
 
 
 def heard(http: httpx.Client, audio: bytes = BREAD, **fields: Any) -> httpx.Response:
@@ -376,6 +367,36 @@ def test_a_slash_at_the_end_means_nothing(client: TestClient) -> None:
         assert client.get(path, follow_redirects=False).status_code == 200, path
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["//v1/models", "/v1//models", "///v1///models/m", "//healthz", "//", "//docs/"],
+)
+def test_slashes_of_a_base_url_mean_nothing(client: TestClient, path: str) -> None:
+    """
+    At its end, before a path that begins with one.
+    """
+    url = f"http://testserver{path}"
+    assert client.get(url, follow_redirects=False).status_code == 200, path
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "vad_filter=&encode=&task=&output=&language=&word_timestamps=&model=",
+        "vad_filter&initial_prompt=&unknown=",
+        "output=txt&language=&word_timestamps=",
+    ],
+)
+def test_a_parameter_without_a_value_is_none(client: TestClient, query: str) -> None:
+    """
+    As a field of a form without one is.
+    """
+    answer = client.post(f"/asr?{query}", files={"audio_file": ("a", BREAD)})
+    assert answer.status_code == 200, answer.text
+    assert "whispercache-warning" not in answer.headers
+    assert client.post("/api/models/m/load?keep_alive=").status_code == 200
+
+
 def test_a_head_is_a_get_without_its_body(client: TestClient) -> None:
     """
     With the same headers, the length among them.
@@ -419,8 +440,77 @@ def test_health_has_the_words_of_other_servers(cache: ModelCache) -> None:
     """
     with TestClient(create_app(options_of(keys=("secret",)), cache)) as client:
         assert client.get("/health").json() == {"status": "ok"}
-        assert client.get("/docs").status_code == 200
-        assert client.get("/openapi.json").status_code == 401
+
+
+@pytest.mark.parametrize("keys", [(), ("secret",)])
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_page_of_the_api_has_an_example_that_works(
+    cache: ModelCache, keys: tuple[str, ...], *, strict: bool
+) -> None:
+    """
+    With a key where one is asked for; strangers read no name of a model, but what the
+    page refers to.
+    """
+    name = "m & s"
+    options = options_of(
+        models=(ModelSpec(name, str(micro("micro says hello"))),),
+        strict_names=strict,
+        keys=keys,
+    )
+    with TestClient(create_app(options, cache)) as client:
+        page = client.get("/docs").text
+        assert client.get("/openapi.json").status_code == 200
+        assert (escape(name) in page) is (strict and not keys)
+        # As a shell reads it, with what it leaves to its reader.
+        text = page[page.index("<pre>") : page.index("</pre>")]
+        text = unescape(re.sub("<[^>]+>", "", text)).replace("\\\n", " ")
+        text = text.replace("one of /v1/models", f"'{name}'").replace("$KEY", "secret")
+        command, *words, url = shlex.split(text)
+        pairs = list(zip(words[::2], words[1::2], strict=True))
+        fields = dict(each.split("=") for option, each in pairs if option == "-F")
+        headers = dict(each.split(": ") for option, each in pairs if option == "-H")
+        assert (command, fields.pop("file")) == ("curl", "@talk.wav")
+        answer = client.post(
+            url.removeprefix("address"),
+            headers=headers,
+            data=fields,
+            files={"file": ("talk.wav", BREAD)},
+        )
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["whispercache-model"] == name
+
+
+PYTHONS = re.compile(r"\b(None|True|False|boolean|dict\w*|instance|\w+Error)\b|<class")
+
+
+def test_refusals_are_in_the_words_of_http(client: TestClient) -> None:
+    """
+    Of nonsense in every field of every form, and of a form without its file; so is the
+    page of the API.
+    """
+    schema = client.get("/openapi.json").json()
+    told = [client.get("/docs").text]
+    for path, operation in schema["paths"].items():
+        if "multipart/form-data" not in str(operation.get("post")):
+            continue
+        (body,) = operation["post"]["requestBody"]["content"].values()
+        form = schema["components"]["schemas"][body["schema"]["$ref"].split("/")[-1]]
+        query = [each["name"] for each in operation["post"].get("parameters", ())]
+        (part,) = (name for name in form["properties"] if name.endswith("file"))
+        told.append(client.post(path, data={"model": "m"}).json()["error"]["message"])
+        for name in {*query, *form["properties"]} - {part}:
+            for value in ("nonsense", "{}", '{"type": []}', "x" * 11_000):
+                answer = client.post(
+                    path,
+                    params={name: value} if name in query else {},
+                    data={"model": "m", name: value},
+                    files={part: ("a", BREAD)},
+                )
+                if answer.is_error:
+                    told.append(answer.json()["error"]["message"])
+    assert len(told) > 100
+    assert [each for each in told if PYTHONS.search(each)] == []
+    assert f"{part}: send the audio as a file of a multipart form" in told
 
 
 # Other servers' forms -----------------------------------------------------------------

@@ -7,12 +7,12 @@ from __future__ import annotations
 import asyncio
 import pickle
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from caches import cache_of, opened
 from real import SILENCE, micro
 
-from whispercache import ModelCache
 from whispercache.engine.calls.languages import Knowledge
 from whispercache.engine.naming import ModelSpec
 from whispercache.server.asked import Asked
@@ -22,18 +22,10 @@ from whispercache.server.local import LocalEngine
 from whispercache.server.offers import Offers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from whispercache import ModelCache, ModelKey
     from whispercache.server.offers import Offer
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache, which is left as the engine left it.
-    """
-    with ModelCache() as cache:
-        yield cache
+cache = cache_of()
 
 
 def engine_of(cache: ModelCache) -> tuple[LocalEngine, Offer]:
@@ -70,6 +62,34 @@ def test_a_model_is_held_as_long_as_its_segments_are(cache: ModelCache) -> None:
     assert told[0] == ("waiting", 0)
     assert ("loading", 0) in told
     assert told[-1] == ("working", 1)
+
+
+def test_a_fallback_is_loaded_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    In whatever type it comes.
+    """
+    with opened(fallback=["int8"]) as cache:
+        engine, offer = engine_of(cache)
+        kind: Any = type(cache.loader)
+        load, told = kind.load, []
+
+        def failing(loader: Any, key: ModelKey, *args: Any) -> Any:
+            if key.compute_type == "float32":
+                raise RuntimeError("of this type alone")
+            told.append("load")
+            return load(loader, key, *args)
+
+        async def main() -> None:
+            async with engine.running():
+                await engine.load(offer, Terms(5), told.append)
+
+        monkeypatch.setattr(kind, "load", failing)
+        asyncio.run(main())
+        assert cache.stats().fallbacks == 1
+    # Of the type that was asked for, then of the other.
+    assert told == ["waiting", "loading", "waiting", "loading", "load", "waiting"]
 
 
 @pytest.mark.parametrize("fault", ["check", "samples"])

@@ -12,18 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from caches import cache_of
 from real import clip, micro
-from served import (
-    A,
-    B,
-    asking,
-    command,
-    micros,
-    serving,
-    transcribe,
-)
+from served import URL, A, B, asking, command, micros, serving, transcribe
 
-from whispercache import ModelCache
 from whispercache.engine.construct import genuine
 from whispercache.server import logs
 from whispercache.testing import wait_until
@@ -33,20 +25,14 @@ if TYPE_CHECKING:
 
     import httpx
 
+    from whispercache import ModelCache
+
 pytestmark = pytest.mark.process
 
-URL = "/v1/audio/transcriptions"
 KEY = "s3cret"
 LOGGERS = ("whispercache", "uvicorn.access")
 
-
-@pytest.fixture(scope="module")
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with room for one model.
-    """
-    with ModelCache(max_models=1) as cache:
-        yield cache
+cache = cache_of("module", max_models=1)
 
 
 @pytest.fixture(scope="module")

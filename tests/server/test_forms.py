@@ -5,51 +5,31 @@ Forms of all clients: spellings of lists, words, parts and names of files.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
-from real import clip, micro_copy
-from served import BOUNDARY, multipart, options_of, serving
+from caches import cache_of
+from real import micro_copy
+from served import BOUNDARY, CLIP, URL, client_of_micro, multipart, options_of, serving
 from starlette.testclient import TestClient
 
-from whispercache import ModelCache
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.engine.naming import ModelSpec
 from whispercache.server import create_app
 from whispercache.server.forms import _in_one_spelling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
+
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
 NAME = "timestamp_granularities"
 
-
-URL = "/v1/audio/transcriptions"
-
-
-CLIP = Path(clip("en-bread"))
-
-
-@pytest.fixture(scope="module")
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache for all servers of this file.
-    """
-    with ModelCache(ram="2GiB", variants=False) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(cache: ModelCache) -> Iterator[TestClient]:
-    """
-    A client of that server, without a socket between.
-    """
-    with TestClient(create_app(options_of(), cache)) as made:
-        yield made
+cache = cache_of("module", ram="2GiB", variants=False)
+client = client_of_micro()
 
 
 def ask(client: TestClient, *fields: tuple[str, str], **more: str) -> Any:

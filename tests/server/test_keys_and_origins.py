@@ -4,45 +4,25 @@ Key files, and the origins of pages that may use a server.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from real import clip
-from served import options_of
+from caches import cache_of
+from served import CLIP, URL, client_of_micro, options_of
 from starlette.testclient import TestClient
 
-from whispercache import ModelCache
 from whispercache.server import command, create_app
 from whispercache.server.origins import option_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
+
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
-URL = "/v1/audio/transcriptions"
-
-
-CLIP = Path(clip("en-bread"))
-
-
-@pytest.fixture(scope="module")
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache for all servers of this file.
-    """
-    with ModelCache(ram="2GiB", variants=False) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(cache: ModelCache) -> Iterator[TestClient]:
-    """
-    A client of that server, without a socket between.
-    """
-    with TestClient(create_app(options_of(), cache)) as made:
-        yield made
+cache = cache_of("module", ram="2GiB", variants=False)
+client = client_of_micro()
 
 
 def test_a_key_file_has_comments(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from caches import cache_of
 from real import clip, micro
-from served import A, B, asking, micros, serving, transcribe
+from served import URL, A, B, asking, micros, serving, transcribe
 
 from whispercache import ModelCache, ModelStillReferenced
 from whispercache.engine.construct import genuine
@@ -32,14 +33,7 @@ pytestmark = pytest.mark.process
 ENGLISH = "micro-en"
 WORDS = {"timestamp_granularities[]": "word", "response_format": "verbose_json"}
 
-
-@pytest.fixture(scope="module")
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with room for one model.
-    """
-    with ModelCache(max_models=1) as cache:
-        yield cache
+cache = cache_of("module", max_models=1)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +108,7 @@ def broken(client: httpx.Client) -> None:
     Audio that is none.
     """
     data = {"model": A}
-    url = "/v1/audio/transcriptions"
-    assert client.post(url, data=data, files={"file": b"x"}).status_code == 400
+    assert client.post(URL, data=data, files={"file": b"x"}).status_code == 400
 
 
 def too_large(client: httpx.Client) -> None:
@@ -124,10 +117,9 @@ def too_large(client: httpx.Client) -> None:
     """
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     pieces = (bytes(100_000) if i else head for i in range(30))
-    url = "/v1/audio/transcriptions"
     kind = {"content-type": "multipart/form-data; boundary=x"}
     with suppress(httpx.WriteError):
-        assert client.post(url, content=pieces, headers=kind).status_code == 413
+        assert client.post(URL, content=pieces, headers=kind).status_code == 413
 
 
 def left_before(client: httpx.Client) -> None:
@@ -154,7 +146,7 @@ def left_in_a_stream(client: httpx.Client) -> None:
         Path(clip("en-harbour-long")).open("rb") as file,
         client.stream(
             "POST",
-            "/v1/audio/transcriptions",
+            URL,
             data={"model": A, "stream": "true"},
             files={"file": ("a.flac", file)},
         ) as answer,
@@ -270,7 +262,7 @@ def test_an_error_of_a_model_leaves_no_reference(
         patch.setattr(genuine().model, method, fail)
         with Path(clip("en-harbour-long")).open("rb") as file:
             answer = client.post(
-                "/v1/audio/transcriptions",
+                URL,
                 data={"model": A, **fields},
                 files={"file": ("a.flac", file)},
             )

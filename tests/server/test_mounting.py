@@ -6,46 +6,27 @@ from __future__ import annotations
 
 import threading
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from caches import cache_of
 from fastapi import FastAPI
-from real import clip, micro
-from served import multipart, options_of
+from real import micro
+from served import CLIP, URL, client_of_micro, multipart, options_of
 from starlette.testclient import TestClient
 
-from whispercache import ModelCache
 from whispercache.engine.loader import FasterWhisperLoader
 from whispercache.server import create_app
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
+
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
-URL = "/v1/audio/transcriptions"
-
-
-CLIP = Path(clip("en-bread"))
-
-
-@pytest.fixture(scope="module")
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache for all servers of this file.
-    """
-    with ModelCache(ram="2GiB", variants=False) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(cache: ModelCache) -> Iterator[TestClient]:
-    """
-    A client of that server, without a socket between.
-    """
-    with TestClient(create_app(options_of(), cache)) as made:
-        yield made
+cache = cache_of("module", ram="2GiB", variants=False)
+client = client_of_micro()
 
 
 def mounted(path: str, app: FastAPI) -> FastAPI:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
+from caches import cache_of
 from real import MIB, clip, packaged, reference
-from served import TINY, serving
+from served import TINY, URL, client_of_real
 
-from whispercache import ModelCache
 from whispercache.engine.calls.languages import LANGUAGES
 from whispercache.testing import wait_until
 from whispercache.transcripts import FORMATS
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import httpx
+
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
@@ -46,22 +48,8 @@ def words(text: str) -> set[str]:
     return {word.strip(".,!?").lower() for word in text.split()}
 
 
-@pytest.fixture(scope="module")
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache that outlives the tests of this file, so that models load once.
-    """
-    with ModelCache(keep_alive=-1, variants=False) as cache:
-        yield cache
-
-
-@pytest.fixture(scope="module")
-def http(cache: ModelCache) -> Iterator[httpx.Client]:
-    """
-    A server of tiny.en and base.
-    """
-    with serving(cache, TINY, "base:int8") as client:
-        yield client
+cache = cache_of("module", keep_alive=-1, variants=False)
+http = client_of_real()
 
 
 @pytest.fixture
@@ -293,7 +281,7 @@ def test_languages_go_by_code_or_name_and_granularities_with_or_without_brackets
     fields = {"model": "base:int8", "response_format": "verbose_json"}
     for language, brackets in (("German", ""), ("DE", "[]"), ("german", "[]")):
         answer = http.post(
-            "/v1/audio/transcriptions",
+            URL,
             data={
                 **fields,
                 "language": language,
@@ -481,7 +469,7 @@ def test_the_schema_describes_itself(http: httpx.Client) -> None:
     Nothing in it names another site.
     """
     schema = http.get("/openapi.json").json()
-    assert "/v1/audio/transcriptions" in schema["paths"]
+    assert URL in schema["paths"]
     page = http.get("/docs").text
     assert "//" not in page.replace("https://app.example", "")
     for path in schema["paths"]:
@@ -502,7 +490,7 @@ def test_no_temporary_file_stays(
     for file in (audio, io.BytesIO(b"no audio"), io.BytesIO(b"\0" * 3 * MIB)):
         for stream in ("true", "false"):
             http.post(
-                "/v1/audio/transcriptions",
+                URL,
                 data={"model": TINY, "stream": stream},
                 files={"file": (name, file)},
             )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import psutil
 import pytest
+from caches import cache_of
 from real import micro, micro_copy
 from served import (
     A,
@@ -22,26 +23,19 @@ from served import (
     transcribe,
 )
 
-from whispercache import ModelCache
 from whispercache.engine.naming import ModelSpec, parse_spec
 from whispercache.server import ServerOptions, create_app, service
 from whispercache.server.offers import Offers
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with room for one model.
-    """
-    with ModelCache(max_models=1) as cache:
-        yield cache
+cache = cache_of(max_models=1)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +61,29 @@ def test_options_that_make_no_sense_are_refused(
     """
     with pytest.raises(ValueError, match=message):
         ServerOptions(**{"models": (parse_spec("base"),), **options})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("max_duration_s", "max_audio_s", "upload_timeout_s", "decode_timeout_s"),
+        *("timeout_s", "drain_s", "max_waiting", "parallel", "decoders"),
+    ],
+)
+def test_every_time_and_count_is_looked_at(name: str) -> None:
+    """
+    Text is a time as elsewhere; what is none is refused by name.
+    """
+    refused: list[object] = ["soon", True, [], -1, "-1", float("nan")]
+    # Of the longest audio of all at once it says that there is no other limit.
+    refused += [None] * (name != "max_audio_s")
+    for value in refused:
+        given: dict[str, Any] = {name: value}
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must be "):
+            ServerOptions(models=("base",), **given)
+    if name.endswith("_s"):
+        timed: dict[str, Any] = {name: "1m"}
+        assert getattr(ServerOptions(models=("base",), **timed), name) == 60
 
 
 def test_models_are_named_as_on_the_command_line() -> None:

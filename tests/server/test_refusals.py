@@ -8,29 +8,15 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from served import (
-    A,
-    error_of,
-    micros,
-    serving,
-    transcribe,
-)
-
-from whispercache import ModelCache
+from caches import cache_of
+from served import URL, A, error_of, micros, serving, transcribe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with room for one model.
-    """
-    with ModelCache(max_models=1) as cache:
-        yield cache
+cache = cache_of(max_models=1)
 
 
 def test_an_upload_that_is_too_large_is_refused(cache: ModelCache) -> None:
@@ -46,8 +32,7 @@ def test_an_upload_that_is_too_large_is_refused(cache: ModelCache) -> None:
         )
         chunks = (head if not i else b"\0" * 1000 for i in range(100))
         kind = {"content-type": "multipart/form-data; boundary=x"}
-        url = "/v1/audio/transcriptions"
-        answer = client.post(url, content=chunks, headers=kind)
+        answer = client.post(URL, content=chunks, headers=kind)
         assert answer.status_code == 413
     assert cache.stats().requests == 0
 
@@ -67,7 +52,7 @@ def test_a_form_holds_one_file_and_a_few_short_fields(
     Fields are kept in memory while a request waits; files are not.
     """
     with serving(cache, models=micros()) as client:
-        answer = client.post("/v1/audio/transcriptions", **form)
+        answer = client.post(URL, **form)
         assert answer.status_code == 400
         assert "Too many" in answer.text or "exceeded" in answer.text
 
@@ -114,7 +99,7 @@ def test_without_a_key_only_the_page_and_the_probes_are_open(cache: ModelCache) 
     with serving(cache, models=micros(), keys=keys) as client:
         for path in ("/healthz", "/readyz"):
             assert client.get(path).status_code == 200
-        closed = ("/v1/models", "/api/ps", "/metrics", "/openapi.json", "/nix")
+        closed = ("/v1/models", "/api/ps", "/metrics", "/nix")
         for path in closed:
             for given in (None, "Bearer", "Bearer fir", "Basic first", "first"):
                 headers = {} if given is None else {"authorization": given}

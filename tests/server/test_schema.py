@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import psutil
 import pytest
 from broken_audio import corpus
+from caches import cache_of
 from effort import tries
-from real import MIB, child_environment, clip, micro
-from served import serving
+from real import MIB, child_environment, clip
+from served import URL, A, B, micros, serving
 
 from whispercache import ModelCache
 from whispercache.devices.host import anonymous_bytes
-from whispercache.engine.naming import ModelSpec
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
@@ -35,10 +35,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.process, pytest.mark.soak]
 
-A, B = "micro-a", "micro-b"
 KEY = "s3cret"
 LONGEST_S = 12.0
-TRANSCRIPTIONS = "/v1/audio/transcriptions"
 
 SOUND = ".snd\0\0\0\x18\0\0\x1f\x40\0\0\0\1\0\0\x1f\x40\0\0\0\1" + "hum, hum. " * 800
 """
@@ -84,21 +82,7 @@ enabled = false
 max-examples = 20
 """
 
-
-def micros() -> tuple[ModelSpec, ...]:
-    """
-    Two models that take a few milliseconds.
-    """
-    return tuple(ModelSpec(name, str(micro(name.replace("-", " ")))) for name in (A, B))
-
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with room for both.
-    """
-    with ModelCache(keep_alive=-1) as cache:
-        yield cache
+cache = cache_of(keep_alive=-1)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +185,7 @@ def test_broken_audio_is_refused_and_leaves_nothing(
                 content_type = (broken.content_type, "audio/wav", "x" * 300)[i]
                 name = (broken.name, "../../a.wav", "\N{PILE OF POO}\r\n\0")[i]
                 answer = client.post(
-                    TRANSCRIPTIONS,
+                    URL,
                     data={"model": A},
                     files={"file": (name, broken.path.read_bytes(), content_type)},
                 )
@@ -272,7 +256,7 @@ def form(*parts: bytes, kind: str = FORM, headers: tuple[str, ...] = ()) -> byte
     """
     body = b"".join(parts)
     told = (f"Content-Type: {kind}", f"Content-Length: {len(body)}", *headers)
-    return head(f"POST {TRANSCRIPTIONS}", *told) + body
+    return head(f"POST {URL}", *told) + body
 
 
 def chunked(*chunks: bytes) -> bytes:
@@ -280,7 +264,7 @@ def chunked(*chunks: bytes) -> bytes:
     The same in chunks, which are as they are given.
     """
     told = (f"Content-Type: {FORM}", "Transfer-Encoding: chunked")
-    return head(f"POST {TRANSCRIPTIONS}", *told) + b"".join(chunks)
+    return head(f"POST {URL}", *told) + b"".join(chunks)
 
 
 def answers(client: httpx.Client, request: bytes) -> list[tuple[int, bytes]]:
@@ -382,8 +366,8 @@ REFUSED = {
     "a trailer of 100 kB": chunked(b"0\r\nX: " + b"y" * 100_000 + b"\r\n\r\n"),
     "two lengths": form(BODY, headers=("Content-Length: 3",)),
     "a length and chunks": form(BODY, headers=("Transfer-Encoding: chunked",)),
-    "a negative length": head(f"POST {TRANSCRIPTIONS}", "Content-Length: -5"),
-    "more than there is": head(f"POST {TRANSCRIPTIONS}", f"Content-Length: {10**30}"),
+    "a negative length": head(f"POST {URL}", "Content-Length: -5"),
+    "more than there is": head(f"POST {URL}", f"Content-Length: {10**30}"),
     "a handshake of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + bytes(99),
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "a tunnel": head("CONNECT example:443"),

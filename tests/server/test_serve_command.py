@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from caches import cache_of
 from real import child_environment, clip, micro, packaged
 from served import (
     TINY,
+    URL,
     A,
     asking,
     command,
@@ -30,29 +32,16 @@ from served import (
     waiting,
 )
 
-from whispercache import ModelCache
+from whispercache.cli.main import main
+from whispercache.console import WRONG_USE
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-from whispercache.cli.main import main
-from whispercache.console import WRONG_USE
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from whispercache import ModelCache
 
 pytestmark = pytest.mark.process
 
-
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with room for one model.
-    """
-    with ModelCache(max_models=1) as cache:
-        yield cache
+cache = cache_of(max_models=1)
 
 
 def test_sigterm_lets_what_has_begun_be_finished() -> None:
@@ -67,7 +56,7 @@ def test_sigterm_lets_what_has_begun_be_finished() -> None:
     ):
         with client.stream(
             "POST",
-            "/v1/audio/transcriptions",
+            URL,
             data={"model": TINY, "stream": "true"},
             files={"file": ("a.flac", file)},
         ) as answer:
@@ -102,6 +91,30 @@ def test_what_is_not_finished_in_time_is_told_so() -> None:
         assert answer.startswith("HTTP/1.1 503"), answer
         assert "retry-after" in answer
         assert "shutting_down" in answer
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in log
+
+
+def test_an_upload_that_stalls_does_not_hold_up_the_end() -> None:
+    """
+    It is told so, long before the time for what has begun is over; one at work is
+    finished.
+    """
+    (spec,) = offered(TINY)
+    place = (f"{TINY}={spec.model}", "--device", "cpu", "--preload", TINY)
+    with (
+        command(*place, "--drain", "120") as (process, client),
+        asking(client, TINY, clip_name="en-harbour-long") as at_work,
+        asking(client, TINY, length=10**6) as stalled,
+    ):
+        wait_until(lambda: client.get("/api/ps").json()["models"][0]["leases"], "work")
+        process.send_signal(signal.SIGTERM)
+        for asked, told in ((stalled, "503"), (at_work, "200")):
+            asked.settimeout(60)
+            answer = b"".join(iter(lambda: asked.recv(9999), b""))  # noqa: B023
+            assert answer.startswith(f"HTTP/1.1 {told}".encode()), answer
+            assert (b"shutting_down" in answer) is (told == "503")
         _, log = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in log

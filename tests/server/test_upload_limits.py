@@ -16,7 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
-from whispercache.server.limits import UploadLimit
+from whispercache.server.limits import Arrivals, UploadLimit
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
@@ -170,6 +170,26 @@ def test_a_slow_upload_is_refused() -> None:
     assert (status, error["code"]) == (408, "upload_timeout")
     assert echo.was_left
     assert not echo.has_seen_all
+
+
+def test_what_still_arrives_at_the_end_of_the_server_is_refused() -> None:
+    """
+    Whether it has begun by then or not; what has arrived goes on.
+    """
+    echo, arrivals = Echo(), Arrivals()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        asyncio.get_running_loop().call_later(0.05, arrivals.close)
+        await echo(scope, receive, send)
+
+    limit = UploadLimit(app, 10, 20, 0.05, arrivals=arrivals)
+    assert Client(b"all").ask(limit) == (200, b"3")
+    echo.has_seen_all = False
+    status, error = Client(b"01234", is_whole=False).ask(limit)
+    assert (status, error["code"]) == (503, "shutting_down")
+    assert echo.was_left
+    status, error = Client(b"01234", is_whole=False).ask(limit)
+    assert (status, error["code"]) == (503, "shutting_down")
 
 
 def test_the_time_limit_ends_with_the_body() -> None:

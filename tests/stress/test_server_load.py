@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from real import MIB, clip, micro
-from served import serving
+from served import URL, serving
 
 from whispercache import ModelCache, footprint
 from whispercache.devices.host import anonymous_bytes, return_free_memory
@@ -31,7 +31,6 @@ pytestmark = pytest.mark.process
 
 TEXTS = {"micro-a": "micro a", "micro-b": "micro b", "micro-c": "micro c"}
 AUDIO = Path(clip("en-bread")).read_bytes()
-URL = "/v1/audio/transcriptions"
 CLIENTS = 12
 REQUESTS = 8
 LEAST_ROUNDS, ROUNDS = 2, 8

@@ -713,7 +713,7 @@ class CacheMachine(RuleBasedStateMachine):
             held = [e for e in device.entries.values() if e.state in there]
             weights_bytes = sum(entry.weights_bytes for entry in held)
             held_bytes = weights_bytes + device.kept_bytes
-            held_bytes += device.copies_bytes
+            held_bytes += device.budget.copies_bytes
             assert self.machine.held_bytes[name] == held_bytes
             assert {entry.key for entry in held} == {
                 key for key in self.loader.resident if key.device == name

@@ -66,7 +66,7 @@ UNDER_WAY: dict[str, object] = {
     "route": "POST /v1/audio/transcriptions",
     "who": "anna",
     "model": "base",
-    "audio_s": 12.4,
+    "audio_s": 12.94,
     "priority": None,
     "phase": "working",
     "seconds": {"waiting": 0.5, "downloading": 0, "loading": 1.5, "working": 2},

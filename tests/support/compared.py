@@ -8,8 +8,11 @@ import wave
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
+from real import micro
 
 from whispercache.comparison import compare
+from whispercache.engine.naming import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,9 +20,15 @@ if TYPE_CHECKING:
 
     from whispercache import ModelCache
     from whispercache.comparison import Comparison, Progress, Reference
-    from whispercache.engine.naming import ModelSpec
 
-__all__ = ["ONE_THREAD", "compared", "noise", "noises"]
+__all__ = [
+    "ONE_THREAD",
+    "compared",
+    "files_of_noise",
+    "noise",
+    "noises",
+    "specs_of",
+]
 
 ONE_THREAD = {"cpu_threads": 1}
 
@@ -42,6 +51,36 @@ def noises(folder: Path) -> list[str]:
     Writes three files of noise.
     """
     return [noise(folder / f"{seed}.wav", seed) for seed in range(3)]
+
+
+def files_of_noise() -> object:
+    """
+    The fixture of three files of noise.
+    """
+
+    @pytest.fixture
+    def files(tmp_path: Path) -> list[str]:
+        """
+        Three files of noise.
+        """
+        return noises(tmp_path)
+
+    return files
+
+
+def specs_of(*texts: str) -> object:
+    """
+    The fixture of models that say *texts*, each named after its first word.
+    """
+
+    @pytest.fixture
+    def specs() -> list[ModelSpec]:
+        """
+        Models, which say different things.
+        """
+        return [ModelSpec(text.partition(" ")[0], str(micro(text))) for text in texts]
+
+    return specs
 
 
 def compared(

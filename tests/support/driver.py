@@ -108,8 +108,11 @@ class ThreadDriver(Driver):
             except BaseException as error:  # noqa: BLE001 - the future tells it
                 future.set_exception(error)
 
-        threading.Thread(target=run, daemon=True).start()
+        self._begin(run)
         return future
+
+    def _begin(self, run: Callable[[], None]) -> None:
+        threading.Thread(target=run, daemon=True).start()
 
     def close(self) -> None:
         """

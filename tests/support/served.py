@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import pytest
 import uvicorn
 from real import child_environment, clip, micro, packaged
+from starlette.testclient import TestClient
 
 from whispercache.engine.naming import ModelSpec
 from whispercache.server import ServerOptions, create_app
@@ -30,10 +32,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BOUNDARY",
+    "CLIP",
     "TINY",
+    "URL",
     "A",
     "B",
     "asking",
+    "client_of_micro",
+    "client_of_real",
     "command",
     "error_of",
     "is_ready",
@@ -50,6 +56,8 @@ __all__ = [
 
 TINY = "tiny.en"
 A, B = "micro-a", "micro-b"
+URL = "/v1/audio/transcriptions"
+CLIP = Path(clip("en-bread"))
 
 
 # What nobody sends by chance: it parts the parts of a form.
@@ -115,13 +123,45 @@ def options_of(**options: Any) -> ServerOptions:
     return ServerOptions(device="cpu", decoders=1, **options)
 
 
+def client_of_micro() -> object:
+    """
+    The fixture of a client of one micro model, without a socket between.
+    """
+
+    @pytest.fixture(scope="module")
+    def client(cache: ModelCache) -> Iterator[TestClient]:
+        """
+        A client of the model "m", without a socket between.
+        """
+        with TestClient(create_app(options_of(), cache)) as made:
+            yield made
+
+    return client
+
+
+def client_of_real() -> object:
+    """
+    The fixture of a client of tiny.en and base.
+    """
+
+    @pytest.fixture(scope="module")
+    def http(cache: ModelCache) -> Iterator[httpx.Client]:
+        """
+        A client of a server of tiny.en and base.
+        """
+        with serving(cache, TINY, "base:int8") as client:
+            yield client
+
+    return http
+
+
 def transcribe(client: httpx.Client, model: str, **fields: Any) -> httpx.Response:
     """
     What a server hears in a short clip.
     """
-    with Path(clip("en-bread")).open("rb") as file:
+    with CLIP.open("rb") as file:
         return client.post(
-            "/v1/audio/transcriptions",
+            URL,
             data={"model": model, **fields},
             files={"file": ("a.flac", file)},
         )
@@ -145,14 +185,14 @@ def request_of(
     with Path(clip(clip_name)).open("rb") as file:
         audio = file.read()
     fields = {"model": model}
-    url = "http://127.0.0.1/v1/audio/transcriptions"
+    url = f"http://127.0.0.1{URL}"
     request = httpx.Request("POST", url, data=fields, files={"file": ("a", audio)})
     body = request.read()
     headers = {**request.headers, "content-length": str(length or len(body))}
     if key is not None:
         headers["authorization"] = f"Bearer {key}"
     lines = [f"{name}: {value}" for name, value in headers.items()]
-    head = "\r\n".join(["POST /v1/audio/transcriptions HTTP/1.1", *lines])
+    head = "\r\n".join([f"POST {URL} HTTP/1.1", *lines])
     return f"{head}\r\n\r\n".encode() + body
 
 

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from real import clip, micro
 from served import A, command, micros, transcribe
@@ -284,6 +285,61 @@ def test_what_fails_is_logged_and_the_next_one_runs(
     assert len([line for line in caplog.messages if " failed: " in line]) == 6
     for text in ("exit status 1", "No such file", "500", "refused", "SSH-2.0", "a b"):
         assert text in caplog.text
+
+
+def lingering(file: Path) -> str:
+    """
+    A command that waits for another one, whose process id it writes to *file*.
+    """
+    code = f"sleep 60 & echo $! > {quote(str(file))}; wait"
+    return f"sh -c {quote(code)}"
+
+
+def is_running(file: Path) -> bool:
+    """
+    True if the process whose id is in *file* is at work.
+    """
+    try:
+        process = psutil.Process(int(file.read_text()))
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.process
+def test_what_a_command_started_ends_with_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """
+    The program that a shell waits for, too; the next hook runs.
+    """
+    monkeypatch.setattr(module, "TIMEOUT_S", 2.0)
+    cache = Told()
+    file = tmp_path / "id"
+    hooks = [f"ModelEvicted {lingering(file)}", "ModelEvicted false"]
+    with caplog.at_level(logging.WARNING, "whispercache"):
+        with Hooks(hooks, cache.subscribe):
+            cache.say(EVICTED)
+            wait_until(lambda: "exit status 1" in caplog.text, "the next one")
+        assert "it was killed after 2 s" in caplog.text
+    wait_until(lambda: not is_running(file), "its end")
+
+
+@pytest.mark.process
+def test_a_command_at_work_ends_with_the_hooks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    After the time that is left for it at the end, which is less than its own.
+    """
+    monkeypatch.setattr(module, "END_S", 0.2)
+    cache = Told()
+    file = tmp_path / "id"
+    with Hooks([f"ModelEvicted {lingering(file)}"], cache.subscribe):
+        cache.say(EVICTED)
+        wait_until(lambda: file.exists() and file.read_text().strip(), "its id")
+        assert is_running(file)
+    wait_until(lambda: not is_running(file), "its end")
 
 
 # No room ------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from rich.console import Console
 from whispercache.events import DeviceInfo, ModelInfo, Stats, WaitingInfo
 from whispercache.keys import ModelKey
 from whispercache.watch import top
-from whispercache.watch.live import LiveEvent, Snapshot, Watch
+from whispercache.watch.live import LiveEvent, Snapshot, UnderWay, Watch
 from whispercache.watch.top import remote, view, watch
 
 if TYPE_CHECKING:
@@ -207,6 +207,7 @@ def test_nothing_in_a_name_steers_the_terminal() -> None:
         devices=(DeviceInfo(evil, None, GIB, GIB, GIB, 1),),
         models=(a_model(evil, evil), a_model("b", evil, state=evil)),
         waiting=(waiting_for(evil),),
+        requests=(UnderWay(evil, 1e300, evil, evil),),
         events=(LiveEvent(1, -1e300, evil, evil, evil),),
         stats=Stats(),
     )
@@ -225,6 +226,15 @@ def test_without_a_terminal_it_is_printed_once() -> None:
     watch(lambda: BUSY, console=Console(file=file, width=80))
     assert "medium" in file.getvalue()
     assert "\x1b" not in file.getvalue()
+
+
+@pytest.mark.parametrize("interval_s", [None, 0, -1, "soon", float("inf"), True])
+def test_an_interval_that_is_none_is_told_before_a_look(interval_s: Any) -> None:
+    """
+    And by its name.
+    """
+    with pytest.raises((TypeError, ValueError), match=r"^interval_s must be "):
+        watch(pytest.fail, interval_s=interval_s)
 
 
 def test_without_a_terminal_errors_are_raised() -> None:
@@ -361,6 +371,8 @@ class Answers(BaseHTTPRequestHandler):
     status = 200
     body = b""
     key = ""
+    # Of the second address; none where that is missing.
+    requests: bytes | None = None
     asked: list[str | None]
 
     def log_message(self, *_details: object) -> None:
@@ -375,11 +387,15 @@ class Answers(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         given = self.headers.get("Authorization")
         status = 401 if self.key and given != f"Bearer {self.key}" else self.status
+        body = self.body
+        if self.path.endswith("/api/requests"):
+            status = 404 if self.requests is None else status
+            body = self.requests or b""
         self.send_response(status)
         self.send_header("Location", "/elsewhere")
-        self.send_header("Content-Length", str(len(self.body)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(self.body)
+        self.wfile.write(body)
 
 
 @contextmanager
@@ -423,7 +439,35 @@ def test_a_server_is_asked_for_its_snapshot() -> None:
     with answering(body=body, key="sesame") as (url, server):
         for address in (url, f"{url}/"):
             assert remote(address, "sesame")() == BUSY
-        assert server.asked == ["/api/ps"] * 2
+        assert server.asked == ["/api/ps", "/api/requests"] * 2
+
+
+def test_a_server_s_requests_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Those under way: the phase and its time, the model, and the name of the key.
+    """
+    seconds = {"arriving": 0.5, "working": 83.0, "total": 83.5}
+    working = {"phase": "working", "seconds": seconds, "model": "base", "who": "anna"}
+    arriving = {"phase": "arriving", "seconds": seconds, "model": None, "who": None}
+    document = {"under_way": [working, *[arriving] * 6], "lately": [working]}
+    with answering(body=as_body(BUSY.as_json()), requests=as_body(document)) as (
+        url,
+        server,
+    ):
+        snapshot = remote(url)()
+        assert snapshot.as_json() == BUSY.as_json()
+        lines = printed(snapshot)
+        assert line_of(lines, "Requests").split() == ["Requests", "7"]
+        assert line_of(lines, "anna").split() == ["working", "1:23", "base", "anna"]
+        assert sum(line.startswith("arriving") for line in lines) == 4
+        for nonsense in (
+            b"[]",
+            b'{"under_way": [{}]}',
+            b'{"under_way": [{"phase": 1}]}',
+        ):
+            monkeypatch.setattr(server, "requests", nonsense)
+            with pytest.raises(ValueError, match="/api/requests: no whispercache"):
+                remote(url)()
 
 
 @pytest.mark.parametrize(

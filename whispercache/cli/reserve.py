@@ -20,7 +20,7 @@ from whispercache.console import error_line, explain
 from whispercache.errors import WhisperCacheError
 from whispercache.keys import canonical_device
 from whispercache.settings.arguments import add_config, add_settings, settings_of
-from whispercache.units import parse_duration, parse_limit
+from whispercache.units import parse_bytes, parse_duration
 
 from .programs import become, program_of
 
@@ -92,9 +92,7 @@ def run(options: argparse.Namespace) -> int:
     if options.command[:1] != ["--"]:
         options.rest.parse_args(options.command, options)
     program = program_of(options, "reserve")
-    n_bytes = parse_limit(options.size, "SIZE").n_bytes
-    if not n_bytes:
-        raise ValueError(f"SIZE must be bytes, such as 6GiB, not {options.size!r}")
+    n_bytes = parse_bytes(options.size, "SIZE")
     timeout_s = parse_duration(options.timeout, "--timeout")
     device = canonical_device(options.device)
     place = _place(settings_of(options)["coordinate_dir"].value)

@@ -32,6 +32,7 @@ from .programs import become, program_of
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
 _HELP = """\
 examples:
@@ -82,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "at the end",
     )
     add_config(add)
-    add_settings(add, *CACHE_KEYS)
+    add_settings(add, *CACHE_KEYS, "on")
     parser.set_defaults(run=run)
 
 
@@ -105,6 +106,8 @@ def _variables(options: argparse.Namespace) -> dict[str, str]:
         for key in CACHE_KEYS
         if given[key] not in (None, [])
     }
+    if given["on"]:
+        found[SETTINGS["on"].variable] = _lines(given["on"])
     config = options.config or os.environ.get(CONFIG_VARIABLE, "").strip()
     if config:
         # The program may go to another directory.
@@ -122,6 +125,17 @@ def _variables(options: argparse.Namespace) -> dict[str, str]:
     paths = [place, *(path for path in given_paths if path != place)]
     found["PYTHONPATH"] = os.pathsep.join(paths)
     return found
+
+
+def _lines(hooks: Sequence[Sequence[str]]) -> str:
+    """
+    Returns hooks as a variable says them.
+    """
+    texts = [" ".join(hook) for hook in hooks]
+    for text in texts:
+        if len(text.splitlines()) > 1:
+            raise ValueError(f"--on: {text!r} has several lines; make it a script")
+    return "\n".join(texts)
 
 
 def _place(top: str) -> str:

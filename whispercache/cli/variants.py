@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from whispercache.console import WRONG_USE, error_line, explain
 from whispercache.devices.probe import SystemProbe
@@ -23,15 +23,15 @@ from whispercache.engine.sizes.weights import DTYPES
 from whispercache.engine.variants.convert import KINDS, Origin, kind_for
 from whispercache.engine.variants.store import VariantRefused
 from whispercache.errors import UnknownModel, WhisperCacheError, format_bytes
-from whispercache.options import DEFAULT_VARIANTS_BYTES
+from whispercache.options import DEFAULT_VARIANTS_BYTES, variants_bytes
 from whispercache.settings.sources import settle
-from whispercache.units import Limit, parse_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from whispercache.engine.naming import ModelSpec
     from whispercache.engine.variants.store import Variant, Variants
+    from whispercache.units import LimitValue
 
 _HELP = """\
 A model whose file has another type than it is used in is converted at each load. A
@@ -203,10 +203,8 @@ def _limit_bytes(said: str | None = None) -> int:
     """
     value = settle()["variants"].value if said is None else said
     # To be on or off is no limit: what is asked for here is done all the same.
-    limit = Limit() if isinstance(value, bool) else parse_limit(str(value), "--limit")
-    if limit.fraction is not None:
-        raise ValueError(f"--limit must be bytes, such as 20GiB, not {said!r}")
-    return limit.n_bytes or DEFAULT_VARIANTS_BYTES
+    is_switch = isinstance(value, bool)
+    return variants_bytes(cast("LimitValue", is_switch or value), "--limit")
 
 
 def _wanted(text: str) -> tuple[str, str]:

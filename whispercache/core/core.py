@@ -42,6 +42,7 @@ from .device import Device
 from .entries import Entry, State
 from .evictions import Evictions
 from .gauges import Base, Gauges, NoPeers
+from .held_leases import HeldLeases
 from .hits import Hits
 from .host_copies import HostCopies
 from .loads import Loads
@@ -141,6 +142,7 @@ class Core:
         evictions = Evictions(agenda)
         self._evictions = evictions
         self.scheduler: Scheduler = Scheduler(agenda, evictions, self)
+        self._held = HeldLeases(agenda, self.scheduler)
         self._ticks = Ticks(agenda, evictions, self.scheduler)
         hits = Hits(lock, agenda, self.scheduler, self, self.requests)
         # Each call in between would be felt.
@@ -415,7 +417,7 @@ class Core:
         Notes that a lease is given back early if a request above *level* asks.
         """
         with self.changing():
-            self.scheduler.offer(entry, serial, level)
+            self._held.offer(entry, serial, level)
 
     def is_asked(self, entry: Entry, serial: int, level: float) -> bool:
         """
@@ -425,7 +427,7 @@ class Core:
         if entry.asked_by <= level:
             return False
         with self.changing():
-            return self.scheduler.is_asked(entry, serial, level)
+            return self._held.is_asked(entry, serial, level)
 
     def spare(self, entry: Entry, serial: int) -> Callable[[], None]:
         """
@@ -436,11 +438,11 @@ class Core:
             A function that ends this early, and may be called by the garbage collector.
         """
         with self.changing():
-            self.scheduler.spare(entry, serial)
+            self._held.spare(entry, serial)
 
         # As in `drop`.
         def end() -> None:
-            self.lock.later(partial(self.scheduler.unspare, entry))
+            self.lock.later(partial(self._held.unspare, entry))
             entry.device.thread.submit(self.lock.catch_up)
 
         return end
@@ -450,7 +452,7 @@ class Core:
         Notes that another thread or task will end a lease.
         """
         with self.changing():
-            self.scheduler.hand_over(entry, serial, owner)
+            self._held.hand_over(entry, serial, owner)
 
     def entrust(self, serial: int, holder: Holder) -> None:
         """

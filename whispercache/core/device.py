@@ -136,24 +136,3 @@ class Device:
         budget = self.budget
         most_bytes = budget.limit_bytes
         return most_bytes is not None and budget.charged_bytes > most_bytes
-
-    @property
-    def copies_bytes(self) -> int:
-        """
-        Bytes charged here for host copies of weights that are on a card as well.
-        """
-        return self.budget.copies_bytes
-
-    @property
-    def unreturned_bytes(self) -> int:
-        """
-        Bytes that were freed but not seen to be free.
-        """
-        return self.budget.unreturned_bytes
-
-    @property
-    def is_moving(self) -> bool:
-        """
-        True if a load or an unload is in flight, so that the gauge shows neither state.
-        """
-        return bool(self.moving)

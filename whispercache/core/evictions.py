@@ -83,8 +83,7 @@ class Evictions:
         entry.spare(is_spared=entry.spares > 0)
         entry.shelve(keep_alive_s, self._now())
         if entry.is_spared and entry.spare_reminder_s == math.inf:
-            entry.spare_reminder_s = entry.spared_until_s
-            self._agenda.remind(entry.spared_until_s, entry)
+            self._remind_of_spare(entry)
         # It was to be evicted while it was leased.
         if entry.cause is not None:
             self.unload(entry, entry.cause)
@@ -104,8 +103,11 @@ class Evictions:
         if entry.is_idle and entry.spared_until_s <= now_s:
             entry.spare(is_spared=False)
         elif entry.is_idle and entry.is_spared:
-            entry.spare_reminder_s = entry.spared_until_s
-            self._agenda.remind(entry.spared_until_s, entry)
+            self._remind_of_spare(entry)
+
+    def _remind_of_spare(self, entry: Entry) -> None:
+        entry.spare_reminder_s = entry.spared_until_s
+        self._agenda.remind(entry.spared_until_s, entry)
 
     def _may_expire(self, entry: Entry) -> bool:
         # If it is waited for, it would have to be loaded again at once.

@@ -165,7 +165,7 @@ class Gauges:
         promised_bytes = self.peers.promised_bytes(device.name)
         peers_bytes = self.peers.held_bytes(device.name)
         with self._lock.changing():
-            if is_still or not device.is_moving or not device.budget.total_bytes:
+            if is_still or not device.moving or not device.budget.total_bytes:
                 device.is_stale = False
                 before = device.budget.bounds
                 device.budget.observe(

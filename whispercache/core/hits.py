@@ -123,6 +123,7 @@ class Hits:
             if known_bytes is None:
                 return None
             n_bytes = known_bytes
+        # Calls beyond its workers wait inside it, and take no more.
         more_bytes = n_bytes if len(leases) < entry.num_workers else 0
         budget = device.budget
         charged_bytes = budget.charged_bytes + more_bytes

@@ -161,7 +161,7 @@ class HostCopies:
         present = (entry for each in devices for entry in each.entries.values())
         making = (e.staging_bytes for e in present if e.state is State.UNLOADING)
         parked = (e.parked_bytes for e in self._state.copied if not e.copy_bytes)
-        return host.copies_bytes + sum(making) + sum(parked)
+        return host.budget.copies_bytes + sum(making) + sum(parked)
 
     def _drop_oldest(self, host: Device, most_bytes: int) -> None:
         """

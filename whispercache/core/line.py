@@ -279,6 +279,8 @@ class Line:
             if self._devices[entry.device] <= 0:
                 del self._devices[entry.device]
         filed = self._cohort_of.get(entry)
+        # It may have lent the load that others share its turn, or its priority, or that
+        # it passes.
         if (
             filed is None
             or filed[1] is waiter

@@ -98,7 +98,7 @@ class Reports:
         if not entry.leases and not entry.is_idle:
             self._evictions.shelve(entry, None)
         self._state.note_kept(entry.host, kept)
-        self._scheduler.has_moved(entry)
+        self._scheduler.moved(entry)
 
     def load_failed(
         self,
@@ -184,7 +184,7 @@ class Reports:
         if unreturned_bytes:
             entry.device.budget.keep(unreturned_bytes, released.used_bytes)
             entry.device.outlook.forget()  # less came than was promised
-        self._scheduler.has_moved(entry)
+        self._scheduler.moved(entry)
 
     def refused(self, entry: Entry, reason: str) -> None:
         """

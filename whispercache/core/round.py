@@ -60,7 +60,8 @@ class Round:
     Attributes:
         found: All that should happen.
         stopped: The cohorts whose members wait, with the turn of the first that does.
-        impatient_since_s: When the next stuck request was made that has patience left.
+        impatient_since_s: When the oldest stuck request was made that has patience
+            left.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class Round:
         look = view.Shelves(state, rules.policy, now_s)
         rooms = {name: view.room(state, each) for name, each in state.devices.items()}
         self._walk: Walk[Turn] = Walk(rooms, look.idle, look.busy)
-        # What no younger request than those before can have.
+        # All that can be had without the end of a lease, before anything is promised.
         self._reach_bytes = {name: room.reach_bytes for name, room in rooms.items()}
         self._trusts = trusts
+        # Cohorts that are not shown: they are stuck as they were.
         self._asleep: list[Cohort] = []
         # Below this no lease can be asked for.
         self._least_level = view.least_level(state)
@@ -149,7 +151,8 @@ class Round:
 
     def decide_on(self, waiter: Waiter) -> Decision:
         """
-        Returns the decision on a request that is not in the line, as if it joined now.
+        Returns the decision on a request that is not in the line, as if it joined now,
+        and gives it the turn that it would have.
         """
         self._begin()
         waiter.turn = self._line.next_turn(waiter)
@@ -296,7 +299,7 @@ class Round:
         return cohort.between(first, end)
 
     @property
-    def has_moved(self) -> bool:
+    def moves_models(self) -> bool:
         """
         True if a load or an unload was found.
         """

@@ -117,22 +117,13 @@ class Scheduler:
         if (
             entry.waiting
             or not outlook.free_bytes > -math.inf  # `is_known`, without its call
-            or (is_draining and self._is_draining(entry) and not entry.stays)
+            or (is_draining and view.is_draining(entry) and not entry.stays)
             or self._now() >= state.impatient_at_s
             or (state.chosen and entry.key in state.chosen)
         ):
             return False
         left_bytes = budget.capacity_bytes - budget.charged_bytes
         return more_bytes <= 0 or more_bytes <= left_bytes - outlook.promised_bytes
-
-    def _is_draining(self, entry: Entry) -> bool:
-        """
-        Returns True if a request that lost its patience waits for memory where *entry*
-        is, or its copy.
-        """
-        if entry.device.outlook.is_draining:
-            return True
-        return entry.host.outlook.is_draining and entry.copy_bytes > 0
 
     def enqueue(self, waiter: Waiter, timeout_s: float | None) -> None:
         """
@@ -170,7 +161,8 @@ class Scheduler:
             self._form_line()
         try:
             state.queue.join(waiter)
-            if self._waits_in_vain(waiter):
+            has_patience = self._rules.patience_s > 0
+            if has_patience and view.waits_in_vain(state, waiter, self._now()):
                 self._ask_for_turns()
                 self._lookout.look_out(entry.device for entry in waiter.entries)
             else:
@@ -194,13 +186,8 @@ class Scheduler:
         own = [entry for entry in own if not waiter.wants(entry)]
         if own and waiter in self._state.queue and not waiter.is_loading:
             for entry in own:
-                entry.spares = 0
-                self._no_longer_spare(entry)
+                self._state.end_spare(entry)
             self.admit()
-
-    def _no_longer_spare(self, entry: Entry) -> None:
-        self._state.spared.remove(entry)
-        entry.spare(is_spared=False)
 
     def _form_line(self) -> None:
         """
@@ -218,64 +205,16 @@ class Scheduler:
         """
         return self.decide_on(waiter).outcome in (Outcome.GRANT, Outcome.NEVER)
 
-    def _waits_in_vain(self, waiter: Waiter) -> bool:
-        """
-        Returns True if it is known that the youngest request has to wait.
-        """
-        state, line = self._state, self._state.queue
-        if waiter.is_group or self._rules.patience_s <= 0 or not self._is_settled():
-            return False
-        [entry] = waiter.entries
-        if entry.state is State.RESIDENT:
-            return not entry.is_open_to(waiter)
-        if entry.state is not State.ABSENT:
-            return True
-        cohort = line.cohort_of(entry)
-        if cohort is None or line.first(entry) is not waiter:
-            # Unless it lends the load that it shares its own priority.
-            return cohort is not None and cohort.stopped_in == state.rounds
-        return cohort.stopped_in == state.rounds and cohort.stopped_at <= waiter.turn
-
-    def _is_settled(self) -> bool:
-        """
-        Returns True if what the last walk along the line found still holds.
-        """
-        return self._is_known() and self._now() < self._state.impatient_at_s
-
     def abandon(self, waiter: Waiter) -> bool:
         """
         Takes a request out of the queue, and returns True if that may help others.
         """
         if waiter not in self._state.queue:
             return False
-        may_help = not self._is_stuck(waiter)
+        may_help = not view.is_stuck(self._state, waiter)
         self.endings.leave(waiter)
         self.endings.let_go(waiter)
         return may_help
-
-    def _is_stuck(self, waiter: Waiter) -> bool:
-        """
-        Returns True if it is known that a request takes nothing from others.
-        """
-        line = self._state.queue
-        # It holds memory, or leases back, or has barred others.
-        if (
-            waiter.is_group
-            or waiter.draining
-            or waiter.overtaken >= planner.MAX_OVERTAKES
-        ):
-            return False
-        [entry] = waiter.entries
-        if entry.state is not State.ABSENT or line.first(entry) is not waiter:
-            # Others wait for the same load.
-            return not waiter.passes and entry.state is not State.RESIDENT
-        cohort = line.cohort_of(entry)
-        return (
-            len(entry.waiting) == 1
-            and cohort is not None
-            and cohort.stopped_in == self._state.rounds
-            and cohort.stopped_at <= waiter.turn
-        )
 
     # Admit ----------------------------------------------------------------------------
 
@@ -285,17 +224,10 @@ class Scheduler:
         changed.
         """
         self._file_moved()
-        return self._round(trusts=self._is_known()).decide_on(waiter)
+        return self._round(trusts=view.is_known(self._state)).decide_on(waiter)
 
     def _round(self, *, trusts: bool) -> Round:
         return Round(self._state, self._rules, self._now(), trusts=trusts)
-
-    def _is_known(self) -> bool:
-        """
-        Returns True if nothing but what bounds tell has changed since the last walk.
-        """
-        devices = self._state.devices.values()
-        return all(device.outlook.is_known for device in devices)
 
     def _file_moved(self) -> None:
         """
@@ -325,7 +257,7 @@ class Scheduler:
         self._evictions.shrink()
         before = None
         last = None
-        trusts = self._is_known()
+        trusts = view.is_known(self._state)
         # Whatever ends this early, as Ctrl-C may, the next event looks at all anew.
         for device in state.devices.values():
             device.outlook.forget()
@@ -426,7 +358,7 @@ class Scheduler:
             device.outlook = last.outlook(device)
             # What younger ones were given since is missing to those that drain: they
             # are looked at again with the next event.
-            if last.has_moved and device.outlook.is_draining:
+            if last.moves_models and device.outlook.is_draining:
                 device.outlook.forget()
 
     def settle(self, device: Device) -> None:
@@ -443,7 +375,7 @@ class Scheduler:
             else:
                 self._lookout.look_out((device,), least_s=LOOK_EVERY_S)
 
-    def has_moved(self, entry: Entry) -> None:
+    def moved(self, entry: Entry) -> None:
         """
         Admits those that wait if the end of a load or an unload may help one.
         """
@@ -512,7 +444,7 @@ class Scheduler:
             # What is idle now would be drained, or is chosen before others that are.
             or (
                 is_draining
-                and self._is_draining(entry)
+                and view.is_draining(entry)
                 and entry.is_idle
                 and not entry.stays
             )
@@ -524,65 +456,6 @@ class Scheduler:
 
     def _frees_copy(self, entry: Entry) -> bool:
         return entry.copy_bytes > 0 and view.may_help(self._state, entry.host)
-
-    def offer(self, entry: Entry, serial: int, level: float) -> None:
-        """
-        Notes that a lease is given back early if a request above *level* asks.
-        """
-        state = self._state
-        if serial not in entry.leases:
-            return
-        entry.yielding[serial] = level
-        state.yielding.add(entry)
-        if state.queue:
-            # One that waits may ask for it, which no bound of memory tells.
-            entry.device.outlook.forget()
-            self.admit()
-
-    def is_asked(self, entry: Entry, serial: int, level: float) -> bool:
-        """
-        Returns True if a request above *level* waits for the end of a lease, and its
-        owner can wait for another one without holding any.
-        """
-        if serial not in entry.leases or entry.asked_by <= level:
-            return False
-        owner = entry.leases[serial]
-        # The others of its owner on this model are asked as well.
-        own = sum(entry.leases[each] == owner for each in entry.yielding)
-        return owner is None or self._state.queue.held.get(owner, 0) <= own
-
-    def spare(self, entry: Entry, serial: int) -> None:
-        """
-        Notes that the result of a leased call is in use, and needs the model again.
-        """
-        entry.spares += 1
-        entry.spared_for = entry.leases.get(serial)
-        self._state.spared.add(entry)
-
-    def unspare(self, entry: Entry) -> None:
-        """
-        Notes that such a result is no longer in use.
-        """
-        if entry not in self._state.spared:
-            return
-        entry.spares -= 1
-        if not entry.spares:
-            self._no_longer_spare(entry)
-            if self._state.queue:
-                self.admit()
-
-    def hand_over(self, entry: Entry, serial: int, owner: Owner) -> None:
-        """
-        Notes that another owner will end a lease.
-        """
-        line = self._state.queue
-        if serial in entry.leases:
-            line.holds(entry.leases[serial], -1)
-            line.holds(owner, 1)
-            entry.leases[serial] = owner
-            # A request of its new owner may have the model too, or wait in vain.
-            if owner in line.owners or entry.waiting:
-                self.admit()
 
     # Limits, closing ------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ class CacheState:
         copied: The models that have a host copy while they are not in memory.
         yielding: The models with leases that may be given back early.
         spared: The models with results in use, for which they are needed again.
-        timers_s: When `Scheduler.tick` will be called, the next time last. An earlier
+        timers_s: When `Ticks.tick` will be called, the next time last. An earlier
             time is added before the others, which stay: a clock forgets no call.
         unset_s: Those of them that the clock may not know of yet.
         wake_at_s: The next of them.
@@ -140,7 +140,7 @@ class CacheState:
 
     def add_timer(self, at_s: float) -> None:
         """
-        Notes that `Scheduler.tick` will be called at *at_s*, earlier than ever so far.
+        Notes that `Ticks.tick` will be called at *at_s*, earlier than ever so far.
         """
         self.timers_s.append(at_s)
         self.unset_s.add(at_s)
@@ -153,6 +153,14 @@ class CacheState:
         while self.timers_s and self.timers_s[-1] <= until_s:
             self.unset_s.discard(self.timers_s.pop())
         self.wake_at_s = self.timers_s[-1] if self.timers_s else math.inf
+
+    def end_spare(self, entry: Entry) -> None:
+        """
+        Forgets that results of a model are in use, for which it is needed again.
+        """
+        entry.spares = 0
+        self.spared.remove(entry)
+        entry.spare(is_spared=False)
 
     def copies_on(self, device: Device) -> list[Entry]:
         """

@@ -73,7 +73,7 @@ class Unloads:
         self._unloaded(entry, released)
         self._gauges.tell_peers(device)
         with self._lock.changing():
-            is_moving = device.is_moving
+            is_moving = bool(device.moving)
         # A load would have used what is left in the heap, but none came.
         if load_follows and not is_moving:
             self._loader.return_memory(device.name)

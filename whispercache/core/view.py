@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from whispercache.planning import planner
 from whispercache.planning.placement import Candidate
 from whispercache.planning.policies import is_lru
 from whispercache.planning.room import Room
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .device import Device
     from .entries import Entry
     from .state import CacheState
+    from .waiters import Waiter
 
 
 # What devices hold --------------------------------------------------------------------
@@ -121,7 +123,7 @@ class Shelves:
         """
         device = self._state.devices[name]
         # The shelf is in that order already, and mostly few have to go.
-        if is_lru(self._policy) and not device.copies_bytes:
+        if is_lru(self._policy) and not device.budget.copies_bytes:
             return (entry.resident() for entry in device.shelf if not entry.stays)
         return self._look(device, idle=True)
 
@@ -190,6 +192,67 @@ def candidate(
     )
 
 
+# What the last walk along the line tells ----------------------------------------------
+
+
+def is_known(state: CacheState) -> bool:
+    """
+    Returns True if nothing but what bounds tell has changed since then.
+    """
+    return all(device.outlook.is_known for device in state.devices.values())
+
+
+def waits_in_vain(state: CacheState, waiter: Waiter, now_s: float) -> bool:
+    """
+    Returns True if it is known that the youngest request has to wait.
+    """
+    line = state.queue
+    # What was found holds no longer once one may have lost its patience.
+    if waiter.is_group or not is_known(state) or now_s >= state.impatient_at_s:
+        return False
+    [entry] = waiter.entries
+    if entry.state is State.RESIDENT:
+        return not entry.is_open_to(waiter)
+    if entry.state is not State.ABSENT:
+        return True
+    cohort = line.cohort_of(entry)
+    if cohort is None or line.first(entry) is not waiter:
+        # Unless it lends the load that it shares its own priority.
+        return cohort is not None and cohort.stopped_in == state.rounds
+    return cohort.stopped_in == state.rounds and cohort.stopped_at <= waiter.turn
+
+
+def is_stuck(state: CacheState, waiter: Waiter) -> bool:
+    """
+    Returns True if it is known that a request takes nothing from others.
+    """
+    line = state.queue
+    # It holds memory, or leases back, or has barred others.
+    if waiter.is_group or waiter.draining or waiter.overtaken >= planner.MAX_OVERTAKES:
+        return False
+    [entry] = waiter.entries
+    if entry.state is not State.ABSENT or line.first(entry) is not waiter:
+        # Others wait for the same load.
+        return not waiter.passes and entry.state is not State.RESIDENT
+    cohort = line.cohort_of(entry)
+    return (
+        len(entry.waiting) == 1
+        and cohort is not None
+        and cohort.stopped_in == state.rounds
+        and cohort.stopped_at <= waiter.turn
+    )
+
+
+def is_draining(entry: Entry) -> bool:
+    """
+    Returns True if a request that lost its patience waits for memory where *entry* is,
+    or its copy.
+    """
+    if entry.device.outlook.is_draining:
+        return True
+    return entry.host.outlook.is_draining and entry.copy_bytes > 0
+
+
 # What others are told -----------------------------------------------------------------
 
 
@@ -197,7 +260,7 @@ def is_used(state: CacheState, device: Device) -> bool:
     """
     Returns True if anything is on *device*, or waited for.
     """
-    held = device.entries or device.kept_bytes or device.copies_bytes
+    held = device.entries or device.kept_bytes or device.budget.copies_bytes
     return bool(held) or any(
         device in (waited_for, state.devices.get("cpu"))
         for waited_for in state.queue.devices

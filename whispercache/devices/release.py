@@ -158,20 +158,30 @@ def returned(
     if before.used_bytes is None or after.used_bytes is None:
         # Without any reading, the engine's word that it unloaded has to do.
         return Return(None, 0)
-    used_bytes = after.used_bytes
-    # The lowest reading counts: a later rise is another program's.
-    give_up_s = time.monotonic() + RETURN_WAIT_S
-    while before.used_bytes - used_bytes < enough_bytes:
-        if time.monotonic() > give_up_s:
-            break
-        time.sleep(_LOOK_S)
-        seen_bytes = _used_bytes(device, probe)
-        used_bytes = used_bytes if seen_bytes is None else min(used_bytes, seen_bytes)
+    most_bytes = before.used_bytes - enough_bytes
+    used_bytes = _lowest_bytes(device, probe, after.used_bytes, most_bytes)
     fallen_bytes = before.used_bytes - used_bytes
     missing_bytes = expected_bytes - max(0, fallen_bytes)
     if fallen_bytes >= enough_bytes:
         missing_bytes = 0
     return Return(fallen_bytes, missing_bytes, used_bytes)
+
+
+def _lowest_bytes(
+    device: str, probe: MemoryProbe, used_bytes: int, most_bytes: float
+) -> int:
+    """
+    Reads the used bytes of a device until they are *most_bytes* or fewer, and returns
+    the lowest reading: a later rise is another program's.
+
+    Blocks: up to `RETURN_WAIT_S`.
+    """
+    give_up_s = time.monotonic() + RETURN_WAIT_S
+    while used_bytes > most_bytes and time.monotonic() <= give_up_s:
+        time.sleep(_LOOK_S)
+        seen_bytes = _used_bytes(device, probe)
+        used_bytes = used_bytes if seen_bytes is None else min(used_bytes, seen_bytes)
+    return used_bytes
 
 
 def floor_bytes(device: str, probe: MemoryProbe, before: Holdings) -> int | None:

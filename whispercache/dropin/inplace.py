@@ -24,6 +24,7 @@ from whispercache.engine.construct import altered, decoders, genuine
 from whispercache.engine.rebound import is_replacement, plain_of, replaces
 from whispercache.errors import WhisperCacheError
 
+from .made import Made
 from .model import lease_pipelines, leased_of, transcribed
 from .refusals import expected
 from .whisper import LeasedWhisper
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
     from faster_whisper import WhisperModel
 
-    from whispercache.base import ModelSource
     from whispercache.engine.api import AudioInput
+    from whispercache.source import ModelSource
 
 # Parameters of CTranslate2's constructor, as WhisperModel calls them.
 # Source: faster_whisper/transcribe.py, 1.2.1, WhisperModel.__init__.
@@ -157,7 +158,7 @@ def _leased(
     if source is None:
         return None
     leased = LeasedWhisper(source)
-    source.initialize(whisper, leased)
+    leased.made = Made(whisper, source.initialize(whisper, leased))
     if offer.preload:
         leased.load_model()
     return leased

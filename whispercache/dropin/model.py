@@ -20,6 +20,7 @@ from whispercache.engine.rebound import is_replacement, replaces
 from whispercache.engine.views import is_view
 from whispercache.model import ATTRIBUTES, CachedModel, Handle
 
+from .made import Made
 from .whisper import LeasedWhisper
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from faster_whisper import BatchedInferencePipeline, WhisperModel
     from typing_extensions import Self
 
-    from whispercache.base import ModelSource
     from whispercache.engine.api import AudioInput
     from whispercache.engine.calls.languages import Knowledge
     from whispercache.keys import ModelKey
+    from whispercache.source import ModelSource
 
 _EXTRACTOR = "feature_extractor"
 # What the constructor sets that is large, or a call's own.
@@ -154,10 +155,11 @@ class CachedWhisperModel(CachedModel):
         mine = vars(self)
         if name not in mine:
             shell = object.__new__(genuine().model)
-            self._source.initialize(shell, self._leased)
+            stamp = self._source.initialize(shell, self._leased)
             # One that was set before, or by another thread meanwhile, stays.
             for each, value in vars(shell).items():
                 mine.setdefault(each, value)
+            self._leased.made = Made(self, stamp)
         return mine[name]
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -175,6 +177,8 @@ class CachedWhisperModel(CachedModel):
         own.update(vars(self))
         # Or a call on one would be taken for a call on the other.
         own["_leased"] = LeasedWhisper(self._source)
+        if self._leased.made is not None:
+            own["_leased"].made = self._leased.made.of(copied)
         if self.model is self._leased:
             own["model"] = own["_leased"]
         return copied

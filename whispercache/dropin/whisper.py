@@ -8,9 +8,7 @@ around it.
 
 from __future__ import annotations
 
-import copy
 import functools
-import threading
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -18,11 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from whispercache.devices import heap
 from whispercache.engine.sizes.footprint import DEFAULT_WORKLOAD, Workload
 from whispercache.engine.views import in_heap
-from whispercache.model import Breaks, call_in_parts, call_leased, is_lazy
 from whispercache.planning.priority import INTERACTIVE
+from whispercache.results import Breaks, call_in_parts, call_leased
+
+from .call import BatchCall, Bound, Here
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ctranslate2 import StorageView
     from ctranslate2.models import (
@@ -30,81 +30,14 @@ if TYPE_CHECKING:
         WhisperGenerationResult,
     )
 
-    from whispercache.base import ModelSource
     from whispercache.engine.api import LoadedModel
     from whispercache.engine.calls.prepare import Prepared
     from whispercache.engine.facts import Facts
     from whispercache.keys import ModelKey
     from whispercache.lease import Lease
+    from whispercache.source import ModelSource
 
-
-class Call:
-    """
-    A call that holds a lease over all its inner calls.
-
-    Attributes:
-        lease: The lease.
-        loaded: Its model. This object is gone before the lease ends.
-        extractor: The call's own feature extractor, once it was taken;
-        made_of: a copy of this one, or of the model's if None.
-    """
-
-    __slots__ = ("extractor", "lease", "loaded", "made_of")
-
-    def __init__(self, lease: Lease) -> None:
-        self.lease: Lease = lease
-        self.loaded: LoadedModel = lease.loaded
-        self.extractor: object = None
-        self.made_of: object = None
-
-    def take(self, extractor: object) -> None:
-        """
-        Takes a copy of a feature extractor, of the model's if None: faster-whisper
-        keeps the ``chunk_length`` of a call in it.
-        """
-        theirs: Any = self.loaded.whisper
-        whole = theirs.feature_extractor if extractor is None else extractor
-        self.extractor, self.made_of = copy.copy(whole), extractor
-
-
-class _BatchCall(Call):
-    """
-    A call whose model may be taken away between two segments, and waited for again.
-    """
-
-    __slots__ = ("_loaded", "_refill")
-
-    @property
-    def loaded(self) -> LoadedModel:
-        """
-        Its model. Waits for it if it was given back for a while.
-        """
-        if self._loaded is None and self._refill is not None:
-            self._refill()
-        assert self._loaded is not None
-        return self._loaded
-
-    @loaded.setter
-    def loaded(self, loaded: LoadedModel) -> None:
-        self._loaded: LoadedModel | None = loaded
-        self._refill: Callable[[], None] | None = None
-
-    def empty(self, refill: Callable[[], None]) -> None:
-        """
-        Takes the model away; see `model.Seat`.
-        """
-        self._loaded, self._refill = None, refill
-
-
-class Here(threading.local):
-    """
-    A place where each thread has a value of its own.
-
-    Attributes:
-        call: The call that this thread is in, if there is one.
-    """
-
-    call: Call | None = None
+    from .made import Made
 
 
 class LeasedWhisper:
@@ -123,6 +56,7 @@ class LeasedWhisper:
         source: Where leases come from.
         served_by: The model that the last call got; None before the first.
         here: The call that a thread is in, whose lease its calls on this use.
+        made: The parts that its object has of the files, once they were made.
     """
 
     # Of calls by themselves, once there was one.
@@ -132,6 +66,7 @@ class LeasedWhisper:
         self.source: ModelSource = source
         self.served_by: ModelKey | None = None
         self.here: Here = Here()
+        self.made: Made | None = None
 
     # Leases ---------------------------------------------------------------------------
 
@@ -139,9 +74,13 @@ class LeasedWhisper:
         """
         Returns a lease on the model. Blocks until it is granted.
         """
-        lease = self.source.lease(workload)
+        return self._fitting(self.source.lease(workload))
+
+    def _fitting(self, lease: Lease) -> Lease:
         # Not under a lock: with several threads it is any of their last ones.
         self.served_by = lease.key
+        if self.made is not None and self.made.fit(lease.loaded):
+            vars(self).pop("_facts", None)
         return lease
 
     def run(self, function: Callable[..., object], ready: Prepared) -> object:
@@ -152,16 +91,14 @@ class LeasedWhisper:
         options = ready.options
         if ready.batch_size is not None:
             options = {**options, "batch_size": ready.batch_size}
-        # `lease`, spelled out.
-        lease = self.source.lease(ready.workload)
-        self.served_by = lease.key
+        lease = self._fitting(self.source.lease(ready.workload))
         if heap.is_shared():
             keeps = ready.batch_size is None
             function = in_heap(lease.key.device, function, keeps=keeps)
-        bound = _Bound(self.here, lease, function, ready.samples, options)
+        bound = Bound(self.here, lease, function, ready.samples, options)
         if (level := self.source.terms.priority) >= INTERACTIVE:
             return call_leased(lease, bound)
-        bound.kind = _BatchCall
+        bound.kind = BatchCall
         renew = partial(self._renewed, workload=ready.workload)
         return call_in_parts(Breaks(level, bound, renew), lease, bound)
 
@@ -249,8 +186,7 @@ class LeasedWhisper:
         while True:
             before = self._pinned
             source = before or self.source.lasting()
-            lease = source.lease(workload)
-            self.served_by = lease.key
+            lease = self._fitting(source.lease(workload))
             if before is not None:
                 return lease
             own = source.pinned_to(lease.key)
@@ -399,86 +335,6 @@ class LeasedWhisper:
 
     def __repr__(self) -> str:
         return f"<LeasedWhisper {self.source}>"
-
-
-class _Bound:
-    """
-    A call of a function whose own calls on a view go to a lease that is held, in the
-    steps of its lazy result too. Each step may be on another thread.
-    """
-
-    __slots__ = (
-        *("_audio", "_call", "_function", "_here", "_lease", "_options"),
-        "kind",
-    )
-
-    def __init__(
-        self,
-        here: Here,
-        lease: Lease,
-        function: Callable[..., object],
-        audio: object,
-        options: Mapping[str, object],
-    ) -> None:
-        self._here = here
-        self._lease = lease
-        self._function = function
-        self._audio = audio
-        self._options = options
-        self.kind: type[Call] = Call
-        # That of a lazy result, once it has begun.
-        self._call: Call | None = None
-
-    def empty(self, refill: Callable[[], None]) -> None:
-        """
-        Takes the model away; see `model.Seat`.
-        """
-        if isinstance(self._call, _BatchCall):
-            self._call.empty(refill)
-
-    def put(self, lease: Lease) -> None:
-        """
-        Puts the model of another lease here.
-        """
-        self._lease = lease
-        if self._call is not None:
-            self._call.lease, self._call.loaded = lease, lease.loaded
-
-    def __call__(self) -> object:
-        call, here = self.kind(self._lease), self._here
-        before, here.call = here.call, call
-        try:
-            result = self._function(self._audio, **self._options)
-        finally:
-            here.call = before
-        if isinstance(result, tuple):
-            if result and is_lazy(result[0]):
-                self._call = call
-                return (self._steps(call, result[0]), *result[1:])
-        elif is_lazy(result):
-            self._call = call
-            return self._steps(call, result)
-        return result
-
-    def _steps(
-        self, call: Call, items: Iterator[object]
-    ) -> Generator[object, None, None]:
-        here = self._here
-        try:
-            while True:
-                before, here.call = here.call, call
-                try:
-                    item = next(items)
-                except StopIteration:
-                    return
-                finally:
-                    here.call = before
-                yield item
-        finally:
-            # Iterators of a program's own may have no close().
-            close = getattr(items, "close", None)
-            if close is not None:
-                close()
 
 
 class _Late:

@@ -89,6 +89,13 @@ class LoadedModel:
     def __post_init__(self) -> None:
         self.compute_type = self.compute_type or self.key.compute_type
 
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        """
+        The stamp of the files that were asked for.
+        """
+        return (self.files.original or self.files).stamp
+
     def count_references(self) -> int:
         """
         Counts the references to the model and to CTranslate2's part of it.

@@ -27,7 +27,7 @@ from .hub import (
 from .sizes.header import SMALL_FILES, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from whispercache.keys import OptionValue
 
@@ -233,19 +233,25 @@ def _fetch(model: str, options: Mapping[str, OptionValue]) -> Path:
     except Exception as error:
         raise _unreachable(model, options, error) from error
     listed = [each.rfilename for each in asked.siblings or ()]
-    # Those that the hub does not list will not come by another try.
     missing = missing_files(Path(directory))
-    lacking = [name for name in missing if not fnmatch.filter(listed, name)]
+    # Those that the hub does not list will not come by another try.
+    if lacking := [name for name in missing if not fnmatch.filter(listed, name)]:
+        raise _unusable(model, lacking)
+    raise LoadFailed(model, f"{_state(model, options)}; try again")
+
+
+def _unusable(model: str, lacking: Collection[str]) -> UnknownModel:
+    """
+    Returns the error for a repository that has not all that it takes.
+    """
     # The usual case: a repository for Transformers.
     if "model.bin" in lacking:
-        raise UnknownModel(
+        return UnknownModel(
             model,
             "the repository has no model.bin for CTranslate2; ask for one that was "
             "converted, or convert it with ct2-transformers-converter",
         )
-    if lacking:
-        raise UnknownModel(model, f"the repository has no {', '.join(lacking)}")
-    raise LoadFailed(model, f"{_state(model, options)}; try again")
+    return UnknownModel(model, f"the repository has no {', '.join(lacking)}")
 
 
 def _root(options: Mapping[str, OptionValue]) -> str | None:

@@ -124,8 +124,8 @@ class Bridge:
 
 class Seat:
     """
-    The place of a model behind a view: see `model.Seat`. In the view it stands for the
-    bridge to the model, and without one it still has all but its weights.
+    The place of a model behind a view: see `results.Seat`. In the view it stands for
+    the bridge to the model, and without one it still has all but its weights.
     """
 
     def __init__(self, view: _Lending, bridge: Bridge) -> None:

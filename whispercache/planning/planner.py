@@ -291,9 +291,8 @@ class Walk(Generic[Place]):
             reachable_bytes = max(0, room.reachable_bytes() - demand.own_bytes)
             if demand.n_bytes > reachable_bytes:
                 return demand, reachable_bytes
-            if demand.models and room.reachable_models() < (
-                demand.models + demand.own_models
-            ):
+            models = demand.models + demand.own_models
+            if demand.models and models > room.reachable_models():
                 return demand, 0
         return None
 

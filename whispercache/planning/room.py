@@ -162,8 +162,9 @@ class Room:
         from_free = max(0, min(demand.n_bytes, self.free_bytes))
         self.charged_bytes += from_free
         self.coming_bytes -= demand.n_bytes - from_free
-        self.models += min(demand.models, max(0, self.free_models))
-        self.coming_models -= demand.models
+        models = max(0, min(demand.models, self.free_models))
+        self.models += models
+        self.coming_models -= demand.models - models
 
     def expect(self, victim: Resident) -> None:
         """

@@ -8,7 +8,7 @@ import math
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from whispercache.units import parse_limit
+from whispercache.units import parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -92,9 +92,7 @@ def gpus_for(
     """
     from whispercache import footprint
 
-    card_bytes = parse_limit(card, "card").n_bytes
-    if not card_bytes:
-        raise ValueError(f"card must be bytes, such as '24GiB', not {card!r}")
+    card_bytes = parse_bytes(card, "card")
     takes = [footprint(each, compute_type, "cuda") for each in models]
     # All at once, and one call; as more than one process pays for CUDA, so does each.
     needed_bytes = sum(each.weights_bytes for each in takes)

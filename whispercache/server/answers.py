@@ -29,6 +29,8 @@ WARNING = "Whispercache-Warning"
 _TOLD = "whispercache.told"
 # No more than goes through a log and a header as it is.
 _PROPER_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+# The slashes before a path, and those after the part that a base URL ends in.
+_JOINT = re.compile(r"^/+(v1/)?/*")
 _LONGEST_SHOWN = 40
 # Names that were in the log already: a client sends the same ones each time.
 _MOST_LOGGED = 100
@@ -99,8 +101,9 @@ def request_id(scope: Scope) -> str:
 class Answers:
     """
     ASGI middleware that gives each request an id, its client's own if it has one, and
-    each answer its headers. HEAD is answered like GET, without the body, and a slash at
-    the end of an address means nothing.
+    each answer its headers. HEAD is answered like GET, without the body. In an address
+    a slash at the end means nothing, nor do further ones where a client has put its
+    base URL before a path, nor does a parameter without a value.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -125,9 +128,29 @@ class Answers:
                 message = {**message, "body": b""}
             await send(message)
 
-        inner = {**scope, _TOLD: facts}
+        inner = {
+            **scope,
+            _TOLD: facts,
+            "path": _meant(scope),
+            "query_string": _said(scope.get("query_string", b"")),
+        }
         if is_head:
             inner["method"] = "GET"
-        if scope["path"].endswith("/") and route_path(scope) != "/":
-            inner["path"] = scope["path"][:-1]
         await self._app(inner, receive, send_told)
+
+
+def _meant(scope: Scope) -> str:
+    """
+    Returns the path that is meant by the one which was asked for.
+    """
+    path: str = scope["path"]
+    below = route_path(scope)
+    if below == "/":
+        return path
+    joined = _JOINT.sub(lambda found: f"/{found[1] or ''}", below, count=1)
+    return f"{path.removesuffix(below)}{joined}".removesuffix("/") or "/"
+
+
+def _said(query: bytes) -> bytes:
+    parts = query.split(b"&")
+    return b"&".join(part for part in parts if part.partition(b"=")[2])

@@ -12,7 +12,6 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from whispercache.cache import ModelCache
-from whispercache.version import __version__
 
 from . import audio, errors, manage, others, requests
 from .answers import MODEL, REQUEST_ID, WARNING, Answers
@@ -83,7 +82,8 @@ def application(
     app = FastAPI(
         title="whispercache",
         summary="faster-whisper models, in the memory there is.",
-        version=__version__,
+        # Of the API: strangers may read this, and need not know what answers them.
+        version="1",
         lifespan=lifespan,
         # These pages load their scripts from another site; ours does not.
         docs_url=None,
@@ -105,7 +105,7 @@ def application(
     # Probes have no key.
     app.include_router(manage.health)
     manage.add_page(app)
-    add_docs(app)
+    add_docs(app, service)
     _add_middleware(app, service)
     return app
 
@@ -118,6 +118,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
         max_bytes=options.max_upload_bytes,
         timeout_s=options.upload_timeout_s,
         max_at_once=lambda: service.most,
+        arrivals=service.arrivals,
     )
     app.add_middleware(
         Guard,

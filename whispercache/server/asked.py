@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from whispercache.engine.calls.languages import check_language
 
 from .errors import nonsense
-from .forms import CHUNKING, GRANULARITIES, TEMPERATURE, check_keep_alive
+from .forms import GRANULARITIES, TEMPERATURE, check_keep_alive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,8 +109,8 @@ class Asked:
             raise nonsense("include", f"{LOGPROBS} come with response_format=json only")
         self._check_sampling()
         if self.batch_size is not None and self.vad is False:
-            name = CHUNKING if self.batch_size == BATCH else "batch_size"
-            raise nonsense(name, "batches are cut at pauses, so they need vad_filter")
+            message = "batches are cut at pauses, so they need vad_filter"
+            raise nonsense("batch_size", message)
         hints = f"{self.prompt or ''}{self.hotwords}"
         if self.hotwords and len(hints.encode()) > _MOST_HINTS:
             message = (

@@ -14,7 +14,7 @@ import anyio
 from starlette.requests import ClientDisconnect
 
 from whispercache.aio import AsyncSegments
-from whispercache.model import call_in_parts
+from whispercache.results import call_in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from whispercache.lease import Lease
-    from whispercache.model import Breaks, LeasedIterator
+    from whispercache.results import Breaks, LeasedIterator
 
     # Returns the ``transcribe`` of a new batched pipeline of a model.
     Pipeline: TypeAlias = Callable[[WhisperModel], Callable[..., object]]

@@ -4,6 +4,9 @@ The page of the API, made from its schema: it needs no script and no network.
 
 from __future__ import annotations
 
+import json
+import shlex
+import string
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +17,9 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
-_HEAD = """\
+    from .service import Service
+
+_HEAD = string.Template("""\
 <!doctype html>
 <html lang="en">
 <head>
@@ -28,30 +33,44 @@ _HEAD = """\
 <h1>The API of this server</h1>
 <p>The same in JSON, for programs: <a href="openapi.json">openapi.json</a>. The base URL
 of OpenAI's clients is this server's address with <code>/v1</code>.</p>
-<pre>curl -F file=@talk.wav -F model=whisper-1 \\
+<pre>curl $key-F file=@talk.wav -F $model \\
     <var>address</var>/v1/audio/transcriptions</pre>
-"""
+""")
 
 
-def add_docs(app: FastAPI) -> None:
+def add_docs(app: FastAPI, service: Service) -> None:
     """
     Serves the page at ``/docs``.
     """
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(page_of(app.openapi()))
+        return HTMLResponse(page_of(app.openapi(), service))
 
 
-def page_of(schema: Mapping[str, Any]) -> str:
+def page_of(schema: Mapping[str, Any], service: Service) -> str:
     """
-    Returns the page for an OpenAPI schema.
+    Returns the page for an OpenAPI schema, with an example that *service* answers.
     """
-    parts = [_HEAD]
+    keys = service.options.keys
+    key = '-H "Authorization: Bearer $KEY" ' if keys else ""
+    parts = [_HEAD.substitute(key=escape(key), model=_example(service))]
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
             parts += _section(f"{method.upper()} {path}", operation, schema)
     return "\n".join([*parts, "</body>", "</html>", ""])
+
+
+def _example(service: Service) -> str:
+    """
+    Returns the field that names a model, as a shell reads it.
+    """
+    if not service.options.strict_names:
+        return "model=whisper-1"
+    # The page needs no key, but what is served is for those who have one.
+    if service.options.keys:
+        return "model=<var>one of /v1/models</var>"
+    return escape(shlex.quote(f"model={service.offers.default.name}"))
 
 
 def _section(
@@ -79,7 +98,7 @@ def _row(name: str, place: str, field: Mapping[str, Any], meaning: str | None) -
     default = field.get("default")
     value = _value(field)
     if default not in (None, []):
-        value += f"; {default!r} if left out"
+        value += f"; {json.dumps(default)} if left out"
     cells = (name, place, value, meaning or field.get("description", ""))
     return "<tr>" + "".join(f"<td>{escape(cell)}" for cell in cells) + "</tr>"
 
@@ -99,7 +118,8 @@ def _value(field: Mapping[str, Any]) -> str:
         return f"list of {_value(field['items'])}"
     if field.get("format") == "binary" or "contentMediaType" in field:
         return "file"
-    return str(field.get("type", "object"))
+    kind = str(field.get("type", "object"))
+    return "true or false" if kind == "boolean" else kind
 
 
 def _resolved(part: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 class Server(uvicorn.Server):
     """
-    uvicorn that, before it ends, refuses the requests that wait for their turn.
+    uvicorn that, before it ends, refuses the requests that wait or still arrive.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -32,8 +32,10 @@ class Server(uvicorn.Server):
         """
         Refuses new work, and waits for the work that has begun.
         """
-        # First: those that wait would only begin work that is then waited for.
+        # First: those that wait, or arrive, would only begin work that is then waited
+        # for.
         self._service.gate.close()
+        self._service.arrivals.close()
         draining = asyncio.ensure_future(self._service.drain())
         await super().shutdown(sockets)
         # A second signal ends it at once.

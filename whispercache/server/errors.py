@@ -48,6 +48,9 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 # Seconds after which a refused client may try again; by then a queue has moved on.
 RETRY_S = 5
 
+# The fields that are files.
+_FILES = ("file", "audio_file")
+
 # Where OpenAI's clients look, below their base URL.
 _PLACES = ("/audio/transcriptions", "/audio/translations", "/models")
 
@@ -235,9 +238,12 @@ async def _misshapen(_request: Request, error: Exception) -> JSONResponse:
     # OpenAI's shape has room for one.
     first = error.errors()[0]
     param = _field_of(first["loc"])
-    message = f"{param}: {first['msg']}"
-    if param == "file":
-        message = "file: send the audio as a file of a multipart form"
+    text = "send the audio as a file of a multipart form"
+    if param not in _FILES:
+        # Python's word for it is no client's.
+        is_switch = first["type"].startswith("bool_")
+        text = "Input should be true or false" if is_switch else first["msg"]
+    message = f"{param}: {text}"
     return nonsense(param, message).response()
 
 

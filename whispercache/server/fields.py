@@ -16,7 +16,7 @@ from whispercache.engine.calls.languages import language_code
 
 from .asked import BATCH, LOGPROBS, NO_SPEAKERS, AnyKind, Asked, Kind, Task
 from .errors import nonsense
-from .forms import CHUNKING
+from .forms import CHUNKING, TEMPERATURE
 
 # As JavaScript writes what is not there.
 _NOTHING = ("null", "undefined")
@@ -193,30 +193,25 @@ class Speech(Upload):
     def asked(self, task: Task) -> Asked:
         """
         Returns the request that the form means. Raises an `ApiError` for a language
-        that there is none of.
+        that there is none of, and for fields that contradict each other.
         """
         chunking = self.chunking_strategy
+        if chunking is not None and self.vad_filter is False:
+            raise nonsense(CHUNKING, "it cuts at pauses, so it needs vad_filter")
         batch_size = self.batch_size
         # A window of a batch is one segment: too long for a cue.
         has_cues = self.response_format not in ("json", "text")
         if batch_size is None and chunking is not None and not has_cues:
             batch_size = BATCH
         words = [*filter(None, (self.hotwords,)), *self.keywords]
-        possible = [code_of(each, "languages") for each in self.languages]
-        # "auto" among them is any.
-        languages = () if None in possible else tuple(filter(None, possible))
-        language = code_of(self.language)
-        # One that it may be is the one that it is.
-        if language is None and len(languages) == 1:
-            language = languages[0]
+        language, languages = self._spoken()
         return Asked(
             task=task,
             kind=self.response_format,
             language=language,
-            languages=() if language else languages,
+            languages=languages,
             prompt=self.prompt or None,
-            temperatures=tuple(self.temperatures)
-            or ((self.temperature,) if self.temperature else ()),
+            temperatures=self._sampled(),
             granularities=tuple(self.timestamp_granularities),
             keep_alive=self.keep_alive or None,
             stream=self.stream,
@@ -228,6 +223,36 @@ class Speech(Upload):
             logprobs=LOGPROBS in self.include,
             seed=self.seed,
         )
+
+    def _spoken(self) -> tuple[str | None, tuple[str, ...]]:
+        """
+        Returns the language, and those that it may be if it is not known.
+        """
+        possible = [code_of(each, "languages") for each in self.languages]
+        # "auto" among them is any.
+        languages = () if None in possible else tuple(filter(None, possible))
+        language = code_of(self.language)
+        if language is None and len(languages) > 1:
+            return None, languages
+        if language is None:
+            # One that it may be is the one that it is.
+            return next(iter(languages), None), ()
+        if languages and language not in languages:
+            message = f"language says {language}, which is none of them; leave one out"
+            raise nonsense("languages", message)
+        return language, ()
+
+    def _sampled(self) -> tuple[float, ...]:
+        """
+        Returns the temperatures; none for the usual ones.
+        """
+        if not self.temperatures:
+            return (self.temperature,) if self.temperature else ()
+        is_said = TEMPERATURE in self.model_fields_set
+        if is_said and self.temperature not in self.temperatures:
+            message = "give one number, or a list of them"
+            raise nonsense(TEMPERATURE, message)
+        return tuple(self.temperatures)
 
 
 class AsrUpload(Form):
@@ -247,7 +272,7 @@ class Asr(Form):
     language: _Language = None
     initial_prompt: _Prompt = None
     encode: Annotated[
-        bool, Field(description="False for raw samples: 16 bits, mono, 16 kHz.")
+        bool, Field(description="false for raw samples: 16 bits, mono, 16 kHz.")
     ] = True
     vad_filter: bool | None = None
     word_timestamps: bool = False

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Paths that need no key: the page itself, which asks for one, the description of the
 # API, which is the same everywhere, and those of probes.
-OPEN_PATHS = ("/", "/docs", "/health", "/healthz", "/readyz")
+OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health", "/healthz", "/readyz")
 _OPEN_FOLDER = "/page/"
 _HARMLESS = ("GET", "HEAD", "OPTIONS")
 _LONGEST_SHOWN = 100

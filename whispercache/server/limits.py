@@ -5,23 +5,58 @@ Limits of uploads: too large or slow ones are refused before they are read whole
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import anyio
 
 from whispercache.errors import format_bytes
 
-from .errors import ApiError, refused_for_now
+from .errors import ApiError, refused_for_now, shutting_down
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+class Arrivals:
+    """
+    The uploads that are under way, for the end of the server: what has not arrived by
+    then would only be refused when it has.
+    """
+
+    def __init__(self) -> None:
+        self.is_closed: bool = False
+        self._awaited: set[anyio.CancelScope] = set()
+
+    def close(self) -> None:
+        """
+        Ends all that is under way, and whatever comes.
+        """
+        self.is_closed = True
+        for scope in self._awaited:
+            scope.cancel()
+
+    @contextmanager
+    def awaited(self, deadline_s: float) -> Iterator[anyio.CancelScope]:
+        """
+        Cancels the ``with`` block at its deadline, or by `close`.
+        """
+        with anyio.CancelScope(deadline=deadline_s) as scope:
+            if self.is_closed:
+                scope.cancel()
+            self._awaited.add(scope)
+            try:
+                yield scope
+            finally:
+                self._awaited.remove(scope)
+
+
 class UploadLimit:
     """
-    ASGI middleware that answers 413 to bodies that are too large, and 408 to slow ones.
+    ASGI middleware that answers 413 to bodies that are too large, 408 to slow ones, and
+    503 to those that are under way when *arrivals* are closed.
 
     A refused request looks to the *app* as if its client had left in mid-upload, which
     every app can handle; half a body never looks like a whole one. What the app answers
@@ -40,8 +75,11 @@ class UploadLimit:
         timeout_s: float | None = None,
         linger_s: float = 2.0,
         max_at_once: Callable[[], float] = lambda: math.inf,
+        *,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self._app = app
+        self.arrivals: Arrivals = arrivals or Arrivals()
         self.max_bytes = max_bytes
         self.max_at_once = max_at_once
         self._at_once = 0
@@ -109,11 +147,10 @@ class _Upload:
             return await self._receive()
         # What the app sees where the time is over.
         message: Message = {"type": "http.disconnect"}
-        with anyio.CancelScope(deadline=self._deadline_s) as scope:
+        with self._limit.arrivals.awaited(self._deadline_s) as scope:
             message = await self._receive()
         if scope.cancelled_caught:
-            text = f"the upload did not arrive within {self._limit.timeout_s:g} s"
-            self.refusal = ApiError(408, text, code="upload_timeout")
+            self.refusal = self._too_late()
             return message
         self._is_over = not message.get("more_body", False)
         # Counted too, since a length may be false or missing.
@@ -122,6 +159,12 @@ class _Upload:
             self.refuse_large()
             return {"type": "http.disconnect"}
         return message
+
+    def _too_late(self) -> ApiError:
+        if self._limit.arrivals.is_closed:
+            return shutting_down()
+        text = f"the upload did not arrive within {self._limit.timeout_s:g} s"
+        return ApiError(408, text, code="upload_timeout")
 
     async def send(self, message: Message) -> None:
         """

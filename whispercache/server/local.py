@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import anyio
 from starlette.concurrency import run_in_threadpool
 
-from whispercache.aio import AsyncModelCache
+from whispercache.async_cache import AsyncModelCache
 from whispercache.engine.files import claims_of
-from whispercache.engine.naming import short_name
+from whispercache.engine.naming import canonical_model, short_name
 from whispercache.errors import DownloadTimeout, LeaseTimeout, WhisperCacheError
 from whispercache.metrics import CacheCollector
 from whispercache.watch.live import Snapshot, Watch, in_words
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from whispercache.events import Event
     from whispercache.keys import ModelKey
     from whispercache.lease import Lease
-    from whispercache.model import Breaks
+    from whispercache.results import Breaks
 
     from .engine import Samples, Segments, Terms
     from .offers import Offer, Offers
@@ -74,7 +74,7 @@ class LocalEngine:
         self._fetchers = ThreadPoolExecutor(
             len(offers), thread_name_prefix="whispercache-fetch"
         )
-        self._loads = Loads(self._names_of)
+        self._loads = Loads(self._waited_for_by)
         # Downloads under way, by the name of the model.
         self._fetching: dict[str, asyncio.Future[None]] = {}
 
@@ -92,7 +92,7 @@ class LocalEngine:
         """
         # Those of an event loop that has ended.
         self._fetching = {}
-        self._loads = Loads(self._names_of)
+        self._loads = Loads(self._waited_for_by)
         with ExitStack() as stack:
             cache = self.cache.cache
             self._watch = stack.enter_context(Watch(cache, self.name_of))
@@ -130,6 +130,18 @@ class LocalEngine:
             # It may have been on another card before.
             if found is not None and replace(found, device=key.device) == key:
                 yield offer.name
+
+    def _waited_for_by(self, key: ModelKey) -> Iterator[str]:
+        """
+        Yields the names by which clients wait for a load.
+        """
+        names = list(self._names_of(key))
+        yield from names
+        if not names:
+            # In a type that nobody named: a fallback of what they asked for.
+            for offer in self._offers:
+                if canonical_model(offer.place[0]) == key.model:
+                    yield offer.name
 
     async def knowledge(self, offer: Offer) -> Knowledge | None:
         """

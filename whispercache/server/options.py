@@ -8,11 +8,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from whispercache.engine.naming import ModelSpec, parse_spec
+from whispercache.units import parse_seconds
 
 from .origins import hosts_of, origins_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+
+# The least of each count.
+_COUNTS = {"max_upload_bytes": 1, "parallel": 1, "decoders": 1, "max_waiting": 0}
+# Times in which nothing would be done.
+_ABOVE_0 = ("max_duration_s", "max_audio_s", "upload_timeout_s", "decode_timeout_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +124,25 @@ class ServerOptions:
         object.__setattr__(self, "origins", origins_of(self.origins))
         if any(not key.strip() for key in self.keys):
             raise ValueError("an empty key would let everybody in")
-        for name in (
-            *("max_upload_bytes", "max_duration_s", "upload_timeout_s"),
-            *("decode_timeout_s", "parallel", "decoders"),
-        ):
-            if not getattr(self, name) > 0:
+        self._check_times()
+        for name, least in _COUNTS.items():
+            count = getattr(self, name)
+            # True counts as 1 in Python, but is never meant as one.
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name} must be a whole number, not {count!r}")
+            if count < least:
+                raise ValueError(f"{name} must be {least} or more, not {count}")
+
+    def _check_times(self) -> None:
+        times = [*_ABOVE_0, "timeout_s", "drain_s"]
+        if self.max_audio_s is None:
+            times.remove("max_audio_s")
+        for name in times:
+            seconds = parse_seconds(getattr(self, name), name)
+            if name in _ABOVE_0 and not seconds:
                 raise ValueError(f"{name} must be above 0")
-        for name in ("timeout_s", "max_waiting", "drain_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more")
+            # Text such as "5m" is one, too.
+            object.__setattr__(self, name, seconds)
 
 
 def _parsed(models: Sequence[str | ModelSpec]) -> tuple[ModelSpec, ...]:

@@ -25,6 +25,7 @@ from .decode import Decoder
 from .engine import Terms
 from .errors import RETRY_S, ApiError
 from .gate import Gate
+from .limits import Arrivals
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -50,6 +51,7 @@ class Service:
         self.engine = engine
         # Requests that may be at work with each model.
         self._parallel: int = options.parallel
+        self.arrivals: Arrivals = Arrivals()
         # Made anew at each start; these are for applications that ask before.
         self._renew()
         self.registry: CollectorRegistry = self._new_registry()

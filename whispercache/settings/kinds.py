@@ -12,15 +12,16 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from whispercache.core.fallback import as_ladder
 from whispercache.keys import canonical_device
-from whispercache.options import OFF
+from whispercache.options import OFF, variants_bytes
 from whispercache.planning.priority import parse_priority
-from whispercache.units import parse_duration, parse_limit
+from whispercache.units import parse_bytes, parse_duration, parse_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,24 +106,26 @@ def _switch(value: object, name: str) -> bool:
     return value
 
 
-def _switch_or_limit(value: object, name: str) -> object:
-    try:
-        return _switch(value, name)
-    except ValueError:
-        return _limit(value, name)
+def _variants(value: object, name: str) -> object:
+    variants_bytes(cast("LimitValue", value), name)
+    return value
 
 
-def _switch_or_bytes(value: object, name: str) -> object:
-    read = _switch_or_limit(value, name)
-    # A share of a disk would change with all that is written there.
-    if not isinstance(read, bool) and parse_limit(cast("str", read)).fraction:
-        raise ValueError(f"{name} must be bytes, such as '5GiB', or off, not {value!r}")
+def _switch_or(read_other: Reader, other: str) -> Reader:
+    def read(value: object, name: str) -> object:
+        with suppress(ValueError):
+            return _switch(value, name)
+        try:
+            return read_other(value, name)
+        except ValueError:
+            message = f"{name} must be on, off or {other}, not {value!r}"
+            raise ValueError(message) from None
+
     return read
 
 
 def _bytes(value: object, name: str) -> object:
-    if not parse_limit(cast("LimitValue", value), name).n_bytes:
-        raise ValueError(f"{name} must be bytes, such as '100MiB', not {value!r}")
+    parse_bytes(cast("LimitValue", value), name)
     return value
 
 
@@ -294,8 +297,10 @@ PRIORITY = Kind(_priority, "interactive|batch|N")
 SECONDS = Kind(_seconds, "TIME")
 SIZE = Kind(_bytes, "SIZE")
 SWITCH = Kind(_switch, "")
-SWITCH_OR_BYTES = Kind(_switch_or_bytes, "SIZE")
-SWITCH_OR_LIMIT = Kind(_switch_or_limit, "LIMIT")
+SWITCH_OR_BYTES = Kind(_switch_or(_variants, "bytes such as '5GiB'"), "SIZE")
+SWITCH_OR_LIMIT = Kind(
+    _switch_or(_limit, "an amount of memory such as '16GiB' or '80%'"), "LIMIT"
+)
 TEXT = Kind(_text, "TEXT")
 TEXT_OR_NONE = Kind(_text_or_none, "TEXT")
 TEXTS = Kind(_texts, "TEXT", is_list=True)

@@ -258,6 +258,9 @@ def is_of_a_service(variable: str, value: str) -> bool:
     return bool(is_address or _OF_SERVICES.fullmatch(variable))
 
 
+# Likeness of names that may be meant. Source: difflib's own choice.
+_CLOSE = 0.6
+
 _VARIABLES = {setting.variable: key for key, setting in SETTINGS.items()}
 
 
@@ -270,7 +273,7 @@ def key_of(variable: str) -> str | None:
     """
     key = _VARIABLES.get(variable)
     if key is None and variable not in OTHER_VARIABLES:
-        raise unknown(variable, (*_VARIABLES, CONFIG_VARIABLE, KEYS_VARIABLE))
+        raise unknown(variable, (*_VARIABLES, *OTHER_VARIABLES))
     return key
 
 
@@ -278,18 +281,23 @@ def unknown(name: str, known: Collection[str], where: str = "") -> ValueError:
     """
     Returns the error for a name that is no setting, with the nearest that is one.
     """
-    from difflib import get_close_matches
+    from difflib import SequenceMatcher
 
-    # "port" is near to "serve.port". Of two with one last part, that of its own table.
+    # "port" is near to "serve.port".
+    last = _last(name.replace("-", "_"))
     start = name.removesuffix(_last(name))
-    ordered = sorted(known, key=lambda each: each.removesuffix(_last(each)) == start)
-    by_last = {_last(each): each for each in ordered}
-    near = get_close_matches(_last(name.replace("-", "_")), by_last, n=1)
-    hint = (
-        f"did you mean {by_last[near[0]]}?"
-        if near
-        else "'whispercache config --help' lists all"
-    )
+
+    def likeness(other: str) -> float:
+        return SequenceMatcher(None, last, _last(other)).ratio()
+
+    def nearness(other: str) -> float:
+        # "ran" is "ram" more than "serve.drain", which is of another table.
+        return likeness(other) + 0.1 * (other.removesuffix(_last(other)) == start)
+
+    near = max(known, key=nearness)
+    hint = "'whispercache config --help' lists all"
+    if likeness(near) >= _CLOSE:
+        hint = f"did you mean {near}?"
     return ValueError(f"{where}there is no setting {name}; {hint}")
 
 

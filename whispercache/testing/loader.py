@@ -386,6 +386,18 @@ class FakeLoader:
         kept_bytes = as_bytes(self.kept_size) if key.device != "cpu" else 0
         self.machine.give_back(key.device, n_bytes - kept_bytes)
         self.unloads[key.model] += 1
+        self._keep(key, n_bytes, parks=parks)
+        return Released(
+            confirmed=True,
+            returned_bytes=n_bytes - kept_bytes,
+            unreturned_bytes=kept_bytes,
+            used_bytes=self.machine.used_bytes(key.device),
+        )
+
+    def _keep(self, key: ModelKey, n_bytes: int, *, parks: bool) -> None:
+        """
+        Keeps a shell of a model that was unloaded, and a copy of its weights.
+        """
         copy_bytes = self.copies.pop(key, 0)
         # A copy that was kept while the model was on the card serves again.
         if parks and not copy_bytes:
@@ -404,12 +416,6 @@ class FakeLoader:
             self.shells[key] = shell_bytes + copy_bytes
         if copy_bytes:
             self._parked[key] = copy_bytes
-        return Released(
-            confirmed=True,
-            returned_bytes=n_bytes - kept_bytes,
-            unreturned_bytes=kept_bytes,
-            used_bytes=self.machine.used_bytes(key.device),
-        )
 
     def signatures(self) -> Mapping[str, Signature]:
         return _SIGNATURES

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from whispercache.aio import AsyncModelCache
+    from whispercache.async_cache import AsyncModelCache
     from whispercache.cache import ModelCache
 
 # Seconds after which a test fails that waits for what does not happen.

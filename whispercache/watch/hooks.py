@@ -12,10 +12,12 @@ import logging
 import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import Enum
 from http.client import HTTPException
@@ -26,12 +28,16 @@ from whispercache import events
 from whispercache.engine.naming import short_name
 from whispercache.events import Event
 
+from .log import at_end
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from typing_extensions import Self
 
     from whispercache.keys import ModelKey
+
+    from .live import Watchable
 
 _log = logging.getLogger("whispercache")
 
@@ -153,8 +159,9 @@ class Hooks:
     The hooks of a command, for as long as its ``with`` block lasts.
 
     A command gets the event as JSON on its standard input, and whatever it says goes to
-    stderr; an address gets the same by POST. Each has `TIMEOUT_S`. At the end, hooks of
-    what has happened have `END_S` more.
+    stderr; an address gets the same by POST. Each has `TIMEOUT_S`; then a command is
+    killed, with all that it has started. At the end, hooks of what has happened, and
+    the one at work, have `END_S` more.
 
     Args:
         hooks: As `parse_hook` reads them.
@@ -170,14 +177,20 @@ class Hooks:
     ) -> None:
         self._hooks = [parse_hook(each) for each in hooks]
         self._name_of = name_of
-        self._queue: queue.Queue[tuple[Event, float] | None] = queue.Queue(MOST_WAITING)
         self._is_full = False
         self._ends_at_s: float | None = None
+        self._begin()
+        self._unsubscribe = subscribe(self._note)
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._queue: queue.Queue[tuple[Event, float] | None] = queue.Queue(MOST_WAITING)
+        # The command that runs.
+        self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(
             target=self._run, name="whispercache-hooks", daemon=True
         )
         self._thread.start()
-        self._unsubscribe = subscribe(self._note)
 
     def __enter__(self) -> Self:
         return self
@@ -193,10 +206,14 @@ class Hooks:
         self._ends_at_s = time.monotonic() + END_S
         try:
             self._queue.put(None, timeout=END_S)
+            self._thread.join(max(0.0, self._ends_at_s - time.monotonic()))
         except queue.Full:
             _log.warning("hooks: %d events were not told", self._queue.qsize())
-            return
-        self._thread.join(END_S)
+        finally:
+            # One that has begun before would have more time, but nobody to end it.
+            if (process := self._process) is not None:
+                _end(process)
+                self._thread.join(1.0)
 
     def _note(self, event: Event) -> None:
         """
@@ -204,6 +221,9 @@ class Hooks:
         """
         if not any(isinstance(event, hook.kind) for hook in self._hooks):
             return
+        # A forked child has neither its parent's thread nor what that has still to do.
+        if self._pid != os.getpid():
+            self._begin()
         try:
             self._queue.put_nowait((event, time.time()))
         except queue.Full:
@@ -233,7 +253,7 @@ class Hooks:
             if hook.is_url:
                 _call(hook.target, body, timeout_s)
             else:
-                _execute(hook.target, body, timeout_s)
+                self._execute(hook.target, body, timeout_s)
         except (
             # Of an address that does not speak HTTP, which is no OSError.
             HTTPException,
@@ -242,6 +262,48 @@ class Hooks:
             subprocess.SubprocessError,
         ) as error:
             _log.warning("hook %s failed: %s", hook.target, error)
+
+    def _execute(self, target: str, body: bytes, timeout_s: float) -> None:
+        with _start(target) as process:
+            self._process = process
+            try:
+                process.communicate(body, timeout_s)
+            except subprocess.TimeoutExpired:
+                _end(process)
+                raise TimeoutError(f"it was killed after {timeout_s:.3g} s") from None
+            finally:
+                self._process = None
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, target)
+
+
+class HooksOfProcess:
+    """
+    The hooks of a program that `whispercache run` runs: on the cache that its models
+    come from, until the process ends.
+
+    Args:
+        hooks: Returns them, as `parse_hook` reads them; called with the first cache.
+    """
+
+    def __init__(self, hooks: Callable[[], Sequence[str]]) -> None:
+        self._hooks = hooks
+        self._cache: Watchable | None = None
+        self._running: Hooks | None = None
+
+    def follow(self, cache: Watchable) -> None:
+        """
+        Has hooks run for what happens in *cache* from now on.
+        """
+        if self._cache is cache:
+            return
+        if self._running is not None:
+            # The one before was closed.
+            self._running.close()
+        self._cache = cache
+        if hooks := self._hooks():
+            self._running = Hooks(hooks, cache.subscribe)
+            at_end(self._running.close)
 
 
 def _call(url: str, body: bytes, timeout_s: float) -> None:
@@ -252,14 +314,33 @@ def _call(url: str, body: bytes, timeout_s: float) -> None:
         pass
 
 
-def _execute(target: str, body: bytes, timeout_s: float) -> None:
-    done = subprocess.run(  # noqa: S603 - whoever starts the command says what it runs
+def _start(target: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - whoever starts the command says what it runs
         _command(target),
-        input=body,
+        stdin=subprocess.PIPE,
         # The command's own stdout carries results.
         stdout=sys.__stderr__,
-        timeout=timeout_s,
-        check=False,
+        # What it starts belongs to its group, and ends with it.
+        start_new_session=True,
     )
-    if done.returncode:
-        raise subprocess.CalledProcessError(done.returncode, target)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """
+    Kills a process that has not ended yet, and those that it has started.
+    """
+    # The number of one that has ended may be another's.
+    if process.poll() is not None:
+        return
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return
+    # Windows has no such groups.
+    import psutil
+
+    with suppress(psutil.Error):
+        family = psutil.Process(process.pid).children(recursive=True)
+        for each in (psutil.Process(process.pid), *family):
+            with suppress(psutil.Error):
+                each.kill()

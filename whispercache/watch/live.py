@@ -88,10 +88,41 @@ class LiveEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class UnderWay:
+    """
+    A request that a server is at work on: its phase and the seconds that it spent in
+    it, the name of its key, and the served model; None where that is not known.
+    """
+
+    phase: str
+    spent_s: float
+    who: str | None = None
+    model: str | None = None
+
+    @classmethod
+    def all_from_json(cls, document: Mapping[str, Any]) -> tuple[Self, ...]:
+        """
+        Returns those that ``GET /api/requests`` tells, perhaps of a newer version;
+        raises ValueError if *document* is none of its answers.
+        """
+        try:
+            given = [
+                {**each, "spent_s": each["seconds"].get(each["phase"], 0)}
+                for each in document["under_way"]
+            ]
+            return tuple(cast("Self", _made(cls, each)) for each in given)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no list of requests: {error!r}") from None
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """
     The state of a cache at *at_s*, in seconds since 1970 (UTC): its devices, models and
     waiting requests, its last events, the oldest first, and its counters.
+
+    *requests* are those under way in a server. It lists them at an address of their
+    own, so they are not in the document.
 
     A model's key has its display name in place of ``model``: a path of the machine is
     nothing for readers elsewhere.
@@ -103,13 +134,16 @@ class Snapshot:
     waiting: tuple[WaitingInfo, ...]
     events: tuple[LiveEvent, ...]
     stats: Stats
+    requests: tuple[UnderWay, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """
         Returns the same as objects, lists, numbers and strings.
         """
+        told = asdict(self)
+        del told["requests"]
         return {
-            **asdict(self),
+            **told,
             "models": [_model_as_json(each) for each in self.models],
             "waiting": [
                 {

@@ -55,7 +55,7 @@ class EventLog:
         if self._cache is cache:
             return
         if self._cache is None:
-            _at_end(self._end)
+            at_end(self._end)
         else:
             # The one before was closed.
             self._write(*_sums(self._cache))
@@ -101,7 +101,7 @@ class EventLog:
             sys.stderr.writelines(self._lines)
 
 
-def _at_end(function: Callable[[], None]) -> None:
+def at_end(function: Callable[[], None]) -> None:
     """
     Has *function* called when this process ends, unless a signal kills it.
     """

@@ -4,15 +4,18 @@ The live view in a terminal, of a cache in this process or of a server.
 
 from __future__ import annotations
 
+import math
 import time
 import unicodedata
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from whispercache.console import clock
 from whispercache.errors import WhisperCacheError, format_bytes
 from whispercache.planning.priority import INTERACTIVE, LEVELS
+from whispercache.units import parse_seconds
 
-from .live import Snapshot
+from .live import Snapshot, UnderWay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,12 +30,15 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from whispercache.events import DeviceInfo, ModelInfo
+    from whispercache.units import DurationValue
+
+_T = TypeVar("_T")
 
 # Most seconds for a server to answer.
 TIMEOUT_S = 5.0
 # An address may be anything's; ours are kilobytes.
 _LARGEST_ANSWER_BYTES = 16 * 1024**2
-_UNAUTHORIZED = 401
+_UNAUTHORIZED, _NOT_FOUND = 401, 404
 # Unicode's categories of what moves the cursor, ends lines or is not seen.
 _STEERS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
@@ -60,7 +66,7 @@ def view(
 def watch(
     source: Callable[[], Snapshot],
     *,
-    interval_s: float = 1.0,
+    interval_s: DurationValue = 1.0,
     console: Console | None = None,
 ) -> None:
     """
@@ -69,8 +75,15 @@ def watch(
 
     *source* is `Watch.snapshot`, or what `remote` returns. Between two snapshots are
     *interval_s* seconds.
+
+    Raises:
+        TypeError, ValueError: *interval_s* is no time above 0.
     """
     from rich.console import Console
+
+    between_s = parse_seconds(interval_s, "interval_s")
+    if not 0 < between_s < math.inf:
+        raise ValueError(f"interval_s must be a time above 0, not {interval_s!r}")
 
     console = console or Console()
     # For scripts and files.
@@ -78,7 +91,7 @@ def watch(
         console.print(view(source()))
         return
     try:
-        _follow(source, interval_s, console)
+        _follow(source, between_s, console)
     except KeyboardInterrupt:
         return
 
@@ -88,7 +101,7 @@ def remote(url: str, key: str | None = None) -> Callable[[], Snapshot]:
     Returns a source of snapshots of the server at *url*, for `watch`. Raises ValueError
     if *url* is none of ``http://`` or ``https://``, or *key* is none.
 
-    The source blocks for up to `TIMEOUT_S`, and raises, each in one line,
+    The source blocks for up to `TIMEOUT_S`, twice, and raises, each in one line,
     ConnectionError where nothing answers, PermissionError where the *key* does not fit,
     and ValueError where something else than whispercache answers.
     """
@@ -100,8 +113,22 @@ def remote(url: str, key: str | None = None) -> Callable[[], Snapshot]:
         raise ValueError(f"{url!r} is no address such as http://127.0.0.1:8000")
     if key is not None and not (key.isascii() and key.isprintable()):
         raise ValueError("the key must be of ASCII letters, digits and marks")
-    address = f"{url.rstrip('/')}/api/ps"
-    return lambda: _read(_ask(address, key), address)
+    base = url.rstrip("/")
+
+    def ask() -> Snapshot:
+        snapshot = _read(Snapshot.from_json, f"{base}/api/ps", key)
+        try:
+            requests = _read(UnderWay.all_from_json, f"{base}/api/requests", key)
+        except _MissingError:
+            # Of an older version.
+            return snapshot
+        return replace(snapshot, requests=requests)
+
+    return ask
+
+
+class _MissingError(ValueError):
+    pass
 
 
 def _ask(address: str, key: str | None) -> bytes:
@@ -127,7 +154,8 @@ def _ask(address: str, key: str | None) -> bytes:
             hint = "it asks for a key" if key is None else "the key does not fit"
             raise PermissionError(f"{address}: {hint}") from None
         message = f"{address}: no whispercache server: it answers {error.code}"
-        raise ValueError(f"{message} {_printable(error.reason)}") from None
+        kind = _MissingError if error.code == _NOT_FOUND else ValueError
+        raise kind(f"{message} {_printable(error.reason)}") from None
     except HTTPException as error:
         raise ValueError(f"{address}: no HTTP server: {error!r}") from None
     except OSError as error:
@@ -136,11 +164,12 @@ def _ask(address: str, key: str | None) -> bytes:
         raise ConnectionError(f"{address}: no answer: {_printable(text)}") from None
 
 
-def _read(body: bytes, address: str) -> Snapshot:
+def _read(read: Callable[[Any], _T], address: str, key: str | None) -> _T:
     import json
 
+    body = _ask(address, key)
     try:
-        return Snapshot.from_json(json.loads(body))
+        return read(json.loads(body))
     except (ValueError, RecursionError):
         raise ValueError(
             f"{address}: no whispercache server, or one of another version"
@@ -168,6 +197,7 @@ class _View:
             *self._devices(marks, options.max_width),
             *self._table(marks, options.max_width),
             *self._queue(marks),
+            *self._requests(marks),
         )
         # Events get the lines that the rest leaves.
         n_lines = len(console.render_lines(fixed, options, pad=False))
@@ -289,6 +319,21 @@ class _View:
             yield marks.line(shown)
         if len(waiting) > _FEW:
             yield marks.line((f"     and {len(waiting) - _FEW} more", "dim"))
+
+    def _requests(self, marks: _Marks) -> Iterator[Text]:
+        requests = self._snapshot.requests
+        if not requests:
+            return
+        yield marks.line()
+        yield marks.line(("Requests", "bold"), f"  {len(requests)}")
+        for request in requests[:_FEW]:
+            who = f"  {request.who}" if request.who else ""
+            yield marks.line(
+                f"{request.phase:11.11} {_clock(request.spent_s):>7}  ",
+                f"{request.model or ''}{who}",
+            )
+        if len(requests) > _FEW:
+            yield marks.line((f"     and {len(requests) - _FEW} more", "dim"))
 
     def _events(self, marks: _Marks, room: int) -> Iterator[Text]:
         if room <= 0 or not self._snapshot.events:

@@ -9,6 +9,7 @@ result is the same to the last bit.
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from whispercache.engine.rebound import rebound
@@ -51,14 +52,7 @@ def bounded_names(
     Returns replacements, by name, of faster-whisper's functions whose memory grows with
     the audio; see `rebound.swapped`.
     """
-
-    def bounded_model() -> object:
-        with _building:
-            model = get_vad_model()
-        session = getattr(model, "session", None)
-        if session is None or {each.name for each in session.get_inputs()} != _INPUTS:
-            return model  # of a version that is not known here
-        return InBlocks(session)
+    bounded_model = partial(_bounded_model, get_vad_model)
 
     def timestamps(audio: Samples, options: object = None, **more: object) -> object:
         # As a mapping, ``detect_language`` passes them on as they are.
@@ -87,6 +81,15 @@ def bounded_names(
         return parts, [whole]
 
     return {"get_speech_timestamps": timestamps, "collect_chunks": bounded_chunks}
+
+
+def _bounded_model(get_vad_model: Callable[[], object]) -> object:
+    with _building:
+        model = get_vad_model()
+    session = getattr(model, "session", None)
+    if session is None or {each.name for each in session.get_inputs()} != _INPUTS:
+        return model  # of a version that is not known here
+    return InBlocks(session)
 
 
 class InBlocks:

@@ -135,7 +135,8 @@ def language_code(language: str | None) -> str | None:
         return _CODES[locale]
     raise ValueError(
         f"language {language[:_LONGEST_SHOWN]!r} is none that Whisper knows; give a "
-        "code such as 'en', a name such as 'german', or None to have it detected"
+        "code such as 'en' or a name such as 'german', or leave it out to have it "
+        "detected"
     )
 
 
@@ -200,7 +201,9 @@ def check_language(model: object, code: str | None, known: Knowledge | None) -> 
         return
     hint = "leave the language out to have it detected"
     if code == "yue":
-        hint = "Cantonese came with large-v3; take a model since then, or language='zh'"
+        hint = (
+            "Cantonese came with large-v3; take a model since then, or Chinese ('zh')"
+        )
     raise ValueError(
         f"{model} does not know {LANGUAGES[code].title()} ({code!r}): {hint}"
     )

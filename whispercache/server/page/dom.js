@@ -99,6 +99,13 @@ export function clock(seconds) {
     : `${minutes}:${rest}`;
 }
 
+/**
+ * The name of a language as it is written: "English", "Haitian Creole".
+ */
+export function titled(name) {
+  return name.replace(/\b[a-z]/g, (letter) => letter.toUpperCase());
+}
+
 const HUES = 12;
 
 /**

@@ -1,7 +1,9 @@
 // What one model makes of a recording: its request, its times, and its text.
 
 import { ApiError, call, events } from "./api.js";
-import { announce, clock, copyButton, element, hueOf, say, setAttribute } from "./dom.js";
+import {
+  announce, clock, copyButton, element, hueOf, say, setAttribute, titled,
+} from "./dom.js";
 import { Transcript } from "./transcript.js";
 import { FILES, textOf, withWords } from "./words.js";
 
@@ -137,7 +139,7 @@ export class Reading {
       parts.push(load_s ? `loaded in ${load_s.toFixed(1)} s` : "was in memory");
       if (spent.waiting >= 0.05) parts.push(`waited ${spent.waiting.toFixed(1)} s`);
     }
-    if (this.about.language) parts.push(this.about.language);
+    if (this.about.language) parts.push(titled(this.about.language));
     say(this.meta, parts.join(" · "));
     announce(`${this.model} is done after ${this.seconds.toFixed(1)} seconds.`);
   }

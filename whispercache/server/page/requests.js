@@ -67,7 +67,7 @@ class Row {
       if (isNow) parts.push(`${name} ${clock(spent_s)}`);
       else if (spent_s >= LEAST_TOLD_S) parts.push(`${told} ${spent_s.toFixed(1)} s`);
     }
-    if (request.audio_s) parts.push(`${clock(request.audio_s)} of audio`);
+    if (request.audio_s) parts.push(`${clock(Math.round(request.audio_s))} of audio`);
     if (request.error) parts.push(request.error);
     say(this.detail, parts.join(" · "));
   }

@@ -1,7 +1,9 @@
 // The part of the page that transcribes: a recording, a language, one model or two.
 
 import { ApiError, callJson } from "./api.js";
-import { announce, bytes, clock, element, KeyedList, say, setAttribute } from "./dom.js";
+import {
+  announce, bytes, clock, element, KeyedList, say, setAttribute, titled,
+} from "./dom.js";
 import { compare } from "./diff.js";
 import { Reading } from "./reading.js";
 import { Microphone, Player } from "./sound.js";
@@ -71,7 +73,7 @@ export class Transcribe {
       if (!(error instanceof ApiError)) throw error;
       return; // it can be detected; the next round asks again
     }
-    const all = names.map(([id, name]) => ({ id, label: name[0].toUpperCase() + name.slice(1) }))
+    const all = names.map(([id, name]) => ({ id, label: titled(name) }))
       .sort((a, b) => a.label.localeCompare(b.label, "en"));
     // Those of the reader come first.
     const own = new Set(navigator.languages.map((tag) => tag.split("-")[0].toLowerCase()));
