@@ -37,7 +37,7 @@ NEWER ?= $(shell for each in $(PYTHON) python3.14 python3.13 python3.12 \
 
 .SECONDARY: # what was set up for a pattern is kept
 .PHONY: demo test lint types layers unit cluster quick docs others others-fork coverage \
-    bench bench-apps apps clients soak gpu clean
+    bench bench-apps bench-cluster apps clients soak gpu clean
 
 demo: .venv/demo
 	$(RUN) examples/multilingual.py
@@ -109,6 +109,10 @@ bench: .venv/bench
 # Apart from `make bench`, since it needs the programs.
 bench-apps: .venv-apps/apps
 	XDG_CACHE_HOME="$(CURDIR)/examples/.cache" .venv-apps/bin/python benchmarks/apps.py
+
+# Apart from `make bench`, since it needs Ray, and takes a quarter of an hour.
+bench-cluster: .venv/test
+	$(RUN) benchmarks/cluster.py
 
 apps: .venv-apps/apps $(if $(TORCH),.venv-apps/torch)
 	.venv-apps/bin/pytest tests/apps --durations=10

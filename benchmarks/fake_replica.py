@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import ray
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 # A request with this prompt ends the process.
 LETHAL = "die"
 
+# One with this prompt and the path of a file ends once that file is there.
+UNTIL = "until "
+
 # A call is heard in as many segments.
 SEGMENTS = 5
 
@@ -45,8 +49,11 @@ class TimedLoader(FakeLoader):
     Models that take their time to load and to hear, one call at a time.
     """
 
+    # The share of the time that a load really takes.
+    pace = 1.0
+
     def load(self, key: ModelKey, files: ModelFiles) -> LoadedModel:
-        time.sleep(load_s(key.model))
+        time.sleep(load_s(key.model) * self.pace)
         loaded = super().load(key, files)
         whisper = TimedWhisper(SIZES[key.model][1])
         loaded.whisper = cast("WhisperModel", whisper)
@@ -65,17 +72,22 @@ class TimedWhisper:
         self, audio: object, **asked: object
     ) -> tuple[Iterator[Segment], TranscriptionInfo]:
         del audio
-        if asked.get("initial_prompt") == LETHAL:
+        prompt = str(asked.get("initial_prompt"))
+        if prompt == LETHAL:
             os._exit(1)
         nothing: Any = None
         options = cast("TranscriptionOptions", nothing)
         info = TranscriptionInfo(
             "en", 1.0, 10.0, 10.0, [], options, cast("VadOptions", nothing)
         )
-        return self._speak(), info
+        # The root is always there.
+        path = prompt.removeprefix(UNTIL) if prompt.startswith(UNTIL) else "/"
+        return self._speak(Path(path)), info
 
-    def _speak(self) -> Iterator[Segment]:
+    def _speak(self, path: Path) -> Iterator[Segment]:
         for i in range(SEGMENTS):
+            while i == SEGMENTS - 1 and not path.exists():
+                time.sleep(0.02)
             with _CARD:
                 time.sleep(self._call_s / SEGMENTS)
             yield Segment(
@@ -107,13 +119,19 @@ class FakeReplica(EngineReplica):
     """
 
     def __init__(self, options: ServerOptions, cache: CacheOptions) -> None:
-        self.machine = FakeMachine({"cpu": "64GiB", "cuda:0": CARD_BYTES})
+        self.machine = self.new_machine()
         sizes = {name: int(gib * GIB) for name, (gib, _) in SIZES.items()}
         self.loader = TimedLoader(
             self.machine, sizes=sizes, workspace_bytes=WORKSPACE_BYTES
         )
         parts: CacheOptions = {"loader": self.loader, "probe": self.machine}
         super().__init__(options, {**cache, **parts})
+
+    def new_machine(self) -> FakeMachine:
+        """
+        Its host and card.
+        """
+        return FakeMachine({"cpu": "64GiB", "cuda:0": CARD_BYTES})
 
     async def counted(self) -> Counted:
         """

@@ -6,117 +6,53 @@ The models take time and no processor; all else is real.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
+import openai
 import pytest
 from real import child_environment, clip, micro
+from replicas import TEXT, reached, seen_until, stream
 from served import error_of, transcribe
 
-from whispercache.testing import wait_until
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from clustered import Nodes
-    from ray.serve.handle import DeploymentHandle
+    from replicas import Served
 
 pytestmark = [pytest.mark.process, pytest.mark.cluster]
 
-TEXT = "word0 word1 word2 word3 word4"
 ROOMY = ("large-v3", "large-v2", "medium")  # 7.7 GiB; a card has 6.5
-
-
-class Served:
-    """
-    An application: its client, and the handle of its replicas.
-    """
-
-    def __init__(
-        self, name: str, http: httpx.Client, replicas: DeploymentHandle[Any]
-    ) -> None:
-        self.name = name
-        self.http = http
-        self._replicas = replicas
-
-    def counted(self) -> list[Any]:
-        """
-        What each replica has done.
-        """
-        from ray.serve.exceptions import DeploymentUnavailableError
-
-        asked = self._replicas.broadcast("counted")
-        try:
-            found = asked.results(return_exceptions=True)
-        except DeploymentUnavailableError:  # none is there
-            return []
-        return [each for each in found if not isinstance(each, Exception)]
-
-    def ask(self, model: str, **fields: str) -> httpx.Response:
-        """
-        A transcript.
-        """
-        with Path(clip("en-bread")).open("rb") as file:
-            return self.http.post(
-                "v1/audio/transcriptions",
-                data={"model": model, "language": "en", **fields},
-                files={"file": ("a.flac", file)},
-            )
-
-    def holder(self, model: str) -> Any:
-        """
-        The only replica that has a model.
-        """
-        (found,) = [each for each in self.counted() if model in each.models]
-        return found
-
-    def wait_for(self, n: int) -> None:
-        """
-        Waits until there are that many replicas.
-        """
-        wait_until(lambda: len(self.counted()) == n, "the replicas")
-
-
-@contextmanager
-def serving(nodes: Nodes, name: str, replicas: int, gpus: float) -> Iterator[Served]:
-    """
-    Replicas of fakes, in an application of that name.
-    """
-    from cluster_models import SIZES
-    from fake_replica import FakeReplica
-    from ray import serve
-
-    from whispercache.ray.application import Size, bound, values_of
-
-    settings = {"models": list(SIZES), "device": "cuda", "keep_alive": -1}
-    app = bound(
-        Size((replicas, replicas), ingresses=1, gpus=gpus, cpus=0),
-        values_of(settings),
-        FakeReplica,
-    )
-    serve.run(app, name=name, route_prefix=f"/{name}")
-    replicas = serve.get_deployment_handle("engine", name)
-    with httpx.Client(base_url=f"{nodes.address}/{name}/", timeout=60) as http:
-        yield Served(name, http, replicas)
-    serve.delete(name)
 
 
 @pytest.fixture(scope="module")
 def served(nodes: Nodes) -> Iterator[Served]:
     """
-    An application for several tests, each of which leaves two replicas.
+    Replicas of fakes behind two servers; each test leaves two of each.
     """
-    with serving(nodes, "several", 2, gpus=1) as served:
+    from cluster_models import SIZES
+    from quick_replica import QuickReplica
+    from ray import serve
+
+    from whispercache.ray.application import Size, bound, values_of
+
+    offered = {"models": list(SIZES), "device": "cuda"}
+    settings = {**offered, "keep_alive": -1, "parallel": 10}
+    size = Size((2, 2), ingresses=2, gpus=1, cpus=0)
+    app = bound(size, values_of(settings), QuickReplica)
+    serve.run(app, name="several", route_prefix="/several")
+    with reached(nodes, "several") as served:
         yield served
+    # Other tests need not wait for it.
+    serve.delete("several", _blocking=False)
 
 
 @pytest.fixture(autouse=True)
@@ -128,40 +64,6 @@ def _empty(request: pytest.FixtureRequest) -> None:
         served: Served = request.getfixturevalue("served")
         for each in served.http.get("api/ps").json()["models"]:
             served.http.delete(f"api/models/{each['name']}")
-
-
-def events_of(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """
-    The events of a stream.
-    """
-    for line in lines:
-        if line.startswith("data: "):
-            yield json.loads(line.removeprefix("data: "))
-
-
-def stream(
-    served: Served, after_first: Callable[[], object], model: str = "large-v3"
-) -> tuple[str, dict[str, Any]]:
-    """
-    The pieces of a stream, put together, and its last event; *after_first* happens
-    after the first piece.
-    """
-    with Path(clip("en-bread")).open("rb") as file:
-        form: dict[str, Any] = {
-            "data": {"model": model, "language": "en", "stream": "true"},
-            "files": {"file": ("a.flac", file)},
-        }
-        asked = served.http.stream("POST", "v1/audio/transcriptions", **form)
-        pieces, last = [], {}
-        with asked as answer:
-            assert answer.status_code == 200, answer.read()
-            for event in events_of(answer.iter_lines()):
-                last = event
-                if event["type"] == "transcript.text.delta":
-                    pieces.append(event["delta"])
-                    if len(pieces) == 1:
-                        after_first()
-    return "".join(pieces), last
 
 
 def test_requests_go_where_their_model_is(served: Served) -> None:
@@ -208,7 +110,7 @@ def test_a_replica_that_is_killed_costs_its_clients_nothing(served: Served) -> N
     def kill() -> None:
         os.kill(served.holder("large-v3").pid, signal.SIGKILL)
 
-    text, last = stream(served, kill)
+    text, last = stream(served.http, "large-v3", kill)
     assert (text, last["type"], last.get("text")) == (
         TEXT,
         "transcript.text.done",
@@ -233,18 +135,56 @@ def test_a_request_that_kills_two_replicas_is_not_tried_again(served: Served) ->
     assert served.ask("small").json()["text"] == TEXT
 
 
-def test_calls_end_before_their_replica_does(nodes: Nodes) -> None:
+def test_a_server_that_dies_takes_its_requests_with_it_and_no_others(
+    nodes: Nodes, served: Served, tmp_path: Path
+) -> None:
     """
-    When an application is taken away, or replaced by a newer one.
+    They are 500, and streams end; OpenAI's client asks once more by itself, and the
+    other server answers.
     """
-    from ray import serve
+    from fake_replica import UNTIL
 
-    with serving(nodes, "leaving", 1, gpus=0) as leaving:
-        deleting = threading.Thread(target=serve.delete, args=("leaving",))
-        text, last = stream(leaving, deleting.start)
-        assert (text, last["type"]) == (TEXT, "transcript.text.done")
-        deleting.join(60)
-        assert not deleting.is_alive()
+    go, begun = tmp_path / "go", threading.Semaphore(0)
+    held = f"{UNTIL}{go}"
+
+    def streamed() -> str:
+        try:
+            text, _ = stream(served.http, "small", begun.release, prompt=held)
+        except httpx.RemoteProtocolError:
+            return "cut off"
+        return text
+
+    def asked() -> str:
+        answer = served.ask("small", prompt=held)
+        return answer.json()["text"] if answer.is_success else str(answer.status_code)
+
+    def asked_by_openai() -> str:
+        with (
+            openai.OpenAI(base_url=f"{served.http.base_url}v1", api_key="-") as client,
+            Path(clip("en-bread")).open("rb") as file,
+        ):
+            transcriptions = client.audio.transcriptions
+            return transcriptions.create(model="small", file=file, prompt=held).text
+
+    with ThreadPoolExecutor(8) as pool:
+        found = []
+        try:
+            # One after the other: of many at once Ray sends all to one server.
+            for _ in range(3):
+                found.append(pool.submit(streamed))
+                assert begun.acquire(timeout=30)
+            found += [pool.submit(asked) for _ in range(2)]
+            by_openai = [pool.submit(asked_by_openai) for _ in range(3)]
+            first, _ = nodes.processes("several:ingress")
+            first.kill()
+            # Now, and not when there are two again.
+            assert served.ask("medium").json()["text"] == TEXT
+        finally:
+            go.touch()
+        assert {each.result() for each in by_openai} == {TEXT}
+        told = {each.result() for each in found}
+    assert {TEXT, "cut off"} <= told <= {TEXT, "cut off", "500"}
+    seen_until(lambda: len(nodes.processes("several:ingress")) == 2, "a new server")
 
 
 def test_the_command_deploys_to_a_cluster_and_returns(nodes: Nodes) -> None:
@@ -266,17 +206,19 @@ def test_the_command_deploys_to_a_cluster_and_returns(nodes: Nodes) -> None:
     serve.delete("whispercache")
 
 
+@pytest.mark.parametrize("graceful", [True, False])
 def test_a_node_that_leaves_costs_its_clients_nothing(
-    nodes: Nodes, served: Served
+    nodes: Nodes, served: Served, *, graceful: bool
 ) -> None:
     """
-    As when a machine is taken out of the cluster.
+    As when a machine is taken out of the cluster, or falls out of it.
     """
     with ThreadPoolExecutor(3) as pool:
         assert all(each.status_code == 200 for each in pool.map(served.ask, ROOMY))
     (model, *_) = next(
         each.models for each in served.counted() if each.node == nodes.second
     )
-    text, last = stream(served, nodes.replace_second, model)
-    assert (text, last["type"]) == (TEXT, "transcript.text.done")
+    left = stream(served.http, model, lambda: nodes.replace_second(graceful=graceful))
+    assert left[0] == TEXT
+    assert left[1]["type"] == "transcript.text.done"
     served.wait_for(2)

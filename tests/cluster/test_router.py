@@ -51,6 +51,7 @@ def request(model: str, request_id: str = "r") -> Any:
             multiplexed_model_id=model, internal_request_id=request_id
         ),
         routing_context=SimpleNamespace(should_backoff=False),
+        kwargs={},
     )
 
 

@@ -694,7 +694,7 @@ def test_many_talk_at_once_and_no_more_than_there_may_be() -> None:
     """
 
     async def talk(served: Served) -> None:
-        most = served.service.endpoint.most
+        most = served.service.most
         clients = [AsyncTcpClient("127.0.0.1", served.port) for _ in range(most)]
         for client in clients:
             await client.connect()

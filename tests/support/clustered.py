@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 if TYPE_CHECKING:
@@ -47,12 +48,28 @@ class Nodes:
         """
         return str(self._second.node_id)
 
-    def replace_second(self) -> None:
+    def replace_second(self, *, graceful: bool) -> None:
         """
-        Takes the second node away, and adds another one.
+        Takes the second node away, or has all its processes killed, and adds another
+        one.
         """
-        self._cluster.remove_node(self._second)
+        self._cluster.remove_node(self._second, allow_graceful=graceful)
         self._second = self._cluster.add_node(**_SECOND)
+
+    def processes(self, deployment: str) -> list[psutil.Process]:
+        """
+        The processes of the replicas of an application's deployment, such as
+        ``"application:deployment"``. Ray gives them titles.
+        """
+        title = f"ray::ServeReplica:{deployment}"
+        return [
+            child
+            for node in self._cluster.list_all_nodes()
+            for raylet in node.all_processes["raylet"]
+            for child in psutil.Process(raylet.process.pid).children(recursive=True)
+            # What it does comes after that.
+            if " ".join(child.cmdline()).startswith(title)
+        ]
 
 
 @contextmanager
@@ -76,6 +93,8 @@ def running_nodes() -> Iterator[Nodes]:
         # Ray writes its address there, whatever folder a node is given, and makes none.
         patch.setenv("RAY_TMPDIR", folder)
         Path(folder, "ray").mkdir()
+        # As many processes as processors, most of which nobody needs.
+        patch.setenv("RAY_prestart_worker_first_driver", "0")
         # On a busy machine all of it takes long.
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         patch.setenv("RAY_raylet_start_wait_time_s", "120")

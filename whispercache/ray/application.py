@@ -172,11 +172,8 @@ def bound(
         graceful_shutdown_timeout_s=_DRAIN_S,
         health_check_period_s=_HEALTH_S,
     )
-    # As many at work on a model as all replicas may have together.
-    at_once = options.parallel * size.replicas[1]
-    return front.bind(
-        engines.bind(options, cast("CacheOptions", cache)), at_once, options
-    )
+    behind = engines.bind(options, cast("CacheOptions", cache))
+    return front.bind(behind, size.replicas[1], options)
 
 
 def _engines(size: Size, kind: type[EngineReplica]) -> Deployment:

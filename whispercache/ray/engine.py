@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -21,9 +21,10 @@ from whispercache.server.local import LocalEngine
 from whispercache.server.offers import offers_of
 
 from .meter import Meter
+from .pulse import pulsing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Mapping, Sequence
 
     from faster_whisper.transcribe import TranscriptionInfo
     from prometheus_client.core import Metric
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from whispercache.watch.live import Snapshot
 
 # What a stream consists of, and what comes with it.
-Heard: TypeAlias = 'tuple[Literal["here", "phase", "info", "segment"], object]'
+Heard: TypeAlias = 'tuple[Literal["here", "alive", "phase", "info", "segment"], object]'
 
 _log = logging.getLogger("whispercache")
 
@@ -92,12 +93,26 @@ class EngineReplica:
         samples: Samples,
         options: Mapping[str, object],
         terms: Terms,
-    ) -> AsyncIterator[Heard]:
+        lost: str = "",  # noqa: ARG002 - for the router: who had it, and is gone
+    ) -> AsyncGenerator[Heard, None]:
         """
-        Transcribes what *samples* returns, once the model is there. Yields that the
-        request is here, each phase as it begins, the info, then the segments.
+        Transcribes what *samples* returns, once the model is there. Yields this
+        replica's name, each phase as it begins, the info, then the segments; and in
+        between that this replica is alive.
         """
-        yield "here", None
+        hearing = self._hear(offer, samples, options, terms)
+        async with aclosing(pulsing(hearing, ("alive", None))) as items:
+            async for item in items:
+                yield item
+
+    async def _hear(
+        self,
+        offer: Offer,
+        samples: Samples,
+        options: Mapping[str, object],
+        terms: Terms,
+    ) -> AsyncGenerator[Heard, None]:
+        yield "here", self._name
         engine = await self._run()
         loop = asyncio.get_running_loop()
         came_s = loop.time()

@@ -23,18 +23,25 @@ if TYPE_CHECKING:
 
 class Ingress:
     """
-    One server, which lets *at_once* requests work with each model. Ray has its
-    application built where it will run.
+    One server, which lets as many requests work with each model as all replicas may
+    together: *n* of them, or those that run, if that is more. Ray has its application
+    built where it will run.
     """
 
     def __init__(
-        self, replicas: DeploymentHandle[Any], at_once: int, options: ServerOptions
+        self, replicas: DeploymentHandle[Any], n: int, options: ServerOptions
     ) -> None:
         self._replicas = replicas
-        self._options = replace(options, parallel=at_once)
+        self._n = n
+        self._options = options
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        options = self._options
-        engine = RemoteEngine(self._replicas)
+        each, n = self._options.parallel, self._n
+        options = replace(self._options, parallel=each * n)
+
+        def counted(running: int) -> None:
+            service.let_in(each * max(n, running))
+
+        engine = RemoteEngine(self._replicas, counted)
         service = Service(options, offers_of(options), engine)
         return application(service, nullcontext())

@@ -4,54 +4,73 @@ The engine of a server whose models are in replicas elsewhere.
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import math
 import time
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import ray
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.schema import ReplicaState
 from starlette.concurrency import run_in_threadpool
 
 from whispercache.errors import LeaseTimeout
 from whispercache.server.engine import nobody
-from whispercache.server.errors import RETRY_S, ApiError, refused_for_now
 
+from .hearing import (
+    GONE,
+    TRIES,
+    Hearing,
+    cause_of,
+    died,
+    listening,
+    no_replica,
+    own_errors,
+)
+from .pulse import SILENT_S
 from .seen import merged_metrics, merged_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import (
         AsyncIterator,
-        Awaitable,
         Callable,
         Mapping,
         Sequence,
     )
 
-    from faster_whisper.transcribe import Segment, TranscriptionInfo
+    import numpy as np
+    from faster_whisper.transcribe import TranscriptionInfo
+    from numpy.typing import NDArray
     from prometheus_client.core import Metric
+    from ray import ObjectRef
     from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-    from typing_extensions import Self
 
     from whispercache.engine.calls.languages import Knowledge
     from whispercache.server.engine import Phase, Samples, Terms
     from whispercache.server.offers import Offer
     from whispercache.watch.live import Snapshot
 
-    from .engine import Heard
 
-T = TypeVar("T")
+_log = logging.getLogger("whispercache")
 
-# So many replicas hear a request at most, if they die of it, or meanwhile.
-TRIES = 2
-
-# Seconds for questions that take none: longer, and a replica is as good as dead.
+# Seconds for questions to all replicas that take none.
 _ANSWER_S = 30.0
+
+# Bytes of audio that reach a replica in a second, at the least: a tenth of what a slow
+# network of a cluster does.
+_TRANSFER_BYTES = 10 * 1024**2
 
 # Seconds for a look at all replicas: a page asks again in a second.
 _LOOK_S = 5.0
+
+# Seconds between two counts of replicas.
+_COUNT_S = 2.0
 
 # Seconds for which what a model's files tell holds.
 _KNOWN_S = 60.0
@@ -61,22 +80,41 @@ class RemoteEngine:
     """
     An `Engine` over replicas of a deployment, whose router knows where models are.
 
-    It loads nothing, and looks at no device.
+    It loads nothing, and looks at no device. While it runs it tells *counted* how many
+    replicas there are: they come and go without a word to it.
     """
 
     is_closed = False
 
-    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self, replicas: DeploymentHandle[Any], counted: Callable[[int], None]
+    ) -> None:
         self._replicas = replicas
+        self._counted = counted
         # What was asked, until when it holds, and the answer.
         self._known: dict[tuple[str, str], tuple[float, object]] = {}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """
-        Does nothing: replicas run by themselves.
+        Counts replicas, which run by themselves.
         """
-        yield
+        counting = asyncio.create_task(self._count())
+        try:
+            yield
+        finally:
+            counting.cancel()
+            await asyncio.wait((counting,))
+
+    async def _count(self) -> None:
+        while True:
+            try:
+                running = await run_in_threadpool(_running, self._replicas)
+            except (RayError, RayServeException) as error:
+                _log.warning("replicas cannot be counted: %s", error)
+            else:
+                self._counted(running)
+            await asyncio.sleep(_COUNT_S)
 
     # What is known of a model ---------------------------------------------------------
 
@@ -98,7 +136,7 @@ class RemoteEngine:
         until_s, answer = self._known.get(asked, (0.0, None))
         if until_s > now_s:
             return answer
-        answer = await self._ask(offer, method, _ANSWER_S, offer)
+        answer = await self._ask(offer, method, TRIES * SILENT_S, offer, takes_s=0.0)
         # What a download will tell is not known yet.
         if answer is not None:
             self._known[asked] = now_s + _KNOWN_S, answer
@@ -119,17 +157,18 @@ class RemoteEngine:
         """
         # Once, also if it is sent again. The replica gets it when its model is there:
         # until then Ray may keep it on disk.
-        stored = await run_in_threadpool(lambda: ray.put(samples()))
+        stored, n_bytes = await run_in_threadpool(lambda: _put(samples()))
         heard = partial(ray.get, stored)
         replica = self._replicas.options(
             stream=True, method_name="hear", multiplexed_model_id=offer.name
         )
 
-        def ask() -> DeploymentResponseGenerator[Any]:
+        def ask(lost: str) -> DeploymentResponseGenerator[Any]:
             # A repetition may wait as long again: its client has part of the answer.
-            return replica.remote(offer, heard, dict(options), terms)
+            return replica.remote(offer, heard, dict(options), terms, lost=lost)
 
-        hearing = Hearing(offer, terms, ask, tell)
+        transfer_s = n_bytes / _TRANSFER_BYTES
+        hearing = Hearing(offer, terms, ask, tell, transfer_s=transfer_s)
         try:
             return hearing, await hearing.begin()
         except BaseException:
@@ -174,9 +213,11 @@ class RemoteEngine:
         timeout_s: float | None,
         *args: object,
         model: str = "",
+        takes_s: float = math.inf,
     ) -> object:
         """
-        Returns the answer of one replica, or of another one if it dies.
+        Returns the answer of one replica, or of another one if it dies, or is silent
+        although an answer takes no more than *takes_s*.
         """
         options = {"multiplexed_model_id": model} if model else {}
         replica = self._replicas.options(method_name=method, **options)
@@ -184,8 +225,9 @@ class RemoteEngine:
         with anyio.move_on_after(limit_s):
             for tries_left in reversed(range(TRIES)):
                 try:
-                    return await _own_errors(replica.remote(*args))
-                except RayActorError:
+                    with listening(takes_s + SILENT_S):
+                        return await own_errors(replica.remote(*args))
+                except GONE:
                     if not tries_left:
                         raise died(offer) from None
         raise LeaseTimeout(offer.name, timeout_s or 0.0)
@@ -208,7 +250,7 @@ class RemoteEngine:
         there = []
         for answer in answers:
             if isinstance(answer, RayTaskError):
-                raise _cause(answer)
+                raise cause_of(answer)
             # One that has just died has nothing in memory.
             if not isinstance(answer, RayActorError):
                 there.append(answer)
@@ -241,123 +283,11 @@ class RemoteEngine:
         return {name: (snapshot, metrics) for name, snapshot, metrics in answers}
 
 
-class Hearing:
-    """
-    Segments that a replica computes. Who leaves early ends the call there. If the
-    replica dies, another one hears it all again, and what was passed on is left out:
-    hearing twice does no harm.
-    """
-
-    def __init__(
-        self,
-        offer: Offer,
-        terms: Terms,
-        ask: Callable[[], DeploymentResponseGenerator[Any]],
-        tell: Callable[[Phase], None],
-    ) -> None:
-        self._offer = offer
-        self._terms = terms
-        self._ask = ask
-        self._tell = tell
-        self._tries = TRIES
-        self._stream: DeploymentResponseGenerator[Any] | None = None
-        # The end of the last segment that was passed on, in seconds of audio.
-        self._heard_s = -1.0
-
-    async def begin(self) -> TranscriptionInfo:
-        """
-        Returns the info, once a replica has begun.
-        """
-        while True:
-            try:
-                return await self._begin()
-            except RayActorError:
-                self._give_up_after_death()
-
-    async def _begin(self) -> TranscriptionInfo:
-        self._stream = self._ask()
-        limit_s = self._terms.timeout_s
-        with anyio.move_on_after(None if limit_s is None else limit_s + 0.5) as limit:
-            # The replica itself knows the time that is left, once it has the request.
-            await self._next()
-        if limit.cancelled_caught:
-            raise LeaseTimeout(self._offer.name, limit_s or 0.0)
-        while True:
-            kind, item = await self._next()
-            if kind == "info":
-                return cast("TranscriptionInfo", item)
-            self._tell(cast("Phase", item))
-
-    async def _next(self) -> Heard:
-        assert self._stream is not None
-        heard: Heard = await _own_errors(anext(self._stream))
-        return heard
-
-    def _give_up_after_death(self) -> None:
-        self._tries -= 1
-        if not self._tries:
-            raise died(self._offer) from None
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Segment:
-        while True:
-            try:
-                _, item = await self._next()
-            except RayActorError:
-                self._give_up_after_death()
-                await self.begin()
-                continue
-            segment = cast("Segment", item)
-            if segment.end > self._heard_s:
-                self._heard_s = segment.end
-                return segment
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_exception: object) -> None:
-        # Of no effect where it is over.
-        if self._stream is not None:
-            self._stream.cancel()
+def _running(replicas: DeploymentHandle[Any]) -> int:
+    seen = serve.status().applications.get(replicas.app_name)
+    found = seen and seen.deployments.get(replicas.deployment_name)
+    return found.replica_states.get(ReplicaState.RUNNING, 0) if found else 0
 
 
-async def _own_errors(answer: Awaitable[T]) -> T:
-    """
-    Returns what a replica answers; raises what it raised there.
-    """
-    try:
-        return await answer
-    except RayTaskError as error:
-        raise _cause(error) from None
-    except DeploymentUnavailableError:
-        raise no_replica() from None
-
-
-def _cause(error: RayTaskError) -> BaseException:
-    cause = error.cause
-    # A copy of an error of ours, by the pickle.
-    return cause if isinstance(cause, Exception) else error
-
-
-def no_replica() -> ApiError:
-    """
-    Returns the refusal while there is no replica.
-    """
-    message = "no replica with models is there; try again later"
-    return refused_for_now(503, message, "no_replica")
-
-
-def died(offer: Offer) -> ApiError:
-    """
-    Returns the refusal of a request during which as many replicas died as may.
-    """
-    return ApiError(
-        503,
-        f"{TRIES} replicas with {offer.name} died while they heard this request; it is "
-        "not tried again",
-        code="replicas_died",
-        # OpenAI's client heeds the second one: it would kill two more.
-        headers={"Retry-After": str(RETRY_S), "x-should-retry": "false"},
-    )
+def _put(samples: NDArray[np.float32]) -> tuple[ObjectRef[Any], int]:
+    return ray.put(samples), samples.nbytes

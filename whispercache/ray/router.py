@@ -31,10 +31,19 @@ STATS_S = 0.2
 # For as long a model is taken to be where it was just sent: until the replica says so.
 _TRUST_S = 10 * STATS_S
 
+# Seconds in which a replica says that it has a request; after more, others come first.
+_ACCEPTS_S = 5.0
+
+# For as long they do. Then Ray knows if the replica is dead, or it is tried again.
+_SHUNNED_S = 60.0
+
 
 class ModelRouter(RequestRouter):
     """
     Sends a request where it will begin soonest, by `whispercache.planning.routing`.
+
+    One that does not take what is sent to it comes last, and so does one that a request
+    calls *lost*.
 
     Replicas tell their capacity and the bytes of all models once
     (``record_replica_metadata``), and what is in memory each `STATS_S`
@@ -50,6 +59,9 @@ class ModelRouter(RequestRouter):
         self._sent: dict[tuple[ReplicaID, str], float] = {}
         # The requests of this router that a replica has, with their models.
         self._ongoing: dict[ReplicaID, dict[str, str]] = {}
+        # By request: the replica that should have it, and has not said so, and since
+        # when.
+        self._unheard: dict[str, tuple[ReplicaID, float]] = {}
 
     async def choose_replicas(
         self,
@@ -63,20 +75,53 @@ class ModelRouter(RequestRouter):
             return [candidate_replicas]
         # Otherwise replicas that are all full would be asked again without a pause.
         pending_request.routing_context.should_backoff = True
-        model = pending_request.metadata.multiplexed_model_id
+        now_s = time.monotonic()
+        lost = pending_request.kwargs.get("lost")
+        for each in candidate_replicas:
+            if each.replica_id.unique_id == lost:
+                self._unheard[lost] = each.replica_id, now_s - _ACCEPTS_S
+        metadata = pending_request.metadata
+        model = metadata.multiplexed_model_id
+        silent = self._silent(now_s)
+        ranks = [
+            [each for each in rank if each.replica_id not in silent]
+            for rank in self._ranks(candidate_replicas, model, now_s)
+        ]
+        last = [[each] for each in candidate_replicas if each.replica_id in silent]
+        ranks = [*filter(None, ranks), *last]
+        if ranks and model:
+            # Before the replica says so, which may take it a while: for the next one.
+            best = ranks[0][0].replica_id
+            self._expect(best, model)
+            self._unheard.setdefault(metadata.internal_request_id, (best, now_s))
+        return ranks
+
+    def _ranks(
+        self, candidate_replicas: list[RunningReplica], model: str, now_s: float
+    ) -> list[list[RunningReplica]]:
         if not model:  # a question that any can answer
             return [candidate_replicas]
-        now_s = time.monotonic()
         self._sent = {key: at_s for key, at_s in self._sent.items() if at_s > now_s}
         found = {each.replica_id.unique_id: each for each in candidate_replicas}
         known = [self._known(each) for each in candidate_replicas]
         ordered = order(model, pooled(known), self._reluctance)
         # Ranks of one: within a rank, Ray takes the shortest queue.
-        ranks = [[found[each.name]] for each in ordered]
-        if ranks:
-            # Before the replica says so, which may take it a while: for the next one.
-            self._expect(ranks[0][0].replica_id, model)
-        return ranks
+        return [[found[each.name]] for each in ordered]
+
+    def _silent(self, now_s: float) -> set[ReplicaID]:
+        """
+        Returns the replicas that have not said for long that they have a request.
+        """
+        self._unheard = {
+            request_id: (replica_id, since_s)
+            for request_id, (replica_id, since_s) in self._unheard.items()
+            if now_s < since_s + _SHUNNED_S
+        }
+        return {
+            replica_id
+            for replica_id, since_s in self._unheard.values()
+            if now_s >= since_s + _ACCEPTS_S
+        }
 
     def _expect(self, replica_id: ReplicaID, model: str) -> None:
         self._sent[replica_id, model] = time.monotonic() + _TRUST_S
@@ -127,6 +172,12 @@ class ModelRouter(RequestRouter):
         """
         metadata = pending_request.metadata
         model = metadata.multiplexed_model_id
+        self._unheard.pop(metadata.internal_request_id, None)
+        self._unheard = {
+            request_id: unheard
+            for request_id, unheard in self._unheard.items()
+            if unheard[0] != replica_id
+        }
         ongoing = self._ongoing.setdefault(replica_id, {})
         ongoing[metadata.internal_request_id] = model
         if model:
@@ -138,6 +189,10 @@ class ModelRouter(RequestRouter):
         """
         Notes that a request is over, or was never accepted.
         """
+        unheard = self._unheard.get(internal_request_id)
+        if unheard is not None and time.monotonic() < unheard[1] + _ACCEPTS_S:
+            # Its client has left. Later on, it waited in vain.
+            del self._unheard[internal_request_id]
         ongoing = self._ongoing.get(replica_id, {})
         ongoing.pop(internal_request_id, None)
         if not ongoing:

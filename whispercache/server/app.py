@@ -117,8 +117,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
         UploadLimit,
         max_bytes=options.max_upload_bytes,
         timeout_s=options.upload_timeout_s,
-        # As many as wait and work, and those at work once more for their successors.
-        max_at_once=options.max_waiting + 2 * options.parallel * len(options.models),
+        max_at_once=lambda: service.most,
         arrivals=service.arrivals,
     )
     app.add_middleware(

@@ -80,6 +80,12 @@ class Gate:
         self._visits: set[Visit] = set()
         self.is_closed: bool = False
 
+    def let_in(self, parallel: int) -> None:
+        """
+        Admits that many requests at a time to each model from now on.
+        """
+        self._parallel = parallel
+
     @property
     def waiting(self) -> int:
         """

@@ -15,7 +15,7 @@ from whispercache.errors import format_bytes
 from .errors import ApiError, refused_for_now, shutting_down
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -74,7 +74,7 @@ class UploadLimit:
         max_bytes: int,
         timeout_s: float | None = None,
         linger_s: float = 2.0,
-        max_at_once: int | None = None,
+        max_at_once: Callable[[], float] = lambda: math.inf,
         *,
         arrivals: Arrivals | None = None,
     ) -> None:
@@ -98,8 +98,8 @@ class UploadLimit:
         # Told at once, before a byte of the body has arrived.
         if _claimed_bytes(headers) > self.max_bytes:
             upload.refuse_large()
-        elif _has_body(headers) and self._at_once == self.max_at_once:
-            text = f"{self.max_at_once} uploads are under way; try again later"
+        elif _has_body(headers) and self._at_once >= self.max_at_once():
+            text = f"{self._at_once} uploads are under way; try again later"
             upload.refusal = refused_for_now(429, text, "too_many_requests")
         if upload.refusal is not None:
             # A client that waits until it is told to go on is not told so: reading

@@ -47,6 +47,8 @@ class Service:
         self.options = options
         self.offers = offers
         self.engine = engine
+        # Requests that may be at work with each model.
+        self._parallel: int = options.parallel
         self.arrivals: Arrivals = Arrivals()
         # In whatever protocol they come.
         self.seen: RequestsSeen = RequestsSeen()
@@ -91,7 +93,7 @@ class Service:
 
     def _renew(self) -> None:
         options = self.options
-        self.gate: Gate = Gate(options.parallel, options.max_waiting)
+        self.gate: Gate = Gate(self._parallel, options.max_waiting)
         self.decoder: Decoder = Decoder(
             processes=options.decoders,
             max_duration_s=options.max_duration_s,
@@ -99,6 +101,22 @@ class Service:
         )
         # Where it speaks another protocol than HTTP.
         self.endpoint: Endpoint | None = self._new_endpoint()
+
+    def let_in(self, parallel: int) -> None:
+        """
+        Lets that many requests work with each model at a time from now on.
+        """
+        self._parallel = parallel
+        self.gate.let_in(parallel)
+
+    @property
+    def most(self) -> int:
+        """
+        The most requests that may be under way: as many as wait and work, and those at
+        work once more for their successors.
+        """
+        at_work = self._parallel * len(self.options.models)
+        return self.options.max_waiting + 2 * at_work
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

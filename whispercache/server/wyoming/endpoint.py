@@ -65,11 +65,6 @@ class Endpoint:
         self._service = service
         self._address = address
         self._drain_s = drain_s
-        options = service.options
-        # As for HTTP: those that wait and work, and those at work once more.
-        self.most: int = options.max_waiting + 2 * options.parallel * len(
-            options.models
-        )
         self._sessions: dict[asyncio.Task[None], Session] = {}
         self._turned_away: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -112,8 +107,8 @@ class Endpoint:
         refusal: ApiError | None = None
         if self._closing is not None:
             refusal = shutting_down()
-        elif len(self._sessions) >= self.most:
-            message = f"{self.most} clients are here already; try again later"
+        elif len(self._sessions) >= self._service.most:
+            message = f"{len(self._sessions)} clients are here already; try again later"
             refusal = refused_for_now(429, message, "too_many_requests")
         if refusal is not None:
             task = asyncio.ensure_future(_turn_away(writer, refusal))
