@@ -5,6 +5,8 @@ What a router remembers between two answers of its replicas, without a cluster.
 from __future__ import annotations
 
 import asyncio
+import sys
+from importlib.util import find_spec, module_from_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,11 +62,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """
     The clock of the router.
     """
-    router = pytest.importorskip(
-        "whispercache.ray.router", reason="this needs the extra [ray]"
-    )
+    pytest.importorskip("ray.serve", reason="this needs the extra [ray]")
+    # Of a module of its own: where Ray has brought the class back from a pickle in this
+    # process, its methods have other globals than the module that it is in.
+    spec = find_spec("whispercache.ray.router")
+    assert spec is not None
+    assert spec.loader is not None
+    router = module_from_spec(spec)
+    spec.loader.exec_module(router)
     clock = FakeClock()
     monkeypatch.setattr(router, "time", SimpleNamespace(monotonic=clock.now))
+    monkeypatch.setitem(sys.modules, spec.name, router)
     return clock
 
 
