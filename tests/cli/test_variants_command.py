@@ -630,7 +630,7 @@ class TestWithout:
             raise WhisperCacheError("enough")
 
         monkeypatch.setattr(serve, "ModelCache", noting)
-        result = run("serve", f"m={micro('micro a')}", *option)
+        result = run("serve", f"m={micro('micro a')}", "--port", "0", *option)
         assert (result.code, result.err) == (2, "whispercache: error: enough\n")
         (cache,) = made
         loader = cache._core.loader

@@ -103,7 +103,8 @@ def test_a_server_says_which_extra_a_protocol_needs() -> None:
     code = """
 from whispercache.cli.main import main
 if __name__ == "__main__":
-    sys.exit(main(["serve", "m=" + sys.argv[1], "--wyoming", "127.0.0.1:0"]))
+    line = ["serve", "m=" + sys.argv[1], "--port", "0", "--wyoming", "127.0.0.1:0"]
+    sys.exit(main(line))
 """
     done = alone("server", code, str(micro("micro a")))
     assert done.returncode == 2

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from caches import cache_of
-from real import child_environment, clip, micro, packaged
+from real import child_environment, clip, micro
 from served import (
     TINY,
     URL,
@@ -268,46 +267,42 @@ def test_idle_connections_stay_open(
 
     monkeypatch.setattr("uvicorn.Config", configured)
     monkeypatch.delenv("WHISPERCACHE_API_KEYS", raising=False)
+    line = ["serve", f"m={micro('micro says hello')}", "--port", "0", *given]
     with pytest.raises(Configured):
-        main(["serve", f"m={micro('micro says hello')}", "--device", "cpu", *given])
+        main([*line, "--device", "cpu"])
     assert asked["timeout_keep_alive"] == seconds
 
 
-def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["HTTP", "Wyoming"])
+def test_a_port_that_is_taken_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
     """
-    In words, with an exit code.
+    Before anything starts: uvicorn would tell it in many.
     """
-    assert packaged(TINY)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        started_s = time.monotonic()
-        line = ["serve", f"m={micro('micro a')}", "--port", str(port)]
-        done = subprocess.run(
-            [sys.executable, "-m", "whispercache", *line],
-            env=child_environment({"TMPDIR": tmp_path}),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    assert done.returncode != 0
-    assert "address already in use" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert time.monotonic() - started_s < 30
+        options = {
+            "HTTP": ["--port", f"{port}"],
+            "Wyoming": ["--port", "0", "--wyoming", f"127.0.0.1:{port}"],
+        }
+        assert main(["serve", f"m={micro()}", *options[protocol]]) == WRONG_USE
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{protocol} cannot be spoken on 127.0.0.1:{port}: " in said
 
 
-def test_a_port_for_wyoming_that_is_taken_is_told_in_one_line(
+def test_a_name_of_no_machine_is_told_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """
-    Before anything starts: uvicorn would tell it in forty.
+    As a port that is taken.
     """
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        place = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert main(["serve", f"m={micro()}", "--wyoming", place]) == WRONG_USE
+    line = ["serve", f"m={micro()}", "--host", "nobody.invalid", "--port", "0"]
+    assert main(line) == WRONG_USE
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"Wyoming cannot be spoken on {place}" in said
+    assert "HTTP cannot be spoken on nobody.invalid:0: " in said
 
 
 def test_top_shows_a_server(cache: ModelCache, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ The command ``whispercache serve``.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -127,8 +128,9 @@ def run(options: argparse.Namespace) -> int:
         raise WhisperCacheError(
             f"{missing.name} is missing; pip install 'whispercache[server]'"
         ) from missing
+    _check_free("HTTP", setting["host"], setting["port"], "--port or --host")
     if served.wyoming is not None:
-        _check_free(*served.wyoming)
+        _check_free("Wyoming", *served.wyoming, "--wyoming")
     with ModelCache(**cache_options(held, SERVED_CACHE_KEYS)) as cache:
         app = create_app(served, cache)
         config = uvicorn.Config(
@@ -193,17 +195,36 @@ def server_options(setting: Mapping[str, Any]) -> ServerOptions:
     )
 
 
-def _check_free(host: str, port: int) -> None:
-    # In one line, as for HTTP: what fails within uvicorn's start is told in forty.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _check_free(protocol: str, host: str, port: int, option: str) -> None:
+    # In one line, before anything is loaded: what fails within uvicorn's start is told
+    # in many.
     try:
-        socket.create_server((host, port), family=family).close()
+        places = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, *_, place in places:
+            _check_place(family, place, is_only=len(places) == 1)
     except OSError as error:
         reason = error.strerror or error
         raise WhisperCacheError(
-            f"Wyoming cannot be spoken on {host}:{port}: {reason}; "
-            "give --wyoming another address"
+            f"{protocol} cannot be spoken on {_joined(host, port)}: {reason}; "
+            f"give {option} another value"
         ) from None
+
+
+def _check_place(family: int, place: Any, *, is_only: bool) -> None:  # noqa: ANN401
+    try:
+        socket.create_server(place, family=family).close()
+    except OSError as error:
+        # A name may also stand for an address that a machine without IPv6 lacks.
+        lacking = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+        if is_only or error.errno not in lacking:
+            raise
+
+
+def _joined(host: str, port: int) -> str:
+    # IPv6
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _address(text: str | None) -> tuple[str, int] | None:
@@ -273,9 +294,7 @@ def _warn(
     host: str, port: int, served: ServerOptions, tell: Callable[[int, str], None]
 ) -> None:
     names = ", ".join(spec.name for spec in served.offered)
-    # IPv6
-    place = f"[{host}]" if ":" in host else host
-    tell(logging.INFO, f"{names} on http://{place}:{port}")
+    tell(logging.INFO, f"{names} on http://{_joined(host, port)}")
     if served.wyoming is not None:
         there, its_port = served.wyoming
         tell(logging.INFO, f"Wyoming on tcp://{there}:{its_port}")
