@@ -4,7 +4,9 @@ The words of a cache besides those of leases: files, keys, languages, and its en
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+import pickle
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +17,36 @@ if TYPE_CHECKING:
     from driver import Driver
 
     from whispercache.testing import FakeLoader, FakeMachine
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "said"),
+    [
+        # Each was taken, and limited nothing, or turned on what it said no to.
+        ("vram", {"cuda": "1GiB"}, "vram is for cards such as 'cuda:0', not 'cuda'"),
+        ("vram", {"gpu0": "1GiB"}, "vram is for cards such as 'cuda:0', not 'gpu0'"),
+        ("vram", {0: "1GiB"}, "vram is for cards such as 'cuda:0', not 0"),
+        ("vram", ["1GiB"], "vram must be a number or text, not list"),
+        ("coordinate", "off", "coordinate must be True or False, not 'off'"),
+    ],
+)
+def test_parameters_that_would_do_nothing_are_refused(
+    make_cache: MakeCache, parameter: str, value: Any, said: str
+) -> None:
+    """
+    By their names.
+    """
+    with pytest.raises((TypeError, ValueError), match=f"^{said}$"):
+        make_cache(**{parameter: value})
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_cache_is_not_copied(make_cache: MakeCache, take: Any) -> None:
+    """
+    Its locks would say so, in words that name no cache; a shallow copy would share it.
+    """
+    with pytest.raises(TypeError, match="ModelCache cannot be pickled or copied"):
+        take(make_cache())
 
 
 def test_a_download_loads_nothing(

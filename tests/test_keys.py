@@ -16,7 +16,7 @@ from faster_whisper.utils import _MODELS
 from real import child, micro, micro_copy
 
 from whispercache import ModelCache, UnknownModel, UnsupportedComputeType
-from whispercache.engine.naming import canonical_model
+from whispercache.engine.naming import anchored, canonical_model
 from whispercache.engine.sizes.header import read_header
 from whispercache.keys import (
     ALIASES,
@@ -269,6 +269,16 @@ class TestDevices:
         """
         with pytest.raises((TypeError, ValueError), match="device"):
             canonical_device(device, index)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"base"])
+def test_a_model_that_is_no_text_is_explained(name: Any) -> None:
+    """
+    Not in the words of the function that read it.
+    """
+    for read in (canonical_model, anchored):
+        with pytest.raises(TypeError, match="a model is a name such as 'base'"):
+            read(name)
 
 
 class TestOptions:

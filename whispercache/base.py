@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .core.fallback import Terms, as_ladder
 from .errors import EvictionTimeout, LeaseDeadlock
@@ -57,6 +57,12 @@ class CacheBase:
         self._resolver = resolver
         self._limits = limits
         self._usual_terms = usual_terms
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied: its models are in "
+            "the memory of this process. Make one in the other process"
+        )
 
     # Requests -------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from .options import (
     parse_park,
     parse_pressure,
     parse_rules,
+    parse_switch,
     parse_tier,
     parse_timeout,
     parse_variants,
@@ -180,7 +181,11 @@ class ModelCache(CacheBase):
             limit_of=limits_by_device(vram, ram),
             max_models=parse_count(max_models, "max_models"),
             park_limit=parse_park(park),
-            make_peers=_makes_peers(probe, coordinate_dir, coordinates=coordinate),
+            make_peers=_makes_peers(
+                probe,
+                coordinate_dir,
+                coordinates=parse_switch(coordinate, "coordinate"),
+            ),
         )
         terms = Terms(ladder=as_ladder(fallback), priority=parse_priority(priority))
         super().__init__(core, Resolver(core), Limits(vram, ram), terms)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast, get_args
 
-from .keys import frozen_compute_type, single_index
+from .keys import canonical_device, frozen_compute_type, single_index
 from .units import Limit, parse_bytes, parse_duration, parse_limit, parse_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from .core.agenda import Rules
     from .core.resolver import Request
@@ -129,14 +130,28 @@ def limits_by_device(
     # Parsed here, once: the function is called under the core's lock.
     host = parse_limit(ram, "ram")
     # A number or text is for every card.
-    if isinstance(vram, (str, int, float)) or vram is None:
+    if not isinstance(vram, Mapping):
         card = parse_limit(vram, "vram")
         return lambda device: host if device == "cpu" else card
     # A card that is not in the mapping has no limit of its own.
     cards = {
-        name: parse_limit(value, f"vram[{name!r}]") for name, value in vram.items()
+        parse_card(name, "vram"): parse_limit(value, f"vram[{name!r}]")
+        for name, value in vram.items()
     }
     return lambda device: host if device == "cpu" else cards.get(device, Limit())
+
+
+def parse_card(device: str, name: str) -> str:
+    """
+    Returns the canonical name of one card: another name would limit nothing.
+    """
+    try:
+        card = canonical_device(device)
+    except (TypeError, ValueError):
+        card = ""
+    if not card.startswith("cuda:"):
+        raise ValueError(f"{name} is for cards such as 'cuda:0', not {device!r}")
+    return card
 
 
 def parse_count(value: int | None, name: str) -> int | None:
@@ -196,6 +211,15 @@ def parse_pressure(pressure: Pressure) -> bool:
     if pressure not in get_args(Pressure):
         raise ValueError(f"pressure must be one of {', '.join(get_args(Pressure))}")
     return pressure == "watch"
+
+
+def parse_switch(value: bool, name: str) -> bool:  # noqa: FBT001 - checked
+    """
+    Returns True for on. Text is refused: "off" would be on.
+    """
+    if value not in (True, False, None):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return bool(value)
 
 
 def parse_park(value: bool | LimitValue) -> Limit | None:  # noqa: FBT001 - checked

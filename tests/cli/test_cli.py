@@ -529,6 +529,10 @@ class TestErrors:
             (("--model", "{alpha}", "--format", "doc"), "--format"),
             (("--model", "{alpha}", "--output-dir", BREAD), BREAD),
             ((), "--model; see 'whispercache transcribe --help'"),
+            (
+                ("--model", "{alpha}", "--devise", "cpu"),
+                "(did you mean --device?); see 'whispercache transcribe --help'",
+            ),
         ],
     )
     def test_nonsense_is_refused_in_one_line(
@@ -547,6 +551,23 @@ class TestErrors:
         assert (result.code, result.out) == (2, "")
         assert result.err.startswith("whispercache: error: ")
         assert result.err.count("\n") == 1
+        assert said in result.err
+
+    @pytest.mark.parametrize(
+        ("command", "said"),
+        [
+            ("srve", "there is no command 'srve' (did you mean serve?)"),
+            ("talk.wav", "there is no command 'talk.wav'; see 'whispercache --help'"),
+        ],
+    )
+    def test_a_command_that_is_none_is_told_the_nearest(
+        self, run: Callable[..., Result], command: str, said: str
+    ) -> None:
+        """
+        In one line, as all nonsense.
+        """
+        result = run(command, "base")
+        assert (result.code, result.err.count("\n")) == (2, 1)
         assert said in result.err
 
     def test_a_model_that_cannot_fit_is_refused_before_any_work(

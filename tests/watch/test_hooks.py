@@ -116,7 +116,7 @@ def keeping(file: Path) -> str:
     """
     A command that adds its standard input to *file*.
     """
-    code = f"import sys; open({str(file)!r}, 'a').write(sys.stdin.read() + chr(10))"
+    code = f"import sys; open({str(file)!r}, 'a').write(sys.stdin.read())"
     return f"{quote(sys.executable)} -c {quote(code)}"
 
 

@@ -30,7 +30,7 @@ from whispercache.settings.arguments import add_config, add_settings
 from whispercache.settings.table import KEY_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from rich.console import Console
 
@@ -152,8 +152,23 @@ def _set_up_heap(options: argparse.Namespace) -> None:
 
 class _Parser(argparse.ArgumentParser):
     """
-    A parser whose errors are one line.
+    A parser whose errors are one line, with the nearest of what there is.
     """
+
+    def parse_known_args(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        namespace: argparse.Namespace | None = None,
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """
+        Returns what was understood, and nothing else: a command tells by itself what
+        it does not know, since it knows what is near.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            near = _nearest(rest[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{near}")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(
@@ -171,6 +186,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="version", version=f"whispercache {__version__}"
     )
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
+        near = _nearest(arguments[0], _COMMANDS)
+        parser.error(f"there is no command {arguments[0]!r}{near}")
     commands = parser.add_subparsers(
         metavar="COMMAND", prog="whispercache", required=True, help=argparse.SUPPRESS
     )
@@ -180,6 +198,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if name in arguments:
             add_options(parser_of_command)
     return parser
+
+
+def _nearest(given: str, known: Iterable[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(given, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _add_place(parser: argparse.ArgumentParser, auto: str, default: str) -> None:

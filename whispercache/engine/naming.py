@@ -119,7 +119,7 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
         UnknownModel: no such size, or the directory is missing or holds no model.
         LoadFailed: the directory cannot be read.
     """
-    name = os.fspath(name_or_path)
+    name = _text_of(name_or_path)
     if not name.strip():
         raise UnknownModel(name, "give a size such as 'base', or a directory")
     # Imported late: it needs more than importing the package should take.
@@ -145,6 +145,13 @@ def canonical_model(name_or_path: str | os.PathLike[str]) -> str:
     if _REPOSITORY.fullmatch(name):
         return name
     raise UnknownModel(name, _why_unknown(name))
+
+
+def _text_of(name_or_path: str | os.PathLike[str]) -> str:
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        wanted = "a name such as 'base', or the path of a directory"
+        raise TypeError(f"a model is {wanted}, not {name_or_path!r}")
+    return os.fspath(name_or_path)
 
 
 def _why_unknown(name: str) -> str:
@@ -216,7 +223,7 @@ def anchored(name_or_path: str | os.PathLike[str]) -> str:
     Returns the absolute path of a directory, so that it means the same after
     `os.chdir`, and any other name as it is. A link stays a link, which may change.
     """
-    name = os.fspath(name_or_path)
+    name = _text_of(name_or_path)
     path = directory_at(name)
     # A directory that only has the name of a size is none of ours; see above.
     is_known = name in MODELS or name in ALIASES or name.lower() in _BY_OTHER_NAME

@@ -238,7 +238,10 @@ class Speech(Upload):
             # One that it may be is the one that it is.
             return next(iter(languages), None), ()
         if languages and language not in languages:
-            message = f"language says {language}, which is none of them; leave one out"
+            named = ", ".join(languages)
+            message = (
+                f"language {language} is none of languages ({named}); leave one out"
+            )
             raise nonsense("languages", message)
         return language, ()
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 from whispercache.core.fallback import as_ladder
 from whispercache.keys import canonical_device
-from whispercache.options import OFF, variants_bytes
+from whispercache.options import OFF, parse_card, variants_bytes
 from whispercache.planning.priority import parse_priority
 from whispercache.units import parse_bytes, parse_duration, parse_limit
 
@@ -87,8 +87,7 @@ def _limits(value: object, name: str) -> object:
     if not isinstance(value, Mapping):
         return _limit(value, name)
     for card, limit in value.items():
-        if not canonical_device(card).startswith("cuda:"):
-            raise ValueError(f"{name} is for cards such as 'cuda:0', not {card!r}")
+        parse_card(card, name)
         _limit(limit, f"{name}[{card!r}]")
     return value
 

@@ -267,7 +267,8 @@ class Hooks:
         with _start(target) as process:
             self._process = process
             try:
-                process.communicate(body, timeout_s)
+                # A line, so that what a file gets from `tee -a` can be read again.
+                process.communicate(body + b"\n", timeout_s)
             except subprocess.TimeoutExpired:
                 _end(process)
                 raise TimeoutError(f"it was killed after {timeout_s:.3g} s") from None
