@@ -8,6 +8,7 @@ server.py, ``POST /free``.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -110,6 +111,27 @@ def told(ollama: str, comfyui: str) -> subprocess.CompletedProcess[bytes]:
         timeout=60,
         check=False,
     )
+
+
+def test_by_hand_it_says_that_it_is_a_hook() -> None:
+    """
+    A terminal has no event: without this, it waits for one.
+    """
+    pty = pytest.importorskip("pty", reason="Windows has no such terminals")
+    ours, theirs = pty.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLE)],
+            stdin=theirs,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 1
+    assert b"This is a hook" in done.stdout
 
 
 def test_both_are_asked_to_leave_in_their_own_words() -> None:

@@ -164,7 +164,8 @@ class _Parser(argparse.ArgumentParser):
         Returns what was understood, and nothing else: a command tells by itself what
         it does not know, since it knows what is near.
         """
-        found, rest = super().parse_known_args(args, namespace)
+        into = namespace or argparse.Namespace()
+        found, rest = super().parse_known_args(args, into)
         if rest:
             near = _nearest(rest[0].partition("=")[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(rest)}{near}")
