@@ -395,16 +395,21 @@ def test_an_upload_that_no_process_begins_is_handed_to_another_pool(
     run(main())
 
 
-def test_an_upload_outlives_a_shutdown_signal_to_all_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_an_upload_outlives_a_shutdown_signal_to_all_processes(
+    tmp_path: Path, name: str
+) -> None:
     """
-    A process that was told to end, as service managers do, has its upload repeated.
+    A process that was told to end, as service managers and terminals that are closed
+    do, has its upload repeated.
     """
+    told = getattr(signal, name, signal.SIGTERM)
 
     async def main() -> None:
         async with Decoder(processes=1) as decoder:
             (pid,) = workers()
             task = await stuck(decoder, tmp_path)
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, told)
             await until(lambda: pid not in workers())
             content = encoded("wav", "pcm_s16le")
             await asyncio.to_thread((tmp_path / "fifo").write_bytes, content)

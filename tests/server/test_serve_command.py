@@ -133,6 +133,27 @@ def test_ctrl_c_ends_it_as_usual() -> None:
     assert "Traceback" not in log
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_terminal_that_is_closed_ends_it_in_order() -> None:
+    """
+    As SIGTERM does: what has begun is finished.
+    """
+    (spec,) = offered(TINY)
+    place = (f"{TINY}={spec.model}", "--device", "cpu", "--preload", TINY)
+    with (
+        command(*place) as (process, client),
+        asking(client, TINY, clip_name="en-harbour-long") as at_work,
+    ):
+        wait_until(lambda: client.get("/api/ps").json()["models"][0]["leases"], "work")
+        process.send_signal(signal.SIGHUP)
+        at_work.settimeout(60)
+        answer = b"".join(iter(lambda: at_work.recv(9999), b""))
+        assert answer.startswith(b"HTTP/1.1 200"), answer
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in log
+
+
 def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
     """
     Never from the command line, which others can read.

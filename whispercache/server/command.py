@@ -40,6 +40,7 @@ from .origins import ANY_ORIGIN
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Mapping, Sequence
+    from types import FrameType
 
 HELP = f"""\
 models:
@@ -112,7 +113,8 @@ def _keys_of(names: str) -> list[str]:
 
 def run(options: argparse.Namespace) -> int:
     """
-    Serves until SIGTERM or Ctrl-C, finishes what has begun, and returns the exit code.
+    Serves until SIGTERM, Ctrl-C or the end of its terminal, finishes what has begun,
+    and returns the exit code.
     """
     # First: nonsense is told before FastAPI is imported.
     held = settings_of(options)
@@ -152,11 +154,19 @@ def run(options: argparse.Namespace) -> int:
         _warn(setting["host"], setting["port"], served, tell)
         # uvicorn raises the signal again when it has finished; its work is done then.
         signal.signal(signal.SIGTERM, lambda *_: None)
+        _heed_hang_up(server.handle_exit)
         with hooks_of(held, cache, app.state.service.engine.name_of):
             server.run()
         # The second one ends it at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0 if server.started else 1
+
+
+def _heed_hang_up(end: Callable[[int, FrameType | None], None]) -> None:
+    # Where the terminal is closed; Windows has no such signal, and nohup ignores it.
+    hang_up = getattr(signal, "SIGHUP", None)
+    if hang_up is not None and signal.getsignal(hang_up) is signal.SIG_DFL:
+        signal.signal(hang_up, end)
 
 
 def server_options(setting: Mapping[str, Any]) -> ServerOptions:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from .decoding import Outcome
 
+# Exit codes of processes that others have told to end; Windows has no SIGHUP.
+_STOPPED = (-signal.SIGTERM, -getattr(signal, "SIGHUP", signal.SIGTERM))
+
 _log = logging.getLogger("whispercache")
 
 # Further ones, for processes that others have ended and pools that were lost with them;
@@ -216,9 +219,9 @@ class Decoder:
                     raise DecodeTimeout(timeout_s) from None
                 except ProcessExpired as expired:
                     _log.warning("decoding ended with code %s", expired.exitcode)
-                    # A service manager stops all processes of a service at once, but
-                    # this one finishes what it has begun.
-                    if expired.exitcode != -signal.SIGTERM:
+                    # A service manager, or a terminal that is closed, stops all
+                    # processes at once, but this one finishes what it has begun.
+                    if expired.exitcode not in _STOPPED:
                         break
                 except _Lost:
                     _log.info("the processes for decoding have ended")
