@@ -208,7 +208,8 @@ class AsyncModelCache(CacheBase):
         for attempt, terms_left in attempts:
             with attempts.judging():
                 (lease,) = await self._wait([attempt], workload, terms_left)
-                return attempts.succeed(lease)
+                attempts.succeed(lease.key)
+                return lease
         raise attempts.failure()
 
     async def _acquire_many(

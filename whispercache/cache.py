@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .core.entries import Entry
     from .core.evictions import Leaving
     from .core.gauges import Peers
-    from .core.resolver import Request
+    from .core.resolver import Request, Target
     from .core.threads import Clock
     from .core.waiters import Wanted
     from .devices.memory import MemoryProbe
@@ -278,10 +278,23 @@ class ModelCache(CacheBase):
         # A repository of unknown size can only be resolved by a download, which is left
         # to its first use.
         with suppress(NotDownloaded):
-            target = self._resolver.resolve(request, download=False)
+            request, target = self._resolved(request, terms)
             if target.is_outdated:
                 self._unload_outdated(target.entry)
         return ModelSource(self, request, terms)
+
+    def _resolved(self, request: Request, terms: Terms) -> tuple[Request, Target]:
+        """
+        Returns the request, or the first of its fallbacks, for which there is a device
+        that computes so.
+        """
+        attempts = Attempts(self._core, request, terms)
+        for attempt, _ in attempts:
+            with attempts.judging():
+                target = self._resolver.resolve(attempt, download=False)
+                attempts.succeed(target.entry.key)
+                return attempt, target
+        raise attempts.failure()
 
     def _unload_outdated(self, entry: Entry) -> None:
         """
@@ -403,7 +416,8 @@ class ModelCache(CacheBase):
             with attempts.judging():
                 parts = self._locate([attempt], workload)
                 (lease,) = self._wait(parts, terms_left)
-                return attempts.succeed(lease)
+                attempts.succeed(lease.key)
+                return lease
         raise attempts.failure()
 
     def _wait(self, parts: Sequence[Wanted], terms: Terms) -> tuple[Lease, ...]:

@@ -578,6 +578,11 @@ def test_what_cannot_be_had_at_all_falls_back_too(
     lease = driver.lease(cache, *request_, fallback=fallback)
     assert str(lease.key) == f"base/{got}"
     lease.release()
+    # So does a model that is asked for first, and called afterwards.
+    model = driver.call(cache, "get_model", *request_, fallback=fallback)
+    assert str(model.key) == f"base/{got}"
+    with pytest.raises(DeviceUnavailable, match="cuda:7"):
+        driver.call(cache, "get_model", "base", "cuda:7", fallback=["cuda:8"])
 
 
 def test_a_broken_card_falls_back(

@@ -24,7 +24,7 @@ from whispercache.planning.priority import INTERACTIVE
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from whispercache.lease import Lease
+    from whispercache.keys import ModelKey
 
     from .core import Core
     from .resolver import Request
@@ -179,7 +179,7 @@ class Attempts:
         assert failure is not None
         return failure
 
-    def succeed(self, lease: Lease) -> Lease:
+    def succeed(self, key: ModelKey) -> None:
         """
         Tells what was got, if it is not what was wanted.
         """
@@ -192,8 +192,7 @@ class Attempts:
             model, device, compute_type, *_ = self._wanted
             wanted = f"{model}/{device}/{compute_type}"
             reason = one_line(failure)
-            _log.warning("%s in place of %s: %s", lease.key, wanted, reason)
+            _log.warning("%s in place of %s: %s", key, wanted, reason)
             with self._core.changing():
                 self._core.state.counts["fallbacks"] += 1
-                self._core.outbox.append(FellBack(lease.key, wanted, reason))
-        return lease
+                self._core.outbox.append(FellBack(key, wanted, reason))
