@@ -6,7 +6,9 @@ afterwards as if nothing had happened.
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from whispercache import (
     UnknownModel,
 )
 from whispercache.model import CachedModel
+from whispercache.source import ModelSource
 from whispercache.testing import wait_until
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from faster_whisper.transcribe import Segment
+
+    from whispercache import Lease, Workload
 
 OPTIONS: list[Any] = [
     {"word_timestamps": True},
@@ -261,6 +266,71 @@ def test_stopped_segments_can_be_closed_and_dropped(stopped: Any) -> None:
     stopped.close()
     assert list(stopped) == []
     stopped.close()
+
+
+@pytest.mark.parametrize("moment", ["before it waits", "while it waits"])
+def test_stopped_segments_are_closed_while_a_step_wants_their_model(
+    cache: ModelCache, stopped: Any, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """
+    At once, though it is not to be had, whoever is said to go on with them.
+    """
+    is_asking, has_looked = threading.Event(), threading.Event()
+    lease, give_up = ModelSource.lease, cache._core.give_up
+
+    def asked_late(source: ModelSource, workload: Workload) -> Lease:
+        is_asking.set()
+        if moment == "before it waits":
+            assert has_looked.wait(30)
+        return lease(source, workload)
+
+    def given_up(owner: object) -> bool:
+        try:
+            return give_up(owner)
+        finally:
+            has_looked.set()
+
+    monkeypatch.setattr(ModelSource, "lease", asked_late)
+    monkeypatch.setattr(cache._core, "give_up", given_up)
+    with ThreadPoolExecutor(2) as pool, cache.lease(micro("micro b"), "cpu"):
+        step = pool.submit(next, stopped)
+        assert is_asking.wait(30)
+        if moment == "while it waits":
+            wait_until(lambda: len(cache.waiting()) == 1)
+        stopped.hand_over()
+        pool.submit(stopped.close).result(30)
+        with pytest.raises(CancelledError):
+            step.result(30)
+        assert not cache.waiting()
+
+
+def test_a_task_that_leaves_a_stopped_batch_leaves_no_trace_in_the_log(
+    cache: ModelCache, urgent: Callable[[], None]
+) -> None:
+    """
+    The step that it waited for fails, and nobody is there to be told.
+    """
+    logged: list[object] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _loop, context: logged.append(context))
+        shared = AsyncModelCache(cache)
+        batch = await shared.get_model(micro(), "cpu", cpu_threads=1, priority="batch")
+        segments, _ = await batch.transcribe(FILM, language="en")
+        await anext(segments)
+        await asyncio.to_thread(urgent)
+        with await shared.lease(micro("micro b"), "cpu"):
+            step = asyncio.ensure_future(anext(segments))
+            await asyncio.to_thread(wait_until, lambda: len(cache.waiting()) == 1)
+            step.cancel()
+            await asyncio.wait((step,))
+            await segments.aclose()
+            await asyncio.sleep(0)
+            gc.collect()
+
+    asyncio.run(main())
+    assert not logged
 
 
 def test_stopped_segments_of_a_closed_cache_say_so(

@@ -156,10 +156,13 @@ class AsyncSegments(AsyncIterator[T]):
         # The step of a task that was cancelled may be in flight: its item is the next.
         if self._step is None:
             self._step = _begin_step(self._items)
+        step = asyncio.wrap_future(self._step)
         try:
-            item = await asyncio.shield(asyncio.wrap_future(self._step))
+            item = await asyncio.shield(step)
         except asyncio.CancelledError:
-            # Kept: the step goes on, and its item is the next one.
+            # Kept: the step goes on, and its item is the next one. Should it fail, that
+            # is told by the next one, too; asyncio would log that none had read it.
+            step.add_done_callback(_read)
             raise
         except BaseException:
             self._step = None
@@ -197,6 +200,11 @@ class AsyncSegments(AsyncIterator[T]):
 
     async def __aexit__(self, *_exception: object) -> None:
         await self.aclose()
+
+
+def _read(step: asyncio.Future[object]) -> None:
+    if not step.cancelled():
+        step.exception()
 
 
 def _begin_step(items: LeasedIterator[T]) -> Future[object]:

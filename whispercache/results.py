@@ -8,9 +8,11 @@ for as long as requests of a higher priority need the memory.
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 import types
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, cast
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
     from .planning.deadlock import Owner
 
 T = TypeVar("T")
+
+_LOOK_EVERY_S = 0.005
+"""
+Seconds between looks at a step that is about to wait; it finds out where its files are
+before, within milliseconds.
+"""
 
 
 class Seat(Protocol):
@@ -59,13 +67,14 @@ class Breaks:
         level: Its own priority.
         seat: Where it finds its model.
         renew: Waits for another lease on that model.
-        give_up: Ends that wait of an owner, by a `concurrent.futures.CancelledError`.
+        give_up: Ends that wait of an owner, by a `concurrent.futures.CancelledError`;
+            False if it has not begun, or is over.
     """
 
     level: float
     seat: Seat
     renew: Callable[[ModelKey], Lease]
-    give_up: Callable[[Owner], None]
+    give_up: Callable[[Owner], bool]
 
 
 class LeasedIterator(Iterator[T]):
@@ -101,6 +110,8 @@ class LeasedIterator(Iterator[T]):
         self._breaks = breaks
         self._is_stopped = False  # the lease was given back for a while
         self._is_claimed = False  # a step is about to begin, and needs it
+        self._waits_as: Owner = None  # for another lease
+        self._is_unwanted = False  # it will be closed once no step is in flight
         lease.entrust(self)
         if breaks is not None:
             lease.offer(breaks.level)
@@ -244,6 +255,10 @@ class LeasedIterator(Iterator[T]):
         """
         breaks = self._breaks
         assert breaks is not None
+        # In this order: `close` sets the one, and then looks at the other.
+        self._waits_as = here.owner
+        if self._is_unwanted:
+            raise CancelledError
         lease = breaks.renew(self.key)
         if lease.loaded.stamp != stamp:
             lease.release()
@@ -263,9 +278,16 @@ class LeasedIterator(Iterator[T]):
         """
         if self._was_forked():
             return
-        # What the step in flight waits for is of no more use.
-        if self._breaks is not None and self._is_stopped:
-            self._breaks.give_up(self._owner)
+        # What the step in flight waits for, or is about to, is of no more use.
+        self._is_unwanted = True
+        breaks = self._breaks
+        while (
+            breaks is not None
+            and self._is_stopped
+            and self._step.locked()
+            and not breaks.give_up(self._waits_as)
+        ):
+            time.sleep(_LOOK_EVERY_S)
         # A generator cannot be closed by one thread while another runs it.
         with self._step:
             self._finish()

@@ -84,11 +84,12 @@ class ModelSource:
             self.give_up,
         )
 
-    def give_up(self, owner: Owner) -> None:
+    def give_up(self, owner: Owner) -> bool:
         """
-        Forgets what an owner waits for to go on with a call.
+        Forgets what an owner waits for to go on with a call; False if it waits for
+        nothing.
         """
-        self.cache._core.give_up(owner)
+        return self.cache._core.give_up(owner)
 
     def transcriber(
         self, lease: Lease, batch_size: int | None

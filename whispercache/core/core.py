@@ -423,14 +423,16 @@ class Core:
         if not waiter.future.cancel():
             waiter.future.add_done_callback(_give_back)
 
-    def give_up(self, owner: Owner) -> None:
+    def give_up(self, owner: Owner) -> bool:
         """
-        Forgets the requests of *owner* that would go on with a call.
+        Forgets the requests of *owner* that would go on with a call, and returns False
+        if there are none.
         """
         with self.changing():
             found = [each for each in self.queue.owners.get(owner, ()) if each.resumes]
         for waiter in found:
             self.abandon(waiter)
+        return bool(found)
 
     # Leases ---------------------------------------------------------------------------
 
