@@ -215,12 +215,13 @@ class CacheMachine(RuleBasedStateMachine):
         part = self.part(asked)
         request = (str(part.entry.key),)
         self.core.requests[request] = part.entry  # as the resolver does
-        if asked.parallel is None:
-            hit = self.core.hit
-            lease = hit(request, part.workload, asked.keep_alive_s, asked.owner)
-            if lease is not None:
-                self.leases.append(lease)
-                return
+        hit: Callable[..., Lease | None] = self.core.hit
+        if asked.parallel is not None:
+            hit = partial(self.core.hit_below, asked.parallel)
+        lease = hit(request, part.workload, asked.keep_alive_s, asked.owner)
+        if lease is not None:
+            self.leases.append(lease)
+            return
         self.queue_up([part], asked)
 
     @precondition(lambda self: not self.core.is_closed)
