@@ -130,6 +130,24 @@ def test_room_is_waited_for_no_longer_than_a_request_may_wait() -> None:
         asyncio.run(asyncio.wait_for(main(cache), 60))
 
 
+def test_room_is_free_after_the_last_segment() -> None:
+    """
+    However long a client takes to read the answer.
+    """
+    offers = Offers([ModelSpec("m", str(micro("micro says hello")))], "cpu")
+    (offer,) = offers
+
+    async def main(cache: ModelCache) -> None:
+        engine = LocalEngine(offers, cache, parallel=2, max_audio_s=10)
+        async with engine.running(), await begin(engine, offer) as segments:
+            assert [each async for each in segments]
+            async with await begin(engine, offer, timeout_s=5):
+                pass
+
+    with ModelCache() as cache:
+        asyncio.run(asyncio.wait_for(main(cache), 60))
+
+
 def test_people_do_not_wait_for_the_audio_of_batches() -> None:
     """
     Nor batches for theirs, or they might wait for ever.

@@ -405,7 +405,8 @@ class LocalEngine:
 
 class _Placed:
     """
-    Segments of a call, with what is given up at its end.
+    Segments of a call, with what is given up after the last one: answers may take long
+    to be read.
     """
 
     def __init__(self, segments: Segments, entered: ExitStack) -> None:
@@ -416,7 +417,11 @@ class _Placed:
         return self
 
     async def __anext__(self) -> Segment:
-        return await anext(self._segments)
+        try:
+            return await anext(self._segments)
+        except StopAsyncIteration:
+            self._entered.close()
+            raise
 
     async def __aenter__(self) -> Self:
         return self
