@@ -53,7 +53,9 @@ class Visit:
         """
 
         def told(phase: Phase) -> None:
-            self.has_begun |= phase == "working"
+            # Other threads tell of others at the same time.
+            if phase == "working":
+                self.has_begun = True
             tell(phase)
 
         return told
