@@ -165,12 +165,16 @@ def test_it_is_not_ready_when_it_takes_no_more_work(cache: ModelCache) -> None:
 
 def test_an_application_can_be_started_again(cache: ModelCache) -> None:
     """
-    As test clients do.
+    As test clients do, whatever was refused at its end.
     """
     app = create_app(ServerOptions(models=micros(), device="cpu"), cache)
+    service = app.state.service
     for _ in range(2):
         with running(app) as url, httpx.Client(base_url=url) as client:
             assert transcribe(client, A).json()["text"] == "micro a"
+        # As `drain.Server` does.
+        service.gate.close()
+        service.arrivals.close()
 
 
 def test_a_cache_of_its_own_is_closed_and_a_given_one_is_not(cache: ModelCache) -> None:

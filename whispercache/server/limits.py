@@ -30,6 +30,12 @@ class Arrivals:
         self.is_closed: bool = False
         self._awaited: set[anyio.CancelScope] = set()
 
+    def open(self) -> None:
+        """
+        Lets uploads arrive, at each start of the server.
+        """
+        self.is_closed = False
+
     def close(self) -> None:
         """
         Ends all that is under way, and whatever comes.

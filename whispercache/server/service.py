@@ -93,6 +93,8 @@ class Service:
 
     def _renew(self) -> None:
         options = self.options
+        # The same one, which the application's middleware has.
+        self.arrivals.open()
         self.gate: Gate = Gate(self._parallel, options.max_waiting)
         self.decoder: Decoder = Decoder(
             processes=options.decoders,
