@@ -41,6 +41,21 @@ def test_none_takes_the_room_for_which_an_older_one_waits() -> None:
     assert all(each.is_had.is_set() for each in late)
 
 
+def test_room_is_had_by_priority_and_not_taken_back() -> None:
+    """
+    Whoever has a model first has the room first, too.
+    """
+    room = Room(10)
+    first = room.enter(6, -2)
+    late, usual, soon = (room.enter(6, level) for level in (-1, 0, 1))
+    assert first.is_had.is_set()
+    for place in (first, soon, usual):
+        assert not late.is_had.is_set()
+        place.leave()
+    assert late.is_had.is_set()
+    assert not room.enter(6, 1).is_had.is_set()
+
+
 def test_who_leaves_makes_room_whether_it_had_any_or_not() -> None:
     """
     And does it once.

@@ -69,11 +69,18 @@ class Terms:
     audio_s: float = 0.0
 
     @property
+    def level(self) -> float:
+        """
+        The priority; the usual one if none is named.
+        """
+        return INTERACTIVE if self.priority is None else self.priority
+
+    @property
     def is_batch(self) -> bool:
         """
         True if it waits for others.
         """
-        return self.priority is not None and self.priority < INTERACTIVE
+        return self.level < INTERACTIVE
 
 
 class Segments(Protocol):

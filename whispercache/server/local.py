@@ -23,7 +23,6 @@ from whispercache.errors import DownloadTimeout, LeaseTimeout, WhisperCacheError
 from whispercache.events import WaitingInfo
 from whispercache.keys import ModelKey
 from whispercache.metrics import CacheCollector
-from whispercache.planning.priority import INTERACTIVE
 from whispercache.watch.live import Snapshot, Watch, in_words
 
 from .calls import transcribe
@@ -235,7 +234,7 @@ class LocalEngine:
         """
         began_s = time.monotonic()
         lease = await self._lease(offer, terms, tell, self._parallel)
-        place = self._rooms[terms.is_batch].enter(terms.audio_s)
+        place = self._rooms[terms.is_batch].enter(terms.audio_s, terms.level)
         entered.callback(place.leave)
         if place.is_had.is_set():
             return lease
@@ -388,7 +387,7 @@ class LocalEngine:
             WaitingInfo(
                 (ModelKey(offer.name, "", ""),),
                 now_s - since_s,
-                INTERACTIVE if terms.priority is None else terms.priority,
+                terms.level,
             )
             for offer, terms, since_s in self._elsewhere.values()
         )

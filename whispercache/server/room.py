@@ -5,14 +5,18 @@ Room: the audio that calls have in memory.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import time
+from bisect import insort
 from dataclasses import dataclass, field
+
+from whispercache.planning.priority import INTERACTIVE, turn_s
 
 
 class Room:
     """
-    Room for a number of seconds of audio, in the order in which it is asked for; one
-    alone may take more. For the tasks of one event loop.
+    Room for a number of seconds of audio, in the order in which it is asked for, but
+    for priorities, as in a cache; one alone may take more. For the tasks of one event
+    loop.
 
     Whoever waits for it must hold no model: those that have room may wait for just that
     one.
@@ -21,15 +25,16 @@ class Room:
     def __init__(self, most_s: float) -> None:
         self._most_s = most_s
         self._inside: set[Place] = set()
-        self._line: deque[Place] = deque()
+        self._line: list[Place] = []
 
-    def enter(self, audio_s: float) -> Place:
+    def enter(self, audio_s: float, level: float = INTERACTIVE) -> Place:
         """
-        Returns a place for so many seconds of audio, which may still be waited for. It
-        must be left.
+        Returns a place for so many seconds of audio, which may still be waited for, by
+        a request of that priority. It must be left.
         """
-        place = Place(self, audio_s)
-        self._line.append(place)
+        place = Place(self, audio_s, turn_s(time.monotonic(), level))
+        # After those that came at the same time.
+        insort(self._line, place, key=lambda each: each.turn_s)
         self._look()
         return place
 
@@ -47,7 +52,7 @@ class Room:
         # None takes that for which an older one waits, or a long recording would wait
         # for ever.
         while self._line and self._has_room_for(self._line[0]):
-            place = self._line.popleft()
+            place = self._line.pop(0)
             self._inside.add(place)
             place.is_had.set()
 
@@ -63,11 +68,13 @@ class Place:
 
     Attributes:
         audio_s: Seconds of audio.
+        turn_s: The time by which it stands in the line.
         is_had: Set once there is room for them.
     """
 
     room: Room
     audio_s: float
+    turn_s: float
     is_had: asyncio.Event = field(default_factory=asyncio.Event)
 
     def leave(self) -> None:
