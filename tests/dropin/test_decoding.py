@@ -13,32 +13,23 @@ import av
 import faster_whisper
 import numpy as np
 import pytest
+from caches import installed_cache
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from faster_whisper import transcribe as transcribing
 from real import TEXT, clip, micro, model_of, plain_model, text_of
 
-from whispercache import ModelCache, installed, uninstall
+from whispercache import installed
 from whispercache.engine.audio import decoder
-from whispercache.engine.construct import decoders
 from whispercache.engine.process import decoding_problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from whispercache import ModelCache
 
 AUDIO = clip("en-bread")
 PLAIN = faster_whisper.decode_audio
 
 
-@pytest.fixture
-def cache() -> Iterator[ModelCache]:
-    """
-    A cache with real models. In the end nothing is installed.
-    """
-    with ModelCache(variants=False) as made:
-        yield made
-        uninstall()
-        assert made.stats().leases == 0
-    assert {module.decode_audio for module in decoders()} == {PLAIN}
+cache = installed_cache()
 
 
 @pytest.fixture

@@ -127,25 +127,24 @@ class TestUnload:
         pytest.skip("it did unload, 3000 times")
 
     @pytest.mark.slow
-    def test_eviction_right_after_a_call_unloads_every_time(
-        self, cache: ModelCache
-    ) -> None:
+    def test_eviction_right_after_a_call_unloads_every_time(self) -> None:
         """
         300 times: the weights have left, and their bytes are given back once.
         """
         events: list[object] = []
-        cache.subscribe(events.append)
-        model: Any = model_of(cache, micro())
-        for count in range(1, 301):
-            model.encode(FEATURES)
-            with model.lease() as whisper:
-                ctranslate2_model = whisper.model
-            del whisper
-            assert cache.evict() == 1
-            assert not ctranslate2_model.model_is_loaded
-            assert cache.models() == ()
-            assert cache.devices()[0].charged_bytes == 0
-            assert cache.stats().evictions == cache.stats().loads == count
+        with ModelCache() as cache:
+            cache.subscribe(events.append)
+            model: Any = model_of(cache, micro())
+            for count in range(1, 301):
+                model.encode(FEATURES)
+                with model.lease() as whisper:
+                    ctranslate2_model = whisper.model
+                del whisper
+                assert cache.evict() == 1
+                assert not ctranslate2_model.model_is_loaded
+                assert cache.models() == ()
+                assert cache.devices()[0].charged_bytes == 0
+                assert cache.stats().evictions == cache.stats().loads == count
         # Such as the one above, which is looked at after its unload on purpose.
         kinds = [type(event) for event in events]
         # Whoever waited for the load is told, too.

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import ctranslate2
+import faster_whisper
 import pytest
 from faster_whisper import WhisperModel
 
 from whispercache import ModelCache, ModelStillReferenced, uninstall
+from whispercache.engine.construct import decoders
 from whispercache.engine.rebound import plain_of
 from whispercache.testing import settle
 
@@ -28,6 +30,7 @@ __all__ = ["cache_of", "installed_cache"]
 # Before anything is installed.
 PLAIN_WHISPER = ctranslate2.models.Whisper
 GENUINE = WhisperModel.__init__
+PLAIN_DECODE = faster_whisper.decode_audio
 
 
 @contextmanager
@@ -89,5 +92,6 @@ def installed_cache() -> object:
                 setattr(WhisperModel, name, plain_of(getattr(WhisperModel, name)))
         assert WhisperModel.__init__ is GENUINE
         assert ctranslate2.models.Whisper is PLAIN_WHISPER
+        assert {module.decode_audio for module in decoders()} == {PLAIN_DECODE}
 
     return cache

@@ -199,7 +199,7 @@ _OF_SERVERS = (
         "max_audio",
         kinds.TIME_OR_NONE,
         None,
-        "audio of people at work, and of batches (as max_duration, if none)",
+        "audio of people at work, and of batches",
     ),
     Setting("timeout", kinds.TIME, "60s", "wait for a model"),
     Setting("max_waiting", kinds.COUNT_OR_ZERO, 64, "requests that wait"),
