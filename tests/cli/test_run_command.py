@@ -509,7 +509,7 @@ def keeping(file: Path) -> str:
     """
     A hook's command that adds what it is told to *file*.
     """
-    return f"sh -c 'cat >> {file}; echo >> {file}'"
+    return f"sh -c 'cat >> {file}'"
 
 
 @PROCESS
