@@ -96,11 +96,13 @@ def made() -> ModelRouter:
     return Alone()
 
 
-def first(router: ModelRouter, model: str, *replicas: Any) -> Any:
+def first(
+    router: ModelRouter, model: str, *replicas: Any, request_id: str = "r"
+) -> Any:
     """
     The replica that a request goes to.
     """
-    asked = request(model)
+    asked = request(model, request_id)
     (best,), *_ = asyncio.run(router.choose_replicas(list(replicas), asked))
     assert asked.routing_context.should_backoff
     return best
@@ -123,6 +125,30 @@ def test_the_next_request_knows_of_the_one_before(clock: FakeClock, name: str) -
     clock.tick(60)
     chosen.routing_stats["resident"] = {"large": ("cuda:0", 3 * GIB)}
     assert first(router, name, one, two) is other
+
+
+def test_two_requests_at_once_go_to_two_replicas(clock: FakeClock) -> None:
+    """
+    Though neither was accepted yet. One that is sent again does not wait for itself,
+    and those that never come count for a while only.
+    """
+    there = {"resident": {"small": ("cuda:0", GIB)}}
+    router, one, two = made(), replica("one", **there), replica("two", **there)
+
+    def sent(request_id: str) -> Any:
+        return first(router, "small", one, two, request_id=request_id)
+
+    chosen = sent("a")
+    other = two if chosen is one else one
+    assert sent("b") is other
+    assert sent("b") is other
+    router.on_request_routed(request("small", "a"), chosen.replica_id, None)
+    router.on_request_completed(other.replica_id, "b")
+    assert sent("c") is other
+    router.on_request_completed(chosen.replica_id, "a")
+    assert sent("d") is chosen
+    clock.tick(60)
+    assert sent("e") is chosen
 
 
 def test_a_model_is_where_requests_for_it_are(clock: FakeClock) -> None:

@@ -62,6 +62,9 @@ class ModelRouter(RequestRouter):
         # By request: the replica that should have it, and has not said so, and since
         # when.
         self._unheard: dict[str, tuple[ReplicaID, float]] = {}
+        # By request: the replica that it is about to be sent to, its model, and until
+        # when that counts. Of two at once, the second one's choice knows of the first.
+        self._coming: dict[str, tuple[ReplicaID, str, float]] = {}
 
     async def choose_replicas(
         self,
@@ -82,6 +85,8 @@ class ModelRouter(RequestRouter):
                 self._unheard[lost] = each.replica_id, now_s - _ACCEPTS_S
         metadata = pending_request.metadata
         model = metadata.multiplexed_model_id
+        # Its own last choice is no queue before it.
+        self._coming.pop(metadata.internal_request_id, None)
         silent = self._silent(now_s)
         ranks = [
             [each for each in rank if each.replica_id not in silent]
@@ -94,6 +99,8 @@ class ModelRouter(RequestRouter):
             best = ranks[0][0].replica_id
             self._expect(best, model)
             self._unheard.setdefault(metadata.internal_request_id, (best, now_s))
+            coming = best, model, now_s + _ACCEPTS_S
+            self._coming[metadata.internal_request_id] = coming
         return ranks
 
     def _ranks(
@@ -102,6 +109,7 @@ class ModelRouter(RequestRouter):
         if not model:  # a question that any can answer
             return [candidate_replicas]
         self._sent = {key: at_s for key, at_s in self._sent.items() if at_s > now_s}
+        self._coming = {key: it for key, it in self._coming.items() if it[2] > now_s}
         found = {each.replica_id.unique_id: each for each in candidate_replicas}
         known = [self._known(each) for each in candidate_replicas]
         ordered = order(model, pooled(known), self._reluctance)
@@ -138,6 +146,7 @@ class ModelRouter(RequestRouter):
         capacity: dict[str, int] = fixed.get("capacity", {})
         rid = replica.replica_id
         queued = Counter(self._ongoing.get(rid, {}).values())
+        queued.update(name for to, name, _ in self._coming.values() if to == rid)
         coming = {name for to, name in self._sent if to == rid}
         if capacity:
             # On the largest; which one it was, the replica will say.
@@ -172,6 +181,7 @@ class ModelRouter(RequestRouter):
         """
         metadata = pending_request.metadata
         model = metadata.multiplexed_model_id
+        self._coming.pop(metadata.internal_request_id, None)
         self._unheard.pop(metadata.internal_request_id, None)
         self._unheard = {
             request_id: unheard
@@ -189,6 +199,7 @@ class ModelRouter(RequestRouter):
         """
         Notes that a request is over, or was never accepted.
         """
+        self._coming.pop(internal_request_id, None)
         unheard = self._unheard.get(internal_request_id)
         if unheard is not None and time.monotonic() < unheard[1] + _ACCEPTS_S:
             # Its client has left. Later on, it waited in vain.
