@@ -151,12 +151,11 @@ def begun(http: httpx.Client, go: Path, pool: ThreadPoolExecutor) -> Future[Any]
     from fake_replica import UNTIL
 
     for _ in range(3):
-        has_begun, is_settled = threading.Event(), threading.Event()
+        has_begun = threading.Event()
         asked = pool.submit(
             stream, http, "medium", has_begun.set, prompt=f"{UNTIL}{go}"
         )
-        asked.add_done_callback(lambda _, told=is_settled: told.set())
-        while not has_begun.wait(0.01) and not is_settled.is_set():
+        while not has_begun.wait(0.01) and not asked.done():
             pass
         if has_begun.is_set():
             return asked
