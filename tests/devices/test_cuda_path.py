@@ -370,7 +370,12 @@ with open_cache() as cache:
 """,
         )
         assert answer["card"] == [[_FLOOR_BYTES, 0, 0]] * 30
-        assert answer["host"][-1] - answer["host"][5] < 2 * MIB
+        # What is allocated once, a heap for one more thread say, may come at any time.
+        early, late = (
+            answer["host"][end] - answer["host"][start]
+            for start, end in ((5, 17), (17, 29))
+        )
+        assert min(early, late) < MIB
 
 
 class TestWarmUp:
