@@ -3,9 +3,10 @@ A request to the server, beside the same call in the client's own process.
 
     python benchmarks/overhead.py [--rounds 40] [--write]
 
-Both have the model in memory, look for voice activity, as the server does by default,
-and are given the same file, one at a time and by turns. The server decodes the upload
-in a process of its own, and answers through a connection that is kept.
+Both have the model in memory and huge pages, look for voice activity, as the server
+does by default, and are given the same file, one at a time and by turns. The server
+decodes the upload in a process of its own, and answers through a connection that is
+kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from report import Table, machine, parsed, write
 from serve import DEVICE, URL, started
 
 from examples.weights import packaged_model
-from whispercache import ModelCache
+from whispercache import ModelCache, use_huge_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,6 +90,8 @@ def pair(
 
 def main() -> None:
     options = parsed(__doc__, rounds=40)
+    # As the command does; before there are threads.
+    use_huge_pages()
     table = Table(
         f"One request at a time, medians of {options.rounds} by turns",
         ["model, clip", "in the process, ms", "served, ms", "÷", "more, ms"],
